@@ -1,0 +1,69 @@
+"""How does an adapter's state become an orbax directory, and come back bit for bit?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jax_client.engine.requests import AdapterState, LoraSpec
+from jax_client.errors import BadRequestError
+
+DIRECTORY = "arrays"
+_GROUPS = ("weights", "mu", "nu")
+
+
+def flatten(state: AdapterState) -> dict[str, np.ndarray]:
+    """Return the arrays of a state under "group/name", such as "weights/q.A".
+
+    Raises:
+        BadRequestError: there is none, or one is not a float32 array with at least one element.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for group in _GROUPS:
+        for name, array in (getattr(state, group) or {}).items():
+            if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.size == 0:
+                raise BadRequestError(
+                    f"AdapterState.{group}[{name!r}] is {type(array).__name__} "
+                    f"{getattr(array, 'dtype', '')} {getattr(array, 'shape', '')}; give non-empty float32 arrays."
+                )
+            arrays[f"{group}/{name}"] = array
+    if not state.weights:
+        raise BadRequestError("AdapterState.weights is empty; there is nothing to save.")
+    return arrays
+
+
+def unflatten(arrays: Mapping[str, np.ndarray], spec: LoraSpec, step: int) -> AdapterState:
+    """Undo `flatten`; a group without arrays is None."""
+    groups = {
+        group: {key.removeprefix(f"{group}/"): array for key, array in arrays.items() if key.startswith(f"{group}/")}
+        for group in _GROUPS
+    }
+    return AdapterState(
+        spec=spec, step=step, weights=groups["weights"], mu=groups["mu"] or None, nu=groups["nu"] or None
+    )
+
+
+def size_bytes(arrays: Mapping[str, np.ndarray]) -> int:
+    """Return the bytes of the arrays."""
+    return sum(math.prod(array.shape) * array.itemsize for array in arrays.values())
+
+
+def write(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays with orbax into the new directory `directory`; not yet durable."""
+    # Orbax takes seconds to import; a process that only lists checkpoints does without it.
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory, dict(arrays))
+        checkpointer.wait_until_finished()
+
+
+def read(directory: Path) -> dict[str, np.ndarray]:
+    """Read the arrays that `write` wrote, without a device."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return dict(checkpointer.restore(directory))

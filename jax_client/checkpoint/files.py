@@ -1,0 +1,122 @@
+"""How is something written so that it is still there after the power fails?
+
+A file is durable after an fsync of the file and one of its directory. A rename is what readers see at once or not at
+all. Every change that the store makes to the disk, orbax's own writing aside, goes through this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+TEMPORARY = ".tmp-"
+
+
+def make_directories(path: Path) -> None:
+    """Make a directory and its parents, for this user only; the new entries are durable."""
+    if path.is_dir():
+        return
+    make_directories(path.parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(directory: Path) -> None:
+    """Wait until every file below `directory` is on the disk, then every directory, from the bottom up."""
+    for parent, _, files in os.walk(directory, topdown=False):
+        for file in files:
+            fsync(Path(parent, file))
+        fsync(Path(parent))
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file that is not there yet, and wait until its bytes are on the disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file or directory within one file system, durably.
+
+    A file replaces a file; a directory replaces only an empty one, else OSError.
+    """
+    os.rename(source, target)
+    fsync(target.parent)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a file, replacing an older one: a reader sees all of the old or all of the new."""
+    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+    try:
+        write_new(temporary, data)
+        move(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory at once for readers, then its contents; leftovers of a crash are temporary ones."""
+    trash = directory.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+    move(directory, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def temporary_directory(parent: Path) -> Iterator[Path]:
+    """Make a directory under `parent` to be filled and moved away; removed if it is still there at the end.
+
+    It is locked while its maker lives, so that `sweep` of another process leaves it alone.
+    """
+    path = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+    os.mkdir(path, 0o700)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
+
+
+def sweep(parent: Path) -> None:
+    """Remove what crashes left under `parent`: temporary entries that no living process holds."""
+    for path in parent.glob(f"{TEMPORARY}*"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path) if path.is_dir() else os.unlink(path)
+        except OSError:
+            # Held by a living process, or already gone.
+            continue
+        finally:
+            os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the hash of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

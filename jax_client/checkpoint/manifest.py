@@ -1,0 +1,161 @@
+"""What does a checkpoint say about itself, and how is damage noticed?
+
+A manifest is JSON whose last field is the sha256 of all its bytes before that field's value. It lists every file of
+the checkpoint with size and sha256, and is written last: a directory without a whole manifest is no checkpoint.
+Orbax has no checksum of the data, and a flipped bit would be read as another number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from jax_client.checkpoint import files
+from jax_client.engine.requests import AdapterState, LoraSpec
+from jax_client.errors import BadRequestError, UnsupportedError
+
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+_SEAL_KEY = b',\n "sha256": "'
+_END = b'"\n}\n'
+
+
+class DamagedError(Exception):
+    """A file of a checkpoint is missing or not as it was written; the message names it. Never leaves the store."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a checkpoint is, and its files.
+
+    Attributes:
+        run_id, kind, name: which checkpoint it is; a directory that was moved is noticed.
+        created: unix seconds.
+        spec: of the adapter.
+        step: optimizer steps taken.
+        arrays: name to shape; all are float32.
+        metadata: the caller's, JSON.
+        files: path below the checkpoint's directory to [size in bytes, sha256].
+    """
+
+    run_id: str
+    kind: str
+    name: str
+    created: float
+    spec: LoraSpec
+    step: int
+    arrays: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, Any]
+    files: Mapping[str, tuple[int, str]]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the checkpoint's files, the manifest aside."""
+        return sum(size for size, _ in self.files.values())
+
+
+def seal(content: Mapping[str, Any], what: str) -> bytes:
+    """Return `content`, which is not empty, as JSON that ends with its own hash.
+
+    Raises:
+        BadRequestError: it holds something that JSON cannot; `what` names it.
+    """
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadRequestError(
+            f"{what} cannot be written as JSON ({error}); keep text, finite numbers, lists, dicts."
+        ) from error
+    head = text.removesuffix("\n}").encode() + _SEAL_KEY
+    return head + hashlib.sha256(head).hexdigest().encode() + _END
+
+
+def unseal(data: bytes, where: str) -> dict[str, Any]:
+    """Return the content of sealed JSON.
+
+    Raises:
+        DamagedError: it is not exactly what `seal` made.
+    """
+    head, digest = data[: -len(_END) - 64], data[-len(_END) - 64 : -len(_END)]
+    if not data.endswith(_END) or not head.endswith(_SEAL_KEY) or hashlib.sha256(head).hexdigest().encode() != digest:
+        raise DamagedError(f"{where} is damaged: its sha256 does not fit its contents")
+    content = json.loads(data)
+    del content["sha256"]
+    return content
+
+
+def write(
+    directory: Path,
+    *,
+    run_id: str,
+    kind: str,
+    name: str,
+    created: float,
+    state: AdapterState,
+    arrays: Mapping[str, tuple[int, ...]],
+    metadata: Mapping[str, Any],
+) -> Manifest:
+    """Hash every file of `directory` and write its manifest; it is durable, the directory's entry is not yet."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    listed = {path.relative_to(directory).as_posix(): (path.stat().st_size, files.sha256(path)) for path in paths}
+    manifest = Manifest(
+        run_id=run_id,
+        kind=kind,
+        name=name,
+        created=created,
+        spec=state.spec,
+        step=state.step,
+        arrays=arrays,
+        metadata=metadata,
+        files=listed,
+    )
+    files.write_new(directory / FILE_NAME, seal({"format": FORMAT_VERSION, **asdict(manifest)}, "metadata"))
+    return manifest
+
+
+def read(directory: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint; its files are not looked at.
+
+    Raises:
+        DamagedError: it is missing or damaged.
+        UnsupportedError: a newer version of this package wrote it.
+    """
+    path = directory / FILE_NAME
+    try:
+        content = unseal(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
+    version = content.pop("format")
+    if version > FORMAT_VERSION:
+        raise UnsupportedError(
+            f"{path} has checkpoint format {version}, this version reads up to {FORMAT_VERSION}. "
+            "Upgrade jax_client to the version that wrote it, or a later one."
+        )
+    content["spec"] = LoraSpec(**content["spec"])
+    content["arrays"] = {name: tuple(shape) for name, shape in content["arrays"].items()}
+    content["files"] = {name: (size, digest) for name, (size, digest) in content["files"].items()}
+    return Manifest(**content)
+
+
+def verify(directory: Path, manifest: Manifest) -> None:
+    """Compare every file with the manifest, the whole bytes.
+
+    Raises:
+        DamagedError: the first file that is missing or differs.
+    """
+    for name, (size, digest) in manifest.files.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DamagedError(f"{directory / FILE_NAME} lists {name!r}, which is outside of the checkpoint")
+        path = directory / name
+        try:
+            found = path.stat().st_size
+            if found != size:
+                raise DamagedError(f"{path} has {found} bytes instead of {size}")
+            if files.sha256(path) != digest:
+                raise DamagedError(f"{path} is damaged: its sha256 is not the one in {FILE_NAME}")
+        except OSError as error:
+            raise DamagedError(f"{path} cannot be read ({error.strerror})") from error

@@ -1,0 +1,1 @@
+"""What a user holds: ServiceClient, TrainingClient, SamplingClient, RestClient and the futures they return."""

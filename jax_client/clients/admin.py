@@ -1,0 +1,32 @@
+"""What about organisations, billing and audit logs? They belong to a hosted service: AdminClient is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tinker
+
+from jax_client.clients.binding import bind, stands_for
+from jax_client.errors import UnsupportedError
+
+
+class AdminClient:
+    """The SDK's AdminClient for a `base_url`; without one it is refused, as this machine has no organisation.
+
+    Raises:
+        UnsupportedError: no `base_url`.
+    """
+
+    def __new__(cls, _holder: Any = None, *, base_url: str | None = None, api_key: str | None = None) -> Any:
+        """Return the SDK's client, or refuse."""
+        if base_url is not None:
+            return tinker.AdminClient(base_url=base_url, api_key=api_key)
+        raise bind(
+            UnsupportedError(
+                "AdminClient (billing, audit log) is not served in-process: there is no organisation on this machine. "
+                "Give base_url= for a Tinker server, or use RestClient for runs and checkpoints."
+            )
+        )
+
+
+stands_for(tinker.AdminClient, AdminClient)

@@ -1,0 +1,112 @@
+"""How do this package's errors become the SDK's own, so that `except tinker.BadRequestError` works?
+
+Each error class of `errors` is paired with the SDK's class of the same meaning, in a class that is both. The lower
+floors raise their own classes and never see the SDK.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import httpx
+import tinker
+from tinker.types import RequestErrorCategory
+
+from jax_client import errors
+
+T = TypeVar("T")
+
+# First match wins.
+_PAIRS: tuple[tuple[type[errors.JaxClientError], type[tinker.TinkerError]], ...] = (
+    (errors.RequestFailedError, tinker.RequestFailedError),
+    (errors.NotFoundError, tinker.NotFoundError),
+    (errors.BadRequestError, tinker.BadRequestError),
+    (errors.JaxClientError, tinker.TinkerError),
+)
+# The SDK's status errors carry the HTTP exchange; in-process there was none.
+_REQUEST = httpx.Request("POST", "http://in-process.invalid/")
+
+
+def bind(error: BaseException) -> BaseException:
+    """Return the error as one that is also the SDK's; other people's errors are returned as they are.
+
+    Message, cause, notes and traceback are kept.
+    """
+    if not isinstance(error, errors.JaxClientError) or isinstance(error, tinker.TinkerError):
+        return error
+    bound = _bound_class(type(error))
+    new = bound.__new__(bound, *error.args)
+    new.__dict__.update(error.__dict__)
+    if isinstance(new, tinker.RequestFailedError):
+        new.category = RequestErrorCategory(new.category)
+    elif isinstance(new, tinker.APIStatusError):
+        message, status = str(error), type(new).status_code
+        new.message, new.status_code, new.body = message, status, {"detail": message}
+        new.request, new.response = _REQUEST, httpx.Response(status, json=new.body, request=_REQUEST)
+    new.__cause__, new.__context__ = error.__cause__, error.__context__
+    new.__suppress_context__ = error.__suppress_context__
+    return new.with_traceback(error.__traceback__)
+
+
+@functools.cache
+def _bound_class(ours: type[errors.JaxClientError]) -> type[errors.JaxClientError]:
+    theirs = next(sdk for base, sdk in _PAIRS if issubclass(ours, base))
+
+    def reduce(self: BaseException) -> tuple[object, ...]:
+        exchange = {"request", "response", "body"}
+        state = {key: value for key, value in self.__dict__.items() if key not in exchange}
+        return _rebuild, (ours, self.args, state)
+
+    members = {"__module__": ours.__module__, "__doc__": ours.__doc__, "__reduce__": reduce}
+    return type(ours.__name__, (ours, theirs), members)
+
+
+def _rebuild(ours: type[errors.JaxClientError], args: tuple[object, ...], state: dict[str, object]) -> BaseException:
+    error = ours.__new__(ours, *args)
+    error.__dict__.update(state)
+    return bind(error)
+
+
+def stands_for(theirs: Any, ours: type) -> None:
+    """Make `isinstance(x, theirs)` true for our class: the SDK's clients are abstract base classes."""
+    theirs.register(ours)
+
+
+def sdk_errors(cls: type[T]) -> type[T]:
+    """Make every public method of a class raise errors that are also the SDK's."""
+    for name, member in list(vars(cls).items()):
+        if name.startswith("_") and name != "__init__":
+            continue
+        if isinstance(member, staticmethod):
+            setattr(cls, name, staticmethod(_binds(member.__func__)))
+        elif inspect.isfunction(member):
+            setattr(cls, name, _binds(member))
+    return cls
+
+
+def _binds(function: Callable[..., Any]) -> Callable[..., Any]:
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def bound_async(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return await function(*args, **kwargs)
+            except errors.JaxClientError as error:
+                new = bind(error)
+            raise new
+
+        return bound_async
+
+    @functools.wraps(function)
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        # Raised outside the except block: the unbound original is not worth a "during handling of".
+        try:
+            return function(*args, **kwargs)
+        except errors.JaxClientError as error:
+            new = bind(error)
+        raise new
+
+    return bound

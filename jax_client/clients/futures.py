@@ -1,0 +1,129 @@
+"""What does a call return? A future that can be awaited or waited for, any number of times, from any thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+import tinker
+
+from jax_client.clients.binding import bind
+from jax_client.runs.futures import link, on_answer_thread, settled
+
+T = TypeVar("T")
+A = TypeVar("A")
+C = TypeVar("C")
+
+
+class LocalFuture(tinker.APIFuture[T]):
+    """The API's future over a request that this process carries out.
+
+    The work is on other threads, so that `result()` inside a running event loop blocks that loop but cannot deadlock.
+    A timeout, or cancelling one awaiting task, leaves the request and the other waiters alone; `future().cancel()`
+    cancels the request if it has not started.
+
+    Args:
+        source: the future to show; its errors are bound to the SDK's classes.
+        convert: applied to its value.
+    """
+
+    def __init__(self, source: Future[A], convert: Callable[[A], T] | None = None) -> None:
+        self._future: Future[T] = Future()
+        unbound: Future[T] = Future()
+        link(source, unbound, convert)
+        _bind_into(unbound, self._future)
+
+    @classmethod
+    def of(cls, value: T) -> LocalFuture[T]:
+        """Return a future that already has its value."""
+        return cls(settled(value))
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the answer.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+
+        Raises:
+            TimeoutError: no answer in time; the request goes on.
+            RuntimeError: called in a done callback, where waiting for another request would never end.
+        """
+        if not self._future.done() and on_answer_thread():
+            raise RuntimeError(
+                "result() of an unfinished request was called in a done callback, on the thread that completes all "
+                "requests: it would never end. Wait on a thread of your own."
+            )
+        return self._future.result(timeout)
+
+    async def result_async(self, timeout: float | None = None) -> T:
+        """Await the answer; as `result`."""
+        if not self._future.done():
+            loop = asyncio.get_running_loop()
+            woken = loop.create_future()
+
+            def wake() -> None:
+                if not woken.done():
+                    woken.set_result(None)
+
+            def done(_: Future[T]) -> None:
+                # A closed loop has nobody waiting any more.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(wake)
+
+            self._future.add_done_callback(done)
+            async with asyncio.timeout(timeout):
+                await woken
+        return self._future.result()
+
+    def future(self) -> Future[T]:
+        """Return the answer's `concurrent.futures.Future`; cancelling it cancels a request that has not started."""
+        return self._future
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._state()}>"
+
+    def _state(self) -> str:
+        if not self._future.done():
+            return "pending"
+        if self._future.cancelled():
+            return "cancelled"
+        error = self._future.exception()
+        return repr(self._future.result()) if error is None else f"failed: {error!r}"
+
+
+def _bind_into(source: Future[T], target: Future[T]) -> None:
+    def finished(done: Future[T]) -> None:
+        if done.cancelled():
+            target.cancel()
+        if not target.set_running_or_notify_cancel():
+            return
+        error = done.exception()
+        if error is None:
+            target.set_result(done.result())
+        else:
+            target.set_exception(bind(error))
+
+    target.add_done_callback(lambda done: source.cancel() if done.cancelled() else None)
+    source.add_done_callback(finished)
+
+
+class ClientFuture(LocalFuture[C], Generic[C]):
+    """The future of a client, which is also the client: using it so waits until the client is there.
+
+    A subclass adds the client's class; the inherited methods find the client's attributes through `__getattr__`.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        # Python's own look-ups (copy, pickle, inspection) must not wait, nor loop before __init__ has run.
+        if name == "_future" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.result(), name)
+
+    async def _ready(self) -> C:
+        return await self.result_async()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._state()}>"

@@ -1,0 +1,323 @@
+"""How are runs, checkpoints and sessions listed and deleted? From the state directory; no model is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import tinker
+from tinker import types
+
+from jax_client.clients.binding import bind, sdk_errors, stands_for
+from jax_client.clients.futures import LocalFuture
+from jax_client.config import EngineConfig
+from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, UnsupportedError
+from jax_client.runs import catalogue
+from jax_client.runs.futures import background
+from jax_client.runs.paths import TinkerPath
+from jax_client.runs.session import Session, live_sessions
+from jax_client.weights.source import known_models, resolve
+
+Scope = Literal["owned", "accessible"]
+
+
+@sdk_errors
+class RestClient:
+    """Client for what is on disk. Needs no ServiceClient and never touches a device.
+
+    Args:
+        _holder: a session of this process, as `ServiceClient.create_rest_client` gives it.
+        base_url: of a Tinker server: the SDK's own RestClient is returned.
+        api_key: for `base_url`.
+        config: of which only `state_dir` matters here.
+    """
+
+    def __new__(
+        cls,
+        _holder: Session | None = None,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: EngineConfig | None = None,
+    ) -> Any:
+        """Return a client of this machine, or the SDK's for `base_url`."""
+        if base_url is None:
+            return super().__new__(cls)
+        if config is not None:
+            raise bind(BadRequestError("config sets up this process; leave it out with base_url."))
+        return tinker.RestClient(base_url=base_url, api_key=api_key)
+
+    def __init__(
+        self,
+        _holder: Session | None = None,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: EngineConfig | None = None,
+    ) -> None:
+        self._session = _holder or Session(config)
+
+    def get_telemetry(self) -> None:
+        """Return None: nothing is reported to anyone."""
+
+    def get_server_capabilities(self) -> tinker.APIFuture[types.GetServerCapabilitiesResponse]:
+        """Give the models that are known on this machine; others load by their hub name."""
+        return _future(lambda: types.GetServerCapabilitiesResponse(supported_models=list(map(_model, known_models()))))
+
+    def get_training_run(
+        self, training_run_id: types.ModelID, access_scope: Scope = "owned"
+    ) -> tinker.APIFuture[types.TrainingRun]:
+        """Give a run and its newest checkpoints."""
+        return _future(lambda: self._run(training_run_id))
+
+    async def get_training_run_async(
+        self, training_run_id: types.ModelID, access_scope: Scope = "owned"
+    ) -> types.TrainingRun:
+        """Await `get_training_run`."""
+        return await self.get_training_run(training_run_id, access_scope)
+
+    def get_training_run_by_tinker_path(
+        self, tinker_path: str, access_scope: Scope = "owned"
+    ) -> tinker.APIFuture[types.TrainingRun]:
+        """Give the run that saved a checkpoint."""
+        return self.get_training_run(TinkerPath.parse(tinker_path).run_id, access_scope)
+
+    async def get_training_run_by_tinker_path_async(
+        self, tinker_path: str, access_scope: Scope = "owned"
+    ) -> types.TrainingRun:
+        """Await `get_training_run_by_tinker_path`."""
+        return await self.get_training_run_by_tinker_path(tinker_path, access_scope)
+
+    def get_weights_info_by_tinker_path(self, tinker_path: str) -> tinker.APIFuture[types.WeightsInfoResponse]:
+        """Give the base model and the LoRA configuration of a checkpoint."""
+        path = TinkerPath.parse(tinker_path)
+
+        def info() -> types.WeightsInfoResponse:
+            record = self._session.store.record(path.run_id, path.kind, path.name)
+            spec = catalogue.saved_spec(record)
+            return types.WeightsInfoResponse(
+                base_model=record.metadata["base_model"],
+                is_lora=True,
+                lora_rank=spec.rank,
+                train_unembed=spec.train_unembed,
+                train_mlp=spec.train_mlp,
+                train_attn=spec.train_attn,
+            )
+
+        return _future(info)
+
+    def list_training_runs(
+        self, limit: int = 20, offset: int = 0, access_scope: Scope = "owned", project_id: str | None = None
+    ) -> tinker.APIFuture[types.TrainingRunsResponse]:
+        """Give the runs, newest first."""
+        _check_page(limit, offset)
+
+        def runs() -> types.TrainingRunsResponse:
+            known = [item for item in self._runs() if project_id in (None, item[1].get("project_id"))]
+            store = self._session.store
+            page = [catalogue.training_run(run, about, store.list(run)) for run, about in known[offset:][:limit]]
+            return types.TrainingRunsResponse(training_runs=page, cursor=_cursor(limit, offset, len(known)))
+
+        return _future(runs)
+
+    async def list_training_runs_async(
+        self, limit: int = 20, offset: int = 0, access_scope: Scope = "owned", project_id: str | None = None
+    ) -> types.TrainingRunsResponse:
+        """Await `list_training_runs`."""
+        return await self.list_training_runs(limit, offset, access_scope, project_id)
+
+    def list_checkpoints(self, training_run_id: types.ModelID) -> tinker.APIFuture[types.CheckpointsListResponse]:
+        """Give the checkpoints of a run, newest first."""
+
+        def checkpoints() -> types.CheckpointsListResponse:
+            catalogue.known_run(self._session.store, training_run_id)
+            return types.CheckpointsListResponse(checkpoints=self._checkpoints(training_run_id))
+
+        return _future(checkpoints)
+
+    async def list_checkpoints_async(self, training_run_id: types.ModelID) -> types.CheckpointsListResponse:
+        """Await `list_checkpoints`."""
+        return await self.list_checkpoints(training_run_id)
+
+    def list_user_checkpoints(
+        self, limit: int = 100, offset: int = 0
+    ) -> tinker.APIFuture[types.CheckpointsListResponse]:
+        """Give the checkpoints of all runs, newest first."""
+        _check_page(limit, offset)
+
+        def checkpoints() -> types.CheckpointsListResponse:
+            known = self._checkpoints(None)
+            page = known[offset:][:limit]
+            return types.CheckpointsListResponse(checkpoints=page, cursor=_cursor(limit, offset, len(known)))
+
+        return _future(checkpoints)
+
+    async def list_user_checkpoints_async(self, limit: int = 100, offset: int = 0) -> types.CheckpointsListResponse:
+        """Await `list_user_checkpoints`."""
+        return await self.list_user_checkpoints(limit, offset)
+
+    def delete_checkpoint(self, training_run_id: types.ModelID, checkpoint_id: str) -> tinker.APIFuture[None]:
+        """Delete a checkpoint, given as `weights/NAME` or `sampler_weights/NAME`."""
+        return self.delete_checkpoint_from_tinker_path(f"tinker://{training_run_id}/{checkpoint_id}")
+
+    async def delete_checkpoint_async(self, training_run_id: types.ModelID, checkpoint_id: str) -> None:
+        """Await `delete_checkpoint`."""
+        return await self.delete_checkpoint(training_run_id, checkpoint_id)
+
+    def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> tinker.APIFuture[None]:
+        """Delete a checkpoint."""
+        path = TinkerPath.parse(tinker_path)
+
+        def delete() -> None:
+            store = self._session.store
+            store.record(path.run_id, path.kind, path.name)
+            store.delete(path.run_id, path.kind, path.name)
+
+        return _future(delete)
+
+    async def delete_checkpoint_from_tinker_path_async(self, tinker_path: str) -> None:
+        """Await `delete_checkpoint_from_tinker_path`."""
+        return await self.delete_checkpoint_from_tinker_path(tinker_path)
+
+    def get_session(self, session_id: str, access_scope: Scope = "owned") -> tinker.APIFuture[types.GetSessionResponse]:
+        """Give a session's runs, and its samplers if it lives in this process."""
+
+        def session() -> types.GetSessionResponse:
+            runs = [(run, about) for run, about in self._runs() if about["session_id"] == session_id]
+            live = self._live().get(session_id)
+            if live is None and not runs:
+                raise NotFoundError(f"there is no session {session_id!r}; list_sessions() lists them.")
+            about = runs[0][1] if runs else {}
+            return types.GetSessionResponse(
+                training_run_ids=[run for run, _ in runs],
+                sampler_ids=list(live.samplers) if live else [],
+                user_metadata=dict(live.info.user_metadata or {}) if live else about.get("session_metadata"),
+                display_name=live.info.display_name if live else about.get("display_name"),
+            )
+
+        return _future(session)
+
+    async def get_session_async(self, session_id: str, access_scope: Scope = "owned") -> types.GetSessionResponse:
+        """Await `get_session`."""
+        return await self.get_session(session_id, access_scope)
+
+    def list_sessions(
+        self, limit: int = 20, offset: int = 0, access_scope: Scope = "owned"
+    ) -> tinker.APIFuture[types.ListSessionsResponse]:
+        """Give the ids of the sessions that trained something, newest first, after those that only sample now."""
+        _check_page(limit, offset)
+
+        def sessions() -> types.ListSessionsResponse:
+            live = [key for key, session in self._live().items() if session.samplers]
+            known = dict.fromkeys([*live, *(about["session_id"] for _, about in self._runs())])
+            return types.ListSessionsResponse(sessions=list(known)[offset:][:limit])
+
+        return _future(sessions)
+
+    async def list_sessions_async(
+        self, limit: int = 20, offset: int = 0, access_scope: Scope = "owned"
+    ) -> types.ListSessionsResponse:
+        """Await `list_sessions`."""
+        return await self.list_sessions(limit, offset, access_scope)
+
+    def get_sampler(self, sampler_id: str) -> tinker.APIFuture[types.GetSamplerResponse]:
+        """Give what a sampler of this process serves."""
+
+        def sampler() -> types.GetSamplerResponse:
+            for session in self._live().values():
+                if (info := session.samplers.get(sampler_id)) is not None:
+                    return types.GetSamplerResponse(
+                        sampler_id=sampler_id, base_model=info.base_model, model_path=info.model_path
+                    )
+            raise NotFoundError(f"there is no sampler {sampler_id!r} in this process; make one again from its path.")
+
+        return _future(sampler)
+
+    async def get_sampler_async(self, sampler_id: str) -> types.GetSamplerResponse:
+        """Await `get_sampler`."""
+        return await self.get_sampler(sampler_id)
+
+    def _run(self, run_id: str) -> types.TrainingRun:
+        store = self._session.store
+        return catalogue.training_run(run_id, catalogue.known_run(store, run_id), store.list(run_id))
+
+    def _runs(self) -> list[tuple[str, dict[str, Any]]]:
+        return sorted(self._session.store.runs(), key=lambda item: item[1]["created"], reverse=True)
+
+    def _checkpoints(self, run_id: str | None) -> list[types.Checkpoint]:
+        records = sorted(self._session.store.list(run_id), key=lambda record: record.created, reverse=True)
+        return [catalogue.checkpoint(record) for record in records]
+
+    def _live(self) -> dict[str, Session]:
+        home: Path = self._session.state_dir
+        return {key: session for key, session in live_sessions.items() if session.state_dir == home}
+
+
+def _future(work: Callable[[], Any]) -> LocalFuture[Any]:
+    return LocalFuture(background(work, "rest"))
+
+
+def _model(name: str) -> types.SupportedModel:
+    # Imported here: reading a config needs the model registry, and with it jax.
+    from jax_client.weights.load import read_config
+
+    context = None
+    # A model that cannot be read is listed all the same: creating a client says what is wrong with it.
+    with contextlib.suppress(JaxClientError, OSError):
+        context = read_config(resolve(name)).max_context
+    return types.SupportedModel(model_name=name, max_context_length=context, trainable=True, sampleable=True)
+
+
+def _cursor(limit: int, offset: int, total: int) -> types.Cursor:
+    return types.Cursor(limit=limit, offset=offset, total_count=total)
+
+
+def _check_page(limit: Any, offset: Any) -> None:
+    for field, value, least in (("limit", limit, 1), ("offset", offset, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise BadRequestError(f"{field} is {value!r}; give an integer of at least {least}.")
+
+
+_REFUSED = {
+    "get_external_weights_urls": "adapters are not exported in this release",
+    "publish_checkpoint_from_tinker_path": "checkpoints of this machine are not published",
+    "unpublish_checkpoint_from_tinker_path": "checkpoints of this machine are not published",
+    "set_checkpoint_ttl_from_tinker_path": "give ttl_seconds when saving",
+    "copy_weights": "all projects of this machine share its checkpoints, use the path as it is",
+    "assign_session_project": "give project_id to the ServiceClient",
+    "export_session_trace": "sessions are not traced",
+    "search_sessions": "use list_sessions",
+    "whoami": "there are no accounts on this machine",
+    "get_audit_log": "there is no organisation on this machine",
+    "get_billing_usage": "nothing is billed on this machine",
+    "get_current_checkpoint_storage_usage": "use list_user_checkpoints, which gives size_bytes",
+}
+
+
+def _refusal(name: str, reason: str) -> Callable[..., Any]:
+    """Return a method with the SDK's signature that raises UnsupportedError."""
+    template = getattr(tinker.RestClient, name)
+    message = f"RestClient.{name} is not served in-process: {reason}."
+
+    def refuse(self: RestClient, *args: Any, **kwargs: Any) -> Any:
+        raise bind(UnsupportedError(message))
+
+    async def refuse_async(self: RestClient, *args: Any, **kwargs: Any) -> Any:
+        raise bind(UnsupportedError(message))
+
+    method: Any = refuse_async if inspect.iscoroutinefunction(inspect.unwrap(template)) else refuse
+    method.__name__, method.__qualname__ = name, f"RestClient.{name}"
+    method.__doc__ = f"Refuse: {reason}."
+    method.__signature__ = inspect.signature(template)
+    return method
+
+
+for _name, _reason in _REFUSED.items():
+    for _method in (_name, f"{_name}_async"):
+        if hasattr(tinker.RestClient, _method):
+            setattr(RestClient, _method, _refusal(_method, _reason))
+
+stands_for(tinker.RestClient, RestClient)

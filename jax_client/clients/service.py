@@ -1,0 +1,351 @@
+"""Where does a user begin?"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import tinker
+from tinker import types
+from tinker.lib.public_interfaces.custom_loss import trace_loss
+
+from jax_client import torch_bridge
+from jax_client.clients.binding import bind, sdk_errors, stands_for
+from jax_client.clients.custom_loss import register
+from jax_client.clients.futures import LocalFuture
+from jax_client.clients.rest import RestClient
+from jax_client.clients.sampling import BackcompatSamplingClientFuture, SamplingClient, open_sampling_client
+from jax_client.clients.training import BackcompatTrainingClientFuture, TrainingClient, note_access_token
+from jax_client.config import EngineConfig
+from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
+from jax_client.runs import validation
+from jax_client.runs.futures import background
+from jax_client.runs.paths import training_path
+from jax_client.runs.run import create_run, resume_run
+from jax_client.runs.session import Session, SessionInfo
+
+if TYPE_CHECKING:
+    from tinker.lib.retry_handler import RetryConfig
+
+logger = logging.getLogger(__name__)
+
+
+@sdk_errors
+class ServiceClient:
+    """The entry point: makes training and sampling clients on the devices of this machine.
+
+    Constructing it does no work; models are loaded in the background by the first client that needs them, once per
+    process. As a context manager it closes its session at the end of the block.
+
+    Args:
+        user_metadata: kept with every run of this session.
+        project_id: kept with every run, default `$TINKER_PROJECT_ID`.
+        display_name: kept with every run.
+        base_url: of a Tinker server: the SDK's own ServiceClient for that URL is returned. The environment is not
+            asked: without this argument the work is done in this process.
+        api_key: for `base_url`; not needed in-process.
+        default_headers_overrides: for `base_url`; not used in-process.
+        config: engine settings.
+
+    Raises:
+        BadRequestError: `config` together with `base_url`; metadata that are not strings.
+    """
+
+    def __new__(
+        cls,
+        user_metadata: dict[str, str] | None = None,
+        project_id: str | None = None,
+        *,
+        display_name: str | None = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        default_headers_overrides: Mapping[str, str] | None = None,
+        config: EngineConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return a client of this process, or the SDK's for `base_url`."""
+        if base_url is None:
+            return super().__new__(cls)
+        if config is not None:
+            raise bind(BadRequestError("config sets up the engine of this process; leave it out with base_url."))
+        return tinker.ServiceClient(
+            user_metadata,
+            project_id,
+            display_name=display_name,
+            base_url=base_url,
+            api_key=api_key,
+            default_headers_overrides=default_headers_overrides,
+            **kwargs,
+        )
+
+    def __init__(
+        self,
+        user_metadata: dict[str, str] | None = None,
+        project_id: str | None = None,
+        *,
+        display_name: str | None = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        default_headers_overrides: Mapping[str, str] | None = None,
+        config: EngineConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs:
+            # The caller of this method, which is wrapped once to bind its errors.
+            warnings.warn(f"ServiceClient ignores {', '.join(sorted(kwargs))}.", FutureWarning, stacklevel=3)
+        if config is not None and not isinstance(config, EngineConfig):
+            raise BadTypeError(f"config is {type(config).__name__}; give a jax_client.EngineConfig.")
+        if api_key is not None or default_headers_overrides is not None:
+            logger.info("api_key and default_headers_overrides are not used in-process; they belong to base_url.")
+        info = SessionInfo(
+            user_metadata=None if user_metadata is None else validation.user_metadata(user_metadata),
+            project_id=project_id or os.environ.get("TINKER_PROJECT_ID") or None,
+            display_name=display_name,
+        )
+        self._session = Session(config, info)
+
+    def __enter__(self) -> Self:
+        self._session.check_open()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if exc_type is None:
+            self.close("success").result()
+        else:
+            self.close("errored" if issubclass(exc_type, Exception) else "interrupted").result()
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: dict[str, str] | None = None,
+        optimizer: types.OptimizerConfig | None = None,
+    ) -> BackcompatTrainingClientFuture:
+        """Make a fresh LoRA adapter to train.
+
+        Args:
+            base_model: a hub name, a directory, or a GGUF file.
+            rank: 1 to 512.
+            seed: of the initial weights; None draws one.
+            train_mlp: adapt gate, up and down.
+            train_attn: adapt q, k, v and o.
+            train_unembed: adapt the output projection.
+            user_metadata: kept with the run.
+            optimizer: AdamOptimizerConfig or None; others are refused.
+
+        Returns:
+            The future of the client, usable as the client itself.
+        """
+        self._session.check_open()
+        spec = validation.lora_spec(base_model, rank, seed, train_mlp, train_attn, train_unembed)
+        validation.refuse_optimizer(optimizer)
+        about = _metadata(user_metadata)
+        session, run_id = self._session, self._session.new_id("train")
+        creating = background(lambda: create_run(session, run_id, base_model, spec, about), "create")
+        return BackcompatTrainingClientFuture(session.track(creating), TrainingClient)
+
+    async def create_lora_training_client_async(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: dict[str, str] | None = None,
+        optimizer: types.OptimizerConfig | None = None,
+    ) -> TrainingClient:
+        """Await `create_lora_training_client`: gives the client."""
+        return await self.create_lora_training_client(
+            base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata, optimizer
+        )
+
+    def create_training_client_from_state(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: types.OptimizerConfig | None = None,
+    ) -> BackcompatTrainingClientFuture:
+        """Make a new run from saved weights, with the checkpoint's configuration and a fresh optimizer.
+
+        Args:
+            path: of `save_state`.
+            base_model: another name of the same weights, None takes the checkpoint's.
+            user_metadata: kept with the run, None takes the saved run's.
+            weights_access_token: not needed for checkpoints of this machine.
+            optimizer: AdamOptimizerConfig or None; others are refused.
+        """
+        validation.refuse_optimizer(optimizer)
+        method = "create_training_client_from_state"
+        return self._resume(path, base_model, user_metadata, weights_access_token, optimizer=False, method=method)
+
+    async def create_training_client_from_state_async(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: types.OptimizerConfig | None = None,
+    ) -> TrainingClient:
+        """Await `create_training_client_from_state`: gives the client."""
+        return await self.create_training_client_from_state(
+            path, base_model, user_metadata, weights_access_token, optimizer
+        )
+
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+    ) -> BackcompatTrainingClientFuture:
+        """Make a new run that goes on exactly where `save_state` was called, optimizer included.
+
+        Arguments as `create_training_client_from_state`.
+        """
+        method = "create_training_client_from_state_with_optimizer"
+        return self._resume(path, base_model, user_metadata, weights_access_token, optimizer=True, method=method)
+
+    async def create_training_client_from_state_with_optimizer_async(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+    ) -> TrainingClient:
+        """Await `create_training_client_from_state_with_optimizer`: gives the client."""
+        return await self.create_training_client_from_state_with_optimizer(
+            path, base_model, user_metadata, weights_access_token
+        )
+
+    def _resume(
+        self, path: Any, base_model: Any, user_metadata: Any, token: str | None, *, optimizer: bool, method: str
+    ) -> BackcompatTrainingClientFuture:
+        self._session.check_open()
+        note_access_token(token)
+        saved, about = training_path(path, method), _metadata(user_metadata)
+        if base_model is not None and not (isinstance(base_model, str) and base_model.strip()):
+            raise BadRequestError(f"base_model is {base_model!r}; give a name, or None for the checkpoint's own.")
+        session, run_id = self._session, self._session.new_id("train")
+        creating = background(
+            lambda: resume_run(session, run_id, saved, base_model, about, optimizer=optimizer), "resume"
+        )
+        return BackcompatTrainingClientFuture(session.track(creating), TrainingClient)
+
+    def create_sampling_client(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: RetryConfig | None = None,
+        record_stability_info: bool = False,
+    ) -> BackcompatSamplingClientFuture:
+        """Make a client to sample from saved weights or from a base model; give one of the two.
+
+        Args:
+            model_path: `tinker://RUN/sampler_weights/NAME`, of `save_weights_for_sampler`.
+            base_model: a hub name, a directory, or a GGUF file.
+            retry_config: not needed in-process.
+            record_stability_info: must be False.
+        """
+        return open_sampling_client(self._session, model_path, base_model, record_stability_info)
+
+    async def create_sampling_client_async(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: RetryConfig | None = None,
+        record_stability_info: bool = False,
+    ) -> SamplingClient:
+        """Await `create_sampling_client`: gives the client."""
+        return await self.create_sampling_client(model_path, base_model, retry_config, record_stability_info)
+
+    def create_custom_loss(
+        self, fn: tinker.PerDatumLossFn, input_ranks: Mapping[str, types.CustomLossInputRank]
+    ) -> tinker.APIFuture[tinker.LossHandle]:
+        """Trace a per-datum torch loss for `forward_backward_custom`; it runs on this machine.
+
+        Args:
+            fn: from `logprobs` and the named loss_fn_inputs to (loss, {"custom/NAME:sum" or ":mean": tensor}).
+            input_ranks: the rank of each parameter, `logprobs` included.
+
+        Raises:
+            ImportError: torch is not installed.
+            ValueError: torch.fx cannot trace it, or this session has the same loss already.
+        """
+        self._session.check_open()
+        torch_bridge.require_torch()
+        handle = register(trace_loss(fn, input_ranks, self._session.session_id), self._session.loss_keys)
+        return LocalFuture.of(handle)
+
+    def copy_weights(
+        self, path: str, *, ttl_seconds: int | None = None, weights_access_token: str | None = None
+    ) -> tinker.APIFuture[str]:
+        """Refuse: there are no other projects to copy to or from.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            "ServiceClient.copy_weights is not served in-process: all projects of this machine share its checkpoints, "
+            "use the path as it is."
+        )
+
+    def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
+        """Return the models that are known on this machine; others load by their hub name."""
+        return self.create_rest_client().get_server_capabilities().result()
+
+    async def get_server_capabilities_async(self) -> types.GetServerCapabilitiesResponse:
+        """Return `get_server_capabilities()`."""
+        return await self.create_rest_client().get_server_capabilities()
+
+    def create_rest_client(self) -> RestClient:
+        """Return a client for listing and deleting runs and checkpoints of this session's state directory."""
+        self._session.check_open()
+        return RestClient(self._session)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what "auto" chose and what is loaded: model, mesh, dtype, memory by kind, compiled programs.
+
+        Only models that have finished loading are described: `engines` has one entry for each, and the newest one's
+        entries are also at the top level.
+        """
+        return self._session.describe()
+
+    def get_console_url(self) -> str:
+        """Return where this session's checkpoints live; there is no web console in-process."""
+        return self._session.state_dir.as_uri()
+
+    def get_telemetry(self) -> None:
+        """Return None: nothing is reported to anyone."""
+
+    def close(
+        self, status: Literal["success", "errored", "interrupted"], detail: str | None = None
+    ) -> tinker.APIFuture[None]:
+        """Finish the requests in flight, then unload the models. Later calls raise; closing again does nothing.
+
+        Args:
+            status: "success", "errored" or "interrupted".
+            detail: shown to whoever uses the session later.
+        """
+        if status not in ("success", "errored", "interrupted"):
+            raise BadRequestError(f"status is {status!r}; choose 'success', 'errored' or 'interrupted'.")
+        return LocalFuture(self._session.close(status, detail))
+
+
+stands_for(tinker.ServiceClient, ServiceClient)
+
+
+def _metadata(value: Any) -> dict[str, str] | None:
+    return None if value is None else validation.user_metadata(value)

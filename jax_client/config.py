@@ -1,0 +1,79 @@
+"""Which engine settings can a user choose?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from jax_client.errors import BadRequestError
+
+DType = Literal["auto", "bfloat16", "float32"]
+Remat = Literal["auto", "full", "none"]
+MESH_AXES = ("data", "fsdp", "sequence", "expert", "tensor")
+
+
+def default_state_dir() -> Path:
+    """Return where checkpoints live: `$JAX_CLIENT_HOME`, else `jax_client` under the XDG state directory."""
+    if home := os.environ.get("JAX_CLIENT_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "jax_client"
+
+
+def default_compilation_cache_dir() -> Path:
+    """Return where compiled programs are kept between processes, under the XDG cache directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_client" / "xla"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Settings of the engine behind a `ServiceClient`. What "auto" chose is shown by `ServiceClient.describe()`.
+
+    Attributes:
+        dtype: storage and matmul operand type of the frozen weights. "auto" takes bfloat16 where its matmul is faster
+            on this device (probed), else float32. "float32" also raises every dot to full float32 precision.
+        mesh: "auto" (all devices on "fsdp"), or sizes by axis, such as {"fsdp": 4, "tensor": 2}; the axes are
+            data, fsdp, sequence, expert, tensor, those left out have size 1, sequence and expert stay 1.
+        max_tokens_per_micro_batch: ceiling of the tokens computed at once in a training pass; None chooses by memory.
+        remat: "none" keeps every layer's activations for the backward pass, "full" only each layer's input and
+            recomputes the rest; "auto" takes "none" where the activations fit.
+        state_dir: checkpoints and their catalogue; None is `default_state_dir()`.
+        compilation_cache_dir: compiled programs, kept between processes; None is `default_compilation_cache_dir()`,
+            "" turns the cache off.
+
+    Raises:
+        BadRequestError: a field has a value outside its range; the message names both.
+    """
+
+    dtype: DType = "auto"
+    mesh: Literal["auto"] | Mapping[str, int] = "auto"
+    max_tokens_per_micro_batch: int | None = None
+    remat: Remat = "auto"
+    state_dir: str | os.PathLike[str] | None = None
+    compilation_cache_dir: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(DType):
+            raise BadRequestError(f"EngineConfig.dtype is {self.dtype!r}; choose one of {', '.join(get_args(DType))}.")
+        if self.remat not in get_args(Remat):
+            raise BadRequestError(f"EngineConfig.remat is {self.remat!r}; choose one of {', '.join(get_args(Remat))}.")
+        tokens = self.max_tokens_per_micro_batch
+        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 16):
+            raise BadRequestError(
+                f"EngineConfig.max_tokens_per_micro_batch is {tokens!r}; give an integer of at least 16, or None."
+            )
+        if self.mesh == "auto":
+            return
+        if not isinstance(self.mesh, Mapping):
+            raise BadRequestError(f"EngineConfig.mesh is {self.mesh!r}; give 'auto' or a mapping of axis sizes.")
+        for axis, size in self.mesh.items():
+            if axis not in MESH_AXES:
+                raise BadRequestError(f"EngineConfig.mesh has an axis {axis!r}; the axes are {', '.join(MESH_AXES)}.")
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise BadRequestError(f"EngineConfig.mesh[{axis!r}] is {size!r}; give an integer of at least 1.")
+            if axis in ("sequence", "expert") and size != 1:
+                raise BadRequestError(
+                    f"EngineConfig.mesh[{axis!r}] is {size}; this axis stays 1 so far. Use data, fsdp and tensor."
+                )

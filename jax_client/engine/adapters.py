@@ -1,0 +1,141 @@
+"""What is an adapter on the device, how does it start, and how does it become host arrays and back?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jax_client.engine.requests import AdapterState, LoraSpec
+from jax_client.errors import BadRequestError
+from jax_client.models.config import ModelConfig
+from jax_client.models.decoder import LoRAParam
+from jax_client.sharding import sharding_for
+
+Weights = dict[str, Any]
+
+
+@dataclass(slots=True, eq=False)
+class Adapter:
+    """A trainable adapter: its weights, Adam's moments, the gradient accumulated so far, and the step count.
+
+    Arrays are replaced and never donated, so a failed program leaves the adapter as it was and a snapshot is a reference.
+    """
+
+    spec: LoraSpec
+    weights: Weights
+    mu: Weights
+    nu: Weights
+    step: int = 0
+    grads: Weights | None = None
+    skipped_in_a_row: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Snapshot:
+    """Immutable adapter weights to sample from."""
+
+    spec: LoraSpec
+    weights: Weights
+
+
+def _shapes(c: ModelConfig, spec: LoraSpec) -> dict[str, dict[str, dict[str, tuple[Any, Any, int]]]]:
+    """Return {"layers" | "unembed": {module: {"A" | "B": (shape, axes, fan_in)}}}."""
+    L, D, F, K, G, H, R = c.n_layers, c.d_model, c.d_ff, c.n_kv_heads, c.group, c.head_dim, spec.rank
+    into = ((L, R, D), (None, None, "embed"), D)
+    out_D, out_F = ((L, R, D), (None, None, "embed"), 0), ((L, R, F), (None, None, "ffw"), 0)
+    q_heads, kv_heads = (None, None, "kv_heads", None, None), (None, None, "kv_heads", None)
+    layers: dict[str, Any] = {}
+    if spec.train_attn:
+        layers["q"] = {"A": into, "B": ((L, R, K, G, H), q_heads, 0)}
+        layers["k"] = {"A": into, "B": ((L, R, K, H), kv_heads, 0)}
+        layers["v"] = {"A": into, "B": ((L, R, K, H), kv_heads, 0)}
+        layers["o"] = {"A": ((L, R, K, G, H), q_heads, K * G * H), "B": out_D}
+    if spec.train_mlp:
+        layers["gate"] = {"A": into, "B": out_F}
+        layers["up"] = {"A": into, "B": out_F}
+        layers["down"] = {"A": ((L, R, F), (None, None, "ffw"), F), "B": out_D}
+    unembed: dict[str, Any] = {}
+    if spec.train_unembed:
+        unembed = {"A": ((R, D), (None, "embed"), D), "B": ((R, c.vocab_size), (None, "vocab"), 0)}
+    return {"layers": layers, "unembed": unembed}
+
+
+def _is_entry(node: Any) -> bool:
+    return isinstance(node, tuple)
+
+
+def shardings(c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:
+    """Return the sharding of every adapter array."""
+    return jax.tree.map(lambda e: sharding_for(e[1], e[0], mesh), _shapes(c, spec), is_leaf=_is_entry)
+
+
+class LoRA(nnx.Module):
+    """The adapter's parameters as a Flax module: A uniform in ±1/√fan_in (as peft), B zero, float32."""
+
+    def __init__(self, c: ModelConfig, spec: LoraSpec, key: jax.Array):
+        entries, treedef = jax.tree.flatten(_shapes(c, spec), is_leaf=_is_entry)
+
+        def start(entry: tuple[Any, Any, int], key: jax.Array) -> LoRAParam:
+            shape, axes, fan_in = entry
+            value = jnp.zeros(shape)
+            if fan_in:
+                bound = fan_in**-0.5
+                value = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+            return LoRAParam(value, axes=axes)
+
+        keys = jax.random.split(key, len(entries))
+        self.modules = nnx.data(jax.tree.unflatten(treedef, [start(e, k) for e, k in zip(entries, keys, strict=True)]))
+
+
+def initial_weights(c: ModelConfig, spec: LoraSpec, seed: jax.Array) -> Weights:
+    """Return the initial weights as a plain tree; the same for a seed on any mesh."""
+    state = nnx.state(LoRA(c, spec, jax.random.key(seed)), LoRAParam)
+    return {"layers": {}, "unembed": {}} | nnx.to_pure_dict(state)["modules"]  # nnx leaves empty parts out
+
+
+def flatten(weights: Weights) -> dict[str, Any]:
+    """Return the arrays under flat names: "q.A", ..., "unembed.B"."""
+    flat = {f"{m}.{ab}": a for m, pair in weights["layers"].items() for ab, a in pair.items()}
+    return flat | {f"unembed.{ab}": a for ab, a in weights["unembed"].items()}
+
+
+def unflatten(flat: Any, c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:
+    """Put flat host arrays onto the mesh.
+
+    Raises:
+        BadRequestError: a name or a shape is not that of this model with this configuration.
+    """
+    shapes = _shapes(c, spec)
+    expected = {name: tuple(entry[0]) for name, entry in flatten(shapes).items()}
+    found = {name: tuple(np.shape(array)) for name, array in flat.items()}
+    if expected != found:
+        names = [n for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n)]
+        wrong = [f"{n}: {found.get(n)} instead of {expected.get(n)}" for n in names]
+        raise BadRequestError(
+            f"the saved adapter does not fit this model: {len(wrong)} arrays differ, {'; '.join(wrong[:5])}. Load it "
+            "into a client with the base model, rank and train_* settings that it was saved with."
+        )
+    place = flatten(shardings(c, spec, mesh))
+    put = {name: jax.device_put(np.asarray(flat[name], np.float32), place[name]) for name in expected}
+    return _nest(put)
+
+
+def _nest(flat: dict[str, Any]) -> Weights:
+    tree: Weights = {"layers": {}, "unembed": {}}
+    for name, array in flat.items():
+        module, part = name.split(".")
+        owner = tree["unembed"] if module == "unembed" else tree["layers"].setdefault(module, {})
+        owner[part] = array
+    return tree
+
+
+def to_state(spec: LoraSpec, step: int, weights: Weights, mu: Weights | None, nu: Weights | None) -> AdapterState:
+    """Fetch an adapter to the host. Blocks; call it off the dispatch thread."""
+    host = [None if tree is None else jax.device_get(flatten(tree)) for tree in (weights, mu, nu)]
+    return AdapterState(spec=spec, step=step, weights=host[0] or {}, mu=host[1], nu=host[2])

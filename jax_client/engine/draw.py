@@ -1,0 +1,90 @@
+"""How is the next token drawn? Temperature, then top-k, then top-p, then one uniform number per row.
+
+No sort: the logit at which top-k or top-p cuts is found by bisection over the ordered bit patterns of float32, exact in
+32 counting passes, and the draw inverts the cumulative distribution in two levels. (key, index of the token in its row)
+alone decide the uniform number, so batch mates do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+GROUP = 256  # first level of the cumulative sum
+
+
+def draw_tokens(
+    logits_BV: jax.Array,
+    key_B2: jax.Array,
+    index_B: jax.Array,
+    temperature_B: jax.Array,
+    top_k_B: jax.Array,
+    top_p_B: jax.Array,
+) -> jax.Array:
+    """Return one token id per row, int32 (B,).
+
+    Args:
+        logits_BV: float32.
+        key_B2: uint32 raw keys, one per row.
+        index_B: int32, how many tokens the row has drawn.
+        temperature_B: 0 takes the likeliest token.
+        top_k_B: keep the k largest logits, and ties with the k-th; -1 keeps all.
+        top_p_B: keep the smallest set of likeliest tokens with at least this probability, and ties with its last; 1
+            keeps all.
+    """
+    greedy_B = temperature_B <= 0
+    scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, temperature_B)[:, None]
+    filtered = jnp.any(((top_k_B > 0) | (top_p_B < 1)) & ~greedy_B)
+    kept_BV = jax.lax.cond(filtered, _truncate, lambda s, k, p: s, scaled_BV, top_k_B, top_p_B)
+    p_BV = jnp.exp(kept_BV - jnp.max(kept_BV, axis=-1, keepdims=True))
+    drawn_B = jax.lax.cond(jnp.all(greedy_B), lambda: jnp.zeros_like(index_B), lambda: _invert(p_BV, key_B2, index_B))
+    return jnp.where(greedy_B, jnp.argmax(logits_BV, axis=-1), drawn_B).astype(jnp.int32)
+
+
+def _truncate(scaled_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    V = scaled_BV.shape[-1]
+    order_BV = _order(scaled_BV)
+    k_B = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, V), V)
+    cut_B = _largest_cut(lambda cut: jnp.sum(order_BV >= cut[:, None], axis=-1) >= k_B, k_B.shape)
+    kept_BV = jnp.where(order_BV >= cut_B[:, None], scaled_BV, -jnp.inf)
+    p_BV = jax.nn.softmax(kept_BV, axis=-1)
+    enough_B = jnp.minimum(top_p_B, 1.0)
+    mass = lambda cut: jnp.sum(jnp.where(order_BV >= cut[:, None], p_BV, 0.0), axis=-1)  # noqa: E731
+    cut_B = _largest_cut(lambda cut: mass(cut) >= enough_B, k_B.shape)
+    return jnp.where((order_BV >= cut_B[:, None]) | (top_p_B >= 1)[:, None], kept_BV, -jnp.inf)
+
+
+def _order(x: jax.Array) -> jax.Array:
+    """Map float32 to int32 with the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _largest_cut(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    """Return the largest int32 for which `holds` (true below some point, false above it) is true, else the smallest."""
+    least = jnp.full(shape, jnp.iinfo(jnp.int32).min)
+    cut = jnp.where(holds(jnp.zeros(shape, jnp.int32)), 0, least)  # the sign first: 2**31 does not fit
+
+    def step(i: jax.Array, cut: jax.Array) -> jax.Array:
+        higher = cut + (1 << (30 - i))
+        return jnp.where(holds(higher), higher, cut)
+
+    return jax.lax.fori_loop(0, 31, step, cut)
+
+
+def _invert(p_BV: jax.Array, key_B2: jax.Array, index_B: jax.Array) -> jax.Array:
+    """Return the first token whose cumulative weight exceeds u x total, u uniform in [0, 1)."""
+    B, V = p_BV.shape
+    keys = jax.vmap(lambda k, i: jax.random.fold_in(jax.random.wrap_key_data(k), i))(key_B2, index_B)
+    u_B = jax.vmap(jax.random.uniform)(keys)
+    p_BgG = jnp.pad(p_BV, ((0, 0), (0, -V % GROUP))).reshape(B, -1, GROUP)
+    upto_Bg = jnp.cumsum(jnp.sum(p_BgG, axis=-1), axis=-1)
+    goal_B = u_B * upto_Bg[:, -1]
+    group_B = jnp.sum(upto_Bg <= goal_B[:, None], axis=-1)
+    before_B = jnp.where(group_B > 0, jnp.take_along_axis(upto_Bg, jnp.maximum(group_B - 1, 0)[:, None], 1)[:, 0], 0.0)
+    p_BG = jnp.take_along_axis(p_BgG, group_B[:, None, None], axis=1)[:, 0]
+    within_B = jnp.sum(jnp.cumsum(p_BG, axis=-1) <= (goal_B - before_B)[:, None], axis=-1)
+    last_B = GROUP - 1 - jnp.argmax(p_BG[:, ::-1] > 0, axis=-1)  # rounding may run past the group's last weight
+    return group_B * GROUP + jnp.minimum(within_B, last_B)

@@ -1,0 +1,296 @@
+"""What can one base model on one mesh be asked to do? The engine's whole surface.
+
+Every method returns a future at once; the work runs as tasks of the dispatcher. A task commits its result to the
+adapter only after the device has finished it, so a failed request leaves the adapter as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_client.config import EngineConfig, default_compilation_cache_dir
+from jax_client.engine import adapters, memory
+from jax_client.engine.adapters import Adapter, Snapshot
+from jax_client.engine.compiled import CompileRecord, Program, enable_compilation_cache
+from jax_client.engine.dispatch import Dispatcher, Lane, Task
+from jax_client.engine.faults import named_error
+from jax_client.engine.requests import (
+    AdamSettings,
+    AdapterState,
+    CustomLoss,
+    GenerationRequest,
+    GenerationResult,
+    LoraSpec,
+    LossSpec,
+    Sequence,
+    TrainResult,
+)
+from jax_client.engine.sampler import Sampler
+from jax_client.engine.trainer import Trainer
+from jax_client.errors import RequestFailedError
+from jax_client.models.transformer import Remat
+from jax_client.sharding import check_mesh_divides, make_mesh, replicated
+from jax_client.weights.load import load_params, read_config
+from jax_client.weights.source import ModelSource
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class Engine:
+    """One base model on one mesh: its frozen weights, compiled programs, and the thread that launches them.
+
+    Args:
+        source: where the model's files are.
+        settings: as the user gave them; "auto" values are chosen here and shown by `describe()`.
+
+    Raises:
+        BadRequestError: the model or the settings cannot be served; see `weights/` and `sharding`.
+    """
+
+    def __init__(self, source: ModelSource, settings: EngineConfig):
+        cache = settings.compilation_cache_dir
+        if cache != "":
+            enable_compilation_cache(default_compilation_cache_dir() if cache is None else cache)
+        self.source = source
+        self.model = read_config(source)
+        self.mesh = make_mesh(settings.mesh)
+        check_mesh_divides(self.mesh, n_kv_heads=self.model.n_kv_heads, d_ff=self.model.d_ff)
+        device = self.mesh.devices.flat[0]
+        auto_dtype = settings.dtype == "auto"
+        self.dtype = memory.faster_matmul_dtype(device) if auto_dtype else jnp.dtype(settings.dtype)
+        self.params = load_params(source, self.model, self.dtype, self.mesh)
+        self._log: list[CompileRecord] = []
+        self._adapters: list[Adapter] = []
+        tokens = settings.max_tokens_per_micro_batch or memory.choose_micro_batch_tokens(device)
+        free = memory.available_bytes(device)
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        chosen = memory.choose_remat(self.model, self.dtype, tokens // ways, free)
+        remat: Remat = chosen if settings.remat == "auto" else settings.remat
+        self.trainer = Trainer(
+            self.params, self.model, self.dtype, self.mesh, self._log, max_tokens=tokens, remat=remat
+        )
+        self.sampler = Sampler(self.params, self.model, self.dtype, self.mesh, self._log, self.trainer)
+        self._initial = Program("initial_adapter", self._initial_weights, self._log)
+        self._dispatcher = Dispatcher("jax_client")
+        self._sampling_lane = Lane()
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of a sequence."""
+        return self.model.max_context
+
+    def open_lane(self) -> Lane:
+        """Return a queue for one client: its requests run in order, lanes take turns."""
+        return Lane()
+
+    def create_adapter(self, lane: Lane, spec: LoraSpec) -> Future[Adapter]:
+        """Make an adapter with fresh weights and optimizer."""
+
+        def task() -> Task[Adapter]:
+            weights = self._initial(self._put(np.uint32(spec.seed & 0xFFFFFFFF)), spec=spec)
+            return (yield from self._settle(self._new_adapter(spec, 0, weights, None, None)))
+
+        return self._submit(lane, task())
+
+    def forward(
+        self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: LossSpec
+    ) -> Future[TrainResult]:
+        """Score sequences; no gradient."""
+        prepared = self._elsewhere(self.trainer.prepare, sequences, loss)
+        return self._submit(lane, self.trainer.forward_task(adapter, sequences, loss, prepared))
+
+    def forward_backward(
+        self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: LossSpec
+    ) -> Future[TrainResult]:
+        """Add the gradient of the summed loss to the adapter's accumulated gradient."""
+        prepared = self._elsewhere(self.trainer.prepare, sequences, loss)
+        return self._submit(lane, self.trainer.forward_backward_task(adapter, sequences, loss, prepared))
+
+    def forward_backward_custom(
+        self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: CustomLoss
+    ) -> Future[TrainResult]:
+        """As `forward_backward` with a loss that runs on the host, on a thread of its own."""
+        prepared = self._elsewhere(self.trainer.prepare, sequences, None)
+        return self._submit(lane, self.trainer.custom_task(adapter, sequences, loss, prepared))
+
+    def optim_step(self, lane: Lane, adapter: Adapter, settings: AdamSettings) -> Future[dict[str, float]]:
+        """Apply one AdamW step with the accumulated gradient, and clear it.
+
+        A gradient that is not finite is dropped without an update and reported as `skipped_nonfinite:sum`.
+        """
+
+        def task() -> Task[dict[str, float]]:
+            if adapter.grads is None:
+                raise RequestFailedError(
+                    f"optim_step: there are no gradients since step {adapter.step}. Call forward_backward (and check "
+                    "that it succeeded) before each optim_step.",
+                    category="user",
+                )
+            new, metrics = yield from self.trainer.optim_step(adapter, settings)
+            adapter.grads = None
+            if not metrics["finite"]:
+                adapter.skipped_in_a_row += 1
+                logger.warning("optim_step: the gradient is not finite; step %d was skipped", adapter.step + 1)
+                if adapter.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                    raise RequestFailedError(
+                        f"optim_step: the gradients of {adapter.skipped_in_a_row} steps in a row were not finite; the "
+                        f"weights are those of step {adapter.step}. Lower the learning rate or look at the data, and "
+                        "load the last good checkpoint.",
+                        category="user",
+                    )
+                return {"skipped_nonfinite:sum": 1.0, "learning_rate:mean": settings.learning_rate}
+            adapter.weights, adapter.mu, adapter.nu = new
+            adapter.step += 1
+            adapter.skipped_in_a_row = 0
+            return {
+                "grad_norm:mean": float(metrics["grad_norm"]),
+                "update_norm:mean": float(metrics["update_norm"]),
+                "learning_rate:mean": settings.learning_rate,
+                "step:max": float(adapter.step),
+            }
+
+        return self._submit(lane, task())
+
+    def snapshot(self, lane: Lane, adapter: Adapter) -> Future[Snapshot]:
+        """Return the adapter's weights as of this place in its lane. Arrays are immutable: nothing is copied."""
+
+        def task() -> Task[Snapshot]:
+            return Snapshot(spec=adapter.spec, weights=adapter.weights)
+            yield
+
+        return self._submit(lane, task())
+
+    def read_state(self, lane: Lane, adapter: Adapter, optimizer: bool) -> Future[AdapterState]:
+        """Fetch the adapter to the host, with Adam's moments if asked."""
+
+        def task() -> Task[AdapterState]:
+            moments = (adapter.mu, adapter.nu) if optimizer else (None, None)
+            return (yield partial(adapters.to_state, adapter.spec, adapter.step, adapter.weights, *moments))
+
+        return self._submit(lane, task())
+
+    def load_adapter(self, lane: Lane, state: AdapterState) -> Future[Adapter]:
+        """Make an adapter from a saved state; a fresh optimizer where the state has no moments."""
+
+        def task() -> Task[Adapter]:
+            return (yield from self._settle(self._from_state(state)))
+
+        return self._submit(lane, task())
+
+    def restore_state(self, lane: Lane, adapter: Adapter, state: AdapterState) -> Future[None]:
+        """Replace the adapter's weights and optimizer by a saved state; accumulated gradients are dropped."""
+
+        def task() -> Task[None]:
+            loaded = yield from self._settle(self._from_state(state))
+            adapter.weights, adapter.mu, adapter.nu = loaded.weights, loaded.mu, loaded.nu
+            adapter.step, adapter.grads, adapter.skipped_in_a_row = loaded.step, None, 0
+
+        return self._submit(lane, task())
+
+    def load_snapshot(self, lane: Lane, state: AdapterState) -> Future[Snapshot]:
+        """Put saved weights on the device, to sample from."""
+
+        def task() -> Task[Snapshot]:
+            weights = adapters.unflatten(state.weights, self.model, state.spec, self.mesh)
+            return (yield from self._settle(Snapshot(spec=state.spec, weights=weights)))
+
+        return self._submit(lane, task())
+
+    def generate(self, lane: Lane, snapshot: Snapshot | None, request: GenerationRequest) -> Future[GenerationResult]:
+        """Sample from, or score, a prompt with a snapshot's weights, or the base model's for None.
+
+        Requests that wait at the same time for the same weights run as one batch. `lane` keeps the signature of the
+        other operations; sampling has one lane of its own.
+        """
+        del lane
+        future = self.sampler.enqueue(snapshot, request)
+        self._submit(self._sampling_lane, self.sampler.batch_task())
+        return future
+
+    def describe(self) -> dict[str, Any]:
+        """Return the model, the mesh, every value that "auto" chose, memory by kind and the compiled programs."""
+        device = self.mesh.devices.flat[0]
+        size = partial(jax.tree.reduce, lambda total, a: total + a.nbytes, initializer=0)
+        moments = [(a.mu, a.nu) for a in self._adapters]
+        return {
+            "model": {"name": self.source.name, "path": str(self.source.path), "family": self.model.family},
+            "device": {"platform": device.platform, "kind": device.device_kind, "count": self.mesh.size},
+            "mesh": dict(self.mesh.shape),
+            "dtype": self.dtype.name,
+            "remat": self.trainer.remat,
+            "max_tokens_per_micro_batch": self.trainer.max_tokens,
+            "max_context": self.max_context,
+            "memory_bytes": {
+                "weights": size(self.params),
+                "adapters": size([a.weights for a in self._adapters]),
+                "optimizer": size(moments),
+                "gradients": size([a.grads for a in self._adapters if a.grads is not None]),
+                "activations_per_token": memory.activation_bytes_per_token(
+                    self.model, self.dtype, self.trainer.remat
+                ),
+                "available": memory.available_bytes(device),
+            },
+            "compiled": [{"program": r.program, "shapes": r.shapes, "seconds": r.seconds} for r in list(self._log)],
+        }
+
+    def release(self, adapter: Adapter) -> None:
+        """Forget an adapter; its memory is freed when nothing else refers to it."""
+        if adapter in self._adapters:
+            self._adapters.remove(adapter)
+
+    def close(self) -> None:
+        """Stop the dispatch thread; requests that have not finished fail."""
+        self._dispatcher.close()
+        self.sampler.fail_waiting(RequestFailedError("the engine was closed before this request was carried out."))
+
+    def _initial_weights(self, seed: jax.Array, *, spec: LoraSpec) -> adapters.Weights:
+        weights = adapters.initial_weights(self.model, spec, seed)
+        return jax.lax.with_sharding_constraint(weights, adapters.shardings(self.model, spec, self.mesh))
+
+    def _new_adapter(
+        self, spec: LoraSpec, step: int, weights: adapters.Weights, mu: Any, nu: Any
+    ) -> Adapter:
+        zeros = lambda: jax.tree.map(jnp.zeros_like, weights)  # noqa: E731
+        adapter = Adapter(spec=spec, weights=weights, mu=mu or zeros(), nu=nu or zeros(), step=step)
+        self._adapters.append(adapter)
+        return adapter
+
+    def _from_state(self, state: AdapterState) -> Adapter:
+        put = lambda flat: adapters.unflatten(flat, self.model, state.spec, self.mesh)  # noqa: E731
+        moments = (None, None) if state.mu is None or state.nu is None else (put(state.mu), put(state.nu))
+        return self._new_adapter(state.spec, state.step if moments[0] else 0, put(state.weights), *moments)
+
+    def _settle(self, value: T) -> Generator[Callable[[], Any], Any, T]:
+        """Wait, off the dispatch thread, until the arrays of an adapter or snapshot exist."""
+        arrays = [getattr(value, name) for name in ("weights", "mu", "nu") if hasattr(value, name)]
+        yield partial(jax.block_until_ready, arrays)
+        return value
+
+    def _put(self, array: np.ndarray | np.generic) -> jax.Array:
+        return jax.device_put(array, replicated(self.mesh))
+
+    def _elsewhere(self, fn: Callable[..., T], *args: Any) -> Future[T]:
+        return self._dispatcher.workers.submit(fn, *args)
+
+    def _submit(self, lane: Lane, task: Task[T]) -> Future[T]:
+        return self._dispatcher.submit(lane, _with_named_errors(task))
+
+
+def _with_named_errors(task: Task[T]) -> Task[T]:
+    try:
+        return (yield from task)
+    except BaseException as error:
+        named = named_error(error)
+        if named is error:
+            raise
+        raise named from error

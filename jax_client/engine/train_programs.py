@@ -1,0 +1,125 @@
+"""What runs on the device in a training pass? Forward, loss, backward and optimizer step, as compiled programs.
+
+Built-in and custom losses share the path: forward gives logprobs and what was saved; a loss turns logprobs into
+cotangents; backward turns both into adapter gradients, added to what was accumulated. So the big programs do not
+multiply by loss, and a custom loss costs one forward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jax_client.engine.compiled import CompileRecord, Program, same_place
+from jax_client.losses import registry
+from jax_client.losses.logprob_head import head_backward, head_forward
+from jax_client.models.config import ModelConfig
+from jax_client.models.decoder import output_head_VD
+from jax_client.models.transformer import Remat, backward_pass, context, forward_pass
+
+Weights = dict[str, Any]
+NO_ADAPTER: Weights = {"layers": {}, "unembed": {}}
+
+
+class TrainPrograms:
+    """The compiled programs of one model on one mesh. All of them are pure and donate nothing."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, log: list[CompileRecord]):
+        self._config = config
+        self._dtype = dtype
+        tensor = mesh.shape["tensor"]
+        self._shards = tensor if config.vocab_size % tensor == 0 else 1
+        self.forward = Program("forward", self._forward, log)
+        self.loss = Program("loss", self._loss, log)
+        self.backward = Program("backward", self._backward, log, lambda *args: same_place(args[-1]))
+        self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*same_place(args[:3]), None))
+
+    def _forward(
+        self, params: Any, weights: Weights, batch: dict[str, jax.Array], *, remat: Remat | None
+    ) -> tuple[jax.Array, Any]:
+        """Return logprobs_BTC and what `backward` needs; with remat None, nothing is kept."""
+        c = context(batch["positions_BT"], self._config, self._dtype)
+        h_BTD, saved = forward_pass(
+            params, weights["layers"], batch["tokens_BT"], batch["segments_BT"], c, remat
+        )
+        logprobs_BTC, head_saved = head_forward(
+            h_BTD,
+            output_head_VD(params),
+            weights["unembed"],
+            batch["targets_BTC"],
+            dtype=self._dtype,
+            shards=self._shards,
+            with_backward=remat is not None,
+        )
+        return logprobs_BTC, (saved, head_saved)
+
+    def _backward(
+        self,
+        params: Any,
+        weights: Weights,
+        batch: dict[str, jax.Array],
+        saved: Any,
+        g_BTC: jax.Array,
+        accumulated: Weights,
+        *,
+        remat: Remat,
+    ) -> Weights:
+        """Return the accumulated gradients plus those of d(sum g x logprobs) by the adapter."""
+        layers_saved, head_saved = saved
+        c = context(batch["positions_BT"], self._config, self._dtype)
+        dh_BTD, unembed = head_backward(
+            head_saved,
+            output_head_VD(params),
+            weights["unembed"],
+            batch["targets_BTC"],
+            g_BTC,
+            dtype=self._dtype,
+            shards=self._shards,
+        )
+        layers = backward_pass(params, weights["layers"], batch["segments_BT"], layers_saved, dh_BTD, c, remat)
+        return jax.tree.map(jnp.add, accumulated, {"layers": layers, "unembed": unembed})
+
+    def _loss(
+        self,
+        logprobs_BTC: jax.Array,
+        inputs: dict[str, jax.Array],
+        config: dict[str, jax.Array],
+        real_BTC: jax.Array,
+        *,
+        name: str,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return registry.apply_loss(name, logprobs_BTC, inputs, config, real_BTC)
+
+
+def adamw_step(
+    weights: Weights, mu: Weights, nu: Weights, grads: Weights, step: jax.Array, settings: dict[str, jax.Array]
+) -> tuple[Weights, Weights, Weights, dict[str, jax.Array]]:
+    """Return new weights and moments, and the step's metrics.
+
+    AdamW as torch's: eps outside the root, decoupled decay. Clipping scales the gradient to `grad_clip_norm` where its
+    global norm exceeds it, 0 is off. A gradient that is not finite changes nothing and is reported.
+
+    Args:
+        step: int32, steps taken before this one.
+        settings: float32 scalars under the names of `AdamSettings`.
+    """
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm)
+    limit = settings["grad_clip_norm"]
+    scale = jnp.where(limit > 0, jnp.minimum(1.0, limit / (norm + 1e-6)), 1.0)
+    adam = optax.scale_by_adam(settings["beta1"], settings["beta2"], settings["eps"])
+    state = optax.ScaleByAdamState(count=step, mu=mu, nu=nu)
+    updates, state = adam.update(jax.tree.map(lambda g: g * scale, grads), state)
+    rate, decay = settings["learning_rate"], settings["weight_decay"]
+    delta = jax.tree.map(lambda u, w: -rate * (u + decay * w), updates, weights)
+
+    def keep(new: Weights, old: Weights) -> Weights:
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    new = keep(jax.tree.map(jnp.add, weights, delta), weights)
+    metrics = {"grad_norm": norm, "update_norm": optax.tree.norm(delta), "finite": finite}
+    return new, keep(state.mu, mu), keep(state.nu, nu), metrics

@@ -1,0 +1,71 @@
+"""Which values count as a number of a given range? The checks that every other check is made of."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+
+from jax_client.errors import BadRequestError, BadTypeError
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return `repr(value)`, cut to `limit` characters, for use in a message."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def integer(field: str, value: object, low: int, high: int | None = None, hint: str = "") -> int:
+    """Return `value` as an int in [low, high], None without limit; NumPy integers are fine, bool is not.
+
+    Raises:
+        BadTypeError: it is not an integer.
+        BadRequestError: it is out of range.
+    """
+    advice = f" {hint}" if hint else ""
+    interval = f"of at least {low}" if high is None else f"from {low} to {high}"
+    wanted = f"give an integer {interval}.{advice}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise BadTypeError(f"{field} is {shown(value)} ({type(value).__name__}); {wanted}")
+    number = operator.index(value)
+    if number < low or (high is not None and number > high):
+        raise BadRequestError(f"{field} is {shown(number)}; {wanted}")
+    return number
+
+
+def real(
+    field: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
+    hint: str = "",
+) -> float:
+    """Return `value` as a finite float between the bounds; an open bound is itself refused.
+
+    Raises:
+        BadTypeError: it is not a real number; bool and numeric text are not.
+        BadRequestError: it is NaN, infinite or out of range.
+    """
+    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or math.isinf(high) else ']'}"
+    wanted = f"give a finite number in {interval}." + (f" {hint}" if hint else "")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise BadTypeError(f"{field} is {shown(value)} ({type(value).__name__}); {wanted}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    above = low < number if low_open else low <= number
+    below = number < high if high_open else number <= high
+    if not (math.isfinite(number) and above and below):
+        raise BadRequestError(f"{field} is {shown(value)}; {wanted}")
+    return number
+
+
+def flag(field: str, value: object) -> bool:
+    """Return `value` if it is True or False; raise BadTypeError otherwise."""
+    if not isinstance(value, bool):
+        raise BadTypeError(f"{field} is {shown(value)} ({type(value).__name__}); give True or False.")
+    return value

@@ -1,0 +1,150 @@
+"""Which sampling requests are accepted?"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from tinker import types
+
+from jax_client.engine.requests import GenerationRequest
+from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
+from jax_client.runs.check_numbers import flag, integer, real, shown
+from jax_client.runs.check_settings import MAX_SEED
+from jax_client.runs.check_tokens import text_tokens
+from jax_client.runs.stop_strings import StopStrings
+
+MAX_SAMPLES = 16_384
+MAX_TOPK_PROMPT = 128
+MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 4096
+
+
+def generation(
+    prompt: object,
+    num_samples: object,
+    sampling_params: object,
+    *,
+    include_prompt_logprobs: object = False,
+    topk_prompt_logprobs: object = 0,
+    topk_sample_logprobs: object = 0,
+    target_prompt_logprobs: object = None,
+    prompt_alt_tokens_k: object = 0,
+    prompt_logprobs_last_n: object = None,
+    vocab_size: int,
+    max_context: int,
+    eos_token_ids: Sequence[int],
+    decode: Callable[[list[int]], str],
+) -> GenerationRequest:
+    """Check a sample call. The whole prompt is scored; the caller cuts the answer to `prompt_logprobs_last_n`.
+
+    Args:
+        prompt: ModelInput of text.
+        num_samples: 1 to 16,384.
+        sampling_params: SamplingParams; max_tokens None is the rest of the context, seed None draws one.
+        include_prompt_logprobs: score the prompt.
+        topk_prompt_logprobs: 0 to 128.
+        topk_sample_logprobs: must be 0.
+        target_prompt_logprobs: must be None.
+        prompt_alt_tokens_k: must be 0.
+        prompt_logprobs_last_n: None, or 1 to the prompt's length less one.
+        vocab_size: token ids are below it.
+        max_context: the most tokens of prompt and answer together.
+        eos_token_ids: end a row, unless the stop list is empty or made of ids.
+        decode: from token ids to text, for stop strings.
+
+    Raises:
+        BadTypeError: an argument has the wrong type.
+        UnsupportedError: a feature that is refused by name, or a prompt that is not text.
+        BadRequestError: a value out of range.
+    """
+    tokens_T = text_tokens(prompt, "prompt", vocab_size, max_context)
+    include = flag("include_prompt_logprobs", include_prompt_logprobs)
+    _refuse_other_scores(topk_sample_logprobs, target_prompt_logprobs, prompt_alt_tokens_k)
+    _check_last_n(prompt_logprobs_last_n, include, len(tokens_T))
+    if not isinstance(sampling_params, types.SamplingParams):
+        raise BadTypeError(
+            f"sampling_params is {shown(sampling_params)} ({type(sampling_params).__name__}), expected SamplingParams."
+        )
+    params = sampling_params
+    stop_ids, find_stop = _stops(params.stop, vocab_size, eos_token_ids, decode)
+    top_k = integer("SamplingParams.top_k", params.top_k, -1, 2**31 - 1, "-1 turns it off.")
+    if top_k == 0:
+        raise BadRequestError("SamplingParams.top_k is 0; give 1 or more, or -1 to turn it off.")
+    seed = params.seed
+    return GenerationRequest(
+        tokens_T=tokens_T,
+        num_samples=integer("num_samples", num_samples, 1, MAX_SAMPLES, "Call sample several times for more."),
+        max_tokens=_max_tokens(params.max_tokens, len(tokens_T), max_context),
+        temperature=real("SamplingParams.temperature", params.temperature, 0, hint="0 is greedy."),
+        top_k=-1 if top_k >= vocab_size else top_k,
+        top_p=real("SamplingParams.top_p", params.top_p, 0, 1, low_open=True, hint="1 turns it off."),
+        seed=secrets.randbits(31) if seed is None else integer("SamplingParams.seed", seed, 0, MAX_SEED),
+        stop_ids=stop_ids,
+        find_stop=find_stop,
+        prompt_logprobs=include,
+        topk_prompt=integer("topk_prompt_logprobs", topk_prompt_logprobs, 0, MAX_TOPK_PROMPT, "0 turns it off."),
+    )
+
+
+def _refuse_other_scores(topk_sample: object, target_prompt: object, alt_tokens: object) -> None:
+    for field, value in (("topk_sample_logprobs", topk_sample), ("prompt_alt_tokens_k", alt_tokens)):
+        if integer(field, value, 0, None, "Only 0 is supported.") > 0:
+            raise UnsupportedError(f"{field} is {value}; it is not supported, leave it at 0.")
+    if target_prompt is not None:
+        raise UnsupportedError(
+            "target_prompt_logprobs is not supported; leave it at None. To score a given continuation, append it to "
+            "the prompt and call compute_logprobs."
+        )
+
+
+def _check_last_n(last_n: object, include: bool, length: int) -> None:
+    if last_n is None:
+        return
+    # A prompt of one token has nothing to score; the range check then names 1, the smallest value there is.
+    integer("prompt_logprobs_last_n", last_n, 1, max(1, length - 1), "The first prompt token has no logprob.")
+    if not include:
+        raise BadRequestError(
+            f"prompt_logprobs_last_n is {last_n}, but include_prompt_logprobs is False; "
+            "prompt_logprobs_last_n applies to prompt logprobs; set include_prompt_logprobs=True."
+        )
+
+
+def _max_tokens(value: object, length: int, max_context: int) -> int:
+    wanted = max(1, max_context - length) if value is None else value
+    most = integer("SamplingParams.max_tokens", wanted, 1, None, "None takes the rest of the context.")
+    if length + most > max_context:
+        raise BadRequestError(
+            f"Prompt length plus max_tokens exceeds the model's context window: {length} + {most} > {max_context}. "
+            "Shorten the prompt, or lower SamplingParams.max_tokens; None takes the rest of the context."
+        )
+    return most
+
+
+def _stops(
+    stop: object, vocab_size: int, eos_token_ids: Sequence[int], decode: Callable[[list[int]], str]
+) -> tuple[tuple[int, ...], StopStrings | None]:
+    field = "SamplingParams.stop"
+    if stop is None:
+        return tuple(eos_token_ids), None
+    items = [stop] if isinstance(stop, str) else stop
+    if not isinstance(items, (list, tuple)):
+        raise BadTypeError(
+            f"{field} is {shown(stop)} ({type(stop).__name__}); give text, a list of texts or a list of token ids."
+        )
+    if len(items) > MAX_STOPS:
+        raise BadRequestError(f"{field} has {len(items)} entries; the limit is {MAX_STOPS}.")
+    if all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in items):
+        ids = (integer(f"{field}[{i}]", item, 0, vocab_size - 1, "Token ids.") for i, item in enumerate(items))
+        return tuple(dict.fromkeys(ids)), None
+    for i, item in enumerate(items):
+        if not isinstance(item, str):
+            raise BadTypeError(
+                f"{field}[{i}] is {shown(item)} ({type(item).__name__}); give all entries as text or all as token ids."
+            )
+        if not 1 <= len(item) <= MAX_STOP_CHARACTERS:
+            raise BadRequestError(
+                f"{field}[{i}] has {len(item)} characters; a stop string has 1 to {MAX_STOP_CHARACTERS}."
+            )
+    return tuple(eos_token_ids), StopStrings(stops=tuple(dict.fromkeys(items)), decode=decode)

@@ -1,0 +1,160 @@
+"""Which base models are loaded in this process, and who uses them?
+
+One engine per (weights, engine settings), however many sessions ask for it; it is closed when the last one lets go.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from jax_client.config import EngineConfig
+from jax_client.weights.source import ModelSource, resolve
+
+if TYPE_CHECKING:
+    from jax_client.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+class BaseModel:
+    """A loaded base model: its engine, its identity, and its tokenizer on demand."""
+
+    def __init__(self, source: ModelSource, engine: Engine, fingerprint: str) -> None:
+        self.source = source
+        self.engine = engine
+        self.fingerprint = fingerprint
+        self._tokenizer: Any = None
+        self._lock = threading.Lock()
+
+    def tokenizer(self) -> Any:
+        """Return the model's tokenizer, loaded on first use and then shared."""
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = load_tokenizer(self.source)
+            return self._tokenizer
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of `tokens`, special tokens included."""
+        return self.tokenizer().decode(tokens)
+
+
+@dataclass(slots=True)
+class _Entry:
+    model: Future[BaseModel] = field(default_factory=Future)
+    users: int = 0
+
+
+_Key = tuple[object, ...]
+_entries: dict[_Key, _Entry] = {}
+_lock = threading.Lock()
+# What sessions that were dropped without close() still held. A destructor may run inside any allocation, with any lock
+# held, so it only puts here (SimpleQueue.put is re-entrant); a thread of its own does the releasing.
+_dropped: SimpleQueue[list[Future[Lease]]] = SimpleQueue()
+_janitor: threading.Thread | None = None
+
+
+def open_engine(source: ModelSource, config: EngineConfig) -> tuple[Engine, str]:
+    """Load the weights onto the devices; return the engine and the weights' fingerprint."""
+    # Imported here: a process that never loads a model must not initialise a backend.
+    from jax_client.engine.engine import Engine
+    from jax_client.weights.load import fingerprint
+
+    return Engine(source, config), fingerprint(source)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """Load the tokenizer that belongs to the weights."""
+    from jax_client.weights.tokenizer import load_tokenizer as load
+
+    return load(source)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lease:
+    """The right to use a base model until `release`; `name` is what this session calls it."""
+
+    name: str
+    key: _Key
+    model: BaseModel
+
+
+def acquire(name: str, config: EngineConfig) -> Lease:
+    """Find or load the base model `name`; waits for the load.
+
+    Raises:
+        NotFoundError: there is no such model.
+        BadRequestError: the model or the mesh is not supported.
+    """
+    source = resolve(name)
+    key = (str(source.path), *_settings(config))
+    _start_janitor()
+    with _lock:
+        entry = _entries.get(key)
+        first = entry is None
+        if entry is None:
+            entry = _entries[key] = _Entry()
+        entry.users += 1
+    if first:
+        try:
+            engine, fingerprint = open_engine(source, config)
+            entry.model.set_result(BaseModel(source, engine, fingerprint))
+        except BaseException as error:
+            # Forgotten, not cached: the next call may find the file that was missing.
+            with _lock:
+                _entries.pop(key, None)
+            entry.model.set_exception(error)
+    return Lease(name=name, key=key, model=entry.model.result())
+
+
+def release(lease: Lease) -> None:
+    """Let go of a lease. The last one closes the engine, and waits for that."""
+    with _lock:
+        entry = _entries.get(lease.key)
+        if entry is None or entry.model.result() is not lease.model:
+            return
+        entry.users -= 1
+        if entry.users:
+            return
+        del _entries[lease.key]
+    lease.model.engine.close()
+
+
+def release_all(leases: list[Future[Lease]]) -> None:
+    """Let go of leases that are there or still on their way; waits for them."""
+    for future in leases:
+        if future.exception() is None:
+            release(future.result())
+
+
+def drop(leases: list[Future[Lease]]) -> None:
+    """Let go of leases soon; for destructors."""
+    if leases:
+        _dropped.put(leases)
+
+
+def _start_janitor() -> None:
+    global _janitor
+    with _lock:
+        if _janitor is None:
+            _janitor = threading.Thread(target=_tidy, name="jax_client-janitor", daemon=True)
+            _janitor.start()
+
+
+def _tidy() -> None:
+    while True:
+        try:
+            release_all(_dropped.get())
+        except Exception:
+            logger.exception("an engine that nobody uses any more could not be closed")
+
+
+def _settings(config: EngineConfig) -> tuple[object, ...]:
+    mesh = tuple(sorted(config.mesh.items())) if isinstance(config.mesh, Mapping) else config.mesh
+    cache = None if config.compilation_cache_dir is None else str(config.compilation_cache_dir)
+    return config.dtype, mesh, config.max_tokens_per_micro_batch, config.remat, cache

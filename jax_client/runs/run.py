@@ -1,0 +1,275 @@
+"""What is a training run? One adapter on one engine, and the requests that change it, in order."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from tinker import types
+
+from jax_client.engine.requests import AdapterState, CustomLoss, LoraSpec
+from jax_client.errors import NotFoundError
+from jax_client.runs import catalogue, convert, validation
+from jax_client.runs.engines import Lease
+from jax_client.runs.futures import then
+from jax_client.runs.order import RequestOrder
+from jax_client.runs.paths import TinkerPath, training_path
+from jax_client.runs.sampler import Published, Sampler
+from jax_client.runs.session import Session
+
+if TYPE_CHECKING:
+    from jax_client.checkpoint.store import Record
+
+# The runs whose loss function is running in this context.
+_inside_loss: ContextVar[frozenset[str]] = ContextVar("jax_client_inside_loss", default=frozenset())
+
+
+class Run:
+    """One LoRA adapter in training.
+
+    Every method checks its arguments in the call, so that a rejected call changes nothing, then returns the future of
+    the API's response without waiting for the device. Requests take effect in the order in which they are submitted.
+
+    Args:
+        session: whose run this is.
+        lease: the base model.
+        lane: the engine's queue for this run.
+        adapter: the engine's handle.
+        spec: the adapter's configuration.
+        run_id: `SESSION:train:N`.
+    """
+
+    def __init__(self, session: Session, lease: Lease, lane: Any, adapter: Any, spec: LoraSpec, run_id: str) -> None:
+        self.session = session
+        self.lease = lease
+        self.spec = spec
+        self.run_id = run_id
+        self._engine = lease.model.engine
+        self._lane = lane
+        self._adapter = adapter
+        self._order = RequestOrder()
+        self._published = Published()
+
+    def _request(self, start: Callable[[], Future[Any]], *, after: Future[Any] | None = None) -> Future[Any]:
+        """Submit to the engine in order, unless the session is closed or the caller is this run's own loss function."""
+        self._check_usable()
+        return self._order.submit(start, after=after)
+
+    def _check_usable(self) -> None:
+        if self.run_id in _inside_loss.get():
+            raise RuntimeError(
+                "re-entrant call: a loss function cannot use the TrainingClient that is running it, which would wait "
+                "for itself. Compute what the loss needs before forward_backward_custom, or use another client."
+            )
+        self.session.check_open()
+
+    def _answer(self, source: Future[Any], show: Callable[[Any], Any]) -> Future[Any]:
+        return self.session.track(then(source, show, owner=self))
+
+    def forward(self, data: Any, loss_fn: Any, loss_fn_config: Any) -> Future[types.ForwardBackwardOutput]:
+        """Compute logprobs and the loss; gradients stay as they are."""
+        self._check_usable()
+        sequences, loss = self._training_data(data, loss_fn, loss_fn_config)
+        source = self._request(lambda: self._engine.forward(self._lane, self._adapter, sequences, loss))
+        return self._answer(source, convert.training_output)
+
+    def forward_backward(self, data: Any, loss_fn: Any, loss_fn_config: Any) -> Future[types.ForwardBackwardOutput]:
+        """Compute logprobs and the loss, and add its gradient to the accumulated ones."""
+        self._check_usable()
+        sequences, loss = self._training_data(data, loss_fn, loss_fn_config)
+        source = self._request(lambda: self._engine.forward_backward(self._lane, self._adapter, sequences, loss))
+        return self._answer(source, convert.training_output)
+
+    def _training_data(self, data: Any, loss_fn: Any, loss_fn_config: Any) -> Any:
+        model = self._engine.model
+        return validation.training_data(
+            data, loss_fn, loss_fn_config, vocab_size=model.vocab_size, max_context=self._engine.max_context
+        )
+
+    def forward_backward_custom(
+        self, data: Any, loss: CustomLoss, extra: Callable[[], Mapping[str, float]]
+    ) -> Future[types.ForwardBackwardOutput]:
+        """Run `loss` between a forward and a backward pass, and add the gradient to the accumulated ones.
+
+        Args:
+            data: a list of Datum, of which the engine needs the tokens and the targets.
+            loss: from logprobs to loss, gradients and metrics; called on a thread of the engine's.
+            extra: the metrics of the user's own, called after the loss.
+        """
+        self._check_usable()
+        sequences = validation.custom_data(
+            data, vocab_size=self._engine.model.vocab_size, max_context=self._engine.max_context
+        )
+
+        def guarded(logprobs: Any) -> Any:
+            with self._inside_loss():
+                return loss(logprobs)
+
+        def show(result: Any) -> types.ForwardBackwardOutput:
+            own = extra()
+            engine_metrics = {key: value for key, value in result.metrics.items() if key not in own}
+            return convert.training_output(replace(result, metrics=engine_metrics), own)
+
+        source = self._request(
+            lambda: self._engine.forward_backward_custom(self._lane, self._adapter, sequences, guarded)
+        )
+        return self._answer(source, show)
+
+    @contextlib.contextmanager
+    def _inside_loss(self) -> Iterator[None]:
+        token = _inside_loss.set(_inside_loss.get() | {self.run_id})
+        try:
+            yield
+        finally:
+            _inside_loss.reset(token)
+
+    def optim_step(self, optim_params: Any, adam_params: Any) -> Future[types.OptimStepResponse]:
+        """Take one AdamW step with the accumulated gradients, and clear them."""
+        self._check_usable()
+        settings = validation.adam_settings(optim_params, adam_params)
+        source = self._request(lambda: self._engine.optim_step(self._lane, self._adapter, settings))
+        return self._answer(source, lambda metrics: types.OptimStepResponse(metrics=convert.metrics(metrics)))
+
+    def save(
+        self,
+        kind: Literal["weights", "sampler_weights"],
+        name: Any,
+        ttl_seconds: Any,
+        user_metadata: Any,
+        overwrite: bool = False,
+    ) -> Future[Any]:
+        """Write a checkpoint; the future resolves after it is durable."""
+        self._check_usable()
+        path = TinkerPath(run_id=self.run_id, kind=kind, name=validation.checkpoint_name(name))
+        ttl, about = validation.ttl(ttl_seconds), validation.user_metadata(user_metadata)
+        optimizer = kind == "weights"
+        state = self._request(lambda: self._engine.read_state(self._lane, self._adapter, optimizer))
+
+        def write(state: AdapterState) -> Any:
+            self.session.store.save(
+                run_id=self.run_id,
+                kind=kind,
+                name=path.name,
+                state=state,
+                metadata=catalogue.checkpoint_metadata(
+                    self.lease,
+                    self.spec,
+                    step=state.step,
+                    optimizer=optimizer,
+                    ttl_seconds=ttl,
+                    user_metadata=None if user_metadata is None else about,
+                ),
+                overwrite=overwrite,
+            )
+            if optimizer:
+                return types.SaveWeightsResponse(path=str(path), type="save_weights")
+            return types.SaveWeightsForSamplerResponse(path=str(path), type="save_weights_for_sampler")
+
+        return self.session.track(self.session.save(str(path), state, write))
+
+    def load(self, text: Any, *, optimizer: bool, method: str) -> Future[types.LoadWeightsResponse]:
+        """Replace the adapter's weights, and its optimizer state if asked for; drop the accumulated gradients."""
+        self._check_usable()
+        path = training_path(text, method)
+        if not self.session.is_saving(str(path)):
+            self._check_fits(self.session.store.record(path.run_id, path.kind, path.name), optimizer)
+
+        def read() -> AdapterState:
+            state, record = self.session.store.load(path.run_id, path.kind, path.name)
+            self._check_fits(record, optimizer)
+            return state if optimizer else replace(state, step=0, mu=None, nu=None)
+
+        reading = self.session.read(str(path), read)
+        source = self._request(
+            lambda: self._engine.restore_state(self._lane, self._adapter, reading.result()), after=reading
+        )
+        return self._answer(
+            source, lambda _: types.LoadWeightsResponse(path=str(path), model_id=self.run_id, type="load_weights")
+        )
+
+    def _check_fits(self, record: Record, optimizer: bool) -> None:
+        catalogue.check_adapter(record, self.lease, self.spec)
+        if optimizer:
+            catalogue.check_optimizer(record)
+
+    def sampler(self, kind: types.SamplingClientKind) -> Future[Sampler]:
+        """Return the future of a sampler of the current weights; nothing is written to disk.
+
+        "snapshot" keeps these weights. "inflight" samplers of one run all follow the newest published weights.
+        """
+        source = self._request(lambda: self._engine.snapshot(self._lane, self._adapter))
+
+        def show(snapshot: Any) -> Sampler:
+            published = Published(snapshot) if kind == "snapshot" else self._published.publish(snapshot)
+            return Sampler(self.session, self.lease, published, model_path=None)
+
+        return self._answer(source, show)
+
+    def info(self) -> types.GetInfoResponse:
+        """Describe the run."""
+        return types.GetInfoResponse(
+            type="get_info",
+            model_data=types.ModelData(
+                arch=self._engine.model.family, model_name=self.lease.name, tokenizer_id=self.lease.name
+            ),
+            model_id=self.run_id,
+            is_lora=True,
+            lora_rank=self.spec.rank,
+            model_name=self.lease.name,
+        )
+
+
+def create_run(
+    session: Session, run_id: str, base_model: str, spec: LoraSpec, user_metadata: Mapping[str, str] | None
+) -> Run:
+    """Load the base model if need be and make a fresh adapter; waits for both."""
+    lease = session.base_model(base_model).result()
+    lane = lease.model.engine.open_lane()
+    adapter = lease.model.engine.create_adapter(lane, spec).result()
+    return _keep(Run(session, lease, lane, adapter, spec, run_id), user_metadata)
+
+
+def resume_run(
+    session: Session,
+    run_id: str,
+    path: TinkerPath,
+    base_model: str | None,
+    user_metadata: Mapping[str, str] | None,
+    *,
+    optimizer: bool,
+) -> Run:
+    """Make a new run from a checkpoint, with the configuration it was saved with; waits for it."""
+    record = session.read(str(path), lambda: session.store.record(path.run_id, path.kind, path.name)).result()
+    if optimizer:
+        catalogue.check_optimizer(record)
+    lease = session.base_model(base_model or record.metadata["base_model"]).result()
+    catalogue.check_base_model(record, lease)
+    state, record = session.store.load(path.run_id, path.kind, path.name)
+    if not optimizer:
+        state = replace(state, step=0, mu=None, nu=None)
+    lane = lease.model.engine.open_lane()
+    adapter = lease.model.engine.load_adapter(lane, state).result()
+    spec = catalogue.saved_spec(record)
+    if user_metadata is None:
+        with contextlib.suppress(NotFoundError):
+            user_metadata = catalogue.known_run(session.store, path.run_id).get("user_metadata")
+    return _keep(Run(session, lease, lane, adapter, spec, run_id), user_metadata)
+
+
+def _keep(run: Run, user_metadata: Mapping[str, str] | None) -> Run:
+    session = run.session
+    metadata = catalogue.run_metadata(
+        session_id=session.session_id,
+        base_model=catalogue.lasting_name(run.lease.name),
+        spec=run.spec,
+        user_metadata=user_metadata,
+        project_id=session.info.project_id,
+        display_name=session.info.display_name,
+        session_metadata=session.info.user_metadata,
+    )
+    session.on_disk(lambda: session.store.put_run(run.run_id, metadata)).result()
+    return run

@@ -1,0 +1,82 @@
+"""How do logical axis names become positions on the device mesh?"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jax_client.config import MESH_AXES
+from jax_client.errors import BadRequestError
+
+logger = logging.getLogger(__name__)
+
+# Logical axis -> mesh axes. A name that is absent is replicated.
+RULES: dict[str, tuple[str, ...]] = {
+    "rows": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "kv_heads": ("tensor",),
+    "ffw": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+def make_mesh(axes: Literal["auto"] | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Build the device mesh with every axis of `MESH_AXES`.
+
+    "auto" puts all devices on "fsdp". Axis types are Auto: jax's default is Explicit since 0.10.
+
+    Raises:
+        BadRequestError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"fsdp": len(devices)} if axes == "auto" else dict(axes)
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    if math.prod(shape) != len(devices):
+        raise BadRequestError(
+            f"EngineConfig.mesh {sizes} needs {math.prod(shape)} devices, but {len(devices)} are there; choose sizes "
+            f"whose product is {len(devices)}, or leave mesh='auto'."
+        )
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def sharding_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str = "array") -> NamedSharding:
+    """Return the sharding of an array whose dimensions carry the logical names `axes`.
+
+    A dimension that the mesh axes do not divide is replicated, with a warning that names it.
+
+    Raises:
+        BadRequestError: two dimensions claim one mesh axis.
+    """
+    spec: list[tuple[str, ...] | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        mesh_axes = tuple(a for a in RULES.get(axis or "", ()) if mesh.shape[a] > 1)
+        ways = math.prod(mesh.shape[a] for a in mesh_axes)
+        if size % ways:
+            logger.warning("%s: axis %s of size %d is replicated, %d does not divide it", name, axis, size, ways)
+            mesh_axes = ()
+        spec.append(mesh_axes or None)
+    used = [a for entry in spec if entry for a in entry]
+    if len(used) != len(set(used)):
+        raise BadRequestError(f"{name}: the logical axes {tuple(axes)} use a mesh axis twice: {used}.")
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_mesh_divides(mesh: Mesh, *, n_kv_heads: int, d_ff: int) -> None:
+    """Raise BadRequestError if the tensor axis cannot keep whole heads and equal slices of the feed-forward layer."""
+    ways = mesh.shape["tensor"]
+    if n_kv_heads % ways or d_ff % ways:
+        fits = [n for n in range(1, n_kv_heads + 1) if n_kv_heads % n == 0 and d_ff % n == 0]
+        raise BadRequestError(
+            f"EngineConfig.mesh['tensor'] is {ways}, but the model has {n_kv_heads} key/value heads and a feed-forward "
+            f"width of {d_ff}; the tensor axis must divide both. Sizes that do: {', '.join(map(str, fits))}."
+        )

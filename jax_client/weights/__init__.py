@@ -1,0 +1,1 @@
+"""Models in: which files a model name means, their tensors on the mesh, their tokenizer."""

@@ -1,0 +1,1 @@
+"""Losses: each a function of target logprobs and per-token inputs, summed and never normalised."""

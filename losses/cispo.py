@@ -1,0 +1,24 @@
+"""CISPO: -sum(sg(clip(r, low, high)) log p A): the clipped ratio is a weight, no token loses its gradient.
+
+Source: MiniMax-M1, arXiv 2506.13585, equation 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jax_client.losses.policy_ratio import clip_bounds, policy_ratio
+
+CONFIG = {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}
+
+
+def loss(
+    logprobs: jax.Array, inputs: Mapping[str, jax.Array], config: Mapping[str, jax.Array]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return -sg(clip(r)) log p A per target."""
+    ratio, stats = policy_ratio(logprobs, inputs)
+    weight = jax.lax.stop_gradient(jnp.clip(ratio, *clip_bounds(inputs, config)))
+    return -weight * logprobs * inputs["advantages"], {**stats, "clip_fraction": (weight != ratio).astype(jnp.float32)}

@@ -1,0 +1,26 @@
+"""What do the off-policy losses share? The ratio of the trained policy to the one that sampled, and its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+
+def policy_ratio(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return r = p / q per target, and the statistics that every off-policy loss reports.
+
+    `kl_sample_train` is the unbiased, never negative estimate r - 1 - log r of KL(q || p).
+    Source: Schulman, "Approximating KL divergence" (the k3 estimator).
+    """
+    log_ratio = logprobs - inputs["logprobs"]
+    ratio = jnp.exp(log_ratio)
+    return ratio, {"ratio": ratio, "kl_sample_train": ratio - 1 - log_ratio}
+
+
+def clip_bounds(
+    inputs: Mapping[str, jax.Array], config: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Return the ratio's lower and upper bound: per target where the datum gives them, else the call's settings."""
+    return tuple(inputs.get(key, config[key]) for key in ("clip_low_threshold", "clip_high_threshold"))  # type: ignore[return-value]

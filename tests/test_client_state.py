@@ -1,0 +1,122 @@
+"""Can state be saved, loaded, resumed and listed?"""
+
+from __future__ import annotations
+
+import asyncio
+
+import fake_engine
+import pytest
+import tinker
+from fake_engine import MODEL, logprob, step
+
+import jax_client
+
+client, loaded, service = fake_engine.client, fake_engine.loaded, fake_engine.service
+
+
+def test_saving_and_loading(service, client):
+    step(client)
+    saved = client.save_state("first", user_metadata={"k": "v"}).result()
+    assert saved.path == f"tinker://{client.model_id}/weights/first"
+    with pytest.raises(tinker.RequestFailedError, match="overwrite=True") as caught:
+        client.save_state("first").result()
+    assert caught.value.category == "user"
+    step(client)
+    assert logprob(client) == -2.0
+    client.load_state(saved.path).result()
+    assert logprob(client) == -1.5
+    client.save_state("first", overwrite=True).result()
+
+    exact = service.create_training_client_from_state_with_optimizer(saved.path)
+    fresh = service.create_training_client_from_state(saved.path, MODEL)
+    assert logprob(exact) == logprob(fresh) == -1.5
+    assert exact.get_info().lora_rank == 8
+    assert exact.model_id != client.model_id
+
+
+def test_optimizer_state_goes_with_the_state(service, client):
+    step(client)
+    path = client.save_state("s").result().path
+    for make, moment in (
+        (service.create_training_client_from_state_with_optimizer, 1.0),
+        (service.create_training_client_from_state, 0.0),
+    ):
+        adapter = make(path).result()._run._adapter
+        assert (adapter.moment, adapter.step, adapter.weight) == (moment, int(moment), 0.5)
+    client.load_state(path).result()
+    assert client._run._adapter.moment == 0.0
+    client.load_state_with_optimizer(path).result()
+    assert client._run._adapter.moment == 1.0
+
+
+def test_a_checkpoint_that_does_not_fit(service, client):
+    path = client.save_state("s").result().path
+    other = service.create_lora_training_client(MODEL, rank=4, train_mlp=False).result()
+    with pytest.raises(ValueError, match=r"(?s)checkpoint: rank=8.*client: +rank=4, .*train_mlp=False"):
+        other.load_state(path)
+    with pytest.raises(tinker.BadRequestError, match="'tiny/model', but this is 'other'"):
+        service.create_training_client_from_state(path, base_model="other").result()
+    with pytest.raises(tinker.NotFoundError):
+        client.load_state(f"tinker://{client.model_id}/weights/unknown")
+    with pytest.raises(ValueError):
+        client.load_state("weights/s")
+    sampler = client.save_weights_for_sampler("s").result().path
+    with pytest.raises(ValueError):
+        client.load_state(sampler)
+    assert logprob(client) == -1.0
+
+
+def test_runs_and_checkpoints_are_listed(loaded, tmp_path):
+    config = jax_client.EngineConfig(state_dir=tmp_path)
+    about = {"renderer": "x"}
+    with jax_client.ServiceClient({"who": "me"}, "p1", display_name="d", config=config) as service:
+        client = service.create_lora_training_client(MODEL, user_metadata=about).result()
+        path = client.save_state("s", ttl_seconds=3600, user_metadata=about).result().path
+        sampler_path = client.save_weights_for_sampler("t").result().path
+        sampler = service.create_sampling_client(sampler_path).result()
+        sampler_id = sampler._sampler.sampler_id
+        rest = service.create_rest_client()
+        assert rest.get_sampler(sampler_id).result().model_path == sampler_path
+        assert rest.get_session(client.model_id.split(":")[0]).result().sampler_ids == [sampler_id]
+
+    # Another process would see the same.
+    rest = jax_client.RestClient(config=config)
+    run = rest.get_training_run_by_tinker_path(path).result()
+    assert (run.training_run_id, run.lora_rank, run.user_metadata) == (client.model_id, 32, about)
+    assert run.last_checkpoint.tinker_path == path
+    assert run.last_sampler_checkpoint.tinker_path == sampler_path
+    assert asyncio.run(rest.get_training_run_async(client.model_id)) == run
+    listed = rest.list_training_runs(project_id="p1").result()
+    assert listed.training_runs == [run] and listed.cursor.total_count == 1
+    assert rest.list_training_runs(project_id="p2").result().training_runs == []
+    saved = {c.checkpoint_id: c for c in rest.list_checkpoints(client.model_id).result().checkpoints}
+    assert set(saved) == {"weights/s", "sampler_weights/t"}
+    assert saved["weights/s"].expires_at > saved["weights/s"].time
+    assert saved["weights/s"].user_metadata == about
+    info = rest.get_weights_info_by_tinker_path(path).result()
+    assert (info.base_model, info.lora_rank, info.train_mlp) == (MODEL, 32, True)
+    session = rest.list_sessions().result().sessions[-1]
+    assert rest.get_session(session).result().training_run_ids == [client.model_id]
+    assert rest.get_session(session).result().user_metadata == {"who": "me"}
+    rest.delete_checkpoint(client.model_id, "weights/s").result()
+    rest.delete_checkpoint_from_tinker_path(sampler_path).result()
+    assert rest.list_user_checkpoints().result().cursor.total_count == 0
+    for call in (
+        lambda: rest.get_training_run("unknown"),
+        lambda: rest.list_checkpoints("unknown"),
+        lambda: rest.get_session("unknown"),
+        lambda: rest.get_sampler("unknown"),
+        lambda: rest.delete_checkpoint_from_tinker_path(path),
+    ):
+        with pytest.raises(tinker.NotFoundError):
+            call().result()
+    with pytest.raises(tinker.BadRequestError, match="limit"):
+        rest.list_training_runs(limit=0)
+
+
+def test_a_resumed_run_keeps_its_metadata(service):
+    client = service.create_lora_training_client(MODEL, user_metadata={"renderer": "x"}).result()
+    path = client.save_state("s").result().path
+    resumed = service.create_training_client_from_state(path).result()
+    run = service.create_rest_client().get_training_run(resumed.model_id).result()
+    assert run.user_metadata == {"renderer": "x"}
