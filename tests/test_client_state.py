@@ -10,6 +10,7 @@ import tinker
 from fake_engine import MODEL, logprob, step
 
 import jax_client
+from jax_client.clients import rest
 
 client, loaded, service = fake_engine.client, fake_engine.loaded, fake_engine.service
 
@@ -112,6 +113,14 @@ def test_runs_and_checkpoints_are_listed(loaded, tmp_path):
             call().result()
     with pytest.raises(tinker.BadRequestError, match="limit"):
         rest.list_training_runs(limit=0)
+
+
+def test_listing_the_models_downloads_none(monkeypatch):
+    monkeypatch.setattr(rest, "known_models", lambda: ["far/away"])
+    monkeypatch.setattr(rest, "local_models", lambda: [])
+    monkeypatch.setattr(rest, "resolve", lambda name: pytest.fail("resolved"))
+    (model,) = jax_client.RestClient().get_server_capabilities().result().supported_models
+    assert (model.model_name, model.max_context_length, model.trainable) == ("far/away", None, True)
 
 
 def test_a_resumed_run_keeps_its_metadata(service):

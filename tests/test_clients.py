@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import pickle
 import warnings
 from concurrent.futures import Future
@@ -272,3 +273,17 @@ def test_waiting_in_a_callback_is_refused_not_a_deadlock(client, loaded):
     seen.result(30)
     assert isinstance(outcomes[0], RuntimeError)
     assert second.result(30).metrics
+
+
+def test_what_is_dropped_is_given_back(loaded, tmp_path):
+    service = jax_client.ServiceClient(config=jax_client.EngineConfig(state_dir=tmp_path))
+    client = service.create_lora_training_client(MODEL).result()
+    last = client.forward(DATA, "cross_entropy")
+    del service, client
+    gc.collect()
+    # The request is still answered.
+    assert last.result(30).metrics
+    del last
+    gc.collect()
+    assert loaded[0].closed.wait(30)
+    assert loaded[0].log[-1] == "release"

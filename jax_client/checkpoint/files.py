@@ -83,37 +83,41 @@ def remove(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def temporary_directory(parent: Path) -> Iterator[Path]:
-    """Make a directory under `parent` to be filled and moved away; removed if it is still there at the end.
+def locked(directory: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a directory for writing, against other threads and processes; yield whether it is held.
 
-    It is locked while its maker lives, so that `sweep` of another process leaves it alone.
+    The system gives the lock back when its holder dies.
     """
-    path = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
-    os.mkdir(path, 0o700)
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield path
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
     finally:
-        shutil.rmtree(path, ignore_errors=True)
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def temporary_directory(parent: Path) -> Iterator[Path]:
+    """Make a directory under `parent` to be filled and moved away; removed if it is still there at the end."""
+    path = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+    os.mkdir(path, 0o700)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def sweep(parent: Path) -> None:
-    """Remove what crashes left under `parent`: temporary entries that no living process holds."""
+    """Remove what crashes left under `parent`, whose lock the caller holds."""
     for path in parent.glob(f"{TEMPORARY}*"):
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path) if path.is_dir() else os.unlink(path)
-        except OSError:
-            # Held by a living process, or already gone.
-            continue
-        finally:
-            os.close(descriptor)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

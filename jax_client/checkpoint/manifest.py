@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jax_client.checkpoint import files
-from jax_client.engine.requests import AdapterState, LoraSpec
+from jax_client.engine.requests import LoraSpec
 from jax_client.errors import BadRequestError, UnsupportedError
 
 FORMAT_VERSION = 1
@@ -50,7 +50,7 @@ class Manifest:
     step: int
     arrays: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, Any]
-    files: Mapping[str, tuple[int, str]]
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -88,33 +88,16 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     return content
 
 
-def write(
-    directory: Path,
-    *,
-    run_id: str,
-    kind: str,
-    name: str,
-    created: float,
-    state: AdapterState,
-    arrays: Mapping[str, tuple[int, ...]],
-    metadata: Mapping[str, Any],
-) -> Manifest:
-    """Hash every file of `directory` and write its manifest; it is durable, the directory's entry is not yet."""
+def write(directory: Path, draft: Manifest) -> Manifest:
+    """Write the manifest of `directory`, which is `draft` with every file that is there; return it.
+
+    Its bytes are durable, the directory's entry is not yet.
+    """
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     listed = {path.relative_to(directory).as_posix(): (path.stat().st_size, files.sha256(path)) for path in paths}
-    manifest = Manifest(
-        run_id=run_id,
-        kind=kind,
-        name=name,
-        created=created,
-        spec=state.spec,
-        step=state.step,
-        arrays=arrays,
-        metadata=metadata,
-        files=listed,
-    )
-    files.write_new(directory / FILE_NAME, seal({"format": FORMAT_VERSION, **asdict(manifest)}, "metadata"))
-    return manifest
+    written = replace(draft, files=listed)
+    files.write_new(directory / FILE_NAME, seal({"format": FORMAT_VERSION, **asdict(written)}, "metadata"))
+    return written
 
 
 def read(directory: Path) -> Manifest:

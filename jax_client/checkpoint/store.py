@@ -11,14 +11,14 @@ leaves the old or the new one whole. Reading a listing opens manifests only and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from jax_client.checkpoint import arrays as array_files
 from jax_client.checkpoint import files, manifest
@@ -55,6 +55,11 @@ class Record:
     metadata: dict[str, Any]
 
 
+# Named here, because inside the class `list` is a method.
+Records: TypeAlias = list[Record]
+Runs: TypeAlias = list[tuple[str, dict[str, Any]]]
+
+
 class CheckpointStore:
     """The checkpoints under a state directory. Thread-safe; several processes may share the directory.
 
@@ -64,7 +69,7 @@ class CheckpointStore:
 
     def __init__(self, state_dir: Path) -> None:
         self._runs = Path(state_dir).absolute() / "runs"
-        self._saving = threading.Lock()
+        self._swept = False
 
     def save(
         self,
@@ -84,24 +89,37 @@ class CheckpointStore:
                 (category server); earlier checkpoints are as they were.
         """
         directory = checkpoint_directory(self._runs, run_id, kind, name)
+        run_place = run_directory(self._runs, run_id)
         arrays = array_files.flatten(state)
+        draft = Manifest(
+            run_id=run_id,
+            kind=kind,
+            name=name,
+            created=time.time(),
+            spec=state.spec,
+            step=state.step,
+            arrays={key: array.shape for key, array in arrays.items()},
+            metadata=metadata,
+        )
         manifest.seal({"metadata": metadata}, "metadata")
-        with self._saving:
-            if not overwrite:
-                self._refuse_taken(directory, run_id, kind, name)
-            try:
-                return self._save(directory, run_id, kind, name, state, arrays, metadata, overwrite)
-            except JaxClientError:
-                raise
-            except Exception as error:
-                # Orbax reports a failed write as ValueError, the system as OSError.
-                raise RequestFailedError(
-                    f"checkpoint {kind}/{name} of run {run_id} was not saved: {_first_line(error)}. It needs about "
-                    f"{array_files.size_bytes(arrays)} bytes under {self._runs}, {_free_bytes(self._runs)} are free. "
-                    "Earlier checkpoints are as they were; make room or check the disk, and save again."
-                ) from error
+        try:
+            files.make_directories(run_place)
+            self._sweep_once()
+            with files.locked(run_place):
+                if not overwrite:
+                    self._refuse_taken(directory, draft)
+                return self._save(directory, draft, arrays)
+        except JaxClientError:
+            raise
+        except Exception as error:
+            # Orbax reports a failed write as ValueError, the system as OSError.
+            raise RequestFailedError(
+                f"checkpoint {kind}/{name} of run {run_id} was not saved: {_first_line(error)}. It needs about "
+                f"{array_files.size_bytes(arrays)} bytes under {self._runs}, {_free_bytes(self._runs)} are free. "
+                "Earlier checkpoints are as they were; make room or check the disk, and save again."
+            ) from error
 
-    def _refuse_taken(self, directory: Path, run_id: str, kind: str, name: str) -> None:
+    def _refuse_taken(self, directory: Path, draft: Manifest) -> None:
         version = _newest_version(directory)
         if version is None:
             return
@@ -112,60 +130,40 @@ class CheckpointStore:
         except (DamagedError, UnsupportedError) as error:
             about = f"but cannot be read: {error}"
         raise RequestFailedError(
-            f"checkpoint {kind}/{name} of run {run_id} exists already ({about}); pass overwrite=True where the call "
-            "takes it, or choose another name.",
+            f"checkpoint {draft.kind}/{draft.name} of run {draft.run_id} exists already ({about}); pass overwrite=True "
+            "where the call takes it, or choose another name.",
             category="user",
         )
 
-    def _save(
-        self,
-        directory: Path,
-        run_id: str,
-        kind: str,
-        name: str,
-        state: AdapterState,
-        arrays: dict[str, Any],
-        metadata: dict[str, Any],
-        overwrite: bool,
-    ) -> Record:
+    def _save(self, directory: Path, draft: Manifest, arrays: dict[str, Any]) -> Record:
         files.make_directories(directory)
-        for place in (directory, directory.parent):
-            files.sweep(place)
         need, free = array_files.size_bytes(arrays) + _SPARE_BYTES, _free_bytes(directory)
         if need > free:
             raise OSError(f"{need} bytes are needed, {free} are free")
+        older = _versions(directory)
+        number = max((int(path.name) for path in older), default=0) + 1
         with files.temporary_directory(directory) as temporary:
             array_files.write(temporary / array_files.DIRECTORY, arrays)
-            written = manifest.write(
-                temporary,
-                run_id=run_id,
-                kind=kind,
-                name=name,
-                created=time.time(),
-                state=state,
-                arrays={key: array.shape for key, array in arrays.items()},
-                metadata=metadata,
-            )
+            written = manifest.write(temporary, draft)
             files.fsync_tree(temporary)
-            version = self._commit(temporary, directory, run_id, kind, name, overwrite)
-        for old in _versions(directory):
-            if old.name < version.name:
-                _remove_quietly(old)
+            files.move(temporary, directory / f"{number:06d}")
+        for path in older:
+            _remove_quietly(path)
         return _record(written)
 
-    def _commit(self, temporary: Path, directory: Path, run_id: str, kind: str, name: str, overwrite: bool) -> Path:
-        while True:
-            newest = _newest_version(directory)
-            target = directory / f"{1 if newest is None else int(newest.name) + 1:06d}"
-            try:
-                files.move(temporary, target)
-                return target
-            except OSError:
-                # Another process may have taken the number since; anything else is a fault of the disk.
-                if not target.exists():
-                    raise
-            if not overwrite:
-                self._refuse_taken(directory, run_id, kind, name)
+    def _sweep_once(self) -> None:
+        """Remove the leftovers of crashes, except in runs that another process is writing."""
+        if self._swept:
+            return
+        self._swept = True
+        for run_id in self._run_ids():
+            directory = run_directory(self._runs, run_id)
+            # Another user's run that cannot be tidied is no reason to refuse a save.
+            with contextlib.suppress(OSError), files.locked(directory, wait=False) as held:
+                if held:
+                    kinds = [directory / kind for kind in KINDS]
+                    for place in (directory, *kinds, *(child for kind in kinds for child in _children(kind))):
+                        files.sweep(place)
 
     def load(self, run_id: str, kind: str, name: str) -> tuple[AdapterState, Record]:
         """Read a checkpoint after comparing every file with its hash.
@@ -207,8 +205,8 @@ class CheckpointStore:
         """Say whether a checkpoint of this name was saved."""
         return _newest_version(checkpoint_directory(self._runs, run_id, kind, name)) is not None
 
-    def list(self, run_id: str | None = None) -> list[Record]:
-        """Return the checkpoints of a run, or of all, oldest first; one whose manifest is damaged is logged, not listed."""
+    def list(self, run_id: str | None = None) -> Records:
+        """Return the checkpoints of a run, or of all, oldest first; one with a damaged manifest is logged instead."""
         runs = self._run_ids() if run_id is None else [run_id]
         records = [record for run in runs for record in self._records(run)]
         return sorted(records, key=lambda record: (record.created, record.run_id, record.kind, record.name))
@@ -218,12 +216,21 @@ class CheckpointStore:
 
         Raises:
             NotFoundError: there is none of this name.
+            RequestFailedError: the disk failed.
         """
         directory = checkpoint_directory(self._runs, run_id, kind, name)
-        with self._saving:
-            if _newest_version(directory) is None:
-                raise self._not_found(run_id, kind, name)
-            files.remove(directory)
+        if _newest_version(directory) is None:
+            raise self._not_found(run_id, kind, name)
+        try:
+            with files.locked(run_directory(self._runs, run_id)):
+                files.remove(directory)
+        except FileNotFoundError:
+            raise self._not_found(run_id, kind, name) from None
+        except OSError as error:
+            raise RequestFailedError(
+                f"checkpoint {kind}/{name} of run {run_id} was not deleted: {_first_line(error)}. "
+                f"Check that {directory.parent} is writable."
+            ) from error
 
     def put_run(self, run_id: str, metadata: dict[str, Any]) -> None:
         """Keep what is known of a run, durably, replacing what was kept before.
@@ -236,7 +243,8 @@ class CheckpointStore:
         data = manifest.seal({"run_id": run_id, "metadata": metadata}, "metadata")
         try:
             files.make_directories(directory)
-            files.replace(directory / _RUN_FILE, data)
+            with files.locked(directory):
+                files.replace(directory / _RUN_FILE, data)
         except OSError as error:
             raise RequestFailedError(
                 f"run {run_id} was not recorded: {_first_line(error)}. Check that {directory} is writable and has room."
@@ -259,9 +267,9 @@ class CheckpointStore:
         except (DamagedError, OSError) as error:
             raise RequestFailedError(f"run {run_id}: {error}. Its checkpoints can still be loaded.") from error
 
-    def runs(self) -> list[tuple[str, dict[str, Any]]]:
+    def runs(self) -> Runs:
         """Return every run with what was kept of it; a damaged entry is logged, not listed."""
-        found: list[tuple[str, dict[str, Any]]] = []
+        found: Runs = []
         for run_id in self._run_ids():
             try:
                 found.append((run_id, self.run(run_id)))
@@ -271,7 +279,7 @@ class CheckpointStore:
                 logger.warning("%s", error)
         return found
 
-    def _run_ids(self) -> list[str]:
+    def _run_ids(self) -> Iterable[str]:
         ids = (run_id_of(path) for path in _children(self._runs))
         return sorted(run_id for run_id in ids if run_id is not None)
 
@@ -318,7 +326,7 @@ class CheckpointStore:
                 ) from error
 
     def _newest_good(self, run_id: str, kind: str, name: str) -> str | None:
-        candidates: list[tuple[float, Path, Manifest]] = []
+        candidates = []
         for other in KINDS:
             for directory in _children(run_directory(self._runs, run_id) / other):
                 version = _newest_version(directory)

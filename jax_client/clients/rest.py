@@ -19,7 +19,7 @@ from jax_client.runs import catalogue
 from jax_client.runs.futures import background
 from jax_client.runs.paths import TinkerPath
 from jax_client.runs.session import Session, live_sessions
-from jax_client.weights.source import known_models, resolve
+from jax_client.weights.source import known_models, local_models, resolve
 
 Scope = Literal["owned", "accessible"]
 
@@ -65,7 +65,14 @@ class RestClient:
 
     def get_server_capabilities(self) -> tinker.APIFuture[types.GetServerCapabilitiesResponse]:
         """Give the models that are known on this machine; others load by their hub name."""
-        return _future(lambda: types.GetServerCapabilitiesResponse(supported_models=list(map(_model, known_models()))))
+
+        def capabilities() -> types.GetServerCapabilitiesResponse:
+            local = set(local_models())
+            return types.GetServerCapabilitiesResponse(
+                supported_models=[_model(name, name in local) for name in known_models()]
+            )
+
+        return _future(capabilities)
 
     def get_training_run(
         self, training_run_id: types.ModelID, access_scope: Scope = "owned"
@@ -133,7 +140,7 @@ class RestClient:
         """Give the checkpoints of a run, newest first."""
 
         def checkpoints() -> types.CheckpointsListResponse:
-            catalogue.known_run(self._session.store, training_run_id)
+            self._session.store.run(training_run_id)
             return types.CheckpointsListResponse(checkpoints=self._checkpoints(training_run_id))
 
         return _future(checkpoints)
@@ -242,7 +249,7 @@ class RestClient:
 
     def _run(self, run_id: str) -> types.TrainingRun:
         store = self._session.store
-        return catalogue.training_run(run_id, catalogue.known_run(store, run_id), store.list(run_id))
+        return catalogue.training_run(run_id, store.run(run_id), store.list(run_id))
 
     def _runs(self) -> list[tuple[str, dict[str, Any]]]:
         return sorted(self._session.store.runs(), key=lambda item: item[1]["created"], reverse=True)
@@ -260,14 +267,15 @@ def _future(work: Callable[[], Any]) -> LocalFuture[Any]:
     return LocalFuture(background(work, "rest"))
 
 
-def _model(name: str) -> types.SupportedModel:
+def _model(name: str, local: bool) -> types.SupportedModel:
     # Imported here: reading a config needs the model registry, and with it jax.
     from jax_client.weights.load import read_config
 
     context = None
-    # A model that cannot be read is listed all the same: creating a client says what is wrong with it.
-    with contextlib.suppress(JaxClientError, OSError):
-        context = read_config(resolve(name)).max_context
+    if local:  # to resolve any other name is to download the model
+        # A model that cannot be read is listed all the same: creating a client says what is wrong with it.
+        with contextlib.suppress(JaxClientError, OSError):
+            context = read_config(resolve(name)).max_context
     return types.SupportedModel(model_name=name, max_context_length=context, trainable=True, sampleable=True)
 
 

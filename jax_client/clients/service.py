@@ -318,8 +318,7 @@ class ServiceClient:
     def describe(self) -> dict[str, Any]:
         """Return what "auto" chose and what is loaded: model, mesh, dtype, memory by kind, compiled programs.
 
-        Only models that have finished loading are described: `engines` has one entry for each, and the newest one's
-        entries are also at the top level.
+        `engines` has one entry for each model that has finished loading; the newest one's are also at the top level.
         """
         return self._session.describe()
 

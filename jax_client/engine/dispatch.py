@@ -81,6 +81,10 @@ class Dispatcher:
 
     def _step(self, lane: Lane) -> None:
         task, future = lane.tasks[0]
+        if not future.running() and not future.set_running_or_notify_cancel():
+            task.close()
+            self._leave(lane)
+            return
         is_value, value = lane.resume
         lane.resume = (True, None)
         try:
@@ -110,15 +114,16 @@ class Dispatcher:
     def _finish(
         self, lane: Lane, future: Future[Any], *, result: Any = None, error: BaseException | None = None
     ) -> None:
+        self._leave(lane)
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def _leave(self, lane: Lane) -> None:
         with self._turn:
             lane.tasks.popleft()
             if lane.tasks:
                 self._make_ready(lane)
             else:
                 self._lanes.discard(lane)
-        if not future.set_running_or_notify_cancel():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)

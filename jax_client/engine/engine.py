@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -97,7 +98,7 @@ class Engine:
         """Make an adapter with fresh weights and optimizer."""
 
         def task() -> Task[Adapter]:
-            weights = self._initial(self._put(np.uint32(spec.seed & 0xFFFFFFFF)), spec=spec)
+            weights = self._initial(self._put(np.uint32(spec.seed & 0xFFFFFFFF)), spec=replace(spec, seed=0))
             return (yield from self._settle(self._new_adapter(spec, 0, weights, None, None)))
 
         return self._submit(lane, task())
@@ -192,6 +193,7 @@ class Engine:
 
         def task() -> Task[None]:
             loaded = yield from self._settle(self._from_state(state))
+            self.release(loaded)
             adapter.weights, adapter.mu, adapter.nu = loaded.weights, loaded.mu, loaded.nu
             adapter.step, adapter.grads, adapter.skipped_in_a_row = loaded.step, None, 0
 

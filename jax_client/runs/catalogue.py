@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tinker import types
 
 from jax_client.engine.requests import LoraSpec
-from jax_client.errors import BadRequestError, NotFoundError
-from jax_client.runs.paths import TinkerPath
+from jax_client.errors import BadRequestError
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.store import CheckpointStore, Record
@@ -98,7 +97,7 @@ def _shape(spec: LoraSpec) -> str:
 
 
 def _path(record: Record) -> str:
-    return str(TinkerPath(run_id=record.run_id, kind=record.kind, name=record.name))
+    return f"tinker://{record.run_id}/{record.kind}/{record.name}"
 
 
 def sweep_expired(store: CheckpointStore) -> None:
@@ -164,14 +163,3 @@ def training_run(run_id: str, metadata: Mapping[str, Any], records: list[Record]
         last_sampler_checkpoint=None if sampler is None else checkpoint(sampler),
         user_metadata=metadata.get("user_metadata"),
     )
-
-
-def known_run(store: CheckpointStore, run_id: str) -> dict[str, Any]:
-    """Return what is kept about a run.
-
-    Raises:
-        NotFoundError: there is no such run.
-    """
-    if run_id not in {known for known, _ in store.runs()}:
-        raise NotFoundError(f"there is no training run {run_id!r}; RestClient().list_training_runs() lists them.")
-    return store.run(run_id)

@@ -108,8 +108,8 @@ def _config(loss: Loss, given: object) -> dict[str, float]:
         config[key] = real(f"loss_fn_config[{key!r}]", value, 0)
     if all(key in config for key in _CLIP) and config[_CLIP[0]] > config[_CLIP[1]]:
         raise BadRequestError(
-            f"loss_fn_config has {_CLIP[0]} {config[_CLIP[0]]:g} above {_CLIP[1]} {config[_CLIP[1]]:g}; they are bounds "
-            "of the probability ratio itself, such as 0.8 and 1.2."
+            f"loss_fn_config has {_CLIP[0]} {config[_CLIP[0]]:g} above {_CLIP[1]} {config[_CLIP[1]]:g}; they are "
+            "bounds of the probability ratio itself, such as 0.8 and 1.2."
         )
     return config
 
@@ -172,9 +172,9 @@ def _check_shapes(i: int, tokens_T: np.ndarray, arrays: Mapping[str, np.ndarray]
         return
     listed = ", ".join(f"{key} {list(array.shape)}" for key, array in arrays.items())
     raise BadRequestError(
-        f"data[{i}] has {len(tokens_T)} tokens in model_input, but shapes {listed}. target_tokens must have one row per "
-        "token, and every other input exactly the shape of target_tokens, [N] or [N, K]. Target i is scored at token "
-        "i: shift tokens and targets by one yourself, as in tokens[:-1] and tokens[1:]."
+        f"data[{i}] has {len(tokens_T)} tokens in model_input, but shapes {listed}. target_tokens must have one row "
+        "per token, and every other input exactly the shape of target_tokens, [N] or [N, K]. Target i is scored at "
+        "token i: shift tokens and targets by one yourself, as in tokens[:-1] and tokens[1:]."
     )
 
 
@@ -209,8 +209,8 @@ def _unknown_input(i: int, key: str, loss: Loss) -> BadRequestError:
     if key in ("mask", "weights"):
         hint = f" Leave it out, and set advantages to 0 where a token must not count: {loss.name!r} has no {key}."
     return BadRequestError(
-        f"data[{i}].loss_fn_inputs has the key {shown(key)}, which {loss.name!r} does not read{_nearest(key, loss.inputs)}; "
-        f"allowed: {allowed}.{hint}"
+        f"data[{i}].loss_fn_inputs has the key {shown(key)}, which {loss.name!r} does not read"
+        f"{_nearest(key, loss.inputs)}; allowed: {allowed}.{hint}"
     )
 
 

@@ -11,7 +11,6 @@ from tinker import types
 from jax_client.engine.requests import GenerationRequest
 from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
 from jax_client.runs.check_numbers import flag, integer, real, shown
-from jax_client.runs.check_settings import MAX_SEED
 from jax_client.runs.check_tokens import text_tokens
 from jax_client.runs.stop_strings import StopStrings
 
@@ -19,6 +18,7 @@ MAX_SAMPLES = 16_384
 MAX_TOPK_PROMPT = 128
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 4096
+MAX_SEED = 2**63 - 1
 
 
 def generation(

@@ -69,6 +69,6 @@ def _integers(tokens: object, where: str) -> np.ndarray:
         array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind != "i":
         raise BadTypeError(
-            f"{where}.tokens has dtype {array.dtype} and {array.ndim} dimensions; give a flat list of integer token ids."
+            f"{where}.tokens has dtype {array.dtype} and {array.ndim} dimensions; give a flat list of token ids."
         )
     return array

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextvars import ContextVar
@@ -53,6 +54,7 @@ class Run:
         self._adapter = adapter
         self._order = RequestOrder()
         self._published = Published()
+        weakref.finalize(self, self._engine.release, adapter).atexit = False
 
     def _request(self, start: Callable[[], Future[Any]], *, after: Future[Any] | None = None) -> Future[Any]:
         """Submit to the engine in order, unless the session is closed or the caller is this run's own loss function."""
@@ -256,7 +258,7 @@ def resume_run(
     spec = catalogue.saved_spec(record)
     if user_metadata is None:
         with contextlib.suppress(NotFoundError):
-            user_metadata = catalogue.known_run(session.store, path.run_id).get("user_metadata")
+            user_metadata = session.store.run(path.run_id).get("user_metadata")
     return _keep(Run(session, lease, lane, adapter, spec, run_id), user_metadata)
 
 

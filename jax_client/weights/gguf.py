@@ -70,6 +70,15 @@ class GgufFile:
             raise BadRequestError(f"{self.path}: the metadata key {key!r} is missing; use a complete GGUF file.")
         return self.metadata[key]
 
+    def size(self, key: str, default: int | None = None) -> int:
+        """Return a metadata value that has to be a positive integer; without a default it has to be there."""
+        value = self.value(key) if default is None else self.metadata.get(key, default)
+        if type(value) is not int or value < 1:
+            raise BadRequestError(
+                f"{self.path}: the metadata key {key!r} is {value!r:.80}; expected an integer above 0."
+            )
+        return value
+
 
 class _Cursor:
     """Reads little-endian values one after the other, never past the end."""
@@ -219,10 +228,9 @@ class GgufReader:
         rows = raw.view(np.ndarray).reshape(math.prod(tensor.shape[:-1]), -1)
         x = dequantize(rows, GGMLQuantizationType(tensor.type)).reshape(tensor.shape)
         if self._architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            count = "head_count" if name.endswith("q_proj.weight") else "head_count_kv"
-            heads = self._file.metadata.get(f"llama.attention.{count}") or self._file.value(
-                "llama.attention.head_count"
-            )
+            heads = self._file.size("llama.attention.head_count")
+            if name.endswith("k_proj.weight"):
+                heads = self._file.size("llama.attention.head_count_kv", heads)
             return interleaved_to_halves(x, heads)
         return x
 
@@ -268,8 +276,8 @@ def as_hf_config(file: GgufFile) -> dict[str, Any]:
         BadRequestError: a key is missing.
     """
     arch = architecture(file)
-    heads = file.value(f"{arch}.attention.head_count")
-    head_dim = file.metadata.get(f"{arch}.attention.key_length") or file.value(f"{arch}.embedding_length") // heads
+    heads, width = file.size(f"{arch}.attention.head_count"), file.size(f"{arch}.embedding_length")
+    head_dim = file.size(f"{arch}.attention.key_length", width // heads)
     refused = {
         f"{arch}.expert_count": (None, 0),
         f"{arch}.rope.scaling.type": (None, "none"),
@@ -289,20 +297,23 @@ def as_hf_config(file: GgufFile) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURES[arch]],
         "vocab_size": embedding.shape[0] if embedding and embedding.shape else len(file.value("tokenizer.ggml.tokens")),
-        "hidden_size": file.value(f"{arch}.embedding_length"),
-        "intermediate_size": file.value(f"{arch}.feed_forward_length"),
-        "num_hidden_layers": file.value(f"{arch}.block_count"),
+        "hidden_size": width,
+        "intermediate_size": file.size(f"{arch}.feed_forward_length"),
+        "num_hidden_layers": file.size(f"{arch}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": file.metadata.get(f"{arch}.attention.head_count_kv") or heads,
+        "num_key_value_heads": file.size(f"{arch}.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": _shortest(file.value(f"{arch}.attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(file.metadata.get(f"{arch}.rope.freq_base", 10000.0)),
-        "max_position_embeddings": file.value(f"{arch}.context_length"),
+        "rms_norm_eps": _decimal(file, f"{arch}.attention.layer_norm_rms_epsilon"),
+        "rope_theta": _decimal(file, f"{arch}.rope.freq_base", 10000.0),
+        "max_position_embeddings": file.size(f"{arch}.context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
     }
 
 
-def _shortest(value: float) -> float:
+def _decimal(file: GgufFile, key: str, default: float | None = None) -> float:
     """Return the decimal that was stored as float32: 1e-05, not 9.999999747378752e-06."""
+    value = file.value(key) if default is None else file.metadata.get(key, default)
+    if not isinstance(value, float):
+        raise BadRequestError(f"{file.path}: the metadata key {key!r} is {value!r:.80}; expected a number.")
     return float(str(np.float32(value)))

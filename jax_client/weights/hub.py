@@ -103,8 +103,8 @@ def download(name: str, near: list[str]) -> Path:
     except OSError as error:
         raise _download_failed(name, cache, error, guess) from error
     except Exception as error:
-        # huggingface_hub lets its HTTP client's exceptions through, whose classes depend on its version.
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub"):
+        # huggingface_hub lets its HTTP client's exceptions through; which client it is depends on its version.
+        if not type(error).__module__.startswith(("httpx", "httpcore", "huggingface_hub")):
             raise
         raise _unreachable(name, cache, error, guess) from error
     return Path(str(found))
@@ -130,8 +130,8 @@ def _download_failed(name: str, cache: Path, error: OSError, guess: str) -> Exce
 def _unreachable(name: str, cache: Path, error: Exception, guess: str) -> Exception:
     message = (
         f"base_model {name!r} is not in the hub cache {cache} and the hub cannot be reached ({_first_line(error)})."
-        f"{guess} Connect this machine (HF_TOKEN is needed for gated models, HF_HUB_OFFLINE must be unset), or give a local "
-        "directory with config.json and .safetensors files, or a .gguf file."
+        f"{guess} Connect this machine (HF_TOKEN is needed for gated models, HF_HUB_OFFLINE must be unset), or give a "
+        "local directory with config.json and .safetensors files, or a .gguf file."
     )
     return NotFoundError(message) if guess else RequestFailedError(message, category="user")
 

@@ -6,6 +6,7 @@ Leaf by leaf: the host holds one stacked leaf at a time (only the shards of its 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,12 @@ from jax_client.weights.names import Part, expected_tensors, leaf_parts
 from jax_client.weights.source import ModelSource
 from jax_client.weights.tensors import TensorReader, check_tensors
 
-# Transposing in strips keeps the strided side of the copy in cache (measured: 0.28 -> 0.6 GB/s per thread).
-STRIP = 64
+# Transposing in strips keeps the strided side of the copy in cache (measured on one core: 0.28 -> 0.6 GB/s).
+STRIP = 32
+# Each float type as an integer, and the exponent bits that are all set in what is not finite. numpy copies and tests
+# integers 2 to 3 times as fast as bfloat16, and without the interpreter's lock.
+BITS = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
+ALIGNMENT = 64
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 Bounds = tuple[tuple[int, int], ...]
@@ -103,7 +108,7 @@ def _build_leaf(
     stacked = "{layer}" in parts[0].name
     # Replicas share a buffer.
     shards = {_bounds(i, spec.shape) for i in sharding.addressable_devices_indices_map(spec.shape).values() if i}
-    buffers = {bounds: np.empty([hi - lo for lo, hi in bounds], spec.dtype) for bounds in shards}
+    buffers = {bounds: _aligned([hi - lo for lo, hi in bounds], spec.dtype) for bounds in shards}
 
     def fill(job: tuple[int, Part]) -> None:
         layer, part = job
@@ -124,7 +129,7 @@ def _build_leaf(
     layers = range(spec.shape[0] if stacked else 1)
     # list() is what lets a worker's exception out.
     list(pool.map(fill, [(layer, part) for layer in layers for part in parts]))
-    array = jax.make_array_from_callback(spec.shape, sharding, lambda index: buffers[_bounds(index, spec.shape)])
+    array = jax.make_array_from_callback(spec.shape, sharding, lambda index: buffers[_bounds(index or (), spec.shape)])
     # The host buffers go before those of the next leaf come.
     return array.block_until_ready()
 
@@ -147,17 +152,25 @@ def _copy_overlap(buffer: np.ndarray, bounds: Bounds, x: np.ndarray, part: Part)
         target.append(slice(first - lo, end - lo))
         origin.append(slice(first - start, end - start))
     buffer, x = buffer[tuple(target)], x[tuple(origin)]
-    if part.order == tuple(range(x.ndim)):
-        buffer[...] = x
-        return bool(np.isfinite(buffer).all())
     axis = max((a for a in range(x.ndim)), key=lambda a: (x.shape[a] > 1, x.strides[a]))
     step = max(1, STRIP * part.shape[-1] * x.itemsize // x.strides[axis])
+    integer, exponent = BITS[buffer.dtype.name]
     finite = True
     for start in range(0, x.shape[axis], step):
         strip = (slice(None),) * axis + (slice(start, start + step),)
-        buffer[strip] = x[strip]
-        finite &= bool(np.isfinite(buffer[strip]).all())
+        # astype keeps the order of the file's bytes, so that only one of the two passes is strided.
+        bits = x[strip].astype(buffer.dtype, copy=False).view(integer)
+        finite &= not ((bits & exponent) == exponent).any()
+        buffer[strip].view(integer)[...] = bits
     return finite
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Return an empty array at an address that the CPU backend takes over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:

@@ -69,7 +69,7 @@ def check_tensors(reader: TensorReader, expected: Mapping[str, tuple[int, ...]],
         first = "; ".join([*missing, *misshapen, *extra][:5])
         raise BadRequestError(
             f"{where}: the tensors do not fit its config: {len(missing)} missing, {len(misshapen)} misshapen, "
-            f"{len(extra)} extra. First: {first}. Use a complete copy of the model, with the config.json it was saved with."
+            f"{len(extra)} extra. First: {first}. Use a complete copy of the model, with its own config.json."
         )
     for name in expected:
         if found[name].dtype not in reader.supported_dtypes:
