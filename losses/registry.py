@@ -87,4 +87,3 @@ def metrics(sums: Mapping[str, float]) -> dict[str, float]:
     tokens = sums["tokens"]
     means = {f"{key}:mean": value / tokens for key, value in sums.items() if key not in ("loss", "tokens") and tokens}
     return {"loss:sum": sums["loss"], "tokens:sum": tokens, **means}
-

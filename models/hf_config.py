@@ -51,8 +51,8 @@ def refuse_sliding_window(hf: Mapping[str, Any], where: str) -> None:
     in_use = hf.get("use_sliding_window", window is not None) and window is not None and window < context
     if layer_types != {"full_attention"} or in_use:
         raise UnsupportedError(
-            f"{where}: sliding_window is {window!r} with layer_types {sorted(layer_types)}; sliding-window attention is "
-            "not supported. Use a model with full attention."
+            f"{where}: sliding_window is {window!r} with layer_types {sorted(layer_types)}; sliding-window attention "
+            "is not supported. Use a model with full attention."
         )
 
 

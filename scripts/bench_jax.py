@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from bench_rows import NEW_TOKENS, RANK, Job
 
 from jax_client.config import EngineConfig
+
+from bench_rows import NEW_TOKENS, RANK, Job
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 Step = Callable[[], None]

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import transformers
-from bench_rows import NEW_TOKENS, RANK, Job, cores
 from peft import LoraConfig, get_peft_model
+
+from bench_rows import NEW_TOKENS, RANK, Job, cores
 
 Step = Callable[[], None]
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -7,10 +7,10 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from chat_data import read_conversations, render
-
 import jax_client
 from jax_client import types
+
+from chat_data import read_conversations, render
 
 STEPS = 5
 # Where the wheel puts the tree's folders: see [tool.setuptools.package-dir].

@@ -37,7 +37,7 @@ def reference(config: dict[str, Any]) -> dict[str, np.ndarray]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns that a tied lm_head cannot be merged; nothing is merged here
         model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=32, target_modules=targets))
-    lora = {ours: parameter for ours, parameter in _lora_parameters(model)}
+    lora = dict(_lora_parameters(model))
     for name, value in lora_values(config).items():
         with torch.no_grad():
             lora[name].copy_(torch.from_numpy(value))

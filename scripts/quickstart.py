@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chat_data import Example, batches, prompt_tokens, read_conversations, render
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import jax_client
 from jax_client import types
+
+from chat_data import Example, batches, prompt_tokens, read_conversations, render
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = Path(__file__).parent / "data" / "lighthouse_keeper.jsonl"
@@ -109,8 +109,9 @@ def plot(losses: Sequence[float], path: Path) -> None:
 def settings(service: Any) -> str:
     """Say in one line what `auto` chose."""
     described = service.describe()
-    known = [f"{key} {described[key]}" for key in ("dtype", "mesh") if key in described]
-    return ", ".join(known) or "see service.describe()"
+    device, mesh = described["device"], described["mesh"]
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
+    return f"{device['kind']}, {described['dtype']}, {sizes}"
 
 
 def main() -> int:
@@ -125,7 +126,7 @@ def main() -> int:
     console.print(f"loaded {MODEL} in {time.perf_counter() - start:.1f} s ({settings(service)})")
     examples = [render(tokenizer, messages) for messages in read_conversations(DATA)]
     total = sum(len(example.tokens) for example in examples)
-    console.print(f"{len(examples)} conversations, {total:,} tokens, from {os.path.relpath(DATA)}")
+    console.print(f"{len(examples)} conversations, {total:,} tokens, from {DATA.name}")
 
     with console.status("compiling the sampler, then asking the model as it is"):
         before = answers(service.create_sampling_client(base_model=MODEL).result(), tokenizer)

@@ -20,10 +20,11 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from chat_data import prompt_tokens
 
 import jax_client
 from jax_client import types
+
+from chat_data import prompt_tokens
 
 PROMPTS = (
     "What is a river?", "Why do birds sing?", "What does a baker do?", "How do fish breathe?", "What is music?",

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from chat_data import Example, batches, read_conversations, render, truncated
-
 import jax_client
 from jax_client import types
+
+from chat_data import Example, batches, read_conversations, render, truncated
 
 
 def arguments() -> argparse.Namespace:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from weight_files import hf_tensors
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -69,7 +70,10 @@ def module_shapes(c: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 def base_values(c: dict[str, Any]) -> dict[str, np.ndarray]:
     """Return the base weights under their Hugging Face names, at a scale where logits stay within a few nats."""
-    return {n: (1 + 0.1 * w).astype(np.float32) if "norm" in n else (0.2 * w).astype(np.float32) for n, w in hf_tensors(c).items()}
+    return {
+        n: (1 + 0.1 * w).astype(np.float32) if "norm" in n else (0.2 * w).astype(np.float32)
+        for n, w in hf_tensors(c).items()
+    }
 
 
 def lora_values(c: dict[str, Any]) -> dict[str, np.ndarray]:

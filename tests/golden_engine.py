@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from golden_cases import ADAM, RANK, STEPS, base_values, lora_values, module_shapes, sequences
-from weight_files import write_hf
 
 from jax_client.config import EngineConfig
 from jax_client.engine import adapters
 from jax_client.engine.engine import Engine
 from jax_client.engine.requests import AdamSettings, AdapterState, LoraSpec, LossSpec, Sequence, TrainResult
 from jax_client.weights.source import resolve
+
+from golden_cases import ADAM, RANK, STEPS, base_values, lora_values, module_shapes, sequences
+from weight_files import write_hf
 
 SPEC = LoraSpec(rank=RANK, seed=0)
 CROSS_ENTROPY = LossSpec(name="cross_entropy")

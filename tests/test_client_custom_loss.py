@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-import fake_engine
 import pytest
 import tinker
-from fake_engine import ADAM, DATA, PROMPT, datum
 
 import jax_client
+
+import fake_engine
+from fake_engine import ADAM, DATA, PROMPT, datum
 
 client, loaded, service = fake_engine.client, fake_engine.loaded, fake_engine.service
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 
-import fake_engine
 import pytest
 import tinker
-from fake_engine import MODEL, PARAMS, PROMPT, step
 
 import jax_client
 from jax_client import types
+
+import fake_engine
+from fake_engine import MODEL, PARAMS, PROMPT, step
 
 client, loaded, service = fake_engine.client, fake_engine.loaded, fake_engine.service
 

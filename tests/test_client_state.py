@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-import fake_engine
 import pytest
 import tinker
-from fake_engine import MODEL, logprob, step
 
 import jax_client
 from jax_client.clients import rest
+
+import fake_engine
+from fake_engine import MODEL, logprob, step
 
 client, loaded, service = fake_engine.client, fake_engine.loaded, fake_engine.service
 

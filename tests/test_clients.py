@@ -9,16 +9,17 @@ import pickle
 import warnings
 from concurrent.futures import Future
 
-import fake_engine
 import pytest
 import tinker
-from fake_engine import ADAM, DATA, MODEL, PARAMS, PROMPT, step
 
 import jax_client
 from jax_client import errors, types
 from jax_client.clients import binding
 from jax_client.clients.futures import LocalFuture
 from jax_client.runs.order import RequestOrder
+
+import fake_engine
+from fake_engine import ADAM, DATA, MODEL, PARAMS, PROMPT, step
 
 client, loaded, service = fake_engine.client, fake_engine.loaded, fake_engine.service
 

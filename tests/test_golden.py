@@ -12,12 +12,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import CASES, GOLDENS, lora_values
-from golden_engine import data, open_engine, to_ours, train
 
 from jax_client.models.decoder import output_head_VD
 from jax_client.models.layers import contract
 from jax_client.models.transformer import context, forward_pass
+
+from golden_cases import CASES, GOLDENS, lora_values
+from golden_engine import data, open_engine, to_ours, train
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_goldens.py"
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from weight_files import HF_CONFIG, byte_level_vocabulary, hf_tensors, tokenizer_metadata, write_gguf, write_hf
 
 from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
 from jax_client.weights.source import EMBEDDED_MODEL, ModelSource, resolve
 from jax_client.weights.tokenizer import load_tokenizer
+
+from weight_files import HF_CONFIG, byte_level_vocabulary, hf_tensors, tokenizer_metadata, write_gguf, write_hf
 
 TEXTS = [
     "Hello, world!",
@@ -25,9 +26,11 @@ TEXTS = [
 CHAT = [{"role": "user", "content": "the thing"}]
 
 
-def gguf(tmp_path: Path, pre: str = "smollm", vocab_size: int = 512, **metadata: Any) -> ModelSource:
+def gguf(
+    tmp_path: Path, pre: str = "smollm", vocab_size: int = 512, metadata: dict[str, Any] | None = None
+) -> ModelSource:
     c = HF_CONFIG | {"vocab_size": vocab_size}
-    path = write_gguf(tmp_path / "m.gguf", c, hf_tensors(c), metadata=tokenizer_metadata(pre) | metadata)
+    path = write_gguf(tmp_path / "m.gguf", c, hf_tensors(c), metadata=tokenizer_metadata(pre) | (metadata or {}))
     return resolve(str(path))
 
 
@@ -56,13 +59,13 @@ def test_chat_template(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(gguf(tmp_path))
     text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\nthe thing<|im_end|>\n<|im_start|>assistant\n"
-    own = load_tokenizer(gguf(tmp_path, **{"tokenizer.chat_template": "{{ messages[0]['content'] }}!"}))
+    own = load_tokenizer(gguf(tmp_path, metadata={"tokenizer.chat_template": "{{ messages[0]['content'] }}!"}))
     assert own.apply_chat_template(CHAT, tokenize=False) == "the thing!"
 
 
 def test_bos_only_where_the_file_asks(tmp_path: Path) -> None:
     assert load_tokenizer(gguf(tmp_path)).encode("the")[0] != 1
-    with_bos = load_tokenizer(gguf(tmp_path, **{"tokenizer.ggml.add_bos_token": True}))
+    with_bos = load_tokenizer(gguf(tmp_path, metadata={"tokenizer.ggml.add_bos_token": True}))
     assert with_bos.encode("the")[0] == 1
     assert with_bos.encode("the", add_special_tokens=False)[0] != 1
 
@@ -71,9 +74,8 @@ def test_qwen2_equals_transformers(tmp_path: Path) -> None:
     from transformers import Qwen2Tokenizer
 
     tokens, merges = byte_level_vocabulary()
-    reference = Qwen2Tokenizer(
-        vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in merges]
-    )  # fmt: skip
+    pairs: Any = [tuple(m.split(" ")) for m in merges]
+    reference = Qwen2Tokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=pairs)
     tokenizer = load_tokenizer(gguf(tmp_path, "qwen2"))
     for text in TEXTS[:-1]:
         assert tokenizer.encode(text) == reference.encode(text), text
@@ -91,11 +93,11 @@ def test_vocabulary_larger_than_the_embedding(tmp_path: Path) -> None:
 
 def test_damaged_gguf_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(BadRequestError, match="the merges do not fit"):
-        load_tokenizer(gguf(tmp_path, **{"tokenizer.ggml.merges": ["nothere neither"]}))
+        load_tokenizer(gguf(tmp_path, metadata={"tokenizer.ggml.merges": ["nothere neither"]}))
     with pytest.raises(BadRequestError, match="bos_token_id is 9999, but there are 268 tokens"):
-        load_tokenizer(gguf(tmp_path, **{"tokenizer.ggml.bos_token_id": 9999}))
+        load_tokenizer(gguf(tmp_path, metadata={"tokenizer.ggml.bos_token_id": 9999}))
     with pytest.raises(BadRequestError, match="3 types"):
-        load_tokenizer(gguf(tmp_path, **{"tokenizer.ggml.token_type": [3, 3, 3]}))
+        load_tokenizer(gguf(tmp_path, metadata={"tokenizer.ggml.token_type": [3, 3, 3]}))
 
 
 def directory(tmp_path: Path, vocab_size: int = 512) -> ModelSource:
@@ -110,7 +112,7 @@ def test_directory(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(found)
     assert [tokenizer.encode(t) for t in TEXTS] == [want.encode(t) for t in TEXTS]
     assert tokenizer.eos_token_id == 2
-    chat = {"tokenize": False, "add_generation_prompt": True}
+    chat: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
     assert tokenizer.apply_chat_template(CHAT, **chat) == want.apply_chat_template(CHAT, **chat)
     with pytest.raises(BadRequestError, match=r"268 entries, but the embedding has 64 rows"):
         load_tokenizer(directory(tmp_path, vocab_size=64))

@@ -15,7 +15,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from huggingface_hub import constants, errors
-from weight_files import FAMILIES, HF_CONFIG, hf_tensors, tokenizer_metadata, write_gguf, write_hf
 
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, RequestFailedError, UnsupportedError
 from jax_client.models.decoder import param_specs
@@ -24,6 +23,8 @@ from jax_client.weights import hub, source
 from jax_client.weights.gguf import GgufReader, read_gguf
 from jax_client.weights.load import fingerprint, load_params, read_config
 from jax_client.weights.source import EMBEDDED_MODEL, ModelSource, known_models, resolve
+
+from weight_files import FAMILIES, HF_CONFIG, hf_tensors, tokenizer_metadata, write_gguf, write_hf
 
 INDEX = "model.safetensors.index.json"
 

@@ -24,7 +24,7 @@ Weights = dict[str, Any]
 class Adapter:
     """A trainable adapter: its weights, Adam's moments, the gradient accumulated so far, and the step count.
 
-    Arrays are replaced and never donated, so a failed program leaves the adapter as it was and a snapshot is a reference.
+    Arrays are replaced, never donated: a failed program leaves the adapter as it was, and a snapshot is a reference.
     """
 
     spec: LoraSpec

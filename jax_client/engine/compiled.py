@@ -48,6 +48,7 @@ class Program:
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any, **static: Any) -> Any:
+        """Run the program; compile it first if the arrays' shapes, types or places, or `static`, are new."""
         leaves, treedef = jax.tree.flatten(args)
         key = (treedef, tuple((a.shape, a.dtype, a.sharding) for a in leaves), tuple(sorted(static.items())))
         compiled = self._compiled.get(key)

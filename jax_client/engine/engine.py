@@ -23,6 +23,7 @@ from jax_client.engine.adapters import Adapter, Snapshot
 from jax_client.engine.compiled import CompileRecord, Program, enable_compilation_cache
 from jax_client.engine.dispatch import Dispatcher, Lane, Task
 from jax_client.engine.faults import named_error
+from jax_client.engine.packing import MicroBatch
 from jax_client.engine.requests import (
     AdamSettings,
     AdapterState,
@@ -103,26 +104,24 @@ class Engine:
 
         return self._submit(lane, task())
 
-    def forward(
-        self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: LossSpec
-    ) -> Future[TrainResult]:
+    def forward(self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: LossSpec) -> Future[TrainResult]:
         """Score sequences; no gradient."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, loss)
-        return self._submit(lane, self.trainer.forward_task(adapter, sequences, loss, prepared))
+        return self._submit(lane, self.trainer.forward_task(adapter, sequences, loss, prepared), prepared)
 
     def forward_backward(
         self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: LossSpec
     ) -> Future[TrainResult]:
         """Add the gradient of the summed loss to the adapter's accumulated gradient."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, loss)
-        return self._submit(lane, self.trainer.forward_backward_task(adapter, sequences, loss, prepared))
+        return self._submit(lane, self.trainer.forward_backward_task(adapter, sequences, loss, prepared), prepared)
 
     def forward_backward_custom(
         self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: CustomLoss
     ) -> Future[TrainResult]:
         """As `forward_backward` with a loss that runs on the host, on a thread of its own."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, None)
-        return self._submit(lane, self.trainer.custom_task(adapter, sequences, loss, prepared))
+        return self._submit(lane, self.trainer.custom_task(adapter, sequences, loss, prepared), prepared)
 
     def optim_step(self, lane: Lane, adapter: Adapter, settings: AdamSettings) -> Future[dict[str, float]]:
         """Apply one AdamW step with the accumulated gradient, and clear it.
@@ -237,9 +236,7 @@ class Engine:
                 "adapters": size([a.weights for a in self._adapters]),
                 "optimizer": size(moments),
                 "gradients": size([a.grads for a in self._adapters if a.grads is not None]),
-                "activations_per_token": memory.activation_bytes_per_token(
-                    self.model, self.dtype, self.trainer.remat
-                ),
+                "activations_per_token": memory.activation_bytes_per_token(self.model, self.dtype, self.trainer.remat),
                 "available": memory.available_bytes(device),
             },
             "compiled": [{"program": r.program, "shapes": r.shapes, "seconds": r.seconds} for r in list(self._log)],
@@ -259,9 +256,7 @@ class Engine:
         weights = adapters.initial_weights(self.model, spec, seed)
         return jax.lax.with_sharding_constraint(weights, adapters.shardings(self.model, spec, self.mesh))
 
-    def _new_adapter(
-        self, spec: LoraSpec, step: int, weights: adapters.Weights, mu: Any, nu: Any
-    ) -> Adapter:
+    def _new_adapter(self, spec: LoraSpec, step: int, weights: adapters.Weights, mu: Any, nu: Any) -> Adapter:
         zeros = lambda: jax.tree.map(jnp.zeros_like, weights)  # noqa: E731
         adapter = Adapter(spec=spec, weights=weights, mu=mu or zeros(), nu=nu or zeros(), step=step)
         self._adapters.append(adapter)
@@ -284,15 +279,17 @@ class Engine:
     def _elsewhere(self, fn: Callable[..., T], *args: Any) -> Future[T]:
         return self._dispatcher.workers.submit(fn, *args)
 
-    def _submit(self, lane: Lane, task: Task[T]) -> Future[T]:
-        return self._dispatcher.submit(lane, _with_named_errors(task))
+    def _submit(self, lane: Lane, task: Task[T], prepared: Future[list[MicroBatch]] | None = None) -> Future[T]:
+        return self._dispatcher.submit(lane, self._with_named_errors(task, prepared))
 
-
-def _with_named_errors(task: Task[T]) -> Task[T]:
-    try:
-        return (yield from task)
-    except BaseException as error:
-        named = named_error(error)
-        if named is error:
-            raise
-        raise named from error
+    def _with_named_errors(self, task: Task[T], prepared: Future[list[MicroBatch]] | None) -> Task[T]:
+        try:
+            return (yield from task)
+        except BaseException as error:
+            # Not waited for: this is the dispatch thread, and a task that never began may be closing.
+            packed = prepared is not None and prepared.done() and prepared.exception() is None
+            ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+            named = named_error(error, prepared.result() if prepared is not None and packed else (), ways)
+            if named is error:
+                raise
+            raise named from error

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 
+from jax_client.engine.packing import MicroBatch, ladder
 from jax_client.errors import JaxClientError, RequestFailedError
 
 
-def named_error(error: BaseException) -> BaseException:
-    """Return the error that a future shows: device trouble by name with what to do, anything else as it is."""
+def named_error(error: BaseException, batches: Sequence[MicroBatch] = (), row_multiple: int = 1) -> BaseException:
+    """Return the error that a future shows: device trouble by name with what to do, anything else as it is.
+
+    Args:
+        error: what the task raised.
+        batches: the micro-batches of the training call that failed; empty for other requests.
+        row_multiple: rows of a micro-batch come in multiples of this.
+    """
     if isinstance(error, JaxClientError) or not isinstance(error, jax.errors.JaxRuntimeError):
         return error
     first_line = (str(error).splitlines() or [""])[0]
-    if "RESOURCE_EXHAUSTED" in first_line:
-        return RequestFailedError(
-            f"the device ran out of memory; the client's state is intact. {first_line} Lower "
-            "EngineConfig.max_tokens_per_micro_batch, set remat='full', or send shorter sequences."
-        )
-    return RequestFailedError(f"the device failed; the client's state is intact. {first_line}")
+    if "RESOURCE_EXHAUSTED" not in first_line:
+        return RequestFailedError(f"the device failed; the client's state is intact. {first_line}")
+    where, remedy = "", "Send less at a time (fewer samples, shorter prompts), or close clients that are not used."
+    if batches:
+        where, remedy = _shape_and_remedy(batches, row_multiple)
+    return RequestFailedError(
+        f"the device ran out of memory{where}; the client's state is intact. {first_line.rstrip('.')}. {remedy}"
+    )
+
+
+def _shape_and_remedy(batches: Sequence[MicroBatch], row_multiple: int) -> tuple[str, str]:
+    largest = max(batches, key=lambda batch: batch.tokens_BT.size)
+    B, T = largest.tokens_BT.shape
+    longest = max(slot.length for slot in largest.plan.slots)
+    # No setting makes a micro-batch smaller than its longest sequence's row.
+    smallest = row_multiple * ladder(longest, 64)
+    where = f" in a micro-batch of {B} x {T} tokens"
+    if smallest < B * T:
+        fits = max(smallest, B * T // 2)
+        return where, f"Set EngineConfig.max_tokens_per_micro_batch to {fits}, or set remat='full'."
+    return where, f"A smaller one cannot hold a sequence of {longest} tokens: send shorter ones, or set remat='full'."

@@ -9,8 +9,6 @@ from typing import Literal
 import numpy as np
 
 
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraSpec:
     """One adapter: which linear layers it covers, and how it starts.

@@ -43,9 +43,7 @@ class TrainPrograms:
     ) -> tuple[jax.Array, Any]:
         """Return logprobs_BTC and what `backward` needs; with remat None, nothing is kept."""
         c = context(batch["positions_BT"], self._config, self._dtype)
-        h_BTD, saved = forward_pass(
-            params, weights["layers"], batch["tokens_BT"], batch["segments_BT"], c, remat
-        )
+        h_BTD, saved = forward_pass(params, weights["layers"], batch["tokens_BT"], batch["segments_BT"], c, remat)
         logprobs_BTC, head_saved = head_forward(
             h_BTD,
             output_head_VD(params),

@@ -47,9 +47,9 @@ LAYER_NAMES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GgufTensor:
-    """One tensor of the file: type, shape outermost first, and its bytes [begin, end) counted from the file's start."""
+    """One tensor of the file: ggml's type name, shape outermost first, bytes [begin, end) from the file's start."""
 
-    type: int
+    type: str
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -165,38 +165,33 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def _tensor(path: Path, name: str, header: tuple[tuple[int, ...], int, int], data_start: int) -> GgufTensor:
-    shape, kind, offset = header
-    block, block_bytes = _block(kind)
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    shape, number, offset = header
+    try:
+        kind = GGMLQuantizationType(number)
+    except ValueError:
+        raise UnsupportedError(
+            f"{path}: tensor {name!r} has type {number}, which the installed gguf package does not know; supported are "
+            f"{', '.join(dequantizable_types())}."
+        ) from None
+    block, block_bytes = GGML_QUANT_SIZES[kind]
     elements = math.prod(shape)
     if elements % block or (shape and shape[-1] % block):
         raise BadRequestError(f"{path}: rows of tensor {name!r}, shape {shape}, are no multiple of {block}. {AGAIN}")
     begin = data_start + offset
-    return GgufTensor(type=kind, shape=shape, begin=begin, end=begin + elements // block * block_bytes)
-
-
-def type_name(kind: int) -> str:
-    """Return ggml's name of a tensor type, or its number."""
-    from gguf import GGMLQuantizationType
-
-    return GGMLQuantizationType(kind).name if kind in {t.value for t in GGMLQuantizationType} else f"type {kind}"
-
-
-def _block(kind: int) -> tuple[int, int]:
-    """Return (elements, bytes) of one block; (1, 0) for a type unknown to the gguf package, refused later by name."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    return GGML_QUANT_SIZES[GGMLQuantizationType(kind)] if type_name(kind) != f"type {kind}" else (1, 0)
+    return GgufTensor(type=kind.name, shape=shape, begin=begin, end=begin + elements // block * block_bytes)
 
 
 def dequantizable_types() -> tuple[str, ...]:
     """Return the names of the tensor types that are read."""
-    from gguf import GGMLQuantizationType
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
     names = []
     for kind in GGMLQuantizationType:
         try:
-            dequantize(np.zeros((1, _block(kind.value)[1]), np.uint8), kind)
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError:
             continue
         names.append(kind.name)
@@ -212,9 +207,7 @@ class GgufReader:
         self._names = {hf_name(name): name for name in file.tensors}
         self._architecture = architecture(file)
         self.tensors = {
-            hf: TensorInfo(
-                shape=file.tensors[name].shape, dtype=type_name(file.tensors[name].type), file=str(file.path)
-            )
+            hf: TensorInfo(shape=file.tensors[name].shape, dtype=file.tensors[name].type, file=str(file.path))
             for hf, name in self._names.items()
         }
 
@@ -226,7 +219,7 @@ class GgufReader:
         tensor = self._file.tensors[self._names[name]]
         raw = np.memmap(self._file.path, np.uint8, "r", offset=tensor.begin, shape=(tensor.end - tensor.begin,))
         rows = raw.view(np.ndarray).reshape(math.prod(tensor.shape[:-1]), -1)
-        x = dequantize(rows, GGMLQuantizationType(tensor.type)).reshape(tensor.shape)
+        x = dequantize(rows, GGMLQuantizationType[tensor.type]).reshape(tensor.shape)
         if self._architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = self._file.size("llama.attention.head_count")
             if name.endswith("k_proj.weight"):
