@@ -32,10 +32,6 @@ class Frozen(nnx.Variable):
     """A base-model parameter: never trained, no gradient, no optimizer state."""
 
 
-class LoRAParam(nnx.Variable):
-    """A trainable adapter parameter."""
-
-
 Create = Callable[[tuple[int, ...], Any], jax.Array]
 
 

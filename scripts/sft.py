@@ -90,7 +90,7 @@ def train(client: Any, examples: list[Example], first: int, total: int, args: ar
             row |= {"seconds": round(time.perf_counter() - began, 3)}
             done += 1
             report(row, total, args.log)
-            if saves:
+            if saves and done < total:
                 save(client, args.name, done)
             if done < total and not ahead:
                 flying = submit(done)

@@ -102,6 +102,18 @@ def test_settings_compile_nothing(engine: Engine) -> None:
     assert len(engine.describe()["compiled"]) == before
 
 
+def test_a_custom_loss_compiles_nothing_more(engine: Engine) -> None:
+    lane = engine.open_lane()
+    adapter = engine.load_adapter(lane, state()).result()
+    tokens = np.arange(20, dtype=np.int32)
+    data = [Sequence(tokens_T=tokens, targets=tokens, inputs={"weights": np.ones(20, np.float32)})]
+    engine.forward_backward(lane, adapter, data, CROSS_ENTROPY).result()
+    before = len(engine.describe()["compiled"])
+    custom = engine.forward_backward_custom(lane, adapter, data, lambda p: (1.0, [-np.ones_like(a) for a in p], {}))
+    assert custom.result().metrics["loss:sum"] == 1.0
+    assert len(engine.describe()["compiled"]) == before
+
+
 def test_training_shapes_are_compiled_once(engine: Engine) -> None:
     lane = engine.open_lane()
     adapter = engine.load_adapter(lane, state()).result()

@@ -32,6 +32,7 @@ class Program:
     Args:
         place: from the arguments to the shardings of the outputs, so that what one call returns can be an argument of
             the next without another compile; None leaves them to the compiler.
+        label: from the arguments to the shape that the record and the log show.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class Program:
         fn: Callable[..., Any],
         log: list[CompileRecord],
         place: Callable[..., Any] | None = None,
+        label: Callable[..., str] | None = None,
     ):
         self.name = name
         self._fn = fn
         self._place = place
+        self._label = label
         self._log = log
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
@@ -53,19 +56,19 @@ class Program:
         key = (treedef, tuple((a.shape, a.dtype, a.sharding) for a in leaves), tuple(sorted(static.items())))
         compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = self._compiled[key] = self._compile(args, leaves, static)
+            compiled = self._compiled[key] = self._compile(args, static)
         return compiled(*args)
 
-    def _compile(self, args: Any, leaves: list[Any], static: dict[str, Any]) -> Callable[..., Any]:
+    def _compile(self, args: Any, static: dict[str, Any]) -> Callable[..., Any]:
         start = time.perf_counter()
-        shapes = " ".join(f"{k}={v}" for k, v in static.items())
-        shapes += " " + "x".join(str(n) for n in max((a.shape for a in leaves if a.ndim == 2), default=()))
-        logger.info("compiling %s (%s), first time for this shape", self.name, shapes.strip())
+        shapes = [] if self._label is None else [self._label(*args)]
+        text = ", ".join(shapes + [f"{name}={value}" for name, value in static.items()])
+        logger.info("compiling %s (%s), first time for this shape", self.name, text)
         outputs = {} if self._place is None else {"out_shardings": self._place(*args)}
         compiled = jax.jit(lambda *a: self._fn(*a, **static), **outputs).lower(*args).compile()
         seconds = time.perf_counter() - start
-        self._log.append(CompileRecord(program=self.name, shapes=shapes.strip(), seconds=round(seconds, 3)))
-        logger.info("compiled %s (%s) in %.1f s", self.name, shapes.strip(), seconds)
+        self._log.append(CompileRecord(program=self.name, shapes=text, seconds=round(seconds, 3)))
+        logger.info("compiled %s (%s) in %.1f s", self.name, text, seconds)
         return compiled
 
 

@@ -37,10 +37,12 @@ class DecodePrograms:
         self._config = config
         self._dtype = dtype
         self._mesh = mesh
-        self.prefill = Program("prefill", self._prefill, log, lambda *args: self._cache_place(len(args[4])))
+        size = lambda _, __, tokens_PT, *rest: "x".join(map(str, tokens_PT.shape))  # noqa: E731
+        slots = lambda _, __, cache, row: "{} rows of {} slots".format(*cache[0]["k"].shape[:2])  # noqa: E731
+        self.prefill = Program("prefill", self._prefill, log, lambda *args: self._cache_place(len(args[4])), size)
         self.grow = Program("grow_cache", _grow, log, lambda cache: self._cache_place(len(cache[0]["k"])))
-        self.decode = Program("decode", self._decode, log, lambda *args: (*same_place(args[2:]), None))
-        self.top_tokens = Program("prompt_top_tokens", self._top_tokens, log)
+        self.decode = Program("decode", self._decode, log, lambda *args: (*same_place(args[2:]), None), slots)
+        self.top_tokens = Program("prompt_top_tokens", self._top_tokens, log, label=size)
 
     def _cache_place(self, rows: int) -> Any:
         c = self._config

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ import numpy as np
 from jax_client.config import EngineConfig, default_compilation_cache_dir
 from jax_client.engine import adapters, memory
 from jax_client.engine.adapters import Adapter, Snapshot
-from jax_client.engine.compiled import CompileRecord, Program, enable_compilation_cache
+from jax_client.engine.compiled import CompileRecord, enable_compilation_cache
 from jax_client.engine.dispatch import Dispatcher, Lane, Task
 from jax_client.engine.faults import named_error
 from jax_client.engine.packing import MicroBatch
@@ -82,7 +81,6 @@ class Engine:
             self.params, self.model, self.dtype, self.mesh, self._log, max_tokens=tokens, remat=remat
         )
         self.sampler = Sampler(self.params, self.model, self.dtype, self.mesh, self._log, self.trainer)
-        self._initial = Program("initial_adapter", self._initial_weights, self._log)
         self._dispatcher = Dispatcher("jax_client")
         self._sampling_lane = Lane()
 
@@ -99,13 +97,15 @@ class Engine:
         """Make an adapter with fresh weights and optimizer."""
 
         def task() -> Task[Adapter]:
-            weights = self._initial(self._put(np.uint32(spec.seed & 0xFFFFFFFF)), spec=replace(spec, seed=0))
+            weights = adapters.initial_weights(self.model, spec, self.mesh)
             return (yield from self._settle(self._new_adapter(spec, 0, weights, None, None)))
 
         return self._submit(lane, task())
 
-    def forward(self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: LossSpec) -> Future[TrainResult]:
-        """Score sequences; no gradient."""
+    def forward(
+        self, lane: Lane, adapter: Adapter | None, sequences: list[Sequence], loss: LossSpec
+    ) -> Future[TrainResult]:
+        """Score sequences with an adapter, or with the base model for None; no gradient."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, loss)
         return self._submit(lane, self.trainer.forward_task(adapter, sequences, loss, prepared), prepared)
 
@@ -252,10 +252,6 @@ class Engine:
         self._dispatcher.close()
         self.sampler.fail_waiting(RequestFailedError("the engine was closed before this request was carried out."))
 
-    def _initial_weights(self, seed: jax.Array, *, spec: LoraSpec) -> adapters.Weights:
-        weights = adapters.initial_weights(self.model, spec, seed)
-        return jax.lax.with_sharding_constraint(weights, adapters.shardings(self.model, spec, self.mesh))
-
     def _new_adapter(self, spec: LoraSpec, step: int, weights: adapters.Weights, mu: Any, nu: Any) -> Adapter:
         zeros = lambda: jax.tree.map(jnp.zeros_like, weights)  # noqa: E731
         adapter = Adapter(spec=spec, weights=weights, mu=mu or zeros(), nu=nu or zeros(), step=step)
@@ -287,9 +283,10 @@ class Engine:
             return (yield from task)
         except BaseException as error:
             # Not waited for: this is the dispatch thread, and a task that never began may be closing.
-            packed = prepared is not None and prepared.done() and prepared.exception() is None
-            ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-            named = named_error(error, prepared.result() if prepared is not None and packed else (), ways)
+            batches: list[MicroBatch] = []
+            if prepared is not None and prepared.done() and prepared.exception() is None:
+                batches = prepared.result()
+            named = named_error(error, batches, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
             if named is error:
                 raise
             raise named from error

@@ -33,9 +33,11 @@ class TrainPrograms:
         self._dtype = dtype
         tensor = mesh.shape["tensor"]
         self._shards = tensor if config.vocab_size % tensor == 0 else 1
-        self.forward = Program("forward", self._forward, log)
-        self.loss = Program("loss", self._loss, log)
-        self.backward = Program("backward", self._backward, log, lambda *args: same_place(args[-1]))
+        size = lambda _, __, batch, *rest: "x".join(map(str, batch["tokens_BT"].shape))  # noqa: E731
+        cotangents = lambda *args: (same_place(args[-1]), None)  # noqa: E731  (as a custom loss's come from the host)
+        self.forward = Program("forward", self._forward, log, label=size)
+        self.loss = Program("loss", self._loss, log, cotangents)
+        self.backward = Program("backward", self._backward, log, lambda *args: same_place(args[-1]), size)
         self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*same_place(args[:3]), None))
 
     def _forward(
