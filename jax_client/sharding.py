@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -25,7 +25,20 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(axes: Literal["auto"] | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+class Device(Protocol):
+    """What this package asks of a `jax.Device`, which comes without types."""
+
+    @property
+    def platform(self) -> str:
+        """Such as "cpu"."""
+        ...
+
+    def memory_stats(self) -> dict[str, Any] | None:
+        """Bytes by kind of use, None where the device does not count them."""
+        ...
+
+
+def make_mesh(axes: Literal["auto"] | Mapping[str, int], devices: Sequence[Device] | None = None) -> Mesh:
     """Build the device mesh with every axis of `MESH_AXES`.
 
     "auto" puts all devices on "fsdp". Axis types are Auto: jax's default is Explicit since 0.10.

@@ -63,7 +63,7 @@ install() {
     esac
   done; then
     if [ -t 1 ]; then printf '\r\033[K'; fi
-    tail -n 1 "$log" | cut -c 1-160
+    if ! grep "^Successfully installed" "$log" | cut -c 1-120; then echo "already installed: $*"; fi
   else
     echo "pip failed; the end of $log:" >&2
     tail -n 20 "$log" >&2

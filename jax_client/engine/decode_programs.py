@@ -74,7 +74,8 @@ class DecodePrograms:
         attend = row_attention(segments_PT, self._dtype)
 
         def step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            y, _, (k, v, _) = layer_forward(x, *layer, c, attend)
+            w, lora = layer
+            y, _, (k, v, _) = layer_forward(x, w, lora, c, attend)
             return y, (k.astype(self._dtype), v.astype(self._dtype))
 
         _, (k_LPTKH, v_LPTKH) = jax.lax.scan(step, embed(params, tokens_PT), (params["layers"], weights["layers"]))
@@ -125,8 +126,8 @@ class DecodePrograms:
         c = context(position_B1, self._config, self._dtype)
         x_BTD = embed(params, row["token"][:, None])
         new_cache = []
-        for layer, kv in zip(layers, cache, strict=True):
-            x_BTD, _, kv = layer_forward(x_BTD, *layer, c, self._cache_attention(kv, position_B1))
+        for (w, lora), kv in zip(layers, cache, strict=True):
+            x_BTD, _, kv = layer_forward(x_BTD, w, lora, c, self._cache_attention(kv, position_B1))
             new_cache.append(kv)
         h_BD = rms_norm(x_BTD, params["final_norm_D"], self._config.norm_eps)[:, 0]
         return self._logits(params, weights, h_BD), new_cache

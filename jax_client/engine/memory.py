@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jax_client.models.config import ModelConfig
+from jax_client.sharding import Device
 
 # Share of the memory that is free after the weights which saved activations of one micro-batch may take.
 ACTIVATION_SHARE = 0.4
 
 
-def available_bytes(device: jax.Device) -> int:
+def available_bytes(device: Device) -> int:
     """Return the bytes that can still be allocated on a device; on a CPU, the host's."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
@@ -32,7 +33,7 @@ def activation_bytes_per_token(c: ModelConfig, dtype: jnp.dtype, remat: Literal[
     return c.n_layers * values * dtype.itemsize
 
 
-def choose_micro_batch_tokens(device: jax.Device) -> int:
+def choose_micro_batch_tokens(device: Device) -> int:
     """Return the token ceiling of a micro-batch: enough to fill the matmuls, small enough for the caches of a CPU."""
     return 2048 if device.platform == "cpu" else 16384
 
@@ -43,7 +44,7 @@ def choose_remat(c: ModelConfig, dtype: jnp.dtype, tokens_per_device: int, free:
     return "none" if fits else "full"
 
 
-def faster_matmul_dtype(device: jax.Device) -> jnp.dtype:
+def faster_matmul_dtype(device: Device) -> jnp.dtype:
     """Return bfloat16 where its matmul with float32 results beats float32's on this device, else float32. Measured."""
 
     def seconds(dtype: jnp.dtype) -> float:

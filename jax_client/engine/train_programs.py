@@ -7,7 +7,7 @@ multiply by loss, and a custom loss costs one forward pass.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -113,13 +113,14 @@ def adamw_step(
     scale = jnp.where(limit > 0, jnp.minimum(1.0, limit / (norm + 1e-6)), 1.0)
     adam = optax.scale_by_adam(settings["beta1"], settings["beta2"], settings["eps"])
     state = optax.ScaleByAdamState(count=step, mu=mu, nu=nu)
-    updates, state = adam.update(jax.tree.map(lambda g: g * scale, grads), state)
+    updates, after = adam.update(jax.tree.map(lambda g: g * scale, grads), state)
+    moments = cast(optax.ScaleByAdamState, after)
     rate, decay = settings["learning_rate"], settings["weight_decay"]
     delta = jax.tree.map(lambda u, w: -rate * (u + decay * w), updates, weights)
 
-    def keep(new: Weights, old: Weights) -> Weights:
+    def keep(new: optax.Updates, old: Weights) -> Weights:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
     new = keep(jax.tree.map(jnp.add, weights, delta), weights)
     metrics = {"grad_norm": norm, "update_norm": optax.tree.norm(delta), "finite": finite}
-    return new, keep(state.mu, mu), keep(state.nu, nu), metrics
+    return new, keep(moments.mu, mu), keep(moments.nu, nu), metrics
