@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_client.config import EngineConfig, default_compilation_cache_dir
 from jax_client.engine import adapters, memory
@@ -38,7 +37,7 @@ from jax_client.engine.sampler import Sampler
 from jax_client.engine.trainer import Trainer
 from jax_client.errors import RequestFailedError
 from jax_client.models.transformer import Remat
-from jax_client.sharding import check_mesh_divides, make_mesh, replicated
+from jax_client.sharding import check_mesh_divides, make_mesh
 from jax_client.weights.load import load_params, read_config
 from jax_client.weights.source import ModelSource
 
@@ -268,9 +267,6 @@ class Engine:
         arrays = [getattr(value, name) for name in ("weights", "mu", "nu") if hasattr(value, name)]
         yield partial(jax.block_until_ready, arrays)
         return value
-
-    def _put(self, array: np.ndarray | np.generic) -> jax.Array:
-        return jax.device_put(array, replicated(self.mesh))
 
     def _elsewhere(self, fn: Callable[..., T], *args: Any) -> Future[T]:
         return self._dispatcher.workers.submit(fn, *args)
