@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_client.config import MESH_AXES
@@ -82,6 +83,17 @@ def sharding_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, n
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def put_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Put a host array on the mesh, its first axis split as the rows of a batch are."""
+    axes = ("rows", *(None,) * (array.ndim - 1))
+    return jax.device_put(array, sharding_for(axes, array.shape, mesh))
+
+
+def put_whole(array: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
+    """Put a host array or scalar on the mesh, whole on every device."""
+    return jax.device_put(array, replicated(mesh))
 
 
 def check_mesh_divides(mesh: Mesh, *, n_kv_heads: int, d_ff: int) -> None:

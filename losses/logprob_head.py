@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_client.models.layers import contract
-from jax_client.models.lora import LORA_ALPHA
+from jax_client.models.lora import lora_scale
 
 VOCAB_BLOCK = 2048
 Unembed = Mapping[str, jax.Array]  # {"A": (R, D), "B": (R, V)}, or empty
 
 
 def _scaled_u(h_BTD: jax.Array, lora: Unembed, dtype: jnp.dtype) -> jax.Array:
-    return contract("BTD,RD->BTR", h_BTD, lora["A"], dtype) * (LORA_ALPHA / lora["A"].shape[0])
+    return contract("BTD,RD->BTR", h_BTD, lora["A"], dtype) * lora_scale(lora["A"])
 
 
 def _block_scores(
@@ -147,7 +147,7 @@ def head_backward(
     dh_BTD = jnp.einsum("BTC,BTCD->BTD", g_BTC, w_BTCD.astype(jnp.float32)) - g_BT[..., None] * saved["e"]
     if not lora:
         return dh_BTD, {}
-    scale = LORA_ALPHA / lora["A"].shape[0]
+    scale = lora_scale(lora["A"])
     h_BTD = saved["h"]
     u_BTR = _scaled_u(h_BTD, lora, dtype)
     targets_b = jnp.einsum("BTC,RBTC->BTR", g_BTC, jnp.take(lora["B"], targets_BTC, axis=1))

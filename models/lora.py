@@ -16,11 +16,12 @@ from jax_client.models.layers import contract
 
 Adapter = Mapping[str, Mapping[str, jax.Array]]
 
-# LoRA's alpha, as the hosted service and its rivals fix it; the scale of an adapter is LORA_ALPHA / rank.
+# LoRA's alpha is fixed; only the rank is a user's choice.
 LORA_ALPHA = 32.0
 
 
-def _scale(a: jax.Array) -> float:
+def lora_scale(a: jax.Array) -> float:
+    """Return alpha / rank of the adapter whose A (R, ...) is given."""
     return LORA_ALPHA / a.shape[0]
 
 
@@ -29,7 +30,7 @@ def lora_down(x_BTI: jax.Array, lora: Adapter, names: Sequence[str], dtype: jnp.
     if names[0] not in lora:
         return None
     a_nRI = jnp.stack([lora[name]["A"] for name in names])
-    return contract("BTI,nRI->BTnR", x_BTI, a_nRI, dtype) * _scale(a_nRI[0])
+    return contract("BTI,nRI->BTnR", x_BTI, a_nRI, dtype) * lora_scale(a_nRI[0])
 
 
 def lora_up(u_BTnR: jax.Array, lora: Adapter, names: Sequence[str], dtype: jnp.dtype) -> list[jax.Array]:
@@ -65,7 +66,7 @@ def lora_backward(
         grads[name] = {"B": contract("BTR,BTO->RO", u_BTnR[:, :, i], dy_BTO, dtype).reshape(b.shape)}
         dus.append(contract("BTO,RO->BTR", dy_BTO, _flat(b), dtype))
     a_nRI = jnp.stack([lora[name]["A"] for name in names])
-    du_BTnR = jnp.stack(dus, axis=2) * _scale(a_nRI[0])
+    du_BTnR = jnp.stack(dus, axis=2) * lora_scale(a_nRI[0])
     da_nRI = contract("BTnR,BTI->nRI", du_BTnR, x_BTI, dtype)
     for i, name in enumerate(names):
         grads[name]["A"] = da_nRI[i]

@@ -20,7 +20,7 @@ from jax_client.models.block import layer_forward, row_attention
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import output_head_VD
 from jax_client.models.layers import contract, rms_norm
-from jax_client.models.lora import LORA_ALPHA
+from jax_client.models.lora import lora_scale
 from jax_client.models.transformer import context, embed, forward_pass
 from jax_client.sharding import sharding_for
 
@@ -151,7 +151,7 @@ class DecodePrograms:
         """Return float32 logits (N, V); N is a batch of single positions, never a whole prompt."""
         logits_NV = contract("ND,VD->NV", h_ND, output_head_VD(params), self._dtype)
         if unembed := weights["unembed"]:
-            u_NR = contract("ND,RD->NR", h_ND, unembed["A"], self._dtype) * (LORA_ALPHA / unembed["A"].shape[0])
+            u_NR = contract("ND,RD->NR", h_ND, unembed["A"], self._dtype) * lora_scale(unembed["A"])
             logits_NV += contract("NR,RV->NV", u_NR, unembed["B"], self._dtype)
         return logits_NV
 

@@ -29,7 +29,7 @@ from jax_client.engine.requests import GeneratedRow, GenerationRequest, Generati
 from jax_client.engine.train_programs import NO_ADAPTER
 from jax_client.engine.trainer import Trainer
 from jax_client.models.config import ModelConfig
-from jax_client.sharding import replicated, sharding_for
+from jax_client.sharding import put_rows, put_whole
 
 MAX_ROWS = 64  # rows of one decode batch
 STOP_IDS = 8
@@ -129,7 +129,7 @@ class Sampler:
         row = _initial_rows(members, ladder(len(members), self._row_multiple * 4))
         need = max(len(request.tokens_T) + request.max_tokens for request, _ in members)
         cache, slots = self._prefill(weights, members, len(row["token"]), need)
-        row = {name: self._rows(array) for name, array in row.items()}
+        row = {name: put_rows(array, self._mesh) for name, array in row.items()}
         rows = [_RowSoFar(request) for request, _ in members]
         longest = max(len(request.tokens_T) for request, _ in members)
         while True:
@@ -144,7 +144,7 @@ class Sampler:
                 return [r.result() for r in rows]
             done = host["done"].copy()
             done[: len(rows)] = [r.stop_reason is not None for r in rows]
-            row["done"] = self._rows(done)
+            row["done"] = put_rows(done, self._mesh)
 
     def _prefill(self, weights: Any, members: list[tuple[GenerationRequest, int]], B: int, need: int) -> Any:
         """Return the rows' cache after their prompts, each distinct prompt computed once, and its slots per row."""
@@ -160,7 +160,7 @@ class Sampler:
             tokens_PT[i, : len(prompt) - 1] = prompt[:-1]
             lengths_P[i] = len(prompt) - 1
         prompt_of_row_B[: len(members)] = [index[request.tokens_T.tobytes()] for request, _ in members]
-        arrays = [self._rows(array) for array in (tokens_PT, lengths_P, prompt_of_row_B)]
+        arrays = [put_rows(array, self._mesh) for array in (tokens_PT, lengths_P, prompt_of_row_B)]
         return self._programs.prefill(self._params, weights, *arrays, slots=slots), slots
 
     def _with_prompt_scores(self, weights: Any, request: GenerationRequest, rows: list[GeneratedRow]) -> Steps:
@@ -180,18 +180,15 @@ class Sampler:
             padded_1T = np.zeros((1, ladder(len(prompt_T), TOPK_CHUNK)), np.int32)
             padded_1T[0, : len(prompt_T)] = prompt_T
             scores = self._programs.top_tokens(
-                self._params, weights, self._whole(padded_1T), self._whole(np.int32(len(prompt_T))), k=k
+                self._params,
+                weights,
+                put_whole(padded_1T, self._mesh),
+                put_whole(np.int32(len(prompt_T)), self._mesh),
+                k=k,
             )
             ids, top = yield partial(jax.device_get, scores)
             ids_Tk[1:], top_Tk[1:] = ids[: len(prompt_T) - 1], top[: len(prompt_T) - 1]
         return GenerationResult(rows=rows, prompt_logprobs_T=logprobs_T, topk_ids_Tk=ids_Tk, topk_logprobs_Tk=top_Tk)
-
-    def _rows(self, array: np.ndarray) -> jax.Array:
-        axes = ("rows", *(None,) * (array.ndim - 1))
-        return jax.device_put(array, sharding_for(axes, array.shape, self._mesh))
-
-    def _whole(self, array: np.ndarray | np.generic) -> jax.Array:
-        return jax.device_put(array, replicated(self._mesh))
 
 
 def _initial_rows(members: list[tuple[GenerationRequest, int]], B: int) -> dict[str, np.ndarray]:

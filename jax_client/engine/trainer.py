@@ -24,7 +24,7 @@ from jax_client.errors import RequestFailedError
 from jax_client.losses import registry
 from jax_client.models.config import ModelConfig
 from jax_client.models.transformer import Remat
-from jax_client.sharding import replicated, sharding_for
+from jax_client.sharding import put_rows, put_whole
 
 # Micro-batches whose programs may be queued on the device at once: one runs while the next is launched.
 IN_FLIGHT = 2
@@ -140,7 +140,7 @@ class Trainer:
         for batch, (device, saved) in zip(batches, kept, strict=True):
             if saved is None:
                 _, saved = self._programs.forward(self._params, adapter.weights, device, remat=self.remat)
-            g_BTC = self._put_rows(packing.scatter(batch.plan, sequences, cotangents))
+            g_BTC = put_rows(packing.scatter(batch.plan, sequences, cotangents), self._mesh)
             grads = self._backward(adapter, device, saved, g_BTC, grads)
             del saved
             yield partial(jax.block_until_ready, grads)
@@ -149,9 +149,9 @@ class Trainer:
 
     def optim_step(self, adapter: Adapter, settings: AdamSettings) -> Steps:
         """Yield-from: return ((weights, mu, nu), metrics on the host); the adapter is not changed."""
-        hyper = {name: self._scalar(np.float32(value)) for name, value in asdict(settings).items()}
+        hyper = {name: put_whole(np.float32(value), self._mesh) for name, value in asdict(settings).items()}
         *new, metrics = self._programs.optim_step(
-            adapter.weights, adapter.mu, adapter.nu, adapter.grads, self._scalar(np.int32(adapter.step)), hyper
+            adapter.weights, adapter.mu, adapter.nu, adapter.grads, put_whole(np.int32(adapter.step), self._mesh), hyper
         )
         yield partial(jax.block_until_ready, new)
         return tuple(new), (yield partial(jax.device_get, metrics))
@@ -165,20 +165,13 @@ class Trainer:
         return self._programs.backward(self._params, adapter.weights, device, saved, g_BTC, grads, remat=self.remat)
 
     def _loss(self, loss: LossSpec, logprobs_BTC: jax.Array, batch: MicroBatch) -> tuple[jax.Array, Any]:
-        inputs = {name: self._put_rows(array) for name, array in batch.inputs.items()}
-        config = {name: self._scalar(np.float32(value)) for name, value in loss.config.items()}
-        return self._programs.loss(logprobs_BTC, inputs, config, self._put_rows(batch.real_BTC), name=loss.name)
+        inputs = {name: put_rows(array, self._mesh) for name, array in batch.inputs.items()}
+        config = {name: put_whole(np.float32(value), self._mesh) for name, value in loss.config.items()}
+        return self._programs.loss(logprobs_BTC, inputs, config, put_rows(batch.real_BTC, self._mesh), name=loss.name)
 
     def _device_batch(self, batch: MicroBatch) -> dict[str, jax.Array]:
         names = ("tokens_BT", "segments_BT", "positions_BT", "targets_BTC")
-        return {name: self._put_rows(getattr(batch, name)) for name in names}
-
-    def _put_rows(self, array: np.ndarray) -> jax.Array:
-        axes = ("rows", *(None,) * (array.ndim - 1))
-        return jax.device_put(array, sharding_for(axes, array.shape, self._mesh))
-
-    def _scalar(self, value: np.generic) -> jax.Array:
-        return jax.device_put(value, replicated(self._mesh))
+        return {name: put_rows(getattr(batch, name), self._mesh) for name in names}
 
 
 class _Answers:
