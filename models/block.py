@@ -16,11 +16,9 @@ import jax.numpy as jnp
 
 from jax_client.models.attention import attention_backward, attention_forward
 from jax_client.models.config import ModelConfig
-from jax_client.models.layers import contract, rms_norm, rms_norm_backward, rotate
-from jax_client.models.lora import Adapter, lora_backward, lora_down, lora_up
+from jax_client.models.layers import rms_norm, rms_norm_backward, rotate
+from jax_client.models.lora import Adapter, adapter_scale, layer_pairs, linear, linear_backward
 
-QKV = ("q", "k", "v")
-GATE_UP = ("gate", "up")
 Saved = dict[str, Any]
 # From rotated q_BTKGH, k_BTKH and v_BTKH to (o_BTKGH, anything the caller wants to keep).
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -59,41 +57,25 @@ def layer_forward(
     Returns:
         The new residual stream, what `layer_backward` needs, and what `attend` gave to keep.
     """
-    h_BTD = rms_norm(x_BTD, w["attn_norm_LD"], c.config.norm_eps)
-    qkv_BTKJH = contract("BTD,DKJH->BTKJH", h_BTD, w["qkv_LDKJH"], c.dtype)
-    if c.config.qkv_bias:
-        qkv_BTKJH += w["qkv_bias_LKJH"]
-    u_qkv = lora_down(h_BTD, lora, QKV, c.dtype)
-    if u_qkv is not None:
-        dq, dk, dv = lora_up(u_qkv, lora, QKV, c.dtype)
-        qkv_BTKJH += jnp.concatenate([dq, dk[..., None, :], dv[..., None, :]], axis=-2)
-    o_BTKGH, kept = attend(*_heads(qkv_BTKJH, w, c))
-    x2_BTD = x_BTD + contract("BTKGH,KGHD->BTD", o_BTKGH, w["o_LKGHD"], c.dtype)
-    o_BTI = o_BTKGH.reshape(*o_BTKGH.shape[:2], -1)
-    u_o = lora_down(o_BTI, _flat_a(lora, "o"), ("o",), c.dtype)
-    if u_o is not None:
-        x2_BTD += lora_up(u_o, lora, ("o",), c.dtype)[0]
+    rows, c_ = x_BTD.shape[:2], c.config
+    pairs, scale = layer_pairs(lora), adapter_scale(lora)
 
-    h2_BTD = rms_norm(x2_BTD, w["mlp_norm_LD"], c.config.norm_eps)
-    gate_up_BT2F = contract("BTD,DcF->BTcF", h2_BTD, w["gate_up_LD2F"], c.dtype)
-    u_gate_up = lora_down(h2_BTD, lora, GATE_UP, c.dtype)
-    if u_gate_up is not None:
-        gate_up_BT2F += jnp.stack(lora_up(u_gate_up, lora, GATE_UP, c.dtype), axis=2)
-    a_BTF = jax.nn.silu(gate_up_BT2F[:, :, 0]) * gate_up_BT2F[:, :, 1]
-    y_BTD = x2_BTD + contract("BTF,FD->BTD", a_BTF, w["down_LFD"], c.dtype)
-    u_down = lora_down(a_BTF, lora, ("down",), c.dtype)
-    if u_down is not None:
-        y_BTD += lora_up(u_down, lora, ("down",), c.dtype)[0]
+    def apply(name: str, x_MI: jax.Array, w_IO: jax.Array) -> jax.Array:
+        return linear(x_MI, w_IO, pairs.get(name), scale, c.dtype)
 
-    saved = {
-        "x": x_BTD,
-        "qkv": qkv_BTKJH,
-        "o": o_BTKGH,
-        "x2": x2_BTD,
-        "gate_up": gate_up_BT2F,
-        "u": [u for u in (u_qkv, u_o, u_gate_up, u_down) if u is not None],
-    }
-    return y_BTD, jax.tree.map(lambda s: s.astype(c.dtype), saved), kept
+    x_MD = x_BTD.reshape(-1, c_.d_model)
+    qkv_MO = apply("qkv", rms_norm(x_MD, w["attn_norm_LD"], c_.norm_eps), w["qkv_LDKJH"].reshape(c_.d_model, -1))
+    if c_.qkv_bias:
+        qkv_MO += w["qkv_bias_LKJH"].reshape(-1)
+    o_BTKGH, kept = attend(*_heads(qkv_MO.reshape(*rows, *w["qkv_LDKJH"].shape[1:]), w, c))
+    o_MI = o_BTKGH.reshape(len(x_MD), -1)
+    x2_MD = x_MD + apply("o", o_MI, w["o_LKGHD"].reshape(-1, c_.d_model))
+    h_MD = rms_norm(x2_MD, w["mlp_norm_LD"], c_.norm_eps)
+    gate_MF, up_MF = apply("gate", h_MD, w["gate_up_L2DF"][0]), apply("up", h_MD, w["gate_up_L2DF"][1])
+    y_MD = x2_MD + apply("down", jax.nn.silu(gate_MF) * up_MF, w["down_LFD"])
+
+    saved = {"x": x_MD, "qkv": qkv_MO, "o": o_MI, "x2": x2_MD, "gate": gate_MF, "up": up_MF}
+    return y_MD.reshape(x_BTD.shape), jax.tree.map(lambda s: s.astype(c.dtype), saved), kept
 
 
 def layer_backward(
@@ -106,43 +88,37 @@ def layer_backward(
     c: Context,
 ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
     """Return the cotangent of the layer's input and the gradients of its adapters, for the cotangent of its output."""
-    us = list(saved["u"])
-    u_qkv, u_o = (us.pop(0), us.pop(0)) if "q" in lora else (None, None)
-    u_gate_up, u_down = (us.pop(0), us.pop(0)) if "gate" in lora else (None, None)
-    grads: dict[str, dict[str, jax.Array]] = {}
+    rows, c_ = dy_BTD.shape[:2], c.config
+    pairs, turn_back = jax.vjp(layer_pairs, lora)
+    scale = adapter_scale(lora)
+    grads = {}
 
-    gate, up = saved["gate_up"][:, :, 0].astype(jnp.float32), saved["gate_up"][:, :, 1].astype(jnp.float32)
-    sigmoid = jax.nn.sigmoid(gate)
-    da_BTF = contract("BTD,FD->BTF", dy_BTD, w["down_LFD"], c.dtype)
-    if u_down is not None:
-        dx, g = lora_backward(gate * sigmoid * up, u_down, [dy_BTD], lora, ("down",), c.dtype)
-        da_BTF, grads = da_BTF + dx, grads | g
-    d_gate = da_BTF * up * sigmoid * (1 + gate * (1 - sigmoid))
-    d_up = da_BTF * gate * sigmoid
-    dh2_BTD = contract("BTcF,DcF->BTD", jnp.stack([d_gate, d_up], axis=2), w["gate_up_LD2F"], c.dtype)
-    if u_gate_up is not None:
-        h2_BTD = rms_norm(saved["x2"], w["mlp_norm_LD"], c.config.norm_eps)
-        dx, g = lora_backward(h2_BTD, u_gate_up, [d_gate, d_up], lora, GATE_UP, c.dtype)
-        dh2_BTD, grads = dh2_BTD + dx, grads | g
-    dx2_BTD = dy_BTD + rms_norm_backward(saved["x2"], w["mlp_norm_LD"], c.config.norm_eps, dh2_BTD)
+    def back(name: str, dy_MO: jax.Array, x_MI: jax.Array, w_IO: jax.Array) -> jax.Array:
+        dx_MI, grad = linear_backward(dy_MO, x_MI, w_IO, pairs.get(name), scale, c.dtype)
+        if grad is not None:
+            grads[name] = grad
+        return dx_MI
 
-    o_BTKGH = saved["o"]
-    do_BTKGH = contract("BTD,KGHD->BTKGH", dx2_BTD, w["o_LKGHD"], c.dtype)
-    if u_o is not None:
-        o_BTI = o_BTKGH.reshape(*o_BTKGH.shape[:2], -1)
-        dx, g = lora_backward(o_BTI, u_o, [dx2_BTD], _flat_a(lora, "o"), ("o",), c.dtype)
-        g["o"]["A"] = g["o"]["A"].reshape(lora["o"]["A"].shape)
-        do_BTKGH, grads = do_BTKGH + dx.reshape(do_BTKGH.shape), grads | g
-    (q, k, v), split_vjp = jax.vjp(lambda qkv: _heads(qkv, w, c), saved["qkv"].astype(jnp.float32))
-    dqkv_BTKJH = split_vjp(attention_backward(q, k, v, segments_BT, o_BTKGH, lse_BKGT, do_BTKGH, c.dtype))[0]
-    dh_BTD = contract("BTKJH,DKJH->BTD", dqkv_BTKJH, w["qkv_LDKJH"], c.dtype)
-    if u_qkv is not None:
-        group = c.config.group
-        parts = [dqkv_BTKJH[..., :group, :], dqkv_BTKJH[..., group, :], dqkv_BTKJH[..., group + 1, :]]
-        h_BTD = rms_norm(saved["x"], w["attn_norm_LD"], c.config.norm_eps)
-        dx, g = lora_backward(h_BTD, u_qkv, parts, lora, QKV, c.dtype)
-        dh_BTD, grads = dh_BTD + dx, grads | g
-    return dx2_BTD + rms_norm_backward(saved["x"], w["attn_norm_LD"], c.config.norm_eps, dh_BTD), grads
+    dy_MD = dy_BTD.reshape(-1, c_.d_model)
+    gate_MF, up_MF = saved["gate"].astype(jnp.float32), saved["up"].astype(jnp.float32)
+    sigmoid_MF = jax.nn.sigmoid(gate_MF)
+    da_MF = back("down", dy_MD, gate_MF * sigmoid_MF * up_MF, w["down_LFD"])
+    d_gate_MF = da_MF * up_MF * sigmoid_MF * (1 + gate_MF * (1 - sigmoid_MF))
+    d_up_MF = da_MF * gate_MF * sigmoid_MF
+    h_MD = rms_norm(saved["x2"], w["mlp_norm_LD"], c_.norm_eps)
+    dh_MD = back("gate", d_gate_MF, h_MD, w["gate_up_L2DF"][0]) + back("up", d_up_MF, h_MD, w["gate_up_L2DF"][1])
+    dx2_MD = dy_MD + rms_norm_backward(saved["x2"], w["mlp_norm_LD"], c_.norm_eps, dh_MD)
+
+    do_MI = back("o", dx2_MD, saved["o"], w["o_LKGHD"].reshape(-1, c_.d_model))
+    heads = (*rows, *w["o_LKGHD"].shape[:-1])
+    qkv_BTKJH = saved["qkv"].reshape(*rows, *w["qkv_LDKJH"].shape[1:]).astype(jnp.float32)
+    (q, k, v), split_vjp = jax.vjp(lambda qkv: _heads(qkv, w, c), qkv_BTKJH)
+    dqkv = attention_backward(q, k, v, segments_BT, saved["o"].reshape(heads), lse_BKGT, do_MI.reshape(heads), c.dtype)
+    dqkv_MO = split_vjp(dqkv)[0].reshape(len(dy_MD), -1)
+    h_MD = rms_norm(saved["x"], w["attn_norm_LD"], c_.norm_eps)
+    dh_MD = back("qkv", dqkv_MO, h_MD, w["qkv_LDKJH"].reshape(c_.d_model, -1))
+    dx_MD = dx2_MD + rms_norm_backward(saved["x"], w["attn_norm_LD"], c_.norm_eps, dh_MD)
+    return dx_MD.reshape(dy_BTD.shape), turn_back(grads)[0]
 
 
 def row_attention(segments_BT: jax.Array, dtype: jnp.dtype) -> Attend:
@@ -153,11 +129,3 @@ def row_attention(segments_BT: jax.Array, dtype: jnp.dtype) -> Attend:
         return o, (k, v, lse)
 
     return attend
-
-
-def _flat_a(lora: Adapter, name: str) -> Adapter:
-    """Give the o adapter, whose A is stored by heads (R, K, G, H), the flat input axis of the matmul."""
-    if name not in lora:
-        return lora
-    a = lora[name]["A"]
-    return {**lora, name: {"A": a.reshape(a.shape[0], -1), "B": lora[name]["B"]}}

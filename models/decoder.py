@@ -56,7 +56,7 @@ class Layers(nnx.Module):
             self.k_norm_LH = frozen(create, (L, H), f32, (None, None))
         self.o_LKGHD = frozen(create, (L, K, G, H, D), dtype, (None, "kv_heads", None, None, "embed"))
         self.mlp_norm_LD = frozen(create, (L, D), f32, (None, None))
-        self.gate_up_LD2F = frozen(create, (L, D, 2, F), dtype, (None, "embed", None, "ffw"))
+        self.gate_up_L2DF = frozen(create, (L, 2, D, F), dtype, (None, None, "embed", "ffw"))
         self.down_LFD = frozen(create, (L, F, D), dtype, (None, "ffw", "embed"))
 
 

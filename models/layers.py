@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +19,20 @@ def contract(spec: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Arr
     """
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32, precision=precision)
+
+
+def to_bits(tree: Any) -> Any:
+    """Return the tree with bfloat16 arrays as their uint16 bit patterns, for what only moves data.
+
+    XLA's CPU backend has no bfloat16 slices and updates: it would convert whole stacks of layers to float32 and back.
+    Elsewhere this is free.
+    """
+    return jax.tree.map(lambda a: jax.lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a, tree)
+
+
+def from_bits(tree: Any) -> Any:
+    """Undo `to_bits`."""
+    return jax.tree.map(lambda a: jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a, tree)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -1,13 +1,12 @@
 """How does an adapter add to a frozen linear layer, forwards and backwards?
 
-y = x W + s (x A) B with s = alpha / rank. A is stored (R, in) and B (R, out...), so that every product of the pair
-contracts trailing or leading axes without a transpose. Adapters of fused layers stay separate tensors; their A's run
-as one matmul.
+y = x W + s (x A) B with s = alpha / rank. A is stored (R, in) and B (R, out...), so that the products of the pair
+contract their operands' last axes, or the right one's first: the orientations that keep every backend's fast path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jax_client.models.layers import contract
 
 Adapter = Mapping[str, Mapping[str, jax.Array]]
+Pair = tuple[jax.Array, jax.Array]  # A (R, I) and B (R, O) of one matmul
 
 # LoRA's alpha is fixed; only the rank is a user's choice.
 LORA_ALPHA = 32.0
@@ -25,53 +25,59 @@ def lora_scale(a: jax.Array) -> float:
     return LORA_ALPHA / a.shape[0]
 
 
-def lora_down(x_BTI: jax.Array, lora: Adapter, names: Sequence[str], dtype: jnp.dtype) -> jax.Array | None:
-    """Return u (B, T, n, R) = s (x A) of the named modules, or None when the adapter does not cover them."""
-    if names[0] not in lora:
-        return None
-    a_nRI = jnp.stack([lora[name]["A"] for name in names])
-    return contract("BTI,nRI->BTnR", x_BTI, a_nRI, dtype) * lora_scale(a_nRI[0])
+def adapter_scale(lora: Adapter) -> float:
+    """Return alpha / rank of a layer's adapter; 1 where it has none."""
+    return next((lora_scale(module["A"]) for module in lora.values()), 1.0)
 
 
-def lora_up(u_BTnR: jax.Array, lora: Adapter, names: Sequence[str], dtype: jnp.dtype) -> list[jax.Array]:
-    """Return u B of each named module, float32, in the shape of its output."""
-    return [
-        contract("BTR,RO->BTO", u_BTnR[:, :, i], _flat(lora[name]["B"]), dtype).reshape(
-            *u_BTnR.shape[:2], *lora[name]["B"].shape[1:]
-        )
-        for i, name in enumerate(names)
-    ]
+def layer_pairs(lora: Adapter) -> dict[str, Pair]:
+    """Return (A, B) of each matmul of a layer that the adapter covers: qkv, o, gate, up and down.
 
-
-def lora_backward(
-    x_BTI: jax.Array,
-    u_BTnR: jax.Array,
-    dys: Sequence[jax.Array],
-    lora: Adapter,
-    names: Sequence[str],
-    dtype: jnp.dtype,
-) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
-    """Return the adapters' part of dx (B, T, I), and the gradients of A and B by module name.
-
-    Args:
-        x_BTI: the layer's input, as in the forward pass.
-        u_BTnR: what `lora_down` returned.
-        dys: the cotangent of each module's output.
+    The fused projection q|k|v has the three A's on top of each other (3R, D) and the B's in the blocks of a
+    (3R, K * J * H) matrix that is zero elsewhere. Linear in the adapter, so its transpose turns gradients back.
     """
-    grads: dict[str, dict[str, jax.Array]] = {}
-    dus = []
-    for i, (name, dy) in enumerate(zip(names, dys, strict=True)):
-        b = lora[name]["B"]
-        dy_BTO = dy.reshape(*dy.shape[:2], -1)
-        grads[name] = {"B": contract("BTR,BTO->RO", u_BTnR[:, :, i], dy_BTO, dtype).reshape(b.shape)}
-        dus.append(contract("BTO,RO->BTR", dy_BTO, _flat(b), dtype))
-    a_nRI = jnp.stack([lora[name]["A"] for name in names])
-    du_BTnR = jnp.stack(dus, axis=2) * lora_scale(a_nRI[0])
-    da_nRI = contract("BTnR,BTI->nRI", du_BTnR, x_BTI, dtype)
-    for i, name in enumerate(names):
-        grads[name]["A"] = da_nRI[i]
-    return contract("BTnR,nRI->BTI", du_BTnR, a_nRI, dtype), grads
+    pairs = {}
+    if "q" in lora:
+        a_RD = jnp.concatenate([lora[name]["A"] for name in "qkv"])
+        q, k, v = lora["q"]["B"], lora["k"]["B"][:, :, None], lora["v"]["B"][:, :, None]
+        group = q.shape[2]
+        places = ((q, 0, 2), (k, group, 1), (v, group + 1, 0))
+        b_RKJH = jnp.concatenate([jnp.pad(b, ((0, 0), (0, 0), (before, after), (0, 0))) for b, before, after in places])
+        pairs["qkv"] = (a_RD, b_RKJH.reshape(len(b_RKJH), -1))
+    if "o" in lora:
+        a_RKGH, b_RD = lora["o"]["A"], lora["o"]["B"]
+        pairs["o"] = (a_RKGH.reshape(len(a_RKGH), -1), b_RD)
+    return pairs | {name: (lora[name]["A"], lora[name]["B"]) for name in ("gate", "up", "down") if name in lora}
 
 
-def _flat(b: jax.Array) -> jax.Array:
-    return b.reshape(b.shape[0], -1)
+def linear(x_MI: jax.Array, w_IO: jax.Array, pair: Pair | None, scale: float, dtype: jnp.dtype) -> jax.Array:
+    """Return x W + scale (x A) B, float32 (M, O); only x W for no pair."""
+    y_MO = contract("MI,IO->MO", x_MI, w_IO, dtype)
+    if pair is None:
+        return y_MO
+    a_RI, b_RO = pair
+    return y_MO + contract("MR,RO->MO", contract("MI,RI->MR", x_MI, a_RI, dtype) * scale, b_RO, dtype)
+
+
+def linear_backward(
+    dy_MO: jax.Array,
+    x_MI: jax.Array,
+    w_IO: jax.Array,
+    pair: Pair | None,
+    scale: float,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, Pair | None]:
+    """Return dx (M, I) and the gradients of (A, B), float32; the frozen W gets none.
+
+    The two narrow products with x and dy are computed twice, once in each orientation: cheaper than a matmul that
+    contracts the left operand's first axis, which falls off the bfloat16 path on a CPU.
+    """
+    dx_MI = contract("MO,IO->MI", dy_MO, w_IO, dtype)
+    if pair is None:
+        return dx_MI, None
+    a_RI, b_RO = pair
+    u_RM = contract("RI,MI->RM", a_RI, x_MI, dtype) * scale
+    du_RM = contract("RO,MO->RM", b_RO, dy_MO, dtype) * scale
+    du_MR = contract("MO,RO->MR", dy_MO, b_RO, dtype) * scale
+    grads = (contract("RM,MI->RI", du_RM, x_MI, dtype), contract("RM,MO->RO", u_RM, dy_MO, dtype))
+    return dx_MI + contract("MR,RI->MI", du_MR, a_RI, dtype), grads

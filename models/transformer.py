@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_client.models.block import Context, Saved, layer_backward, layer_forward, row_attention
 from jax_client.models.config import ModelConfig
-from jax_client.models.layers import rms_norm, rms_norm_backward, rope_table
+from jax_client.models.layers import from_bits, rms_norm, rms_norm_backward, rope_table, to_bits
 from jax_client.models.lora import Adapter
 
 Remat = Literal["full", "none"]
@@ -51,12 +51,12 @@ def forward_pass(
     attend = row_attention(segments_BT, c.dtype)
 
     def step(x_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter]) -> tuple[jax.Array, Any]:
-        w, layer_lora = layer
+        w, layer_lora = from_bits(layer)
         y_BTD, saved, (_, _, lse) = layer_forward(x_BTD, w, layer_lora, c, attend)
         kept = {"none": (saved, lse), "full": saved["x"], None: ()}[remat]
-        return y_BTD, kept
+        return y_BTD, to_bits(kept)
 
-    x_BTD, kept = jax.lax.scan(step, embed(params, tokens_BT), (params["layers"], lora))
+    x_BTD, kept = jax.lax.scan(step, embed(params, tokens_BT), to_bits((params["layers"], lora)))
     saved = {} if remat is None else {"layers": kept, "last": x_BTD}
     return rms_norm(x_BTD, params["final_norm_D"], c.config.norm_eps), saved
 
@@ -74,13 +74,15 @@ def backward_pass(
     attend = row_attention(segments_BT, c.dtype)
 
     def step(dy_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter, Any]) -> tuple[jax.Array, Any]:
-        w, layer_lora, kept = layer
+        w, layer_lora, kept = from_bits(layer)
         if remat == "full":
-            _, layer_saved, (_, _, lse) = layer_forward(kept.astype(jnp.float32), w, layer_lora, c, attend)
+            _, layer_saved, (_, _, lse) = layer_forward(
+                kept.reshape(dy_BTD.shape).astype(jnp.float32), w, layer_lora, c, attend
+            )
         else:
             layer_saved, lse = kept
         return layer_backward(dy_BTD, layer_saved, lse, segments_BT, w, layer_lora, c)
 
     dx_BTD = rms_norm_backward(saved["last"], params["final_norm_D"], c.config.norm_eps, dh_BTD)
-    _, grads = jax.lax.scan(step, dx_BTD, (params["layers"], lora, saved["layers"]), reverse=True)
+    _, grads = jax.lax.scan(step, dx_BTD, (*to_bits((params["layers"], lora)), saved["layers"]), reverse=True)
     return grads

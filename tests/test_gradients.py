@@ -66,10 +66,10 @@ def test_layers_backward(changes: dict[str, Any], remat: Any, monkeypatch: pytes
 def test_head(shards: int, with_lora: bool, targets_per_position: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprob_head, "VOCAB_BLOCK", 12)
     rng = np.random.default_rng(3)
-    h, w = jnp.asarray(rng.normal(size=(2, 5, 8)), F32), jnp.asarray(rng.normal(size=(62, 8)), F32)
+    h, w = jnp.asarray(rng.normal(size=(10, 8)), F32), jnp.asarray(rng.normal(size=(62, 8)), F32)
     lora = {"A": jnp.asarray(rng.normal(size=(4, 8)), F32), "B": jnp.asarray(rng.normal(size=(4, 62)), F32)}
     lora = lora if with_lora else {}
-    targets = jnp.asarray(rng.integers(0, 62, (2, 5, targets_per_position)))
+    targets = jnp.asarray(rng.integers(0, 62, (10, targets_per_position)))
     g = jnp.asarray(rng.normal(size=targets.shape), F32)
 
     def plain(h: jax.Array, lora: Any) -> jax.Array:

@@ -84,8 +84,8 @@ def test_every_tensor_reaches_its_place(family: str, n_shards: int, tmp_path: Pa
                 rows = slice(k * H, k * H + H)
                 np.testing.assert_array_equal(layers["qkv_bias_LKJH"][i, k, G], t[attn + "k_proj.bias"][rows])
                 np.testing.assert_array_equal(layers["qkv_bias_LKJH"][i, k, G + 1], t[attn + "v_proj.bias"][rows])
-        np.testing.assert_array_equal(layers["gate_up_LD2F"][i, :, 0], t[mlp + "gate_proj.weight"].T)
-        np.testing.assert_array_equal(layers["gate_up_LD2F"][i, :, 1], t[mlp + "up_proj.weight"].T)
+        np.testing.assert_array_equal(layers["gate_up_L2DF"][i, 0], t[mlp + "gate_proj.weight"].T)
+        np.testing.assert_array_equal(layers["gate_up_L2DF"][i, 1], t[mlp + "up_proj.weight"].T)
         np.testing.assert_array_equal(layers["down_LFD"][i], t[mlp + "down_proj.weight"].T)
         for leaf, name in (("attn_norm_LD", "input_layernorm"), ("mlp_norm_LD", "post_attention_layernorm")):
             np.testing.assert_array_equal(layers[leaf][i], t[f"model.layers.{i}.{name}.weight"])
@@ -120,7 +120,7 @@ one = load_params(found, read_config(found), "float32", make_mesh("auto", jax.de
 for axes in ("auto", {"fsdp": 4, "tensor": 2}, {"data": 4, "tensor": 2}):
     many = load_params(found, read_config(found), "float32", make_mesh(axes))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), many, one)
-    sizes = {s.data.size for s in many["layers"]["gate_up_LD2F"].addressable_shards}
+    sizes = {s.data.size for s in many["layers"]["gate_up_L2DF"].addressable_shards}
     print(len(jax.devices()), sizes)
 """
 

@@ -46,16 +46,17 @@ class TrainPrograms:
         """Return logprobs_BTC and what `backward` needs; with remat None, nothing is kept."""
         c = context(batch["positions_BT"], self._config, self._dtype)
         h_BTD, saved = forward_pass(params, weights["layers"], batch["tokens_BT"], batch["segments_BT"], c, remat)
-        logprobs_BTC, head_saved = head_forward(
-            h_BTD,
+        targets_BTC = batch["targets_BTC"]
+        logprobs_MC, head_saved = head_forward(
+            h_BTD.reshape(-1, h_BTD.shape[-1]),
             output_head_VD(params),
             weights["unembed"],
-            batch["targets_BTC"],
+            targets_BTC.reshape(-1, targets_BTC.shape[-1]),
             dtype=self._dtype,
             shards=self._shards,
             with_backward=remat is not None,
         )
-        return logprobs_BTC, (saved, head_saved)
+        return logprobs_MC.reshape(targets_BTC.shape), (saved, head_saved)
 
     def _backward(
         self,
@@ -71,15 +72,17 @@ class TrainPrograms:
         """Return the accumulated gradients plus those of d(sum g x logprobs) by the adapter."""
         layers_saved, head_saved = saved
         c = context(batch["positions_BT"], self._config, self._dtype)
-        dh_BTD, unembed = head_backward(
+        flat = lambda a_BTC: a_BTC.reshape(-1, a_BTC.shape[-1])  # noqa: E731
+        dh_MD, unembed = head_backward(
             head_saved,
             output_head_VD(params),
             weights["unembed"],
-            batch["targets_BTC"],
-            g_BTC,
+            flat(batch["targets_BTC"]),
+            flat(g_BTC),
             dtype=self._dtype,
             shards=self._shards,
         )
+        dh_BTD = dh_MD.reshape(*g_BTC.shape[:2], -1)
         layers = backward_pass(params, weights["layers"], batch["segments_BT"], layers_saved, dh_BTD, c, remat)
         return jax.tree.map(jnp.add, accumulated, {"layers": layers, "unembed": unembed})
 

@@ -75,8 +75,8 @@ def leaf_parts(c: ModelConfig) -> dict[LeafPath, tuple[Part, ...]]:
             Part(name=attn + "o_proj.weight", shape=(D, N * H), split=(D, K, G, H), order=(1, 2, 3, 0)),
         ),
         ("layers", "mlp_norm_LD"): plain(layer + "post_attention_layernorm.weight", D),
-        ("layers", "gate_up_LD2F"): tuple(
-            Part(name=f"{mlp}{which}_proj.weight", shape=(F, D), split=(1, F, D), order=(2, 0, 1), axis=1, start=start)
+        ("layers", "gate_up_L2DF"): tuple(
+            Part(name=f"{mlp}{which}_proj.weight", shape=(F, D), split=(1, F, D), order=(0, 2, 1), axis=0, start=start)
             for which, start in (("gate", 0), ("up", 1))
         ),
         ("layers", "down_LFD"): (Part(name=mlp + "down_proj.weight", shape=(D, F), split=(D, F), order=(1, 0)),),
