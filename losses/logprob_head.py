@@ -133,7 +133,7 @@ def _target_logits(
     targets_MC: jax.Array,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    w_MCD = jnp.take(head_VD, targets_MC, axis=0)
+    w_MCD = from_bits(jnp.take(to_bits(head_VD), targets_MC, axis=0))
     logits_MC = contract("MD,MCD->MC", h_MD, w_MCD, dtype)
     if u_MR is not None:
         logits_MC += contract("MR,RMC->MC", u_MR, jnp.take(lora["B"], targets_MC, axis=1), dtype)
@@ -155,7 +155,7 @@ def head_backward(
     The frozen head gets no gradient.
     """
     g_M = jnp.sum(g_MC, axis=-1)
-    w_MCD = jnp.take(head_VD, targets_MC, axis=0)
+    w_MCD = from_bits(jnp.take(to_bits(head_VD), targets_MC, axis=0))
     dh_MD = jnp.einsum("MC,MCD->MD", g_MC, w_MCD.astype(jnp.float32)) - g_M[:, None] * saved["e"]
     if not lora:
         return dh_MD, {}

@@ -6,15 +6,17 @@ contract their operands' last axes, or the right one's first: the orientations t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jax_client.models.layers import contract
 
 Adapter = Mapping[str, Mapping[str, jax.Array]]
-Pair = tuple[jax.Array, jax.Array]  # A (R, I) and B (R, O) of one matmul
+# A (n, I), n = R times the modules of a fused layer, and each output's B (R, O).
+Pair = tuple[jax.Array, list[jax.Array]]
 
 # LoRA's alpha is fixed; only the rank is a user's choice.
 LORA_ALPHA = 32.0
@@ -31,53 +33,70 @@ def adapter_scale(lora: Adapter) -> float:
 
 
 def layer_pairs(lora: Adapter) -> dict[str, Pair]:
-    """Return (A, B) of each matmul of a layer that the adapter covers: qkv, o, gate, up and down.
+    """Return the pairs of a layer's matmuls that the adapter covers: qkv, o, gate_up and down.
 
-    The fused projection q|k|v has the three A's on top of each other (3R, D) and the B's in the blocks of a
-    (3R, K * J * H) matrix that is zero elsewhere. Linear in the adapter, so its transpose turns gradients back.
+    The modules of a fused layer have their A's on top of each other. Where its outputs are interleaved (q|k|v), the B's
+    stand in the blocks of one matrix that is zero elsewhere. Linear in the adapter, so that its transpose turns
+    gradients back.
     """
-    pairs = {}
+    pairs: dict[str, Pair] = {}
     if "q" in lora:
-        a_RD = jnp.concatenate([lora[name]["A"] for name in "qkv"])
-        q, k, v = lora["q"]["B"], lora["k"]["B"][:, :, None], lora["v"]["B"][:, :, None]
-        group = q.shape[2]
-        places = ((q, 0, 2), (k, group, 1), (v, group + 1, 0))
-        b_RKJH = jnp.concatenate([jnp.pad(b, ((0, 0), (0, 0), (before, after), (0, 0))) for b, before, after in places])
-        pairs["qkv"] = (a_RD, b_RKJH.reshape(len(b_RKJH), -1))
+        q_RKGH, k_RKH, v_RKH = (lora[name]["B"] for name in "qkv")
+        group = q_RKGH.shape[2]
+        blocks = ((q_RKGH, 0, 2), (k_RKH[:, :, None], group, 1), (v_RKH[:, :, None], group + 1, 0))
+        wide = [jnp.pad(b, ((0, 0), (0, 0), (before, after), (0, 0))) for b, before, after in blocks]
+        b_nRKJH = jnp.concatenate(wide)
+        pairs["qkv"] = jnp.concatenate([lora[name]["A"] for name in "qkv"]), [b_nRKJH.reshape(len(b_nRKJH), -1)]
     if "o" in lora:
-        a_RKGH, b_RD = lora["o"]["A"], lora["o"]["B"]
-        pairs["o"] = (a_RKGH.reshape(len(a_RKGH), -1), b_RD)
-    return pairs | {name: (lora[name]["A"], lora[name]["B"]) for name in ("gate", "up", "down") if name in lora}
+        a_RKGH = lora["o"]["A"]
+        pairs["o"] = a_RKGH.reshape(len(a_RKGH), -1), [lora["o"]["B"]]
+    if "gate" in lora:
+        names = ("gate", "up")
+        pairs["gate_up"] = jnp.concatenate([lora[name]["A"] for name in names]), [lora[name]["B"] for name in names]
+    if "down" in lora:
+        pairs["down"] = lora["down"]["A"], [lora["down"]["B"]]
+    return pairs
 
 
-def linear(x_MI: jax.Array, w_IO: jax.Array, pair: Pair | None, scale: float, dtype: jnp.dtype) -> jax.Array:
-    """Return x W + scale (x A) B, float32 (M, O); only x W for no pair."""
-    y_MO = contract("MI,IO->MO", x_MI, w_IO, dtype)
+def linear(
+    x_MI: jax.Array, ws_IO: Sequence[jax.Array], pair: Pair | None, scale: float, dtype: jnp.dtype
+) -> tuple[list[jax.Array], jax.Array | None]:
+    """Return x W + s (x A) B of each W, float32 (M, O), and u (M, n) = s (x A) for `linear_backward`."""
+    ys = [contract("MI,IO->MO", x_MI, w_IO, dtype) for w_IO in ws_IO]
     if pair is None:
-        return y_MO
-    a_RI, b_RO = pair
-    return y_MO + contract("MR,RO->MO", contract("MI,RI->MR", x_MI, a_RI, dtype) * scale, b_RO, dtype)
+        return ys, None
+    a_nI, bs_RO = pair
+    u_Mn = contract("MI,nI->Mn", x_MI, a_nI, dtype) * scale
+    us_MR = jnp.split(u_Mn, len(bs_RO), axis=1)
+    return [y + contract("MR,RO->MO", u, b, dtype) for y, u, b in zip(ys, us_MR, bs_RO, strict=True)], u_Mn
 
 
 def linear_backward(
-    dy_MO: jax.Array,
+    dys_MO: Sequence[jax.Array],
     x_MI: jax.Array,
-    w_IO: jax.Array,
+    u_Mn: jax.Array | None,
+    ws_IO: Sequence[jax.Array],
     pair: Pair | None,
     scale: float,
     dtype: jnp.dtype,
 ) -> tuple[jax.Array, Pair | None]:
-    """Return dx (M, I) and the gradients of (A, B), float32; the frozen W gets none.
-
-    The two narrow products with x and dy are computed twice, once in each orientation: cheaper than a matmul that
-    contracts the left operand's first axis, which falls off the bfloat16 path on a CPU.
-    """
-    dx_MI = contract("MO,IO->MI", dy_MO, w_IO, dtype)
-    if pair is None:
+    """Return dx (M, I) and the gradients of the pair, float32; the frozen W's get none."""
+    dx_MI = sum(contract("MO,IO->MI", dy, w, dtype) for dy, w in zip(dys_MO, ws_IO, strict=True))
+    if pair is None or u_Mn is None:
         return dx_MI, None
-    a_RI, b_RO = pair
-    u_RM = contract("RI,MI->RM", a_RI, x_MI, dtype) * scale
-    du_RM = contract("RO,MO->RM", b_RO, dy_MO, dtype) * scale
-    du_MR = contract("MO,RO->MR", dy_MO, b_RO, dtype) * scale
-    grads = (contract("RM,MI->RI", du_RM, x_MI, dtype), contract("RM,MO->RO", u_RM, dy_MO, dtype))
-    return dx_MI + contract("MR,RI->MI", du_MR, a_RI, dtype), grads
+    a_nI, bs_RO = pair
+    us_RM = jnp.split(_turned(u_Mn), len(bs_RO))
+    dbs_RO = [contract("RM,MO->RO", u, dy, dtype) for u, dy in zip(us_RM, dys_MO, strict=True)]
+    dus_MR = [contract("MO,RO->MR", dy, b, dtype) for dy, b in zip(dys_MO, bs_RO, strict=True)]
+    du_Mn = jnp.concatenate(dus_MR, axis=1) * scale
+    da_nI = contract("nM,MI->nI", _turned(du_Mn), x_MI, dtype)
+    return dx_MI + contract("Mn,nI->MI", du_Mn, a_nI, dtype), (da_nI, dbs_RO)
+
+
+def _turned(u_Mn: jax.Array) -> jax.Array:
+    """Return the transpose, really carried out.
+
+    XLA would fold it into the matmul that follows, which then contracts the left operand's first axis: on a CPU that
+    is two to three times slower in bfloat16.
+    """
+    return with_layout_constraint(u_Mn.T, Layout(major_to_minor=(0, 1)))

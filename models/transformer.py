@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jax_client.models.block import Context, Saved, layer_backward, layer_forward, row_attention
 from jax_client.models.config import ModelConfig
@@ -18,15 +19,16 @@ from jax_client.models.lora import Adapter
 Remat = Literal["full", "none"]
 
 
-def context(positions_BT: jax.Array, config: ModelConfig, dtype: jnp.dtype) -> Context:
-    """Return what every layer of a pass over these positions shares."""
+def context(positions_BT: jax.Array, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None = None) -> Context:
+    """Return what every layer of a pass over these positions, on this mesh, shares."""
     cos_BTH, sin_BTH = rope_table(positions_BT, config)
-    return Context(config=config, dtype=dtype, cos_BTH=cos_BTH, sin_BTH=sin_BTH)
+    one_cpu = mesh is not None and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    return Context(config=config, dtype=dtype, head_by_head=one_cpu, cos_BTH=cos_BTH, sin_BTH=sin_BTH)
 
 
 def embed(params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
     """Return the float32 residual stream (B, T, D) that enters the first layer."""
-    return jnp.take(params["embed_VD"], tokens_BT, axis=0).astype(jnp.float32)
+    return from_bits(jnp.take(to_bits(params["embed_VD"]), tokens_BT, axis=0)).astype(jnp.float32)
 
 
 def forward_pass(
@@ -48,7 +50,7 @@ def forward_pass(
     Returns:
         h_BTD float32, the input of the output projection, and what `backward_pass` needs.
     """
-    attend = row_attention(segments_BT, c.dtype)
+    attend = row_attention(segments_BT, c)
 
     def step(x_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter]) -> tuple[jax.Array, Any]:
         w, layer_lora = from_bits(layer)
@@ -71,7 +73,7 @@ def backward_pass(
     remat: Remat,
 ) -> dict[str, dict[str, jax.Array]]:
     """Return the gradients of the stacked adapters for the cotangent of `forward_pass`'s output."""
-    attend = row_attention(segments_BT, c.dtype)
+    attend = row_attention(segments_BT, c)
 
     def step(dy_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter, Any]) -> tuple[jax.Array, Any]:
         w, layer_lora, kept = from_bits(layer)

@@ -19,7 +19,7 @@ from jax_client.models.attention import MASKED
 from jax_client.models.block import layer_forward, row_attention
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import output_head_VD
-from jax_client.models.layers import contract, rms_norm
+from jax_client.models.layers import contract, from_bits, rms_norm, to_bits
 from jax_client.models.lora import lora_scale
 from jax_client.models.transformer import context, embed, forward_pass
 from jax_client.sharding import sharding_for
@@ -70,15 +70,17 @@ class DecodePrograms:
         T = tokens_PT.shape[1]
         positions_PT = jnp.broadcast_to(jnp.arange(T), tokens_PT.shape)
         segments_PT = (positions_PT < lengths_P[:, None]).astype(jnp.int32)
-        c = context(positions_PT, self._config, self._dtype)
-        attend = row_attention(segments_PT, self._dtype)
+        c = context(positions_PT, self._config, self._dtype, self._mesh)
+        attend = row_attention(segments_PT, c)
 
         def step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            w, lora = layer
+            w, lora = from_bits(layer)
             y, _, (k, v, _) = layer_forward(x, w, lora, c, attend)
             return y, (k.astype(self._dtype), v.astype(self._dtype))
 
-        _, (k_LPTKH, v_LPTKH) = jax.lax.scan(step, embed(params, tokens_PT), (params["layers"], weights["layers"]))
+        _, (k_LPTKH, v_LPTKH) = jax.lax.scan(
+            step, embed(params, tokens_PT), to_bits((params["layers"], weights["layers"]))
+        )
 
         def rows(kv_PTKH: jax.Array) -> jax.Array:
             return jnp.pad(kv_PTKH[prompt_of_row_B], ((0, 0), (0, slots - T), (0, 0), (0, 0)))
@@ -99,7 +101,7 @@ class DecodePrograms:
         """
         # Sliced before the loop: inside it, XLA would copy each layer's weights out of the stack at every step.
         layers = [
-            jax.tree.map(lambda a, i=i: a[i], (params["layers"], weights["layers"]))
+            from_bits(jax.tree.map(lambda a, i=i: a[i], to_bits((params["layers"], weights["layers"]))))
             for i in range(self._config.n_layers)
         ]
 
@@ -123,7 +125,7 @@ class DecodePrograms:
         self, params: Any, weights: Any, layers: list[Any], cache: Cache, row: Row
     ) -> tuple[jax.Array, Cache]:
         position_B1 = row["position"][:, None]
-        c = context(position_B1, self._config, self._dtype)
+        c = context(position_B1, self._config, self._dtype, self._mesh)
         x_BTD = embed(params, row["token"][:, None])
         new_cache = []
         for (w, lora), kv in zip(layers, cache, strict=True):
@@ -149,7 +151,7 @@ class DecodePrograms:
 
     def _logits(self, params: Any, weights: Any, h_ND: jax.Array) -> jax.Array:
         """Return float32 logits (N, V); N is a batch of single positions, never a whole prompt."""
-        logits_NV = contract("ND,VD->NV", h_ND, output_head_VD(params), self._dtype)
+        logits_NV = contract("ND,VD->NV", h_ND, from_bits(output_head_VD(params)), self._dtype)
         if unembed := weights["unembed"]:
             u_NR = contract("ND,RD->NR", h_ND, unembed["A"], self._dtype) * lora_scale(unembed["A"])
             logits_NV += contract("NR,RV->NV", u_NR, unembed["B"], self._dtype)
@@ -161,7 +163,7 @@ class DecodePrograms:
         """Return the k likeliest next tokens at each position of one prompt: ids (T, k) and logprobs (T, k)."""
         positions_1T = jnp.arange(tokens_1T.shape[1])[None]
         segments_1T = (positions_1T < length).astype(jnp.int32)
-        c = context(positions_1T, self._config, self._dtype)
+        c = context(positions_1T, self._config, self._dtype, self._mesh)
         h_BTD, _ = forward_pass(params, weights["layers"], tokens_1T, segments_1T, c, None)
 
         def chunk(h_ND: jax.Array) -> tuple[jax.Array, jax.Array]:

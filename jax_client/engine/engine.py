@@ -36,6 +36,7 @@ from jax_client.engine.requests import (
 from jax_client.engine.sampler import Sampler
 from jax_client.engine.trainer import Trainer
 from jax_client.errors import RequestFailedError
+from jax_client.models.layers import to_bits
 from jax_client.models.transformer import Remat
 from jax_client.sharding import check_mesh_divides, make_mesh
 from jax_client.weights.load import load_params, read_config
@@ -68,7 +69,10 @@ class Engine:
         device = self.mesh.devices.flat[0]
         auto_dtype = settings.dtype == "auto"
         self.dtype = memory.faster_matmul_dtype(device) if auto_dtype else jnp.dtype(settings.dtype)
-        self.params = load_params(source, self.model, self.dtype, self.mesh)
+        leaves, tree = jax.tree.flatten(load_params(source, self.model, self.dtype, self.mesh))
+        for i, leaf in enumerate(leaves):  # one by one: the weights never exist twice
+            leaves[i] = to_bits(leaf)
+        self.params = jax.tree.unflatten(tree, leaves)
         self._log: list[CompileRecord] = []
         self._adapters: list[Adapter] = []
         tokens = settings.max_tokens_per_micro_batch or memory.choose_micro_batch_tokens(device)

@@ -31,6 +31,7 @@ class TrainPrograms:
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, log: list[CompileRecord]):
         self._config = config
         self._dtype = dtype
+        self._mesh = mesh
         tensor = mesh.shape["tensor"]
         self._shards = tensor if config.vocab_size % tensor == 0 else 1
         size = lambda _, __, batch, *rest: "x".join(map(str, batch["tokens_BT"].shape))  # noqa: E731
@@ -44,7 +45,7 @@ class TrainPrograms:
         self, params: Any, weights: Weights, batch: dict[str, jax.Array], *, remat: Remat | None
     ) -> tuple[jax.Array, Any]:
         """Return logprobs_BTC and what `backward` needs; with remat None, nothing is kept."""
-        c = context(batch["positions_BT"], self._config, self._dtype)
+        c = context(batch["positions_BT"], self._config, self._dtype, self._mesh)
         h_BTD, saved = forward_pass(params, weights["layers"], batch["tokens_BT"], batch["segments_BT"], c, remat)
         targets_BTC = batch["targets_BTC"]
         logprobs_MC, head_saved = head_forward(
@@ -71,7 +72,7 @@ class TrainPrograms:
     ) -> Weights:
         """Return the accumulated gradients plus those of d(sum g x logprobs) by the adapter."""
         layers_saved, head_saved = saved
-        c = context(batch["positions_BT"], self._config, self._dtype)
+        c = context(batch["positions_BT"], self._config, self._dtype, self._mesh)
         flat = lambda a_BTC: a_BTC.reshape(-1, a_BTC.shape[-1])  # noqa: E731
         dh_MD, unembed = head_backward(
             head_saved,
