@@ -81,7 +81,9 @@ def linear_backward(
     dtype: jnp.dtype,
 ) -> tuple[jax.Array, Pair | None]:
     """Return dx (M, I) and the gradients of the pair, float32; the frozen W's get none."""
-    dx_MI = sum(contract("MO,IO->MI", dy, w, dtype) for dy, w in zip(dys_MO, ws_IO, strict=True))
+    dx_MI, *others = (contract("MO,IO->MI", dy, w, dtype) for dy, w in zip(dys_MO, ws_IO, strict=True))
+    for other_MI in others:
+        dx_MI += other_MI
     if pair is None or u_Mn is None:
         return dx_MI, None
     a_nI, bs_RO = pair

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ class Program:
         text = ", ".join(shapes + [f"{name}={value}" for name, value in static.items()])
         logger.info("compiling %s (%s), first time for this shape", self.name, text)
         outputs = {} if self._place is None else {"out_shardings": self._place(*args)}
-        compiled = jax.jit(lambda *a: self._fn(*a, **static), **outputs).lower(*args).compile()
+        fn = partial(self._fn, **static)
+        fn.__name__ = self.name  # type: ignore[attr-defined]  (profiles and dumps show it)
+        compiled = jax.jit(fn, **outputs).lower(*args).compile()
         seconds = time.perf_counter() - start
         self._log.append(CompileRecord(program=self.name, shapes=text, seconds=round(seconds, 3)))
         logger.info("compiled %s (%s) in %.1f s", self.name, text, seconds)
