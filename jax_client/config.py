@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from jax_client.errors import BadRequestError
 
 DType = Literal["auto", "bfloat16", "float32"]
-Remat = Literal["auto", "full", "none"]
+Remat = Literal["auto", "none", "selective", "full"]
 MESH_AXES = ("data", "fsdp", "sequence", "expert", "tensor")
 
 
@@ -37,11 +37,14 @@ class EngineConfig:
         mesh: "auto" (all devices on "fsdp"), or sizes by axis, such as {"fsdp": 4, "tensor": 2}; the axes are
             data, fsdp, sequence, expert, tensor, those left out have size 1, sequence and expert stay 1.
         max_tokens_per_micro_batch: ceiling of the tokens computed at once in a training pass; None chooses by memory.
-        remat: "none" keeps every layer's activations for the backward pass, "full" only each layer's input and
-            recomputes the rest; "auto" takes "none" where the activations fit.
+        remat: what the backward pass recomputes to save memory. "none" keeps every layer's activations, "selective" all
+            but the wide half of each layer, "full" each layer's input only; "auto" takes the first that fits.
         state_dir: checkpoints and their catalogue; None is `default_state_dir()`.
         compilation_cache_dir: compiled programs, kept between processes; None is `default_compilation_cache_dir()`,
             "" turns the cache off.
+        memory_fraction: share of a device's memory (of the host's, on a CPU) that may be filled; what needs more is
+            refused before it is allocated.
+        precompile: compile the programs that a training client will likely need in the background when it is made.
 
     Raises:
         BadRequestError: a field has a value outside its range; the message names both.
@@ -53,6 +56,8 @@ class EngineConfig:
     remat: Remat = "auto"
     state_dir: str | os.PathLike[str] | None = None
     compilation_cache_dir: str | os.PathLike[str] | None = None
+    memory_fraction: float = 0.9
+    precompile: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(DType):
@@ -64,6 +69,11 @@ class EngineConfig:
             raise BadRequestError(
                 f"EngineConfig.max_tokens_per_micro_batch is {tokens!r}; give an integer of at least 16, or None."
             )
+        fraction = self.memory_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            raise BadRequestError(f"EngineConfig.memory_fraction is {fraction!r}; give a number above 0 and at most 1.")
+        if not isinstance(self.precompile, bool):
+            raise BadRequestError(f"EngineConfig.precompile is {self.precompile!r}; give True or False.")
         if self.mesh == "auto":
             return
         if not isinstance(self.mesh, Mapping):

@@ -15,10 +15,8 @@ from jax_client.losses.policy_ratio import clip_bounds, policy_ratio
 CONFIG = {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}
 
 
-def loss(
-    logprobs: jax.Array, inputs: Mapping[str, jax.Array], config: Mapping[str, jax.Array]
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return -sg(clip(r)) log p A per target."""
     ratio, stats = policy_ratio(logprobs, inputs)
-    weight = jax.lax.stop_gradient(jnp.clip(ratio, *clip_bounds(inputs, config)))
+    weight = jax.lax.stop_gradient(jnp.clip(ratio, *clip_bounds(inputs)))
     return -weight * logprobs * inputs["advantages"], {**stats, "clip_fraction": (weight != ratio).astype(jnp.float32)}

@@ -14,10 +14,8 @@ from jax_client.losses.policy_ratio import policy_ratio
 CONFIG = {"beta": 0.1}
 
 
-def loss(
-    logprobs: jax.Array, inputs: Mapping[str, jax.Array], config: Mapping[str, jax.Array]
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return -(log p A - beta / 2 (log p - log q)^2) per target."""
     _, stats = policy_ratio(logprobs, inputs)
     gap = logprobs - inputs["logprobs"]
-    return -(logprobs * inputs["advantages"] - 0.5 * config["beta"] * gap * gap), stats
+    return -(logprobs * inputs["advantages"] - 0.5 * inputs["beta"] * gap * gap), stats

@@ -9,9 +9,7 @@ import jax
 from jax_client.losses.policy_ratio import policy_ratio
 
 
-def loss(
-    logprobs: jax.Array, inputs: Mapping[str, jax.Array], config: Mapping[str, jax.Array]
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return -r A per target."""
     ratio, stats = policy_ratio(logprobs, inputs)
     return -ratio * inputs["advantages"], stats

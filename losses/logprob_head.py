@@ -3,12 +3,15 @@
 The vocabulary goes in blocks with an online logsumexp. Beside the running sum the forward pass carries
 e = sum_v p_v W_v, so that d logprob / dh = W_target - e needs no second pass over the vocabulary: two matmuls where
 recomputing the probabilities takes three. Only an adapter on the head needs them again, for its B.
+
+The tokens go in chunks too, in the order of what they need (`Order`): those that can get a gradient, then those that
+are only scored, which carry no e, and padding not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +19,51 @@ import jax.numpy as jnp
 from jax_client.models.layers import contract, from_bits, to_bits
 from jax_client.models.lora import lora_scale
 
-VOCAB_BLOCK = 2048
+# (tokens, vocabulary entries) of one block of scores: 4 MB stay in a CPU's cache; an accelerator wants large matmuls.
+CPU_BLOCK = (512, 2048)
+ACCELERATOR_BLOCK = (4096, 8192)
 Unembed = Mapping[str, jax.Array]  # {"A": (R, D), "B": (R, V)}, or empty
 
 
+class Order(NamedTuple):
+    """Which positions of a row need what.
+
+    Attributes:
+        token_BT: int32; each row's positions: those that can get a gradient first, then those that are only scored,
+            then padding.
+        place_BT: its inverse: where each position stands in that order.
+        with_gradient, scored: int32 scalars; how many, counted from the front, have a gradient, and a score at all. The
+            most of any row, so that the rows of a mesh take equally many turns.
+    """
+
+    token_BT: jax.Array
+    place_BT: jax.Array
+    with_gradient: jax.Array
+    scored: jax.Array
+
+
+def block_shape(length: int) -> tuple[int, int]:
+    """Return the tokens and vocabulary entries of one block of scores, for rows of this length.
+
+    The tokens are the largest divisor of the length up to the platform's limit.
+    """
+    most, entries = CPU_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK
+    return next(size for size in range(min(most, length), 0, -1) if length % size == 0), entries
+
+
+def _each_row(row: Callable[..., Any], *arrays: Any) -> Any:
+    """Apply `row` to each row of the arrays.
+
+    One row goes without a batch axis: XLA's CPU backend has no bfloat16 path for a matmul with one.
+    """
+    if len(jax.tree.leaves(arrays)[0]) > 1:
+        return jax.vmap(row)(*arrays)
+    return jax.tree.map(lambda a: a[None], row(*jax.tree.map(lambda a: a[0], arrays)))
+
+
 def _scaled_u(h_MD: jax.Array, lora: Unembed, dtype: jnp.dtype) -> jax.Array:
-    return contract("MD,RD->MR", h_MD, lora["A"], dtype) * lora_scale(lora["A"])
+    """Return u (..., R) = s h A."""
+    return contract("...D,RD->...R", h_MD, lora["A"], dtype) * lora_scale(lora["A"])
 
 
 def _block_scores(
@@ -40,12 +82,13 @@ def _over_blocks(step: Any, carry: Any, head_VD: jax.Array, b_RV: jax.Array | No
         b_Rv = None if b_RV is None else jax.lax.dynamic_slice_in_dim(b_RV, start, width, axis=1)
         return step(carry, w_vD, b_Rv)
 
-    whole, outs = size // VOCAB_BLOCK, []
+    width = block_shape(1)[1]
+    whole, outs = size // width, []
     if whole:
-        carry, ys = jax.lax.scan(lambda c, i: block(c, i * VOCAB_BLOCK, VOCAB_BLOCK), carry, jnp.arange(whole))
+        carry, ys = jax.lax.scan(lambda c, i: block(c, i * width, width), carry, jnp.arange(whole))
         outs.append(ys)
-    if tail := size - whole * VOCAB_BLOCK:
-        carry, y = block(carry, whole * VOCAB_BLOCK, tail)
+    if tail := size - whole * width:
+        carry, y = block(carry, whole * width, tail)
         outs.append(jax.tree.map(lambda a: a[None], y))
     return carry, outs
 
@@ -63,10 +106,11 @@ def _each_shard(sweep: Any, shards: int, head_VD: jax.Array, b_RV: jax.Array | N
 
 
 def head_forward(
-    h_MD: jax.Array,
+    h_BTD: jax.Array,
     head_VD: jax.Array,
     lora: Unembed,
-    targets_MC: jax.Array,
+    targets_BTC: jax.Array,
+    order: Order,
     *,
     dtype: jnp.dtype,
     shards: int,
@@ -75,18 +119,59 @@ def head_forward(
     """Return log p(targets | h), and what `head_backward` needs.
 
     Args:
-        h_MD: float32 hidden states after the final norm, one per position.
+        h_BTD: float32 hidden states after the final norm, one per position.
         head_VD: output projection in the matmul type.
         lora: the adapter on the head, or {}.
-        targets_MC: int32 token ids, C per position.
+        targets_BTC: int32 token ids, C per position.
+        order: which positions need what; those beyond `order.scored` get 0.
         shards: ways that V is split over the mesh; each shard keeps its own running sums, merged at the end.
-        with_backward: also carry e. Without it the second result is empty.
+        with_backward: also carry e, for the first `order.with_gradient` positions. Without it the second result is
+            empty.
 
     Returns:
-        logprobs_MC float32, in nats. Largest temporary: (shards, M, VOCAB_BLOCK) float32.
+        logprobs_BTC float32, in nats. Largest temporary: (shards, tokens, vocabulary entries) of one block, float32.
 
     Source: online softmax, arXiv 1805.02867.
     """
+    size, _ = block_shape(h_BTD.shape[1])
+
+    def row(h_TD: jax.Array, targets_TC: jax.Array, token_T: jax.Array, place_T: jax.Array) -> dict[str, jax.Array]:
+        def chunk(i: jax.Array, out: dict[str, jax.Array], with_backward: bool) -> dict[str, jax.Array]:
+            at_M = jax.lax.dynamic_slice_in_dim(token_T, i * size, size)
+            options = {"dtype": dtype, "shards": shards, "with_backward": with_backward}
+            new = _chunk_forward(h_TD[at_M], head_VD, lora, targets_TC[at_M], **options)
+            # Written in the order of work and turned back below: a CPU is slow at writing to scattered places.
+            put = jax.lax.dynamic_update_slice_in_dim
+            return out | {name: put(out[name], value, i * size, 0) for name, value in new.items()}
+
+        (T, D), out = h_TD.shape, {"logprobs": jnp.zeros(targets_TC.shape)}
+        done = jnp.int32(0)
+        if with_backward:
+            out |= {"lse": jnp.zeros(T), "e": jnp.zeros((T, D))} | (
+                {"b": jnp.zeros((T, len(lora["A"])))} if lora else {}
+            )
+            done = -(-order.with_gradient // size)
+            out = jax.lax.fori_loop(0, done, lambda i, out: chunk(i, out, True), out)
+        out = jax.lax.fori_loop(done, -(-order.scored // size), lambda i, out: chunk(i, out, False), out)
+        return {name: value[place_T] for name, value in out.items()}
+
+    saved = _each_row(row, h_BTD, targets_BTC, order.token_BT, order.place_BT)
+    if lora and with_backward:
+        saved["h"] = h_BTD.astype(dtype)
+    return saved.pop("logprobs"), saved
+
+
+def _chunk_forward(
+    h_MD: jax.Array,
+    head_VD: jax.Array,
+    lora: Unembed,
+    targets_MC: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    shards: int,
+    with_backward: bool,
+) -> dict[str, jax.Array]:
+    """Return `logprobs` (M, C) and, for the backward pass, `lse` (M,), `e` (M, D) and, with an adapter, `b` (M, R)."""
     M, D = h_MD.shape
     u_MR = _scaled_u(h_MD, lora, dtype) if lora else None
 
@@ -116,13 +201,13 @@ def head_forward(
     l_M = jnp.sum(carry["l"] * weight_SM, axis=0)
     lse_M = m_M + jnp.log(l_M)
     logits_MC = _target_logits(h_MD, u_MR, head_VD, lora, targets_MC, dtype)
-    saved = {}
+    out = {"logprobs": logits_MC - lse_M[:, None]}
     if with_backward:
         weight_SM = weight_SM / l_M
-        saved = {"h": h_MD.astype(dtype), "lse": lse_M, "e": jnp.einsum("SMD,SM->MD", carry["e"], weight_SM)}
+        out |= {"lse": lse_M, "e": jnp.einsum("SMD,SM->MD", carry["e"], weight_SM)}
         if lora:
-            saved["b"] = jnp.einsum("SMR,SM->MR", carry["b"], weight_SM)
-    return logits_MC - lse_M[:, None], saved
+            out["b"] = jnp.einsum("SMR,SM->MR", carry["b"], weight_SM)
+    return out
 
 
 def _target_logits(
@@ -144,58 +229,70 @@ def head_backward(
     saved: dict[str, jax.Array],
     head_VD: jax.Array,
     lora: Unembed,
-    targets_MC: jax.Array,
-    g_MC: jax.Array,
+    targets_BTC: jax.Array,
+    g_BTC: jax.Array,
+    order: Order,
     *,
     dtype: jnp.dtype,
     shards: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return dh (M, D) float32 and the gradients of the head's adapter, for the cotangents g of the logprobs.
+    """Return dh (B, T, D) float32 and the gradients of the head's adapter, for the cotangents g of the logprobs.
 
-    The frozen head gets no gradient.
+    g must be zero beyond the positions that the forward pass was told can get a gradient. The frozen head gets none.
     """
-    g_M = jnp.sum(g_MC, axis=-1)
-    w_MCD = from_bits(jnp.take(to_bits(head_VD), targets_MC, axis=0))
-    dh_MD = jnp.einsum("MC,MCD->MD", g_MC, w_MCD.astype(jnp.float32)) - g_M[:, None] * saved["e"]
+    g_BT = jnp.sum(g_BTC, axis=-1)
+    w_BTCD = from_bits(jnp.take(to_bits(head_VD), targets_BTC, axis=0))
+    dh_BTD = jnp.einsum("BTC,BTCD->BTD", g_BTC, w_BTCD.astype(jnp.float32)) - g_BT[..., None] * saved["e"]
     if not lora:
-        return dh_MD, {}
-    scale = lora_scale(lora["A"])
-    h_MD = saved["h"]
-    u_MR = _scaled_u(h_MD, lora, dtype)
-    targets_b = jnp.einsum("MC,RMC->MR", g_MC, jnp.take(lora["B"], targets_MC, axis=1))
-    du_MR = (targets_b - g_M[:, None] * saved["b"]) * scale
-    dh_MD += contract("MR,RD->MD", du_MR, lora["A"], dtype)
+        return dh_BTD, {}
+    a_RD, b_RV = lora["A"], lora["B"]
+    h_MD, u_MR = saved["h"].reshape(-1, dh_BTD.shape[-1]), _scaled_u(saved["h"], lora, dtype)
+    targets_b_BTR = jnp.einsum("BTC,RBTC->BTR", g_BTC, jnp.take(b_RV, targets_BTC, axis=1))
+    du_BTR = (targets_b_BTR - g_BT[..., None] * saved["b"]) * lora_scale(a_RD)
+    dh_BTD += contract("BTR,RD->BTD", du_BTR, a_RD, dtype)
     grads = {
-        "A": contract("MR,MD->RD", du_MR, h_MD, dtype),
-        "B": _unembed_b_grad(h_MD, u_MR, head_VD, lora["B"], saved["lse"], targets_MC, g_MC, dtype, shards),
+        "A": contract("MR,MD->RD", du_BTR.reshape(-1, len(a_RD)), h_MD, dtype),
+        "B": _unembed_b_grad(saved, u_MR, head_VD, b_RV, targets_BTC, g_BTC, order, dtype, shards),
     }
-    return dh_MD, grads
+    return dh_BTD, grads
 
 
 def _unembed_b_grad(
-    h_MD: jax.Array,
-    u_MR: jax.Array,
+    saved: dict[str, jax.Array],
+    u_BTR: jax.Array,
     head_VD: jax.Array,
     b_RV: jax.Array,
-    lse_M: jax.Array,
-    targets_MC: jax.Array,
-    g_MC: jax.Array,
+    targets_BTC: jax.Array,
+    g_BTC: jax.Array,
+    order: Order,
     dtype: jnp.dtype,
     shards: int,
 ) -> jax.Array:
     """Return sum_i u_i (sum_c g_ic [v = target_ic] - g_i p_iv), the probabilities p recomputed block by block."""
-    R, V = b_RV.shape
-    gu_RM = (u_MR * jnp.sum(g_MC, axis=-1)[:, None]).T
+    (R, V), (size, _) = b_RV.shape, block_shape(u_BTR.shape[1])
 
-    def step(carry: tuple[()], w_vD: jax.Array, b_Rv: jax.Array | None) -> tuple[tuple[()], jax.Array]:
-        p_Mv = jnp.exp(_block_scores(h_MD, u_MR, w_vD, b_Rv, dtype) - lse_M[:, None])
-        return carry, contract("RM,Mv->Rv", gu_RM, p_Mv, dtype)
+    def expected(h_MD: jax.Array, u_MR: jax.Array, lse_M: jax.Array, g_M: jax.Array) -> jax.Array:
+        gu_RM = (u_MR * g_M[:, None]).T
 
-    def sweep(head_VD: jax.Array, b_RV: jax.Array | None) -> jax.Array:
-        _, blocks = _over_blocks(step, (), head_VD, b_RV)
-        return jnp.concatenate([jnp.moveaxis(b_nRv, 0, 1).reshape(R, -1) for b_nRv in blocks], axis=1)
+        def step(carry: tuple[()], w_vD: jax.Array, b_Rv: jax.Array | None) -> tuple[tuple[()], jax.Array]:
+            p_Mv = jnp.exp(_block_scores(h_MD, u_MR, w_vD, b_Rv, dtype) - lse_M[:, None])
+            return carry, contract("RM,Mv->Rv", gu_RM, p_Mv, dtype)
 
-    expected_SRV = _each_shard(sweep, shards, head_VD, b_RV)
-    gu_MCR = g_MC[..., None] * u_MR[:, None]
-    hits_VR = jax.ops.segment_sum(gu_MCR.reshape(-1, R), targets_MC.reshape(-1), num_segments=V)
-    return hits_VR.T - jnp.moveaxis(expected_SRV, 0, 1).reshape(R, V)
+        def sweep(head_VD: jax.Array, b_RV: jax.Array | None) -> jax.Array:
+            _, blocks = _over_blocks(step, (), head_VD, b_RV)
+            return jnp.concatenate([jnp.moveaxis(b_nRv, 0, 1).reshape(R, -1) for b_nRv in blocks], axis=1)
+
+        return jnp.moveaxis(_each_shard(sweep, shards, head_VD, b_RV), 0, 1).reshape(R, V)
+
+    def row(h_TD: jax.Array, u_TR: jax.Array, lse_T: jax.Array, g_T: jax.Array, order_T: jax.Array) -> jax.Array:
+        def add(i: jax.Array, sum_RV: jax.Array) -> jax.Array:
+            at_M = jax.lax.dynamic_slice_in_dim(order_T, i * size, size)
+            return sum_RV + expected(h_TD[at_M], u_TR[at_M], lse_T[at_M], g_T[at_M])
+
+        return jax.lax.fori_loop(0, -(-order.with_gradient // size), add, jnp.zeros((R, V)))
+
+    g_BT = jnp.sum(g_BTC, axis=-1)
+    expected_RV = jnp.sum(_each_row(row, saved["h"], u_BTR, saved["lse"], g_BT, order.token_BT), axis=0)
+    gu_BTCR = g_BTC[..., None] * u_BTR[:, :, None]
+    hits_VR = jax.ops.segment_sum(gu_BTCR.reshape(-1, R), targets_BTC.reshape(-1), num_segments=V)
+    return hits_VR.T - expected_RV

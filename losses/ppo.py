@@ -15,12 +15,10 @@ from jax_client.losses.policy_ratio import clip_bounds, policy_ratio
 CONFIG = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 
 
-def loss(
-    logprobs: jax.Array, inputs: Mapping[str, jax.Array], config: Mapping[str, jax.Array]
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the clipped surrogate per target."""
     ratio, stats = policy_ratio(logprobs, inputs)
-    low, high = clip_bounds(inputs, config)
+    low, high = clip_bounds(inputs)
     plain = ratio * inputs["advantages"]
     clipped = jnp.clip(ratio, low, high) * inputs["advantages"]
     return -jnp.minimum(plain, clipped), {**stats, "clip_fraction": (clipped < plain).astype(jnp.float32)}

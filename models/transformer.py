@@ -5,25 +5,22 @@ The layers are scanned over their stacked parameters, so that compile time does 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from jax_client.models.block import Context, Saved, layer_backward, layer_forward, row_attention
+from jax_client.models.attention import Attention
+from jax_client.models.block import KEPT, Context, Remat, Saved, layer_backward, layer_forward, row_attention
 from jax_client.models.config import ModelConfig
 from jax_client.models.layers import from_bits, rms_norm, rms_norm_backward, rope_table, to_bits
 from jax_client.models.lora import Adapter
 
-Remat = Literal["full", "none"]
 
-
-def context(positions_BT: jax.Array, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None = None) -> Context:
-    """Return what every layer of a pass over these positions, on this mesh, shares."""
+def context(positions_BT: jax.Array, config: ModelConfig, dtype: jnp.dtype, attention: Attention) -> Context:
+    """Return what every layer of a pass over these positions shares."""
     cos_BTH, sin_BTH = rope_table(positions_BT, config)
-    one_cpu = mesh is not None and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    return Context(config=config, dtype=dtype, head_by_head=one_cpu, cos_BTH=cos_BTH, sin_BTH=sin_BTH)
+    return Context(config=config, dtype=dtype, attention=attention, cos_BTH=cos_BTH, sin_BTH=sin_BTH)
 
 
 def embed(params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
@@ -44,8 +41,7 @@ def forward_pass(
     Args:
         lora: the stacked adapters of the layers, by module name; empty for the base model.
         tokens_BT, segments_BT: int32; segment 0 is padding.
-        remat: what to keep for `backward_pass`: "none" keeps each layer's activations, "full" its input only, and
-            None keeps nothing (no backward pass will follow).
+        remat: what to keep for `backward_pass`, see `block.KEPT`; None keeps nothing (no backward pass will follow).
 
     Returns:
         h_BTD float32, the input of the output projection, and what `backward_pass` needs.
@@ -54,9 +50,10 @@ def forward_pass(
 
     def step(x_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter]) -> tuple[jax.Array, Any]:
         w, layer_lora = from_bits(layer)
-        y_BTD, saved, (_, _, lse) = layer_forward(x_BTD, w, layer_lora, c, attend)
-        kept = {"none": (saved, lse), "full": saved["x"], None: ()}[remat]
-        return y_BTD, to_bits(kept)
+        y_BTD, saved, (_, _, residual) = layer_forward(x_BTD, w, layer_lora, c, attend)
+        saved["attention"] = residual
+        names = () if remat is None else KEPT[remat]
+        return y_BTD, to_bits({name: saved[name] for name in names if name in saved})
 
     x_BTD, kept = jax.lax.scan(step, embed(params, tokens_BT), to_bits((params["layers"], lora)))
     saved = {} if remat is None else {"layers": kept, "last": x_BTD}
@@ -70,20 +67,12 @@ def backward_pass(
     saved: Saved,
     dh_BTD: jax.Array,
     c: Context,
-    remat: Remat,
 ) -> dict[str, dict[str, jax.Array]]:
     """Return the gradients of the stacked adapters for the cotangent of `forward_pass`'s output."""
-    attend = row_attention(segments_BT, c)
 
-    def step(dy_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter, Any]) -> tuple[jax.Array, Any]:
+    def step(dy_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter, Saved]) -> tuple[jax.Array, Any]:
         w, layer_lora, kept = from_bits(layer)
-        if remat == "full":
-            _, layer_saved, (_, _, lse) = layer_forward(
-                kept.reshape(dy_BTD.shape).astype(jnp.float32), w, layer_lora, c, attend
-            )
-        else:
-            layer_saved, lse = kept
-        return layer_backward(dy_BTD, layer_saved, lse, segments_BT, w, layer_lora, c)
+        return layer_backward(dy_BTD, kept, segments_BT, w, layer_lora, c)
 
     dx_BTD = rms_norm_backward(saved["last"], params["final_norm_D"], c.config.norm_eps, dh_BTD)
     _, grads = jax.lax.scan(step, dx_BTD, (*to_bits((params["layers"], lora)), saved["layers"]), reverse=True)

@@ -10,18 +10,19 @@ import numpy as np
 
 from jax_client.config import EngineConfig
 
-from bench_rows import NEW_TOKENS, RANK, Job
+from bench_rows import NEW_TOKENS, RANK, Contender, Job
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-Step = Callable[[], None]
+LEARNING_RATE = 1e-4
+Submit = Callable[[], Any]  # queues one request, returns its future
+Describe = Callable[[], dict[str, Any]]
 
 
-def run(job: Job) -> tuple[Step, Callable[[], float | None]]:
-    """Load the model; return one step of the row, and a function that reads the device's peak memory in MiB."""
+def run(job: Job) -> Contender:
+    """Load the model, and return the row's step."""
     # No program may come from a cache: the first step has to show what compiling costs.
     config: Any = EngineConfig(dtype=job.dtype, compilation_cache_dir="")  # type: ignore[arg-type]
-    step = on_engine(job, config) if job.surface == "engine" else on_clients(job, config)
-    return step, device_peak_mib
+    return on_engine(job, config) if job.surface == "engine" else on_clients(job, config)
 
 
 def device_peak_mib() -> float | None:
@@ -30,82 +31,115 @@ def device_peak_mib() -> float | None:
     return stats["peak_bytes_in_use"] / 2**20 if stats else None
 
 
-def on_clients(job: Job, config: EngineConfig) -> Step:
+def training(submits: list[tuple[Submit, Submit]], describe: Describe) -> Contender:
+    """Queue every client's forward_backward and optim_step, one client after the other, then wait for all results.
+
+    Reports the metrics of the last optim_step, and `describe()["training"]` where there is such a thing.
+    """
+    metrics: dict[str, float] = {}
+
+    def train() -> None:
+        futures = [submit() for pair in submits for submit in pair]
+        answers = [future.result() for future in futures]
+        metrics.update(getattr(answers[-1], "metrics", answers[-1]) or {})
+
+    def report() -> dict[str, Any]:
+        return {"training": describe().get("training"), "optim_step": metrics}
+
+    return Contender(step=train, device_peak_mib=device_peak_mib, report=report)
+
+
+def generation(submits: list[Submit], count: Callable[[Any], int]) -> Contender:
+    """Queue every prompt, then wait for all answers; `count` gives the new tokens of one."""
+
+    def generate() -> None:
+        futures = [submit() for submit in submits]
+        lengths = {count(future.result()) for future in futures}
+        if lengths != {NEW_TOKENS}:
+            raise RuntimeError(f"Rows of {sorted(lengths)} tokens instead of {NEW_TOKENS}: the numbers would lie.")
+
+    return Contender(step=generate, device_peak_mib=device_peak_mib)
+
+
+def on_clients(job: Job, config: EngineConfig) -> Contender:
     """Return a step through ServiceClient: what a user's loop runs."""
     import jax_client
     from jax_client import types
 
     service = jax_client.ServiceClient(config=config)
-    client = service.create_lora_training_client(base_model=job.model or MODEL, rank=RANK, train_unembed=False).result()
+    create = service.create_lora_training_client
+    base_model = job.model or MODEL
+    clients = [
+        create(base_model=base_model, rank=RANK, seed=0, train_unembed=False).result() for _ in range(job.row.clients)
+    ]
     if job.row.kind == "generate":
-        sampler = client.save_weights_and_get_sampling_client().result()
-        prompts = [types.ModelInput.from_ints(tokens) for tokens in job.row.sequences()]
+        sampler = clients[0].save_weights_and_get_sampling_client().result()
         # An empty list turns every stop off, the end-of-text token's included.
         params = types.SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, stop=[])
+        prompts = [types.ModelInput.from_ints(tokens) for tokens in job.row.sequences()]
+        samples: list[Submit] = [lambda prompt=prompt: sampler.sample(prompt, 1, params) for prompt in prompts]
+        return generation(samples, lambda answer: len(answer.sequences[0].tokens))
 
-        def generate() -> None:
-            futures = [sampler.sample(prompt, 1, params) for prompt in prompts]
-            check([len(future.result().sequences[0].tokens) for future in futures])
-
-        return generate
-    data = [
-        types.Datum(
-            model_input=types.ModelInput.from_ints(tokens[:-1]),
-            loss_fn_inputs={"target_tokens": types.TensorData.from_numpy(np.asarray(tokens[1:], np.int64))},
+    def datum(tokens: list[int]) -> types.Datum:
+        targets = types.TensorData.from_numpy(np.asarray(tokens[1:], np.int64))
+        return types.Datum(
+            model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs={"target_tokens": targets}
         )
-        for tokens in job.row.sequences()
-    ]
 
-    def train() -> None:
-        fwdbwd = client.forward_backward(data, "cross_entropy")
-        optim = client.optim_step(types.AdamParams(learning_rate=1e-4))
-        fwdbwd.result()
-        optim.result()
+    def submits(client: Any, data: list[types.Datum]) -> tuple[Submit, Submit]:
+        def forward_backward() -> Any:
+            if job.row.custom:
+                return client.forward_backward_custom(data, cross_entropy_in_torch)
+            return client.forward_backward(data, "cross_entropy")
 
-    return train
+        return forward_backward, lambda: client.optim_step(types.AdamParams(learning_rate=LEARNING_RATE))
+
+    batches = [[datum(tokens) for tokens in job.row.sequences(index)] for index in range(job.row.clients)]
+    return training([submits(*pair) for pair in zip(clients, batches, strict=True)], service.describe)
 
 
-def on_engine(job: Job, config: EngineConfig) -> Step:
+def cross_entropy_in_torch(data: list[Any], logprobs: list[Any]) -> tuple[Any, dict[str, float]]:
+    """Return the built-in loss with weights of one, from torch tensors: minus the sum of all logprobs."""
+    return -sum(logprobs_T.sum() for logprobs_T in logprobs), {}
+
+
+def on_engine(job: Job, config: EngineConfig) -> Contender:
     """Return a step on the engine itself, which needs neither `tinker` nor torch: for a bare accelerator image."""
     from jax_client.engine.engine import Engine
     from jax_client.engine.requests import AdamSettings, GenerationRequest, LoraSpec, LossSpec, Sequence
     from jax_client.weights.source import resolve
 
     engine = Engine(resolve(job.model or MODEL), config)
-    lane = engine.open_lane()
-    adapter = engine.create_adapter(lane, LoraSpec(rank=RANK, seed=0, train_unembed=False)).result()
+    lanes = [engine.open_lane() for _ in range(job.row.clients)]
+    spec = LoraSpec(rank=RANK, seed=0, train_unembed=False)
+    adapters = [engine.create_adapter(lane, spec).result() for lane in lanes]
     if job.row.kind == "generate":
-        snapshot = engine.snapshot(lane, adapter).result()
+        snapshot = engine.snapshot(lanes[0], adapters[0]).result()
         requests = [
             GenerationRequest(tokens_T=np.asarray(tokens, np.int32), max_tokens=NEW_TOKENS, temperature=0.0)
             for tokens in job.row.sequences()
         ]
+        samples: list[Submit] = [
+            lambda request=request: engine.generate(lanes[0], snapshot, request) for request in requests
+        ]
+        return generation(samples, lambda answer: len(answer.rows[0].tokens))
 
-        def generate() -> None:
-            futures = [engine.generate(lane, snapshot, request) for request in requests]
-            check([len(future.result().rows[0].tokens) for future in futures])
-
-        return generate
-    data = [
-        Sequence(
+    def sequence(tokens: list[int]) -> Sequence:
+        return Sequence(
             tokens_T=np.asarray(tokens[:-1], np.int32),
             targets=np.asarray(tokens[1:], np.int32),
             inputs={"weights": np.ones(len(tokens) - 1, np.float32)},
         )
-        for tokens in job.row.sequences()
-    ]
-    adam = AdamSettings(learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-12, weight_decay=0.0, grad_clip_norm=0.0)
 
-    def train() -> None:
-        fwdbwd = engine.forward_backward(lane, adapter, data, LossSpec(name="cross_entropy"))
-        optim = engine.optim_step(lane, adapter, adam)
-        fwdbwd.result()
-        optim.result()
+    adam = AdamSettings(
+        learning_rate=LEARNING_RATE, beta1=0.9, beta2=0.95, eps=1e-12, weight_decay=0.0, grad_clip_norm=0.0
+    )
 
-    return train
+    def submits(lane: Any, adapter: Any, data: list[Sequence]) -> tuple[Submit, Submit]:
+        return (
+            lambda: engine.forward_backward(lane, adapter, data, LossSpec(name="cross_entropy")),
+            lambda: engine.optim_step(lane, adapter, adam),
+        )
 
-
-def check(lengths: list[int]) -> None:
-    """Refuse a measurement in which a row stopped early."""
-    if any(length != NEW_TOKENS for length in lengths):
-        raise RuntimeError(f"Rows of {sorted(set(lengths))} tokens instead of {NEW_TOKENS}: the numbers would lie.")
+    batches = [[sequence(tokens) for tokens in job.row.sequences(index)] for index in range(job.row.clients)]
+    return training([submits(*three) for three in zip(lanes, adapters, batches, strict=True)], engine.describe)

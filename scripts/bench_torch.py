@@ -1,10 +1,11 @@
 """How do transformers + peft + torch.optim.AdamW run one row of the comparison, at their best settings?
 
 Frozen weights in the row's dtype and a float32 adapter (peft's default), scaled-dot-product attention, no gradient
-checkpointing, no KV cache in training, a fused optimizer over the adapter only, all cores. A batch is padded to its
-longest sequence; one with more padded tokens than `--torch-micro-tokens` is split into consecutive micro-batches whose
-gradients add up, each padded to its own longest: cheaper than checkpointing, and less padding. Generation runs on
-weights with the adapter merged in, which is torch's faster way.
+checkpointing, no KV cache in training, a fused optimizer over the adapter only, all cores. A batch is computed in
+micro-batches whose gradients add up: cheaper than checkpointing, and less padding. Sequences of unequal length are
+sorted by length and padded in groups of `--torch-group`; no micro-batch of several sequences has more padded tokens
+than `--torch-micro-tokens`. Padding is on the right, where causal attention never looks, so that no mask is needed and
+attention takes its faster path. Generation runs on weights with the adapter merged in, which is torch's faster way.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from bench_rows import NEW_TOKENS, RANK, Job, cores
+from bench_rows import NEW_TOKENS, RANK, Contender, Job, cores
 
 Step = Callable[[], None]
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def run(job: Job) -> tuple[Step, Callable[[], float | None]]:
-    """Load the model; return one step of the row, and a function that reads the device's peak memory in MiB."""
+def run(job: Job) -> Contender:
+    """Load the model, and return the row's step."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
@@ -36,7 +37,7 @@ def run(job: Job) -> tuple[Step, Callable[[], float | None]]:
     config = LoraConfig(r=RANK, lora_alpha=32, target_modules=MODULES, lora_dropout=0.0, bias="none")
     model = get_peft_model(model, config)
     step = generation(model, job, device) if job.row.kind == "generate" else training(model, job, device)
-    return step, device_peak_mib
+    return Contender(step=step, device_peak_mib=device_peak_mib)
 
 
 def load(job: Job) -> Any:
@@ -64,11 +65,10 @@ def finish(device: torch.device) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Padded rows; target -100 is not scored. No mask where nothing is padded: sdpa's causal path is faster."""
+    """Rows padded on the right; target -100 is not scored."""
 
     tokens_BT: torch.Tensor
     targets_BT: torch.Tensor
-    mask_BT: torch.Tensor | None
 
 
 def padded(sequences: list[list[int]], device: torch.device) -> MicroBatch:
@@ -79,19 +79,20 @@ def padded(sequences: list[list[int]], device: torch.device) -> MicroBatch:
     for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
         tokens_BT[row, :length] = torch.tensor(sequence[:-1])
         targets_BT[row, :length] = torch.tensor(sequence[1:])
-    mask_BT = (targets_BT != -100).long().to(device) if len(set(lengths)) > 1 else None
-    return MicroBatch(tokens_BT=tokens_BT.to(device), targets_BT=targets_BT.to(device), mask_BT=mask_BT)
+    return MicroBatch(tokens_BT=tokens_BT.to(device), targets_BT=targets_BT.to(device))
 
 
-def split(sequences: list[list[int]], limit: int) -> list[list[list[int]]]:
-    """Group consecutive sequences so that no group has more than `limit` padded tokens."""
-    groups: list[list[list[int]]] = [[]]
-    for sequence in sequences:
-        group = [*groups[-1], sequence]
-        if groups[-1] and len(group) * (max(map(len, group)) - 1) > limit:
-            groups.append([sequence])
-        else:
+def split(sequences: list[list[int]], count: int, limit: int) -> list[list[list[int]]]:
+    """Group sequences by length so that no group has more than `limit` padded tokens, nor pads more than `count`."""
+    groups: list[list[list[int]]] = []
+    for sequence in sorted(sequences, key=len):
+        group = [*groups[-1], sequence] if groups else [sequence]
+        padded_tokens = len(group) * (len(sequence) - 1)
+        full = len(group) > count and len(group[0]) < len(sequence)
+        if groups and padded_tokens <= limit and not full:
             groups[-1] = group
+        else:
+            groups.append([sequence])
     return groups
 
 
@@ -101,13 +102,14 @@ def training(model: Any, job: Job, device: torch.device) -> Step:
     model.train()
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(adapter, lr=1e-4, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, fused=True)
-    batches = [padded(group, device) for group in split(job.row.sequences(), job.torch_micro_tokens)]
+    groups = split(job.row.sequences(), job.torch_group, job.torch_micro_tokens)
+    batches = [padded(group, device) for group in groups]
     forward = torch.compile(model) if job.torch_compile else model
 
     def train() -> None:
         total = torch.zeros((), device=device)
         for batch in batches:
-            logits_BTV = forward(input_ids=batch.tokens_BT, attention_mask=batch.mask_BT).logits
+            logits_BTV = forward(input_ids=batch.tokens_BT).logits
             loss = torch.nn.functional.cross_entropy(
                 logits_BTV.flatten(0, 1).float(), batch.targets_BT.flatten(), ignore_index=-100, reduction="sum"
             )

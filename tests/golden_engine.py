@@ -24,7 +24,7 @@ OURS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "gate_proj":
 
 def open_engine(directory: Path, config: dict[str, Any], **settings: Any) -> Engine:
     path = write_hf(directory, config, base_values(config))
-    settings = {"dtype": "float32", "compilation_cache_dir": ""} | settings
+    settings = {"dtype": "float32", "compilation_cache_dir": "", "precompile": False} | settings
     return Engine(resolve(str(path)), EngineConfig(**settings))
 
 

@@ -47,7 +47,7 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     engine.close()
     for i, sequence in enumerate(data(config)):
         tokens = jnp.asarray(sequence.tokens_T)[None]
-        c = context(jnp.arange(tokens.shape[1])[None], engine.model, engine.dtype)
+        c = context(jnp.arange(tokens.shape[1])[None], engine.model, engine.dtype, engine.attention)
         h_BTD, _ = forward_pass(engine.params, {}, tokens, jnp.ones_like(tokens), c, None)
         logits = contract("TD,VD->TV", h_BTD[0], output_head_VD(engine.params), engine.dtype)
         np.testing.assert_allclose(logits, golden[f"logits.{i}"], atol=1e-4)

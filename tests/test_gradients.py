@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_client.losses import logprob_head
-from jax_client.models import attention
+from jax_client.models import attention, blockwise
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import param_specs
 from jax_client.models.transformer import backward_pass, context, forward_pass
@@ -41,46 +41,104 @@ def random_lora(c: ModelConfig, rank: int, seed: int) -> dict[str, Any]:
     return {n: {"A": jnp.asarray(rng.normal(size=(L, *a)) * 0.3, F32), "B": jnp.asarray(rng.normal(size=(L, *b)) * 0.3, F32)} for n, (a, b) in shapes.items()}  # fmt: skip # noqa: E501
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("changes", [{}, {"family": "qwen2", "qkv_bias": True}, {"family": "qwen3", "qk_norm": True}])
-def test_layers_backward(changes: dict[str, Any], remat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
+    """Masked softmax over all pairs, which autodiff can take the derivative of."""
+    place = jnp.arange(q.shape[1])
+    seen = (segments[:, :, None] == segments[:, None]) & (place[:, None] >= place)
+    s = jnp.einsum("BTKGH,BSKH->BKGTS", q, k) * q.shape[-1] ** -0.5
+    p = jax.nn.softmax(jnp.where(seen[:, None, None], s, -1e30), axis=-1)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", p, v), ()
+
+
+PLAIN = attention.Attention(
+    name="plain",
+    forward=plain_attention,
+    backward=lambda *_: (_ for _ in ()).throw(AssertionError),
+    row_length=None,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "remat", "one_cpu"),
+    [
+        ({}, "none", True),
+        ({}, "none", False),
+        ({}, "selective", True),
+        ({}, "full", True),
+        ({"family": "qwen2", "qkv_bias": True}, "none", True),
+        ({"family": "qwen3", "qk_norm": True}, "selective", True),
+    ],
+)
+def test_layers_backward(changes: dict[str, Any], remat: Any, one_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(blockwise, "KEY_BLOCK", 5)
     config = tiny(**changes)
     params, lora = random_tree(param_specs(config, F32), 0), random_lora(config, 3, 1)
     rng = np.random.default_rng(2)
     tokens = jnp.asarray(rng.integers(0, 61, (2, 20)))
     segments = jnp.asarray([[1] * 7 + [2] * 9 + [0] * 4, [1] * 20])
-    c = context(jnp.asarray([list(range(7)) + list(range(9)) + [0] * 4, list(range(20))]), config, F32)
+    positions = jnp.asarray([list(range(7)) + list(range(9)) + [0] * 4, list(range(20))])
     g = jnp.asarray(rng.normal(size=(2, 20, 16)), F32)
-    forward = lambda lora, remat: forward_pass(params, lora, tokens, segments, c, remat)  # noqa: E731
-    expected_h, pullback = jax.vjp(lambda lora: forward(lora, None)[0], lora)
-    h, saved = forward(lora, remat)
+
+    @jax.jit
+    def expected(lora: Any) -> Any:
+        c = context(positions, config, F32, PLAIN)
+        h, pullback = jax.vjp(lambda lora: forward_pass(params, lora, tokens, segments, c, None)[0], lora)
+        return h, pullback(g)[0]
+
+    @jax.jit
+    def ours(lora: Any) -> Any:
+        c = context(positions, config, F32, attention.blockwise(one_cpu))
+        h, saved = forward_pass(params, lora, tokens, segments, c, remat)
+        return h, backward_pass(params, lora, segments, saved, g, c)
+
+    (h, grads), (expected_h, expected_grads) = ours(lora), expected(lora)
     np.testing.assert_allclose(h, expected_h, rtol=1e-5, atol=1e-5)
-    grads = backward_pass(params, lora, segments, saved, g, c, remat)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), grads, pullback(g)[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), grads, expected_grads)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("targets_per_position", [1, 3])
-def test_head(shards: int, with_lora: bool, targets_per_position: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprob_head, "VOCAB_BLOCK", 12)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_head(
+    shards: int, with_lora: bool, targets_per_position: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every position is scored up to the padding; those without a gradient carry nothing for the backward pass."""
+    monkeypatch.setattr(logprob_head, "CPU_BLOCK", (4, 12))
     rng = np.random.default_rng(3)
-    h, w = jnp.asarray(rng.normal(size=(10, 8)), F32), jnp.asarray(rng.normal(size=(62, 8)), F32)
-    lora = {"A": jnp.asarray(rng.normal(size=(4, 8)), F32), "B": jnp.asarray(rng.normal(size=(4, 62)), F32)}
+    B, T, D, V, C = rows, 20, 8, 62, targets_per_position
+    h, w = jnp.asarray(rng.normal(size=(B, T, D)), F32), jnp.asarray(rng.normal(size=(V, D)), F32)
+    lora = {"A": jnp.asarray(rng.normal(size=(4, D)), F32), "B": jnp.asarray(rng.normal(size=(4, V)), F32)}
     lora = lora if with_lora else {}
-    targets = jnp.asarray(rng.integers(0, 62, (10, targets_per_position)))
-    g = jnp.asarray(rng.normal(size=targets.shape), F32)
+    targets = jnp.asarray(rng.integers(0, V, (B, T, C)))
+    scored, with_gradient = rng.random((B, T)) < 0.8, rng.random((B, T)) < 0.5
+    with_gradient &= scored
+    g = jnp.asarray(rng.normal(size=targets.shape) * with_gradient[..., None], F32)
+    order = np.argsort(2 - scored.astype(int) - with_gradient, axis=-1, kind="stable")
+    counts = [jnp.int32(a.sum(axis=-1).max()) for a in (with_gradient, scored)]
+    how = logprob_head.Order(jnp.asarray(order), jnp.asarray(np.argsort(order, axis=-1)), *counts)
 
     def plain(h: jax.Array, lora: Any) -> jax.Array:
         logits = h @ w.T + ((h @ lora["A"].T) @ lora["B"] * 32 / 4 if lora else 0)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), targets, axis=-1)
 
-    expected, pullback = jax.vjp(plain, h, lora)
-    options: dict[str, Any] = {"dtype": F32, "shards": shards}
-    logprobs, saved = logprob_head.head_forward(h, w, lora, targets, with_backward=True, **options)
-    dh, grads = logprob_head.head_backward(saved, w, lora, targets, g, **options)
-    np.testing.assert_allclose(logprobs, expected, rtol=1e-4, atol=1e-4)
-    expected_dh, expected_grads = pullback(g)
+    @jax.jit
+    def expected(h: jax.Array, lora: Any) -> Any:
+        logprobs, pullback = jax.vjp(plain, h, lora)
+        return logprobs, *pullback(g)
+
+    @jax.jit
+    def ours(h: jax.Array, lora: Any) -> Any:
+        options: dict[str, Any] = {"dtype": F32, "shards": shards}
+        logprobs, saved = logprob_head.head_forward(h, w, lora, targets, how, with_backward=True, **options)
+        only, nothing = logprob_head.head_forward(h, w, lora, targets, how, with_backward=False, **options)
+        return logprobs, *logprob_head.head_backward(saved, w, lora, targets, g, how, **options), only, nothing
+
+    logprobs, dh, grads, only, nothing = ours(h, lora)
+    expected_logprobs, expected_dh, expected_grads = expected(h, lora)
+    np.testing.assert_allclose(logprobs[scored], expected_logprobs[scored], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(only[scored], logprobs[scored], rtol=1e-6, atol=1e-6)
+    assert not nothing
     np.testing.assert_allclose(dh, expected_dh, rtol=1e-4, atol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), grads, dict(expected_grads))

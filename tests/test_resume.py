@@ -17,7 +17,7 @@ from jax_client import types
 from golden_cases import CASES, sequences
 
 model, state_dir, first, last, path = *sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
-config = jax_client.EngineConfig(dtype="float32", state_dir=state_dir, compilation_cache_dir="")
+config = jax_client.EngineConfig(dtype="float32", state_dir=state_dir, compilation_cache_dir="", precompile=False)
 with jax_client.ServiceClient(config=config) as service:
     if path:
         client = service.create_training_client_from_state_with_optimizer(path).result()

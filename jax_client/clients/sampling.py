@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import json
 import threading
@@ -248,11 +249,8 @@ def open_sampling_client(
 
 def _origin(config: EngineConfig, model_path: str | None, base_model: str) -> dict[str, Any]:
     cache = config.compilation_cache_dir
-    settings = {
-        "dtype": config.dtype,
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {
         "mesh": dict(config.mesh) if isinstance(config.mesh, Mapping) else config.mesh,
-        "max_tokens_per_micro_batch": config.max_tokens_per_micro_batch,
-        "remat": config.remat,
         "state_dir": str(state_dir(config)),
         "compilation_cache_dir": None if cache is None else str(cache),
     }

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jax_client.engine.accounting import Work
 from jax_client.engine.requests import AdapterState, LoraSpec
 from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
+from jax_client.models.decoder import ParamSpec
 from jax_client.sharding import sharding_for
 
 Weights = dict[str, Any]
@@ -19,7 +21,7 @@ Weights = dict[str, Any]
 
 @dataclass(slots=True, eq=False)
 class Adapter:
-    """A trainable adapter: its weights, Adam's moments, the gradient accumulated so far, and the step count.
+    """A trainable adapter: its weights, Adam's moments, the gradient and work accumulated so far, and the step count.
 
     Arrays are replaced, never donated: a failed program leaves the adapter as it was, and a snapshot is a reference.
     """
@@ -31,6 +33,7 @@ class Adapter:
     step: int = 0
     grads: Weights | None = None
     skipped_in_a_row: int = 0
+    work: Work = field(default_factory=Work)  # since the last step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -70,6 +73,19 @@ def _is_entry(node: Any) -> bool:
 def shardings(c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:
     """Return the sharding of every adapter array."""
     return jax.tree.map(lambda e: sharding_for(e[1], e[0], mesh), _shapes(c, spec), is_leaf=_is_entry)
+
+
+def param_specs(c: ModelConfig, spec: LoraSpec) -> Weights:
+    """Return the tree of `ParamSpec` of an adapter; nothing is allocated."""
+    f32 = np.dtype(np.float32)
+    entry = lambda e: ParamSpec(shape=e[0], dtype=f32, axes=e[1])  # noqa: E731
+    return jax.tree.map(entry, _shapes(c, spec), is_leaf=_is_entry)
+
+
+def abstract_weights(c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:
+    """Return the adapter's arrays as shapes with their places on the mesh, to compile programs with."""
+    struct = lambda e, place: jax.ShapeDtypeStruct(e[0], np.float32, sharding=place)  # noqa: E731
+    return jax.tree.map(struct, _shapes(c, spec), shardings(c, spec, mesh), is_leaf=_is_entry)
 
 
 def initial_weights(c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:

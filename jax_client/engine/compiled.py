@@ -1,28 +1,43 @@
-"""Which programs have been compiled, for which shapes, and how long did each take?"""
+"""Which programs have been compiled, for which shapes, why, and how long did each take?"""
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 logger = logging.getLogger(__name__)
 
+Cause = Literal["first use", "warmup", "background"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompileRecord:
-    """One compile: the program, the shapes that were new to it, and wall seconds of tracing and compiling."""
+    """One compile.
+
+    Attributes:
+        program, shapes: what was compiled, and the shapes that were new to it.
+        seconds: of tracing and compiling, wall time.
+        cause: "first use" made a request wait; "warmup" was asked for; "background" ran beside other work.
+        cached: whether the program came from the compilation cache, so that nothing was compiled.
+        bytes: temporaries and outputs that a run allocates on each device, as the compiler counts them.
+    """
 
     program: str
     shapes: str
     seconds: float
+    cause: Cause
+    cached: bool
+    bytes: int
 
 
 class Program:
@@ -49,30 +64,71 @@ class Program:
         self._place = place
         self._label = label
         self._log = log
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+        self._compiled: dict[Any, Future[Any]] = {}
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         """Run the program; compile it first if the arrays' shapes, types or places, or `static`, are new."""
+        return self._get(args, static, "first use")(*args)
+
+    def prepare(self, *args: Any, cause: Cause, **static: Any) -> Any:
+        """Compile for arguments given as arrays or as `jax.ShapeDtypeStruct`s with shardings, without running.
+
+        Returns:
+            The outputs as `jax.ShapeDtypeStruct`s with shardings, to prepare the next program with.
+        """
+        compiled = self._get(args, static, cause)
+        shapes = jax.eval_shape(partial(self._fn, **static), *args)
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            compiled.output_shardings,
+        )
+
+    def _get(self, args: Any, static: dict[str, Any], cause: Cause) -> Any:
         leaves, treedef = jax.tree.flatten(args)
         key = (treedef, tuple((a.shape, a.dtype, a.sharding) for a in leaves), tuple(sorted(static.items())))
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._compiled[key] = self._compile(args, static)
-        return compiled(*args)
+        with self._lock:
+            future = self._compiled.get(key)
+            mine = future is None
+            if future is None:
+                future = self._compiled[key] = Future()
+        if mine:
+            try:
+                future.set_result(self._compile(args, static, cause))
+            except BaseException as error:
+                with self._lock:
+                    del self._compiled[key]  # the next call may have the memory that this one lacked
+                future.set_exception(error)
+        return future.result()
 
-    def _compile(self, args: Any, static: dict[str, Any]) -> Callable[..., Any]:
-        start = time.perf_counter()
+    def _compile(self, args: Any, static: dict[str, Any], cause: Cause) -> Any:
+        start, hits = time.perf_counter(), _cache_hits()
         shapes = [] if self._label is None else [self._label(*args)]
         text = ", ".join(shapes + [f"{name}={value}" for name, value in static.items()])
-        logger.info("compiling %s (%s), first time for this shape", self.name, text)
+        logger.info("compiling %s (%s): %s", self.name, text, cause)
         outputs = {} if self._place is None else {"out_shardings": self._place(*args)}
         fn = partial(self._fn, **static)
         fn.__name__ = self.name  # type: ignore[attr-defined]  (profiles and dumps show it)
         compiled = jax.jit(fn, **outputs).lower(*args).compile()
-        seconds = time.perf_counter() - start
-        self._log.append(CompileRecord(program=self.name, shapes=text, seconds=round(seconds, 3)))
-        logger.info("compiled %s (%s) in %.1f s", self.name, text, seconds)
+        cached, seconds = _cache_hits() > hits, time.perf_counter() - start
+        size = compiled.memory_analysis()
+        record = CompileRecord(
+            program=self.name,
+            shapes=text,
+            seconds=round(seconds, 3),
+            cause=cause,
+            cached=cached,
+            bytes=0 if size is None else size.temp_size_in_bytes + size.output_size_in_bytes,
+        )
+        self._log.append(record)
+        logger.info("%s %s (%s) in %.1f s", "loaded" if cached else "compiled", self.name, text, seconds)
         return compiled
+
+
+def waited_for_s(log: list[CompileRecord]) -> float:
+    """Return the seconds that requests have waited for compiles."""
+    return sum(record.seconds for record in log if record.cause == "first use")
 
 
 def enable_compilation_cache(directory: str | os.PathLike[str]) -> None:
@@ -84,9 +140,27 @@ def enable_compilation_cache(directory: str | os.PathLike[str]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     path.chmod(0o700)
     jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # Everything: a second start should compile nothing at all.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def same_place(tree: Any) -> Any:
     """Return the shardings of a tree of arrays."""
     return jax.tree.map(lambda a: a.sharding, tree)
+
+
+# Compiles run on several threads, and jax reports a hit on the thread that compiles.
+_thread = threading.local()
+
+
+def _cache_hits() -> int:
+    return getattr(_thread, "hits", 0)
+
+
+def _count_cache_hit(event: str, **_: Any) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _thread.hits = _cache_hits() + 1
+
+
+jax.monitoring.register_event_listener(_count_cache_hit)

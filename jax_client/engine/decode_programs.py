@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from jax_client.engine.compiled import CompileRecord, Program, same_place
 from jax_client.engine.draw import draw_tokens
-from jax_client.models.attention import MASKED
+from jax_client.models.attention import Attention
 from jax_client.models.block import layer_forward, row_attention
+from jax_client.models.blockwise import MASKED
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import output_head_VD
 from jax_client.models.layers import contract, from_bits, rms_norm, to_bits
@@ -33,9 +34,12 @@ Row = dict[str, jax.Array]
 class DecodePrograms:
     """The compiled sampling programs of one model on one mesh."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, log: list[CompileRecord]):
+    def __init__(
+        self, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, attention: Attention, log: list[CompileRecord]
+    ):
         self._config = config
         self._dtype = dtype
+        self._attention = attention
         self._mesh = mesh
         size = lambda _, __, tokens_PT, *rest: "x".join(map(str, tokens_PT.shape))  # noqa: E731
         slots = lambda _, __, cache, row: "{} rows of {} slots".format(*cache[0]["k"].shape[:2])  # noqa: E731
@@ -70,7 +74,7 @@ class DecodePrograms:
         T = tokens_PT.shape[1]
         positions_PT = jnp.broadcast_to(jnp.arange(T), tokens_PT.shape)
         segments_PT = (positions_PT < lengths_P[:, None]).astype(jnp.int32)
-        c = context(positions_PT, self._config, self._dtype, self._mesh)
+        c = context(positions_PT, self._config, self._dtype, self._attention)
         attend = row_attention(segments_PT, c)
 
         def step(x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
@@ -125,7 +129,7 @@ class DecodePrograms:
         self, params: Any, weights: Any, layers: list[Any], cache: Cache, row: Row
     ) -> tuple[jax.Array, Cache]:
         position_B1 = row["position"][:, None]
-        c = context(position_B1, self._config, self._dtype, self._mesh)
+        c = context(position_B1, self._config, self._dtype, self._attention)
         x_BTD = embed(params, row["token"][:, None])
         new_cache = []
         for (w, lora), kv in zip(layers, cache, strict=True):
@@ -163,7 +167,7 @@ class DecodePrograms:
         """Return the k likeliest next tokens at each position of one prompt: ids (T, k) and logprobs (T, k)."""
         positions_1T = jnp.arange(tokens_1T.shape[1])[None]
         segments_1T = (positions_1T < length).astype(jnp.int32)
-        c = context(positions_1T, self._config, self._dtype, self._mesh)
+        c = context(positions_1T, self._config, self._dtype, self._attention)
         h_BTD, _ = forward_pass(params, weights["layers"], tokens_1T, segments_1T, c, None)
 
         def chunk(h_ND: jax.Array) -> tuple[jax.Array, jax.Array]:

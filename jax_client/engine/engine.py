@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,12 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_client.config import EngineConfig, default_compilation_cache_dir
-from jax_client.engine import adapters, memory
+from jax_client.engine import adapters, memory, packing, probe
+from jax_client.engine.accounting import Work
 from jax_client.engine.adapters import Adapter, Snapshot
-from jax_client.engine.compiled import CompileRecord, enable_compilation_cache
+from jax_client.engine.attention_choice import choose_attention
+from jax_client.engine.compiled import Cause, CompileRecord, enable_compilation_cache
 from jax_client.engine.dispatch import Dispatcher, Lane, Task
 from jax_client.engine.faults import named_error
-from jax_client.engine.packing import MicroBatch
+from jax_client.engine.packing import Plan
 from jax_client.engine.requests import (
     AdamSettings,
     AdapterState,
@@ -36,8 +39,8 @@ from jax_client.engine.requests import (
 from jax_client.engine.sampler import Sampler
 from jax_client.engine.trainer import Trainer
 from jax_client.errors import RequestFailedError
+from jax_client.models.decoder import param_specs
 from jax_client.models.layers import to_bits
-from jax_client.models.transformer import Remat
 from jax_client.sharding import check_mesh_divides, make_mesh
 from jax_client.weights.load import load_params, read_config
 from jax_client.weights.source import ModelSource
@@ -45,6 +48,8 @@ from jax_client.weights.source import ModelSource
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_SKIPPED_IN_A_ROW = 10
+# Of `Work.rates`, what the metrics of optim_step show of the step.
+STEP_RATES = ("tokens_per_second", "padding_waste", "host_share", "matmul_fraction", "limit_fraction")
 
 
 class Engine:
@@ -67,23 +72,27 @@ class Engine:
         self.mesh = make_mesh(settings.mesh)
         check_mesh_divides(self.mesh, n_kv_heads=self.model.n_kv_heads, d_ff=self.model.d_ff)
         device = self.mesh.devices.flat[0]
-        auto_dtype = settings.dtype == "auto"
-        self.dtype = memory.faster_matmul_dtype(device) if auto_dtype else jnp.dtype(settings.dtype)
+        self.dtype = probe.faster_matmul_dtype(device) if settings.dtype == "auto" else jnp.dtype(settings.dtype)
+        self._refuse_weights_that_do_not_fit(settings)
         leaves, tree = jax.tree.flatten(load_params(source, self.model, self.dtype, self.mesh))
         for i, leaf in enumerate(leaves):  # one by one: the weights never exist twice
             leaves[i] = to_bits(leaf)
         self.params = jax.tree.unflatten(tree, leaves)
         self._log: list[CompileRecord] = []
         self._adapters: list[Adapter] = []
-        tokens = settings.max_tokens_per_micro_batch or memory.choose_micro_batch_tokens(device)
-        free = memory.available_bytes(device)
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        chosen = memory.choose_remat(self.model, self.dtype, tokens // ways, free)
-        remat: Remat = chosen if settings.remat == "auto" else settings.remat
+        self.attention = choose_attention(self.mesh, self.model, self.dtype)
+        shared = self.params, self.model, self.dtype, self.mesh, self.attention, self._log
         self.trainer = Trainer(
-            self.params, self.model, self.dtype, self.mesh, self._log, max_tokens=tokens, remat=remat
+            *shared,
+            max_tokens=settings.max_tokens_per_micro_batch or memory.choose_micro_batch_tokens(device, ways),
+            remat=settings.remat,
+            memory_fraction=settings.memory_fraction,
         )
-        self.sampler = Sampler(self.params, self.model, self.dtype, self.mesh, self._log, self.trainer)
+        self.sampler = Sampler(*shared, self.trainer)
+        self._background = (
+            ThreadPoolExecutor(1, thread_name_prefix="jax_client-compile") if settings.precompile else None
+        )
         self._dispatcher = Dispatcher("jax_client")
         self._sampling_lane = Lane()
 
@@ -100,8 +109,11 @@ class Engine:
         """Make an adapter with fresh weights and optimizer."""
 
         def task() -> Task[Adapter]:
+            self._refuse_adapter_that_does_not_fit(spec)
             weights = adapters.initial_weights(self.model, spec, self.mesh)
-            return (yield from self._settle(self._new_adapter(spec, 0, weights, None, None)))
+            adapter = yield from self._settle(self._new_adapter(spec, 0, weights, None, None))
+            self._precompile_likely(adapter.spec)
+            return adapter
 
         return self._submit(lane, task())
 
@@ -110,21 +122,21 @@ class Engine:
     ) -> Future[TrainResult]:
         """Score sequences with an adapter, or with the base model for None; no gradient."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, loss)
-        return self._submit(lane, self.trainer.forward_task(adapter, sequences, loss, prepared), prepared)
+        return self._submit(lane, self.trainer.forward_task(adapter, sequences, loss, prepared))
 
     def forward_backward(
         self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: LossSpec
     ) -> Future[TrainResult]:
         """Add the gradient of the summed loss to the adapter's accumulated gradient."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, loss)
-        return self._submit(lane, self.trainer.forward_backward_task(adapter, sequences, loss, prepared), prepared)
+        return self._submit(lane, self.trainer.forward_backward_task(adapter, sequences, loss, prepared))
 
     def forward_backward_custom(
         self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: CustomLoss
     ) -> Future[TrainResult]:
         """As `forward_backward` with a loss that runs on the host, on a thread of its own."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, None)
-        return self._submit(lane, self.trainer.custom_task(adapter, sequences, loss, prepared), prepared)
+        return self._submit(lane, self.trainer.custom_task(adapter, sequences, loss, prepared))
 
     def optim_step(self, lane: Lane, adapter: Adapter, settings: AdamSettings) -> Future[dict[str, float]]:
         """Apply one AdamW step with the accumulated gradient, and clear it.
@@ -139,8 +151,8 @@ class Engine:
                     "that it succeeded) before each optim_step.",
                     category="user",
                 )
-            new, metrics = yield from self.trainer.optim_step(adapter, settings)
-            adapter.grads = None
+            new, metrics, work = yield from self.trainer.optim_step(adapter, settings)
+            adapter.grads, adapter.work = None, Work()
             if not metrics["finite"]:
                 adapter.skipped_in_a_row += 1
                 logger.warning("optim_step: the gradient is not finite; step %d was skipped", adapter.step + 1)
@@ -155,11 +167,13 @@ class Engine:
             adapter.weights, adapter.mu, adapter.nu = new
             adapter.step += 1
             adapter.skipped_in_a_row = 0
+            rates = work.rates(self._matmul_rate())
             return {
                 "grad_norm:mean": float(metrics["grad_norm"]),
                 "update_norm:mean": float(metrics["update_norm"]),
                 "learning_rate:mean": settings.learning_rate,
                 "step:max": float(adapter.step),
+                **{f"{name}:mean": rates[name] for name in STEP_RATES if name in rates},
             }
 
         return self._submit(lane, task())
@@ -186,7 +200,10 @@ class Engine:
         """Make an adapter from a saved state; a fresh optimizer where the state has no moments."""
 
         def task() -> Task[Adapter]:
-            return (yield from self._settle(self._from_state(state)))
+            self._refuse_adapter_that_does_not_fit(state.spec)
+            adapter = yield from self._settle(self._from_state(state))
+            self._precompile_likely(adapter.spec)
+            return adapter
 
         return self._submit(lane, task())
 
@@ -221,28 +238,50 @@ class Engine:
         self._submit(self._sampling_lane, self.sampler.batch_task())
         return future
 
+    def warmup(self, spec: LoraSpec, lengths: list[int], targets_per_position: int) -> Future[list[CompileRecord]]:
+        """Compile what forward_backward over sequences of these lengths, and optim_step, will need.
+
+        Returns:
+            What was compiled or loaded for it; programs that were there already are left out.
+        """
+
+        def work() -> list[CompileRecord]:
+            before = len(self._log)
+            plans = packing.plan_call(lengths, self.trainer.limits)
+            shapes = dict.fromkeys((plan.rows, plan.length) for plan in plans)
+            examples = [Plan(rows=rows, length=length, slots=()) for rows, length in shapes]
+            self._precompile(spec, examples, targets_per_position, "warmup")
+            return [record for record in self._log[before:] if record.cause == "warmup"]
+
+        return self._elsewhere(work)
+
     def describe(self) -> dict[str, Any]:
         """Return the model, the mesh, every value that "auto" chose, memory by kind and the compiled programs."""
         device = self.mesh.devices.flat[0]
         size = partial(jax.tree.reduce, lambda total, a: total + a.nbytes, initializer=0)
         moments = [(a.mu, a.nu) for a in self._adapters]
+        limits = self.trainer.limits
+        remat = self.trainer.remat(limits.tokens)
         return {
             "model": {"name": self.source.name, "path": str(self.source.path), "family": self.model.family},
             "device": {"platform": device.platform, "kind": device.device_kind, "count": self.mesh.size},
             "mesh": dict(self.mesh.shape),
             "dtype": self.dtype.name,
-            "remat": self.trainer.remat,
-            "max_tokens_per_micro_batch": self.trainer.max_tokens,
+            "attention": self.attention.name,
+            "remat": remat,
+            "max_tokens_per_micro_batch": limits.tokens * limits.ways,
             "max_context": self.max_context,
             "memory_bytes": {
                 "weights": size(self.params),
                 "adapters": size([a.weights for a in self._adapters]),
                 "optimizer": size(moments),
                 "gradients": size([a.grads for a in self._adapters if a.grads is not None]),
-                "activations_per_token": memory.activation_bytes_per_token(self.model, self.dtype, self.trainer.remat),
-                "available": memory.available_bytes(device),
+                "activations_per_token": memory.activation_bytes_per_token(self.model, self.dtype, remat),
+                "available": self.trainer.available_bytes(),
             },
-            "compiled": [{"program": r.program, "shapes": r.shapes, "seconds": r.seconds} for r in list(self._log)],
+            "training": self.trainer.total.rates(self._matmul_rate()),
+            "matmul_flops_per_second": self._matmul_rate(),
+            "compiled": [asdict(record) for record in list(self._log)],
         }
 
     def release(self, adapter: Adapter) -> None:
@@ -251,8 +290,10 @@ class Engine:
             self._adapters.remove(adapter)
 
     def close(self) -> None:
-        """Stop the dispatch thread; requests that have not finished fail."""
+        """Stop the engine's threads; requests that have not finished fail."""
         self._dispatcher.close()
+        if self._background is not None:
+            self._background.shutdown(wait=False, cancel_futures=True)
         self.sampler.fail_waiting(RequestFailedError("the engine was closed before this request was carried out."))
 
     def _new_adapter(self, spec: LoraSpec, step: int, weights: adapters.Weights, mu: Any, nu: Any) -> Adapter:
@@ -272,21 +313,56 @@ class Engine:
         yield partial(jax.block_until_ready, arrays)
         return value
 
+    def _matmul_rate(self) -> float:
+        return probe.matmul_rate(self.mesh.devices.flat[0], self.dtype) * self.mesh.size
+
     def _elsewhere(self, fn: Callable[..., T], *args: Any) -> Future[T]:
         return self._dispatcher.workers.submit(fn, *args)
 
-    def _submit(self, lane: Lane, task: Task[T], prepared: Future[list[MicroBatch]] | None = None) -> Future[T]:
-        return self._dispatcher.submit(lane, self._with_named_errors(task, prepared))
+    def _submit(self, lane: Lane, task: Task[T]) -> Future[T]:
+        return self._dispatcher.submit(lane, self._with_named_errors(task))
 
-    def _with_named_errors(self, task: Task[T], prepared: Future[list[MicroBatch]] | None) -> Task[T]:
+    def _with_named_errors(self, task: Task[T]) -> Task[T]:
         try:
             return (yield from task)
         except BaseException as error:
-            # Not waited for: this is the dispatch thread, and a task that never began may be closing.
-            batches: list[MicroBatch] = []
-            if prepared is not None and prepared.done() and prepared.exception() is None:
-                batches = prepared.result()
-            named = named_error(error, batches, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+            named = named_error(error)
             if named is error:
                 raise
             raise named from error
+
+    def _refuse_weights_that_do_not_fit(self, settings: EngineConfig) -> None:
+        weights = memory.tree_bytes(param_specs(self.model, self.dtype), self.mesh)
+        memory.refuse_unless_fits(
+            f"the base model {self.source.name!r} in {self.dtype.name}",
+            {"weights": weights},
+            memory.available_bytes(self.mesh.devices.flat[0], settings.memory_fraction),
+            "Shard it over more devices (EngineConfig.mesh with fsdp or tensor), set dtype='bfloat16', close other "
+            "clients, or raise EngineConfig.memory_fraction.",
+        )
+
+    def _refuse_adapter_that_does_not_fit(self, spec: LoraSpec) -> None:
+        weights = memory.tree_bytes(adapters.param_specs(self.model, spec), self.mesh)
+        memory.refuse_unless_fits(
+            f"a training client with rank {spec.rank}",
+            {"adapter": weights, "optimizer": 2 * weights, "gradients": 2 * weights},
+            self.trainer.available_bytes(),
+            "Lower the rank or train fewer modules (train_attn, train_mlp, train_unembed), shard over more devices "
+            "(EngineConfig.mesh), set dtype='bfloat16', or close other clients.",
+        )
+
+    def _precompile_likely(self, spec: LoraSpec) -> None:
+        """Compile what a first step surely or likely needs, beside whatever comes next."""
+        if self._background is not None:
+            self._background.submit(self._precompile, spec, [self.trainer.full_plan()], 1, "background")
+
+    def _precompile(self, spec: LoraSpec, plans: list[Plan], targets_per_position: int, cause: Cause) -> None:
+        weights = adapters.abstract_weights(self.model, spec, self.mesh)
+        try:
+            for plan in plans:
+                self.trainer.precompile(weights, plan, targets_per_position, cause)
+        except Exception:
+            if cause != "background":
+                raise
+            # The call that needs the program will meet the same error, and report it.
+            logger.warning("a program could not be compiled in advance", exc_info=True)

@@ -6,8 +6,14 @@ from collections.abc import Sequence
 
 import jax
 
-from jax_client.engine.packing import MicroBatch, ladder
+from jax_client.engine.packing import MicroBatch, row_length
 from jax_client.errors import JaxClientError, RequestFailedError
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a device ran out of memory."""
+    first_line = (str(error).splitlines() or [""])[0]
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in first_line
 
 
 def named_error(error: BaseException, batches: Sequence[MicroBatch] = (), row_multiple: int = 1) -> BaseException:
@@ -21,7 +27,7 @@ def named_error(error: BaseException, batches: Sequence[MicroBatch] = (), row_mu
     if isinstance(error, JaxClientError) or not isinstance(error, jax.errors.JaxRuntimeError):
         return error
     first_line = (str(error).splitlines() or [""])[0]
-    if "RESOURCE_EXHAUSTED" not in first_line:
+    if not is_out_of_memory(error):
         return RequestFailedError(f"the device failed; the client's state is intact. {first_line}")
     where, remedy = "", "Send less at a time (fewer samples, shorter prompts), or close clients that are not used."
     if batches:
@@ -36,7 +42,7 @@ def _shape_and_remedy(batches: Sequence[MicroBatch], row_multiple: int) -> tuple
     B, T = largest.tokens_BT.shape
     longest = max(slot.length for slot in largest.plan.slots)
     # No setting makes a micro-batch smaller than its longest sequence's row.
-    smallest = row_multiple * ladder(longest, 64)
+    smallest = row_multiple * row_length(longest)
     where = f" in a micro-batch of {B} x {T} tokens"
     if smallest < B * T:
         fits = max(smallest, B * T // 2)

@@ -1,19 +1,27 @@
 """How do ragged sequences become few rectangles with little padding, and how do results find their way back?
 
-The sequences of one call are packed best-fit into rows of one length. Length and row counts come from short ladders, so
-that any mixture of lengths needs few compiled programs; which rung depends on the call alone. Positions restart and
-segment ids change at each sequence, so packing changes no result.
+Several sequences share a row: positions restart and segment ids change at each, so packing changes no result. A
+micro-batch is a rectangle of rows, all of one length out of `ROW_LENGTHS`; there are few rectangles, because each is
+compiled once. Which ones a call takes depends on the call alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import numpy as np
 
 from jax_client.engine.requests import Sequence
+
+# Tokens of a row. Small calls take small rows; beyond the usual ceiling the steps are finer, because there a row holds
+# few sequences.
+ROW_LENGTHS = (256, 512, 1024, 2048, 3072, 4096, 6144, 8192)
+# What a micro-batch costs beside its tokens, in tokens: streaming the weights, adding up the gradients.
+MICRO_BATCH_COST = 64
+TAIL_MICRO_BATCHES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,8 +44,33 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a micro-batch may look like.
+
+    Attributes:
+        ways: ways that rows are split over the mesh; a micro-batch has a multiple of this many rows.
+        tokens: ceiling of the tokens of a micro-batch, per way; a sequence that is longer has a row of its own length.
+        row_length: longest row that several sequences are packed into, where attention costs by the row; None where it
+            costs by the segment, so that one row per way is best.
+        segments: most sequences of a row; None for any number.
+    """
+
+    ways: int
+    tokens: int
+    row_length: int | None = None
+    segments: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """The arrays of one micro-batch: int32 (B, T) and (B, T, C), float32 inputs (B, T, C), bool real_BTC."""
+    """The arrays of one micro-batch.
+
+    Attributes:
+        tokens_BT, segments_BT, positions_BT: int32; segment 0 is padding.
+        targets_BTC: int32; real_BTC: bool, False on padding.
+        inputs: float32 (B, T, C) by name.
+        order_BT, place_BT, with_gradient, scored: see `losses.logprob_head.Order`.
+    """
 
     plan: Plan
     tokens_BT: np.ndarray
@@ -46,10 +79,14 @@ class MicroBatch:
     targets_BTC: np.ndarray
     real_BTC: np.ndarray
     inputs: dict[str, np.ndarray]
+    order_BT: np.ndarray
+    place_BT: np.ndarray
+    with_gradient: np.int32
+    scored: np.int32
 
 
 def ladder(value: int, smallest: int) -> int:
-    """Return the first rung at or above value: smallest times 1, 1.5, 2, 3, 4, 6, 8 ..."""
+    """Return the first rung at or above value: smallest times 1, 2, 3, 4, 6, 8 ..."""
     rung = smallest
     while rung < value:
         if rung * 3 // 2 >= value and rung > smallest:
@@ -58,80 +95,127 @@ def ladder(value: int, smallest: int) -> int:
     return rung
 
 
-def plan_call(
-    lengths: Seq[int], *, max_tokens: int, row_multiple: int, max_length: int, attention_weight: float
-) -> list[Plan]:
-    """Lay out a call's sequences.
+def row_length(tokens: int) -> int:
+    """Return the shortest row length that holds so many tokens."""
+    return next((rung for rung in ROW_LENGTHS if rung >= tokens), ladder(tokens, ROW_LENGTHS[-1]))
 
-    Args:
-        lengths: tokens of each sequence.
-        max_tokens: ceiling of rows x length per micro-batch; one row may exceed it when a sequence does.
-        row_multiple: rows come in multiples of this (the ways that rows are sharded).
-        max_length: longest row.
-        attention_weight: cost of one key per query, in units of all other work of a token.
 
-    Returns:
-        Plans that hold every sequence once, for the row length with the least computed work.
+def full_plan(limits: Limits) -> Plan:
+    """Return the rectangle of a micro-batch of a large call, with nothing in it."""
+    ceiling, usual = _usual_rows(limits)
+    return Plan(rows=limits.ways * (ceiling // usual), length=usual, slots=())
+
+
+def _usual_rows(limits: Limits) -> tuple[int, int]:
+    """Return the tokens of a full micro-batch per way, and the length of its rows."""
+    ceiling = max((rung for rung in ROW_LENGTHS if rung <= limits.tokens), default=limits.tokens)
+    return ceiling, min(ceiling, limits.row_length or ceiling)
+
+
+def plan_call(lengths: Seq[int], limits: Limits) -> list[Plan]:
+    """Lay out a call's sequences of these lengths; return plans that hold each sequence once.
+
+    Rows are filled best-fit, longest sequence first. What is left over at the end, too little for a full micro-batch,
+    goes into the few smaller ones that cost least.
     """
-    longest = max(lengths)
-    candidates, rung = [], ladder(longest, 64)
-    while not candidates or (rung <= min(max_length, max_tokens) and len(candidates) < 5):
-        candidates.append(rung)
-        rung = ladder(rung + 1, 64)
-
-    def cost(length: int) -> tuple[float, int]:
-        plans = _plans_of_length(lengths, length, max_tokens, row_multiple)
-        tokens = sum(plan.rows * plan.length for plan in plans)
-        return tokens * (1 + attention_weight * length / 2), length
-
-    best = min(candidates, key=cost)
-    return _plans_of_length(lengths, best, max_tokens, row_multiple)
-
-
-def _plans_of_length(lengths: Seq[int], length: int, max_tokens: int, row_multiple: int) -> list[Plan]:
-    rows = _best_fit(lengths, length)
-    most = max(1, max_tokens // (length * row_multiple))
-    most = max(m for m in _row_rungs() if m <= most) * row_multiple
-    plans = []
-    for first in range(0, len(rows), most):
-        chunk = rows[first : first + most]
-        count = next(m for m in _row_rungs() if m * row_multiple >= len(chunk)) * row_multiple
-        slots = []
-        for row, members in enumerate(chunk):
-            start = 0
-            for index in members:
-                slots.append(Slot(index=index, row=row, start=start, length=lengths[index]))
-                start += lengths[index]
-        plans.append(Plan(rows=count, length=length, slots=tuple(slots)))
-    return plans
-
-
-def _row_rungs() -> list[int]:
-    return [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
-
-
-def _best_fit(lengths: Seq[int], length: int) -> list[list[int]]:
-    """Put each sequence, longest first, into the row with the least room that still holds it."""
-    rows: list[list[int]] = []
-    room: list[int] = []
+    ceiling, usual = _usual_rows(limits)
+    bins = _Bins(lengths, limits.segments)
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = [r for r in range(len(rows)) if room[r] >= lengths[index]]
-        row = min(fits, key=room.__getitem__, default=len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(length)
-        rows[row].append(index)
-        room[row] -= lengths[index]
-    return rows
+        if not bins.put(index):
+            if lengths[index] <= usual:
+                bins.open(usual)
+            else:  # every way of the mesh computes such a row, so others may as well lie there
+                for _ in range(limits.ways):
+                    bins.open(max(usual, row_length(lengths[index])))
+            bins.put(index)
+
+    plans, rest = [], []
+    for length in sorted(set(bins.lengths), reverse=True):
+        rows = [members for members, own in zip(bins.members, bins.lengths, strict=True) if own == length]
+        most = limits.ways * max(1, ceiling // length)
+        # The fullest rows come first; up to two micro-batches are held back, since the last one is seldom full.
+        keep = max(0, (len(rows) - 1) // most - 1) * most if length == usual else len(rows)
+        plans += [_plan(rows[i : i + most], most, length, lengths) for i in range(0, keep, most)]
+        rest += [index for members in rows[keep:] for index in members]
+    return plans + _plan_tail(rest, lengths, limits, ceiling)
 
 
-def fill(plan: Plan, sequences: Seq[Sequence], input_defaults: Mapping[str, float]) -> MicroBatch:
+def _plan_tail(indices: list[int], lengths: Seq[int], limits: Limits, ceiling: int) -> list[Plan]:
+    """Lay out sequences that fill at most a few micro-batches, one row per way each, at the least cost."""
+    if not indices:
+        return []
+    indices = sorted(indices, key=lambda i: -lengths[i])
+    rungs = [rung for rung in ROW_LENGTHS if rung <= ceiling] or [ceiling]
+    total = sum(lengths[i] for i in indices)
+    choices = [c for n in range(1, TAIL_MICRO_BATCHES + 1) for c in combinations_with_replacement(rungs, n)]
+    choices = [c for c in choices if sum(c) * limits.ways >= total and c[-1] >= lengths[indices[0]]]
+    for choice in sorted(choices, key=lambda c: (sum(c) + MICRO_BATCH_COST * len(c) / limits.ways, len(c))):
+        bins = _Bins(lengths, limits.segments)
+        for length in sorted(choice):
+            for _ in range(limits.ways):
+                bins.open(length)
+        if all(bins.put(index) for index in indices):
+            ways = limits.ways
+            rows = [bins.members[i : i + ways] for i in range(0, len(bins.members), ways)]
+            return [_plan(r, ways, length, lengths) for r, length in zip(rows, sorted(choice), strict=True)]
+    half = len(indices) // 2  # a row may not have so many segments
+    return [plan for part in (indices[:half], indices[half:]) for plan in _plan_tail(part, lengths, limits, ceiling)]
+
+
+class _Bins:
+    """Rows being filled."""
+
+    def __init__(self, sizes: Seq[int], most_members: int | None):
+        self._sizes = sizes
+        self._most = most_members
+        self.lengths: list[int] = []
+        self.members: list[list[int]] = []
+        self._room: list[int] = []
+
+    def open(self, length: int) -> None:
+        """Add an empty row."""
+        self.lengths.append(length)
+        self.members.append([])
+        self._room.append(length)
+
+    def put(self, index: int) -> bool:
+        """Put a sequence into the row with the least room that still holds it; return whether there is one."""
+        size = self._sizes[index]
+        best = None
+        for row, room in enumerate(self._room):
+            full = self._most is not None and len(self.members[row]) >= self._most
+            if room >= size and not full and (best is None or room < self._room[best]):
+                best = row
+        if best is None:
+            return False
+        self.members[best].append(index)
+        self._room[best] -= size
+        return True
+
+
+def _plan(rows: Seq[list[int]], count: int, length: int, lengths: Seq[int]) -> Plan:
+    slots = []
+    for row, members in enumerate(rows):
+        start = 0
+        for index in members:
+            slots.append(Slot(index=index, row=row, start=start, length=lengths[index]))
+            start += lengths[index]
+    return Plan(rows=count, length=length, slots=tuple(slots))
+
+
+def fill(
+    plan: Plan, sequences: Seq[Sequence], input_defaults: Mapping[str, float], gradient_input: str | None = None
+) -> MicroBatch:
     """Copy the planned sequences into arrays.
 
-    Targets of [N] become C = 1; narrower K is padded to the widest. An input that a sequence lacks has its default.
+    Args:
+        plan: the micro-batch.
+        sequences: of the whole call. Targets of [N] become C = 1; narrower K is padded to the widest.
+        input_defaults: the inputs to lay out; one that a sequence lacks has its default.
+        gradient_input: the input whose zeros mark targets that cannot have a gradient; None if all can.
     """
     B, T = plan.rows, plan.length
-    C = max(_width(sequences[slot.index]) for slot in plan.slots)
+    C = max((_width(sequences[slot.index]) for slot in plan.slots), default=1)
     tokens_BT, segments_BT, positions_BT = (np.zeros((B, T), np.int32) for _ in range(3))
     targets_BTC, real_BTC = np.zeros((B, T, C), np.int32), np.zeros((B, T, C), bool)
     inputs = {name: np.zeros((B, T, C), np.float32) for name in input_defaults}
@@ -146,6 +230,9 @@ def fill(plan: Plan, sequences: Seq[Sequence], input_defaults: Mapping[str, floa
         for name, default in input_defaults.items():
             value = sequence.inputs.get(name)
             inputs[name][where][:, :width] = default if value is None else value.reshape(slot.length, width)
+    scored_BT = real_BTC.any(axis=-1)
+    gradient_BT = scored_BT if gradient_input is None else (real_BTC & (inputs[gradient_input] != 0)).any(axis=-1)
+    order_BT = np.argsort(2 - scored_BT.astype(np.int8) - gradient_BT, axis=-1, kind="stable").astype(np.int32)
     return MicroBatch(
         plan=plan,
         tokens_BT=tokens_BT,
@@ -154,7 +241,17 @@ def fill(plan: Plan, sequences: Seq[Sequence], input_defaults: Mapping[str, floa
         targets_BTC=targets_BTC,
         real_BTC=real_BTC,
         inputs=inputs,
+        order_BT=order_BT,
+        place_BT=np.argsort(order_BT, axis=-1).astype(np.int32),
+        with_gradient=np.int32(gradient_BT.sum(axis=-1).max()),
+        scored=np.int32(scored_BT.sum(axis=-1).max()),
     )
+
+
+def padding_waste(plans: Iterable[Plan]) -> float:
+    """Return the share of the computed tokens that are padding."""
+    plans = list(plans)
+    return 1 - sum(slot.length for plan in plans for slot in plan.slots) / sum(p.rows * p.length for p in plans)
 
 
 def scatter(plan: Plan, sequences: Seq[Sequence], arrays: Seq[np.ndarray]) -> np.ndarray:

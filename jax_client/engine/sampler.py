@@ -28,6 +28,7 @@ from jax_client.engine.packing import ladder
 from jax_client.engine.requests import GeneratedRow, GenerationRequest, GenerationResult, LossSpec, Sequence
 from jax_client.engine.train_programs import NO_ADAPTER
 from jax_client.engine.trainer import Trainer
+from jax_client.models.attention import Attention
 from jax_client.models.config import ModelConfig
 from jax_client.sharding import put_rows, put_whole
 
@@ -43,7 +44,14 @@ class Sampler:
     """Runs sampling requests with the engine's weights, in batches, on the engine's dispatch thread."""
 
     def __init__(
-        self, params: Any, model: ModelConfig, dtype: jnp.dtype, mesh: Mesh, log: list[CompileRecord], trainer: Trainer
+        self,
+        params: Any,
+        model: ModelConfig,
+        dtype: jnp.dtype,
+        mesh: Mesh,
+        attention: Attention,
+        log: list[CompileRecord],
+        trainer: Trainer,
     ):
         self._params = params
         self._model = model
@@ -51,7 +59,7 @@ class Sampler:
         self._mesh = mesh
         self._trainer = trainer
         self._row_multiple = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._programs = DecodePrograms(model, dtype, mesh, log)
+        self._programs = DecodePrograms(model, dtype, mesh, attention, log)
         self._lock = threading.Lock()
         self._waiting: deque[tuple[Snapshot | None, Entry]] = deque()
 

@@ -1,7 +1,7 @@
-"""What runs on the device in a training pass? Forward, loss, backward and optimizer step, as compiled programs.
+"""What runs on the device in a training pass? Forward with the loss, backward, and the optimizer step, as programs.
 
-Built-in and custom losses share the path: forward gives logprobs and what was saved; a loss turns logprobs into
-cotangents; backward turns both into adapter gradients, added to what was accumulated. So the big programs do not
+Built-in and custom losses share the path: forward gives logprobs, their cotangents and what was saved; backward turns
+cotangents, the loss's or the host's, into adapter gradients, added to what was accumulated. So the programs do not
 multiply by loss, and a custom loss costs one forward pass.
 """
 
@@ -16,10 +16,12 @@ from jax.sharding import Mesh
 
 from jax_client.engine.compiled import CompileRecord, Program, same_place
 from jax_client.losses import registry
-from jax_client.losses.logprob_head import head_backward, head_forward
+from jax_client.losses.logprob_head import Order, head_backward, head_forward
+from jax_client.models.attention import Attention
+from jax_client.models.block import Remat
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import output_head_VD
-from jax_client.models.transformer import Remat, backward_pass, context, forward_pass
+from jax_client.models.transformer import backward_pass, context, forward_pass
 
 Weights = dict[str, Any]
 NO_ADAPTER: Weights = {"layers": {}, "unembed": {}}
@@ -28,75 +30,71 @@ NO_ADAPTER: Weights = {"layers": {}, "unembed": {}}
 class TrainPrograms:
     """The compiled programs of one model on one mesh. All of them are pure and donate nothing."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, log: list[CompileRecord]):
+    def __init__(
+        self, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, attention: Attention, log: list[CompileRecord]
+    ):
         self._config = config
         self._dtype = dtype
-        self._mesh = mesh
+        self._attention = attention
         tensor = mesh.shape["tensor"]
         self._shards = tensor if config.vocab_size % tensor == 0 else 1
-        size = lambda _, __, batch, *rest: "x".join(map(str, batch["tokens_BT"].shape))  # noqa: E731
-        cotangents = lambda *args: (same_place(args[-1]), None)  # noqa: E731  (as a custom loss's come from the host)
-        self.forward = Program("forward", self._forward, log, label=size)
-        self.loss = Program("loss", self._loss, log, cotangents)
+        size = lambda _, __, batch, *rest: "x".join(map(str, batch["targets_BTC"].shape))  # noqa: E731
+        # Cotangents lie as a custom loss's do that come from the host, so that `backward` is compiled once for both.
+        place = lambda *args: (None, args[2]["targets_BTC"].sharding, None, None)  # noqa: E731
+        self.forward = Program("forward", self._forward, log, place, size)
         self.backward = Program("backward", self._backward, log, lambda *args: same_place(args[-1]), size)
         self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*same_place(args[:3]), None))
 
     def _forward(
-        self, params: Any, weights: Weights, batch: dict[str, jax.Array], *, remat: Remat | None
-    ) -> tuple[jax.Array, Any]:
-        """Return logprobs_BTC and what `backward` needs; with remat None, nothing is kept."""
-        c = context(batch["positions_BT"], self._config, self._dtype, self._mesh)
+        self, params: Any, weights: Weights, batch: dict[str, Any], loss: jax.Array, *, remat: Remat | None
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], Any]:
+        """Score a micro-batch.
+
+        Args:
+            batch: the arrays of a `packing.MicroBatch`.
+            loss: int32 scalar, see `registry.loss_number`.
+            remat: what to keep for `backward`; None keeps nothing.
+
+        Returns:
+            logprobs_BTC, their cotangents g_BTC, the loss's sums, and what `backward` needs.
+        """
+        c = context(batch["positions_BT"], self._config, self._dtype, self._attention)
         h_BTD, saved = forward_pass(params, weights["layers"], batch["tokens_BT"], batch["segments_BT"], c, remat)
-        targets_BTC = batch["targets_BTC"]
-        logprobs_MC, head_saved = head_forward(
-            h_BTD.reshape(-1, h_BTD.shape[-1]),
+        logprobs_BTC, head_saved = head_forward(
+            h_BTD,
             output_head_VD(params),
             weights["unembed"],
-            targets_BTC.reshape(-1, targets_BTC.shape[-1]),
+            batch["targets_BTC"],
+            _order(batch),
             dtype=self._dtype,
             shards=self._shards,
             with_backward=remat is not None,
         )
-        return logprobs_MC.reshape(targets_BTC.shape), (saved, head_saved)
+        g_BTC, sums = registry.apply_loss(loss, logprobs_BTC, batch["inputs"], batch["real_BTC"])
+        return logprobs_BTC, g_BTC, sums, (saved, head_saved)
 
     def _backward(
-        self,
-        params: Any,
-        weights: Weights,
-        batch: dict[str, jax.Array],
-        saved: Any,
-        g_BTC: jax.Array,
-        accumulated: Weights,
-        *,
-        remat: Remat,
+        self, params: Any, weights: Weights, batch: dict[str, Any], saved: Any, g_BTC: jax.Array, accumulated: Weights
     ) -> Weights:
         """Return the accumulated gradients plus those of d(sum g x logprobs) by the adapter."""
         layers_saved, head_saved = saved
-        c = context(batch["positions_BT"], self._config, self._dtype, self._mesh)
-        flat = lambda a_BTC: a_BTC.reshape(-1, a_BTC.shape[-1])  # noqa: E731
-        dh_MD, unembed = head_backward(
+        c = context(batch["positions_BT"], self._config, self._dtype, self._attention)
+        dh_BTD, unembed = head_backward(
             head_saved,
             output_head_VD(params),
             weights["unembed"],
-            flat(batch["targets_BTC"]),
-            flat(g_BTC),
+            batch["targets_BTC"],
+            g_BTC,
+            _order(batch),
             dtype=self._dtype,
             shards=self._shards,
         )
-        dh_BTD = dh_MD.reshape(*g_BTC.shape[:2], -1)
-        layers = backward_pass(params, weights["layers"], batch["segments_BT"], layers_saved, dh_BTD, c, remat)
+        layers = backward_pass(params, weights["layers"], batch["segments_BT"], layers_saved, dh_BTD, c)
         return jax.tree.map(jnp.add, accumulated, {"layers": layers, "unembed": unembed})
 
-    def _loss(
-        self,
-        logprobs_BTC: jax.Array,
-        inputs: dict[str, jax.Array],
-        config: dict[str, jax.Array],
-        real_BTC: jax.Array,
-        *,
-        name: str,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return registry.apply_loss(name, logprobs_BTC, inputs, config, real_BTC)
+
+def _order(batch: dict[str, Any]) -> Order:
+    return Order(batch["order_BT"], batch["place_BT"], batch["with_gradient"], batch["scored"])
 
 
 def adamw_step(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import logging
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -13,26 +16,41 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_client.engine import memory, packing
+from jax_client.engine import accounting, memory, packing
+from jax_client.engine.accounting import Work
 from jax_client.engine.adapters import Adapter, Weights
-from jax_client.engine.compiled import CompileRecord
+from jax_client.engine.answers import Answers, Steps
+from jax_client.engine.compiled import Cause, CompileRecord, waited_for_s
 from jax_client.engine.dispatch import Task
-from jax_client.engine.packing import MicroBatch
+from jax_client.engine.faults import is_out_of_memory, named_error
+from jax_client.engine.packing import MicroBatch, Plan
 from jax_client.engine.requests import AdamSettings, CustomLoss, LossSpec, Sequence, TrainResult
 from jax_client.engine.train_programs import NO_ADAPTER, TrainPrograms
-from jax_client.errors import RequestFailedError
 from jax_client.losses import registry
+from jax_client.models.attention import Attention
+from jax_client.models.block import Remat
 from jax_client.models.config import ModelConfig
-from jax_client.models.transformer import Remat
 from jax_client.sharding import put_rows, put_whole
 
-# Micro-batches whose programs may be queued on the device at once: one runs while the next is launched.
-IN_FLIGHT = 2
-Steps = Generator[Any, Any, Any]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """A call laid out on the host."""
+
+    batches: list[MicroBatch]
+    seconds: float
 
 
 class Trainer:
-    """Runs training calls with the engine's weights. Its tasks run on the engine's dispatch thread."""
+    """Runs training calls with the engine's weights. Its tasks run on the engine's dispatch thread.
+
+    Args:
+        max_tokens: ceiling of the tokens of a micro-batch, all devices together.
+        remat: what the backward pass recomputes; "auto" decides by the size of the micro-batch.
+        memory_fraction: of a device's memory that may be filled.
+    """
 
     def __init__(
         self,
@@ -40,172 +58,276 @@ class Trainer:
         model: ModelConfig,
         dtype: jnp.dtype,
         mesh: Mesh,
+        attention: Attention,
         log: list[CompileRecord],
         *,
         max_tokens: int,
-        remat: Remat,
+        remat: str,
+        memory_fraction: float,
     ):
-        self.max_tokens = max_tokens
-        self.remat: Remat = remat
+        self.total = Work()
+        self.programs = TrainPrograms(model, dtype, mesh, attention, log)
         self._params = params
         self._model = model
         self._dtype = dtype
         self._mesh = mesh
-        self._row_multiple = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._programs = TrainPrograms(model, dtype, mesh, log)
-        heads = model.n_heads * model.head_dim
-        per_layer = model.d_model * (2 * heads + 2 * model.n_kv_heads * model.head_dim + 3 * model.d_ff)
-        self._attention_weight = 2 * heads / per_layer
+        self._log = log
+        self._remat = remat
+        self._memory_fraction = memory_fraction
+        self._free_at_start = self.available_bytes()
+        self.limits = packing.Limits(
+            ways=mesh.shape["data"] * mesh.shape["fsdp"],
+            tokens=max(1, max_tokens // (mesh.shape["data"] * mesh.shape["fsdp"])),
+            row_length=attention.row_length,
+            segments=attention.max_segments,
+        )
 
-    def prepare(self, sequences: list[Sequence], loss: LossSpec | None) -> list[MicroBatch]:
+    def available_bytes(self) -> int:
+        """Return the bytes that this process may still allocate on a device."""
+        return memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction)
+
+    def remat(self, tokens: int) -> Remat:
+        """Return what the backward pass recomputes for a micro-batch of so many tokens per way."""
+        if self._remat != "auto":
+            return self._remat  # type: ignore[return-value]
+        return memory.choose_remat(self._model, self._dtype, tokens, self._free_at_start)
+
+    def prepare(self, sequences: list[Sequence], loss: LossSpec | None) -> Packed:
         """Pack a call on the host; runs on a worker thread while the device is busy with earlier calls."""
-        defaults: dict[str, float] = {}
+        start = time.perf_counter()
+        defaults, gradient_input = dict.fromkeys(registry.INPUTS, 0.0), None
         if loss is not None:
             known = registry.LOSSES[loss.name]
-            values = {**known.defaults, **loss.config}
-            used = [n for n in known.inputs if n in known.defaults or any(n in s.inputs for s in sequences)]
-            defaults = {name: values.get(name, 0.0) for name in used}
-        plans = packing.plan_call(
-            [len(s.tokens_T) for s in sequences],
-            max_tokens=self.max_tokens,
-            row_multiple=self._row_multiple,
-            max_length=self._model.max_context,
-            attention_weight=self._attention_weight,
-        )
-        return [packing.fill(plan, sequences, defaults) for plan in plans]
+            defaults |= {**known.defaults, **known.config, **loss.config}
+            gradient_input = None if known.masked_has_gradient else known.mask
+        plans = packing.plan_call([len(s.tokens_T) for s in sequences], self.limits)
+        batches = [packing.fill(plan, sequences, defaults, gradient_input) for plan in plans]
+        return Packed(batches=batches, seconds=time.perf_counter() - start)
 
     def forward_task(
-        self, adapter: Adapter | None, sequences: list[Sequence], loss: LossSpec, prepared: Future[list[MicroBatch]]
+        self, adapter: Adapter | None, sequences: list[Sequence], loss: LossSpec, prepared: Future[Packed]
     ) -> Task[TrainResult]:
         """Score the sequences and their loss without a gradient."""
         weights = NO_ADAPTER if adapter is None else adapter.weights
         return (yield from self.score(weights, sequences, loss, prepared))
 
     def score(
-        self, weights: Weights, sequences: list[Sequence], loss: LossSpec, prepared: Future[list[MicroBatch]]
+        self, weights: Weights, sequences: list[Sequence], loss: LossSpec, prepared: Future[Packed]
     ) -> Task[TrainResult]:
         """As `forward_task`, with the given adapter weights."""
-        batches = yield prepared.result
-        out = _Answers(sequences)
-        for batch in batches:
-            device = self._device_batch(batch)
-            logprobs_BTC, _ = self._programs.forward(self._params, weights, device, remat=None)
-            _, sums = self._loss(loss, logprobs_BTC, batch)
-            yield from out.add(batch, logprobs_BTC, sums)
-        yield from out.drain()
-        return out.result()
+
+        def run(packed: Packed) -> Task[TrainResult]:
+            out = Answers(sequences)
+            for batch in packed.batches:
+                logprobs_BTC, _, sums, _ = self._forward(weights, self._put(batch), loss, remat=None)
+                yield from out.add(batch, logprobs_BTC, sums)
+            yield from out.drain()
+            return out.result(loss)
+
+        return (yield from self._halving(run, sequences, loss, prepared))
 
     def forward_backward_task(
-        self, adapter: Adapter, sequences: list[Sequence], loss: LossSpec, prepared: Future[list[MicroBatch]]
+        self, adapter: Adapter, sequences: list[Sequence], loss: LossSpec, prepared: Future[Packed]
     ) -> Task[TrainResult]:
         """Accumulate the gradient of a built-in loss."""
-        batches = yield prepared.result
-        out, grads = _Answers(sequences), self._accumulated(adapter)
-        for batch in batches:
-            device = self._device_batch(batch)
-            logprobs_BTC, saved = self._programs.forward(self._params, adapter.weights, device, remat=self.remat)
-            g_BTC, sums = self._loss(loss, logprobs_BTC, batch)
-            grads = self._backward(adapter, device, saved, g_BTC, grads)
-            del saved
-            yield from out.add(batch, logprobs_BTC, sums)
-        yield from out.drain()
-        yield partial(jax.block_until_ready, grads)
-        adapter.grads = grads
-        return out.result()
+
+        def run(packed: Packed) -> Task[TrainResult]:
+            self._refuse_what_does_not_fit(adapter, packed)
+            out, grads, work = Answers(sequences), self._accumulated(adapter), self._work(adapter, packed)
+            with self._clock(work):
+                for batch in packed.batches:
+                    device, remat = self._put(batch), self._remat_of(batch.plan)
+                    logprobs_BTC, g_BTC, sums, saved = self._forward(adapter.weights, device, loss, remat=remat)
+                    grads = self._backward(adapter, device, saved, g_BTC, grads)
+                    del saved
+                    yield from out.add(batch, logprobs_BTC, sums)
+                yield from out.drain()
+                yield partial(jax.block_until_ready, grads)
+            adapter.grads = grads
+            self._account(adapter, work, out)
+            return out.result(loss)
+
+        return (yield from self._halving(run, sequences, loss, prepared))
 
     def custom_task(
-        self, adapter: Adapter, sequences: list[Sequence], loss: CustomLoss, prepared: Future[list[MicroBatch]]
+        self, adapter: Adapter, sequences: list[Sequence], loss: CustomLoss, prepared: Future[Packed]
     ) -> Task[TrainResult]:
         """Accumulate the gradient of a loss that runs on the host: one forward, the user's function, one backward.
 
         What the forward pass saved waits on the device for the cotangents; the micro-batches beyond the memory's share
         run their forward pass again.
         """
-        batches = yield prepared.result
-        out = _Answers(sequences)
-        room = memory.ACTIVATION_SHARE * memory.available_bytes(self._mesh.devices.flat[0])
-        kept: list[Any] = []
-        for batch in batches:
-            size = memory.activation_bytes_per_token(self._model, self._dtype, self.remat) * batch.tokens_BT.size
-            room -= size / self._row_multiple
-            device = self._device_batch(batch)
-            logprobs_BTC, saved = self._programs.forward(self._params, adapter.weights, device, remat=self.remat)
-            kept.append((device, saved if room >= 0 else None))
-            del saved
-            yield from out.add(batch, logprobs_BTC, {})
-        yield from out.drain()
-        value, cotangents, metrics = yield partial(loss, out.logprobs())
 
-        grads = self._accumulated(adapter)
-        for batch, (device, saved) in zip(batches, kept, strict=True):
-            if saved is None:
-                _, saved = self._programs.forward(self._params, adapter.weights, device, remat=self.remat)
-            g_BTC = put_rows(packing.scatter(batch.plan, sequences, cotangents), self._mesh)
-            grads = self._backward(adapter, device, saved, g_BTC, grads)
-            del saved
-            yield partial(jax.block_until_ready, grads)
-        adapter.grads = grads
-        return TrainResult(logprobs=out.logprobs(), metrics={**metrics, "loss:sum": value})
+        def run(packed: Packed) -> Task[TrainResult]:
+            self._refuse_what_does_not_fit(adapter, packed)
+            out, work, kept = Answers(sequences), self._work(adapter, packed), []
+            room = memory.ACTIVATION_SHARE * self.available_bytes()
+            with self._clock(work):
+                for batch in packed.batches:
+                    device, remat = self._put(batch), self._remat_of(batch.plan)
+                    room -= memory.activation_bytes_per_token(self._model, self._dtype, remat) * self._tokens(
+                        batch.plan
+                    )
+                    logprobs_BTC, _, _, saved = self._forward(adapter.weights, device, None, remat=remat)
+                    kept.append((device, saved if room >= 0 else None))
+                    del saved
+                    yield from out.add(batch, logprobs_BTC, {})
+                yield from out.drain()
+            value, cotangents, metrics = yield partial(loss, out.logprobs())
+
+            grads = self._accumulated(adapter)
+            with self._clock(work):
+                for batch, (device, saved) in zip(packed.batches, kept, strict=True):
+                    if saved is None:
+                        remat = self._remat_of(batch.plan)
+                        *_, saved = self._forward(adapter.weights, device, None, remat=remat)
+                    g_BTC = put_rows(packing.scatter(batch.plan, sequences, cotangents), self._mesh)
+                    grads = self._backward(adapter, device, saved, g_BTC, grads)
+                    del saved
+                    yield partial(jax.block_until_ready, grads)
+            adapter.grads = grads
+            self._account(adapter, work, out)
+            return TrainResult(logprobs=out.logprobs(), metrics={**metrics, "loss:sum": value})
+
+        return (yield from self._halving(run, sequences, None, prepared))
 
     def optim_step(self, adapter: Adapter, settings: AdamSettings) -> Steps:
-        """Yield-from: return ((weights, mu, nu), metrics on the host); the adapter is not changed."""
+        """Yield-from: return ((weights, mu, nu), metrics on the host, work since the last step).
+
+        The adapter is not changed.
+        """
         hyper = {name: put_whole(np.float32(value), self._mesh) for name, value in asdict(settings).items()}
-        *new, metrics = self._programs.optim_step(
-            adapter.weights, adapter.mu, adapter.nu, adapter.grads, put_whole(np.int32(adapter.step), self._mesh), hyper
-        )
-        yield partial(jax.block_until_ready, new)
-        return tuple(new), (yield partial(jax.device_get, metrics))
+        work = Work()
+        with self._clock(work):
+            *new, metrics = self.programs.optim_step(
+                adapter.weights,
+                adapter.mu,
+                adapter.nu,
+                adapter.grads,
+                put_whole(np.int32(adapter.step), self._mesh),
+                hyper,
+            )
+            yield partial(jax.block_until_ready, new)
+        self.total.add(work)
+        work.add(adapter.work)
+        return tuple(new), (yield partial(jax.device_get, metrics)), work
+
+    def full_plan(self) -> Plan:
+        """Return the rectangle that the micro-batches of a large call have."""
+        return packing.full_plan(self.limits)
+
+    def precompile(self, weights: Weights, plan: Plan, targets_per_position: int, cause: Cause) -> None:
+        """Compile what forward_backward over a micro-batch of this rectangle and optim_step need.
+
+        Args:
+            weights: an adapter's, or their shapes and places.
+            targets_per_position: K of the targets.
+        """
+        sequence = Sequence(tokens_T=np.zeros(1, np.int32), targets=np.zeros((1, targets_per_position), np.int32))
+        example = replace(plan, slots=(packing.Slot(index=0, row=0, start=0, length=1),))
+        batch = self._put(packing.fill(example, [sequence], dict.fromkeys(registry.INPUTS, 0.0)))
+        number, remat = put_whole(np.int32(0), self._mesh), self._remat_of(plan)
+        forward, backward = self.programs.forward, self.programs.backward
+        _, g_BTC, _, saved = forward.prepare(self._params, weights, batch, number, remat=remat, cause=cause)
+        backward.prepare(self._params, weights, batch, saved, g_BTC, weights, cause=cause)
+        hyper = {field.name: put_whole(np.float32(0), self._mesh) for field in fields(AdamSettings)}
+        step = put_whole(np.int32(0), self._mesh)
+        self.programs.optim_step.prepare(weights, weights, weights, weights, step, hyper, cause=cause)
+
+    def _halving(
+        self,
+        run: Callable[[Packed], Task[TrainResult]],
+        sequences: list[Sequence],
+        loss: LossSpec | None,
+        prepared: Future[Packed],
+    ) -> Task[TrainResult]:
+        """Run a packed call; where the device runs out of memory, once more with micro-batches half as large.
+
+        Nothing was committed, so the second run starts from the same state. The smaller ceiling stays.
+        """
+        packed = yield prepared.result
+        try:
+            return (yield from run(packed))
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error) or not self._halve(packed):
+                raise named_error(error, packed.batches, self.limits.ways) from error
+            logger.warning(
+                "out of memory; trying again with at most %d tokens in a micro-batch",
+                self.limits.tokens * self.limits.ways,
+            )
+        packed = yield partial(self.prepare, sequences, loss)
+        try:
+            return (yield from run(packed))
+        except jax.errors.JaxRuntimeError as error:
+            raise named_error(error, packed.batches, self.limits.ways) from error
+
+    def _halve(self, packed: Packed) -> bool:
+        """Lower the ceiling to half of the call's largest micro-batch; return whether that makes it smaller."""
+        largest = max(batch.plan.rows * batch.plan.length for batch in packed.batches) // self.limits.ways
+        smaller = replace(self.limits, tokens=max(1, largest // 2))
+        plans = packing.plan_call([slot.length for b in packed.batches for slot in b.plan.slots], smaller)
+        if max(plan.rows * plan.length for plan in plans) >= largest * self.limits.ways:
+            return False
+        self.limits = smaller
+        return True
+
+    def _refuse_what_does_not_fit(self, adapter: Adapter, packed: Packed) -> None:
+        adapter_bytes = sum(a.nbytes for a in jax.tree.leaves(adapter.weights)) // self._mesh.shape["tensor"]
+        for rows, length in {(batch.plan.rows, batch.plan.length) for batch in packed.batches}:
+            plan = Plan(rows=rows, length=length, slots=())
+            parts = memory.step_bytes(self._model, self._dtype, self._remat_of(plan), self._tokens(plan), adapter_bytes)
+            memory.refuse_unless_fits(
+                f"a micro-batch of {rows} x {length} tokens",
+                parts,
+                self.available_bytes(),
+                "Lower EngineConfig.max_tokens_per_micro_batch, set remat='full', send shorter sequences, lower the "
+                "rank, or shard over more devices (mesh).",
+            )
+
+    def _tokens(self, plan: Plan) -> int:
+        return plan.rows * plan.length // self.limits.ways
+
+    def _remat_of(self, plan: Plan) -> Remat:
+        return self.remat(self._tokens(plan))
+
+    def _work(self, adapter: Adapter, packed: Packed) -> Work:
+        work = Work(host_s=packed.seconds)
+        for batch in packed.batches:
+            lengths = [slot.length for slot in batch.plan.slots]
+            useful, hardware = accounting.flops(self._model, adapter.spec, lengths, self._remat_of(batch.plan))
+            computed = batch.plan.rows * batch.plan.length
+            work.add(Work(tokens=sum(lengths), computed=computed, flops=useful, hardware_flops=hardware))
+        return work
+
+    def _account(self, adapter: Adapter, work: Work, out: Answers) -> None:
+        work.host_s += out.host_s
+        adapter.work.add(work)
+        self.total.add(work)
+
+    @contextmanager
+    def _clock(self, work: Work) -> Iterator[None]:
+        start, waited = time.perf_counter(), waited_for_s(self._log)
+        yield
+        compile_s = waited_for_s(self._log) - waited
+        work.compile_s += compile_s
+        work.device_s += max(0.0, time.perf_counter() - start - compile_s)
 
     def _accumulated(self, adapter: Adapter) -> Weights:
         return jax.tree.map(jnp.zeros_like, adapter.weights) if adapter.grads is None else adapter.grads
 
+    def _forward(self, weights: Weights, device: dict[str, Any], loss: LossSpec | None, *, remat: Remat | None) -> Any:
+        number = registry.NO_LOSS if loss is None else registry.loss_number(loss.name)
+        return self.programs.forward(
+            self._params, weights, device, put_whole(np.int32(number), self._mesh), remat=remat
+        )
+
     def _backward(
-        self, adapter: Adapter, device: dict[str, jax.Array], saved: Any, g_BTC: jax.Array, grads: Weights
+        self, adapter: Adapter, device: dict[str, Any], saved: Any, g_BTC: jax.Array, grads: Weights
     ) -> Weights:
-        return self._programs.backward(self._params, adapter.weights, device, saved, g_BTC, grads, remat=self.remat)
+        return self.programs.backward(self._params, adapter.weights, device, saved, g_BTC, grads)
 
-    def _loss(self, loss: LossSpec, logprobs_BTC: jax.Array, batch: MicroBatch) -> tuple[jax.Array, Any]:
-        inputs = {name: put_rows(array, self._mesh) for name, array in batch.inputs.items()}
-        config = {name: put_whole(np.float32(value), self._mesh) for name, value in loss.config.items()}
-        return self._programs.loss(logprobs_BTC, inputs, config, put_rows(batch.real_BTC, self._mesh), name=loss.name)
-
-    def _device_batch(self, batch: MicroBatch) -> dict[str, jax.Array]:
-        names = ("tokens_BT", "segments_BT", "positions_BT", "targets_BTC")
-        return {name: put_rows(getattr(batch, name), self._mesh) for name in names}
-
-
-class _Answers:
-    """Collects logprobs and loss statistics of the micro-batches, at most `IN_FLIGHT` of them unfinished."""
-
-    def __init__(self, sequences: list[Sequence]):
-        self._sequences = sequences
-        self._logprobs: list[np.ndarray | None] = [None] * len(sequences)
-        self._sums: dict[str, float] = {}
-        self._pending: list[tuple[MicroBatch, Any]] = []
-
-    def add(self, batch: MicroBatch, logprobs_BTC: jax.Array, sums: dict[str, jax.Array]) -> Steps:
-        self._pending.append((batch, (logprobs_BTC, sums)))
-        if len(self._pending) >= IN_FLIGHT:
-            yield from self._fetch()
-        else:
-            yield None
-
-    def drain(self) -> Steps:
-        while self._pending:
-            yield from self._fetch()
-
-    def _fetch(self) -> Steps:
-        batch, arrays = self._pending.pop(0)
-        logprobs_BTC, sums = yield partial(jax.device_get, arrays)
-        packing.unpack(batch.plan, self._sequences, logprobs_BTC, self._logprobs)
-        for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
-
-    def logprobs(self) -> list[np.ndarray]:
-        missing = [i for i, array in enumerate(self._logprobs) if array is None]
-        if missing:
-            raise RequestFailedError(f"no logprobs came back for datum {missing[0]}; this is a bug, please report it.")
-        return [array for array in self._logprobs if array is not None]
-
-    def result(self) -> TrainResult:
-        return TrainResult(logprobs=self.logprobs(), metrics=registry.metrics(self._sums))
+    def _put(self, batch: MicroBatch) -> dict[str, Any]:
+        rows = ("tokens_BT", "segments_BT", "positions_BT", "targets_BTC", "real_BTC", "order_BT", "place_BT")
+        out: dict[str, Any] = {name: put_rows(getattr(batch, name), self._mesh) for name in rows}
+        out["inputs"] = {name: put_rows(array, self._mesh) for name, array in batch.inputs.items()}
+        return out | {name: put_whole(getattr(batch, name), self._mesh) for name in ("with_gradient", "scored")}

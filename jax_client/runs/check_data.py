@@ -55,7 +55,6 @@ def training_data(
     config = _config(loss, loss_fn_config)
     datums = _datums(data)
     sequences = [_sequence(datum, i, loss, vocab_size, max_context) for i, datum in enumerate(datums)]
-    sequences = _fill_per_target_settings(sequences, config)
     if loss.name == "cross_entropy" and not any(sequence.inputs["weights"].any() for sequence in sequences):
         logger.warning("every weight of the %d datums is zero: loss and gradient are zero", len(sequences))
     return sequences, LossSpec(name=loss.name, config=config)
@@ -176,24 +175,6 @@ def _check_shapes(i: int, tokens_T: np.ndarray, arrays: Mapping[str, np.ndarray]
         "per token, and every other input exactly the shape of target_tokens, [N] or [N, K]. Target i is scored at "
         "token i: shift tokens and targets by one yourself, as in tokens[:-1] and tokens[1:]."
     )
-
-
-def _fill_per_target_settings(sequences: list[Sequence], config: Mapping[str, float]) -> list[Sequence]:
-    # A batch is one program: an input that some datums carry is filled in for the others.
-    partial = {key for key in config if 0 < sum(key in sequence.inputs for sequence in sequences) < len(sequences)}
-    if not partial:
-        return sequences
-    return [
-        Sequence(
-            tokens_T=sequence.tokens_T,
-            targets=sequence.targets,
-            inputs={
-                **{key: np.full(sequence.targets.shape, config[key], dtype=np.float32) for key in partial},
-                **sequence.inputs,
-            },
-        )
-        for sequence in sequences
-    ]
 
 
 def _missing(i: int, key: str, datum: types.Datum, loss: str) -> BadRequestError:

@@ -1,0 +1,35 @@
+"""How fast does this device multiply matrices? Measured, for the choice of dtype and as the yardstick of every step."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_client.sharding import Device
+
+BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+
+
+def faster_matmul_dtype(device: Device) -> jnp.dtype:
+    """Return bfloat16 where its matmul with float32 results beats float32's on this device, else float32."""
+    return BF16 if matmul_rate(device, BF16) > matmul_rate(device, F32) else F32
+
+
+@functools.cache
+def matmul_rate(device: Any, dtype: jnp.dtype) -> float:
+    """Return the FLOP/s of a square matmul with float32 results on one device: the best of five."""
+    size = 1024 if device.platform == "cpu" else 8192
+    x = jax.device_put(jnp.ones((size, size), dtype), device)
+    precision = jax.lax.Precision.HIGHEST if dtype == F32 else None
+    dot = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32, precision=precision))
+    dot(x, x).block_until_ready()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        dot(x, x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)

@@ -1,0 +1,99 @@
+"""How does attention run on an NVIDIA GPU?
+
+Through cuDNN's fused attention over packed sequences, which spends nothing on the scores between two segments. jax
+reaches it by a function that is not public, so what that function wants is written down here:
+
+- q_seqlen, kv_seqlen (B, M) int32: the length of each segment of a row; q_offsets, kv_offsets (B, M + 1) int32: where
+  in its row it begins. jax then joins the rows: it drops the negative entries of each list and takes the n-th length
+  and the n-th offset that are left for the n-th segment. So what is unused is -1 in both, always the last offset too.
+- M = 1 means "not packed" to it, and the offsets go unread.
+- bfloat16 or float16; H a multiple of 8, up to 256; Hopper or later: else NotImplementedError, while it is traced. No
+  cuDNN: RuntimeError. Unchecked: cuDNN 9.6 or later, and offsets count elements in int32, so a device's B x T x N x H
+  stays below 2**31.
+- what lies outside every segment comes back as memory that nobody has written, in the output and in the cotangents.
+- its softmax statistics are (B x M, N, T) float32, M times what they hold: keep M near the segments that a row has.
+- it takes lengths and offsets of all rows to be split over devices as the queries are, and cannot see to it: on several
+  devices call it under `jax.shard_map`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as fused
+
+GQA_FIXED = (0, 11, 1)  # older jax silently reads the wrong keys where K < N (its pull request 39521)
+
+
+def cudnn_attention(
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    max_segments: int,
+) -> jax.Array:
+    """Attend causally within segments; differentiable by `jax.vjp`.
+
+    Args:
+        q_BTKGH, k_BTKH, v_BTKH: float32 queries, keys and values after norm and rotation.
+        segments_BT: int32; a token sees the earlier tokens of its row with its own segment id. A segment's tokens stand
+            next to each other. 0 is padding, anywhere in the row.
+        dtype: of the matmul operands, bfloat16 or float16; the output and the cotangents are rounded to it.
+        max_segments: the most segments that a row may have, padding not counted. The tokens of a further one are NaN.
+
+    Returns:
+        o_BTKGH float32; 0 at padding, and so are the cotangents of q, k and v.
+
+    Source: FlashAttention-2, arXiv 2307.08691, as built into cuDNN.
+    """
+    B, T, K, G, H = q_BTKGH.shape
+    M = max(max_segments, 2)
+    lengths_BM, offsets_BM, number_BT = _segment_places(segments_BT, M)
+    number_BT11 = number_BT[..., None, None]
+
+    def operand(x_BTNH: jax.Array) -> jax.Array:
+        # For the cotangent's sake: it is selected in turn, which drops a NaN that a product with zero would keep.
+        return jnp.where(number_BT11 >= 0, x_BTNH, 0).astype(dtype)
+
+    if jax.__version_info__ < GQA_FIXED:
+        # Repeated before the cast, so that the group's dk and dv are summed in float32.
+        k_BTKH, v_BTKH = jnp.repeat(k_BTKH, G, axis=2), jnp.repeat(v_BTKH, G, axis=2)
+    o_BTNH: Any = fused.dot_product_attention(
+        operand(q_BTKGH.reshape(B, T, K * G, H)),
+        operand(k_BTKH),
+        operand(v_BTKH),
+        q_seqlen=lengths_BM,
+        kv_seqlen=lengths_BM,
+        q_offsets=offsets_BM,
+        kv_offsets=offsets_BM,
+        scale=H**-0.5,
+        mask_type=fused.MaskType.PADDING_CAUSAL,
+    )
+    o_BTNH = jnp.where(number_BT11 >= 0, o_BTNH.astype(jnp.float32), 0)
+    return jnp.where(number_BT11 < M, o_BTNH, jnp.nan).reshape(q_BTKGH.shape)
+
+
+def _segment_places(segments_BT: jax.Array, M: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return where the segments of each row lie, int32, as `fused.dot_product_attention` wants it.
+
+    Returns:
+        lengths (B, M) and offsets (B, M + 1), -1 where unused, and which segment of its row each token is in (B, T), -1
+        at padding.
+    """
+    before_BT = jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)))
+    begins_BT = (segments_BT != before_BT) & (segments_BT != 0)
+    number_BT = jnp.where(segments_BT != 0, jnp.cumsum(begins_BT, axis=1, dtype=jnp.int32) - 1, -1)
+    own_BTM = number_BT[..., None] == jnp.arange(M, dtype=jnp.int32)
+    lengths_BM = jnp.sum(own_BTM, axis=1, dtype=jnp.int32)
+    offsets_BM = jnp.argmax(own_BTM, axis=1).astype(jnp.int32)  # of the first that is true
+    used_BM = lengths_BM > 0
+    ends = ((0, 0), (0, 1))
+    return (
+        jnp.where(used_BM, lengths_BM, -1),
+        jnp.pad(jnp.where(used_BM, offsets_BM, -1), ends, constant_values=-1),
+        number_BT,
+    )
