@@ -21,7 +21,7 @@ import numpy as np
 
 from jax_client.models.layers import contract
 
-QUERY_BLOCK = 128
+QUERY_BLOCK = 256
 KEY_BLOCK = 256
 MASKED = -1e30  # finite: a block in which a query sees no key must not turn into NaN
 

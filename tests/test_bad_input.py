@@ -26,6 +26,7 @@ import jax_client
 from jax_client import types
 from jax_client.checkpoint import manifest
 from jax_client.engine import packing
+from jax_client.engine.engine import STEP_RATES
 from jax_client.errors import JaxClientError
 
 from golden_cases import CASES, base_values, sequences
@@ -139,7 +140,9 @@ class Bench:
         training, step = self.client.forward_backward(DATA, "cross_entropy"), self.client.optim_step(ADAM)
         output = training.result(30)
         logprobs = [output["logprobs"].to_numpy().tobytes() for output in output.loss_fn_outputs]
-        return logprobs, output.metrics, step.result(30).metrics, self.weights()
+        rates = {f"{name}:mean" for name in STEP_RATES}  # of this very moment
+        metrics = {key: value for key, value in step.result(30).metrics.items() if key not in rates}
+        return logprobs, output.metrics, metrics, self.weights()
 
     def sample(self, prompt: Any = None, num_samples: Any = 1, **changes: Any) -> Any:
         known = {name: changes.pop(name) for name in list(changes) if name in types.SamplingParams.model_fields}
@@ -168,7 +171,7 @@ class Bench:
 
 def settings(home: Path, **changes: Any) -> jax_client.EngineConfig:
     return jax_client.EngineConfig(
-        **{"dtype": "float32", "state_dir": home / "state", "compilation_cache_dir": "", **changes}
+        **{"dtype": "float32", "state_dir": home / "state", "compilation_cache_dir": "", "precompile": False, **changes}
     )
 
 
@@ -541,10 +544,10 @@ def out_of_memory(*_: Any, **__: Any) -> Any:
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nA long dump")
 
 
-@pytest.mark.parametrize("program", ["forward", "loss", "backward", "optim_step"])
+@pytest.mark.parametrize("program", ["forward", "backward", "optim_step"])
 def test_out_of_memory_in_a_step(bench: Bench, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(bench.engine.trainer._programs, program, out_of_memory)
+        patch.setattr(bench.engine.trainer.programs, program, out_of_memory)
         call = bench.step if program == "optim_step" else lambda: bench.train(DATA)
         with pytest.raises(FAILED, match=r"ran out of memory.*state is intact") as caught:
             call().result(30)
@@ -558,7 +561,7 @@ def test_out_of_memory_in_a_step(bench: Bench, monkeypatch: pytest.MonkeyPatch, 
 def test_out_of_memory_names_a_batch_that_is_smaller(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     long = [datum([1] * 100, (1,) * 100)] * 8
     with monkeypatch.context() as patch:
-        patch.setattr(bench.engine.trainer._programs, "forward", out_of_memory)
+        patch.setattr(bench.engine.trainer.programs, "forward", out_of_memory)
         with pytest.raises(FAILED, match="in a micro-batch of 8 x 128 tokens") as caught:
             bench.train(long).result(30)
         patch.setattr(bench.engine.sampler._programs, "prefill", out_of_memory)

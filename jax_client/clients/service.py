@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -321,6 +321,48 @@ class ServiceClient:
         `engines` has one entry for each model that has finished loading; the newest one's are also at the top level.
         """
         return self._session.describe()
+
+    def warmup(
+        self,
+        lengths: Sequence[int],
+        *,
+        base_model: str,
+        rank: int = 32,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        targets_per_position: int = 1,
+    ) -> tinker.APIFuture[list[dict[str, Any]]]:
+        """Compile ahead what `forward_backward` over data of these lengths, and `optim_step`, will need.
+
+        Not in the SDK. Programs are kept between processes, so this pays once per machine and setting.
+
+        Args:
+            lengths: tokens of the datums of a typical call, such as `[len(tokens) for tokens in first_batch]`.
+            base_model: as in `create_lora_training_client`, like the arguments after it.
+            rank: of the adapter.
+            train_mlp: adapt gate, up and down.
+            train_attn: adapt q, k, v and o.
+            train_unembed: adapt the output projection.
+            targets_per_position: K of `[N, K]` targets.
+
+        Returns:
+            The future of what was compiled or loaded, in the form of `describe()["compiled"]`.
+        """
+        self._session.check_open()
+        spec = validation.lora_spec(base_model, rank, 0, train_mlp, train_attn, train_unembed)
+        sizes, width = validation.warmup_lengths(lengths, targets_per_position)
+        session = self._session
+
+        def work() -> list[dict[str, Any]]:
+            engine = session.base_model(base_model).result().model.engine
+            if max(sizes) > engine.max_context:
+                raise BadRequestError(
+                    f"lengths holds {max(sizes)}, but the model's context is {engine.max_context} tokens; leave it out."
+                )
+            return engine.warmup(spec, sizes, width).result()
+
+        return LocalFuture(session.track(background(work, "warmup")))
 
     def get_console_url(self) -> str:
         """Return where this session's checkpoints live; there is no web console in-process."""

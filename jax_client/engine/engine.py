@@ -238,20 +238,20 @@ class Engine:
         self._submit(self._sampling_lane, self.sampler.batch_task())
         return future
 
-    def warmup(self, spec: LoraSpec, lengths: list[int], targets_per_position: int) -> Future[list[CompileRecord]]:
+    def warmup(self, spec: LoraSpec, lengths: list[int], targets_per_position: int) -> Future[list[dict[str, Any]]]:
         """Compile what forward_backward over sequences of these lengths, and optim_step, will need.
 
         Returns:
-            What was compiled or loaded for it; programs that were there already are left out.
+            What was compiled or loaded for it, as in `describe`; programs that were there already are left out.
         """
 
-        def work() -> list[CompileRecord]:
+        def work() -> list[dict[str, Any]]:
             before = len(self._log)
             plans = packing.plan_call(lengths, self.trainer.limits)
             shapes = dict.fromkeys((plan.rows, plan.length) for plan in plans)
             examples = [Plan(rows=rows, length=length, slots=()) for rows, length in shapes]
             self._precompile(spec, examples, targets_per_position, "warmup")
-            return [record for record in self._log[before:] if record.cause == "warmup"]
+            return [asdict(record) for record in self._log[before:] if record.cause == "warmup"]
 
         return self._elsewhere(work)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tinker import types
 from tinker.types.optimizer import OptimParamsBase
@@ -57,6 +57,21 @@ def lora_spec(
         train_mlp=mlp,
         train_unembed=unembed,
     )
+
+
+def warmup_lengths(lengths: object, targets_per_position: object) -> tuple[list[int], int]:
+    """Check what to compile ahead for: datum lengths, and K of `[N, K]` targets.
+
+    Raises:
+        BadRequestError: there are no lengths, or a number is below 1.
+        BadTypeError: not a sequence of integers.
+    """
+    if not isinstance(lengths, Sequence) or isinstance(lengths, str | bytes):
+        raise BadTypeError(f"lengths is {shown(lengths)}; give a list of datum lengths, such as [512, 2048].")
+    if not lengths:
+        raise BadRequestError("lengths is empty; give at least one datum length, such as [512].")
+    width = integer("targets_per_position", targets_per_position, 1)
+    return [integer(f"lengths[{i}]", length, 1) for i, length in enumerate(lengths)], width
 
 
 def user_metadata(value: object) -> dict[str, str]:

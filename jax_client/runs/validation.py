@@ -15,6 +15,7 @@ from jax_client.runs.check_settings import (
     refuse_optimizer,
     ttl,
     user_metadata,
+    warmup_lengths,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "training_data",
     "ttl",
     "user_metadata",
+    "warmup_lengths",
 ]
