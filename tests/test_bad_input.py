@@ -554,7 +554,7 @@ def test_out_of_memory_in_a_step(bench: Bench, monkeypatch: pytest.MonkeyPatch, 
     assert caught.value.category == "server"
     assert "Out of memory allocating 123 bytes. " in str(caught.value) and "dump" not in str(caught.value)
     if program != "optim_step":
-        assert "in a micro-batch of 1 x 64 tokens" in str(caught.value)
+        assert "in a micro-batch of 1 x 256 tokens" in str(caught.value)
         assert "cannot hold a sequence of 21 tokens: send shorter ones, or set remat='full'" in str(caught.value)
 
 
@@ -562,7 +562,7 @@ def test_out_of_memory_names_a_batch_that_is_smaller(bench: Bench, monkeypatch: 
     long = [datum([1] * 100, (1,) * 100)] * 8
     with monkeypatch.context() as patch:
         patch.setattr(bench.engine.trainer.programs, "forward", out_of_memory)
-        with pytest.raises(FAILED, match="in a micro-batch of 8 x 128 tokens") as caught:
+        with pytest.raises(FAILED, match="in a micro-batch of 1 x 512 tokens") as caught:
             bench.train(long).result(30)
         patch.setattr(bench.engine.sampler._programs, "prefill", out_of_memory)
         with pytest.raises(FAILED, match="fewer samples") as sampling:
@@ -570,6 +570,6 @@ def test_out_of_memory_names_a_batch_that_is_smaller(bench: Bench, monkeypatch: 
     assert caught.value.category == sampling.value.category == "server"
     assert "state is intact" in str(sampling.value)
     found = re.search(r"max_tokens_per_micro_batch to (\d+),", str(caught.value))
-    assert found is not None and int(found[1]) == 512
-    plans = packing.plan_call([100] * 8, max_tokens=512, row_multiple=1, max_length=CONTEXT, attention_weight=0.1)
-    assert {(plan.rows, plan.length) for plan in plans} == {(4, 128)}
+    assert found is not None and int(found[1]) == 256
+    plans = packing.plan_call([100] * 8, packing.Limits(ways=1, tokens=256))
+    assert {(plan.rows, plan.length) for plan in plans} == {(1, 256)}

@@ -243,33 +243,37 @@ class Trainer:
     ) -> Task[TrainResult]:
         """Run a packed call; where the device runs out of memory, once more with micro-batches half as large.
 
-        Nothing was committed, so the second run starts from the same state. The smaller ceiling stays.
+        Nothing was committed, so the second run starts from the same state. If it succeeds, the smaller ceiling stays.
         """
-        packed = yield prepared.result
+        packed, before = (yield prepared.result), self.limits
         try:
             return (yield from run(packed))
         except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error) or not self._halve(packed):
-                raise named_error(error, packed.batches, self.limits.ways) from error
-            logger.warning(
-                "out of memory; trying again with at most %d tokens in a micro-batch",
-                self.limits.tokens * self.limits.ways,
-            )
+            smaller = self._halved(packed)
+            if smaller is None or not is_out_of_memory(error):
+                raise named_error(error, packed.batches, before.ways) from error
+        self.limits = smaller
         packed = yield partial(self.prepare, sequences, loss)
         try:
-            return (yield from run(packed))
-        except jax.errors.JaxRuntimeError as error:
-            raise named_error(error, packed.batches, self.limits.ways) from error
+            result = yield from run(packed)
+        except BaseException as error:
+            self.limits = before
+            named = named_error(error, packed.batches, before.ways)
+            if named is error:
+                raise
+            raise named from error
+        logger.warning("out of memory: micro-batches have at most %d tokens from now on", smaller.tokens * before.ways)
+        return result
 
-    def _halve(self, packed: Packed) -> bool:
-        """Lower the ceiling to half of the call's largest micro-batch; return whether that makes it smaller."""
+    def _halved(self, packed: Packed) -> packing.Limits | None:
+        """Return limits under which the call's largest micro-batch is half as large; None if it cannot be smaller."""
         largest = max(batch.plan.rows * batch.plan.length for batch in packed.batches) // self.limits.ways
-        smaller = replace(self.limits, tokens=max(1, largest // 2))
+        if largest <= packing.ROW_LENGTHS[0]:
+            return None
+        smaller = replace(self.limits, tokens=largest // 2)
         plans = packing.plan_call([slot.length for b in packed.batches for slot in b.plan.slots], smaller)
-        if max(plan.rows * plan.length for plan in plans) >= largest * self.limits.ways:
-            return False
-        self.limits = smaller
-        return True
+        fits = max(plan.rows * plan.length for plan in plans) < largest * self.limits.ways
+        return smaller if fits else None
 
     def _refuse_what_does_not_fit(self, adapter: Adapter, packed: Packed) -> None:
         adapter_bytes = sum(a.nbytes for a in jax.tree.leaves(adapter.weights)) // self._mesh.shape["tensor"]
