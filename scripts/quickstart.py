@@ -114,6 +114,13 @@ def settings(service: Any) -> str:
     return f"{device['kind']}, {described['dtype']}, {sizes}"
 
 
+def programs(service: Any) -> str:
+    """Say in one line what was compiled, and what an earlier start had left."""
+    compiled = service.describe()["compiled"]
+    new = [record["seconds"] for record in compiled if not record["cached"]]
+    return f"programs: {len(new)} compiled in {sum(new):.0f} s, {len(compiled) - len(new)} kept from an earlier start"
+
+
 def main() -> int:
     args = arguments()
     console = Console(width=None if sys.stdout.isatty() else 110)
@@ -145,6 +152,7 @@ def main() -> int:
     console.print(f"state:   {state}\nsampler: {weights}")
     console.print("resume:  client = service.create_training_client_from_state_with_optimizer(")
     console.print(f'             "{state}").result()')
+    console.print(programs(service))
     console.print(f"done in {time.perf_counter() - start:.0f} s")
     service.close("success").result()
     return 0

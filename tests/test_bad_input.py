@@ -25,7 +25,7 @@ import tinker
 import jax_client
 from jax_client import types
 from jax_client.checkpoint import manifest
-from jax_client.engine import packing
+from jax_client.engine import memory, packing
 from jax_client.engine.engine import STEP_RATES
 from jax_client.errors import JaxClientError
 
@@ -542,6 +542,22 @@ def test_a_gradient_that_is_not_finite_is_skipped(bench: Bench, caplog: pytest.L
 
 def out_of_memory(*_: Any, **__: Any) -> Any:
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nA long dump")
+
+
+def test_a_client_or_a_call_that_does_not_fit_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is allocated, with what is needed, what is free, and what to change."""
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "available_bytes", lambda *_: 10_000)
+        for call, levers in (
+            (lambda: bench.lora(bench.model, rank=64), ["rank 64", "Lower the rank", "dtype='bfloat16'", "mesh"]),
+            (
+                lambda: bench.train(DATA),
+                ["micro-batch of 1 x 256 tokens", "max_tokens_per_micro_batch", "remat='full'"],
+            ),
+        ):
+            with pytest.raises(FAILED, match=r"needs .*MiB.*, but 0\.0 MiB are free") as caught:
+                call().result(30)
+            assert caught.value.category == "user" and all(lever in str(caught.value) for lever in levers)
 
 
 @pytest.mark.parametrize("program", ["forward", "backward", "optim_step"])

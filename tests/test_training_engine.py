@@ -69,6 +69,18 @@ def test_only_a_new_rectangle_compiles(engine: Engine) -> None:
     assert all(record["cause"] == "first use" and record["bytes"] > 0 and not record["cached"] for record in records)
 
 
+def test_what_a_datum_lacks_comes_from_the_settings(engine: Engine) -> None:
+    plain, own = data(2, 5)
+    own = replace(own, inputs={**own.inputs, "clip_low_threshold": np.full(5, 0.5, np.float32)})
+    loss = LossSpec(name="ppo", config={"clip_low_threshold": 0.9, "clip_high_threshold": 1.2})
+    (batch,) = engine.trainer.prepare([plain, own], loss).batches
+    low = [
+        batch.inputs["clip_low_threshold"][0, slot.start, 0] for slot in sorted(batch.plan.slots, key=lambda s: s.index)
+    ]
+    np.testing.assert_allclose(low, [0.9, 0.5])
+    assert (batch.inputs["clip_high_threshold"][batch.real_BTC] == np.float32(1.2)).all()
+
+
 def test_warmup_leaves_nothing_to_compile(engine: Engine) -> None:
     spec = LoraSpec(rank=3, seed=0)
     warmed = engine.warmup(spec, [300, 200], 1).result()
