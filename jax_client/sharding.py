@@ -85,6 +85,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def split_rows(array: jax.Array, mesh: Mesh) -> jax.Array:
+    """Within a program, have an array's first axis split as the rows of a batch are, and the others whole."""
+    axes = ("rows", *(None,) * (array.ndim - 1))
+    return jax.lax.with_sharding_constraint(array, sharding_for(axes, array.shape, mesh))
+
+
 def put_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
     """Put a host array on the mesh, its first axis split as the rows of a batch are."""
     axes = ("rows", *(None,) * (array.ndim - 1))

@@ -34,13 +34,19 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """What every layer of a pass shares: the model, the matmul type, the attention, the rotary table (B, T, H/2)."""
+    """What every layer of a pass shares: the model, the matmul type, the attention, the rotary table (B, T, H/2).
+
+    Attributes:
+        split_rows: keeps the residual stream (B, T, D) split by rows over a mesh. The embedding and the weights are
+            split by width over the same axis: left to itself, XLA would follow them, and compute all rows everywhere.
+    """
 
     config: ModelConfig
     dtype: jnp.dtype
     attention: Attention
     cos_BTH: jax.Array
     sin_BTH: jax.Array
+    split_rows: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
 
 
 def _heads(qkv_BTKJH: jax.Array, w: dict[str, jax.Array], c: Context) -> tuple[jax.Array, jax.Array, jax.Array]:

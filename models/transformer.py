@@ -17,10 +17,12 @@ from jax_client.models.layers import from_bits, rms_norm, rms_norm_backward, rop
 from jax_client.models.lora import Adapter
 
 
-def context(positions_BT: jax.Array, config: ModelConfig, dtype: jnp.dtype, attention: Attention) -> Context:
-    """Return what every layer of a pass over these positions shares."""
+def context(
+    positions_BT: jax.Array, config: ModelConfig, dtype: jnp.dtype, attention: Attention, **more: Any
+) -> Context:
+    """Return what every layer of a pass over these positions shares; `more` are fields of `Context`."""
     cos_BTH, sin_BTH = rope_table(positions_BT, config)
-    return Context(config=config, dtype=dtype, attention=attention, cos_BTH=cos_BTH, sin_BTH=sin_BTH)
+    return Context(config=config, dtype=dtype, attention=attention, cos_BTH=cos_BTH, sin_BTH=sin_BTH, **more)
 
 
 def embed(params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
@@ -53,9 +55,10 @@ def forward_pass(
         y_BTD, saved, (_, _, residual) = layer_forward(x_BTD, w, layer_lora, c, attend)
         saved["attention"] = residual
         names = () if remat is None else KEPT[remat]
-        return y_BTD, to_bits({name: saved[name] for name in names if name in saved})
+        return c.split_rows(y_BTD), to_bits({name: saved[name] for name in names if name in saved})
 
-    x_BTD, kept = jax.lax.scan(step, embed(params, tokens_BT), to_bits((params["layers"], lora)))
+    x_BTD = c.split_rows(embed(params, tokens_BT))
+    x_BTD, kept = jax.lax.scan(step, x_BTD, to_bits((params["layers"], lora)))
     saved = {} if remat is None else {"layers": kept, "last": x_BTD}
     return rms_norm(x_BTD, params["final_norm_D"], c.config.norm_eps), saved
 
@@ -72,8 +75,9 @@ def backward_pass(
 
     def step(dy_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter, Saved]) -> tuple[jax.Array, Any]:
         w, layer_lora, kept = from_bits(layer)
-        return layer_backward(dy_BTD, kept, segments_BT, w, layer_lora, c)
+        dx_BTD, grads = layer_backward(dy_BTD, kept, segments_BT, w, layer_lora, c)
+        return c.split_rows(dx_BTD), grads
 
-    dx_BTD = rms_norm_backward(saved["last"], params["final_norm_D"], c.config.norm_eps, dh_BTD)
+    dx_BTD = rms_norm_backward(saved["last"], params["final_norm_D"], c.config.norm_eps, c.split_rows(dh_BTD))
     _, grads = jax.lax.scan(step, dx_BTD, (*to_bits((params["layers"], lora)), saved["layers"]), reverse=True)
     return grads

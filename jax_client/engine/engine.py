@@ -40,7 +40,6 @@ from jax_client.engine.sampler import Sampler
 from jax_client.engine.trainer import Trainer
 from jax_client.errors import RequestFailedError
 from jax_client.models.decoder import param_specs
-from jax_client.models.layers import to_bits
 from jax_client.sharding import check_mesh_divides, make_mesh
 from jax_client.weights.load import load_params, read_config
 from jax_client.weights.source import ModelSource
@@ -74,10 +73,8 @@ class Engine:
         device = self.mesh.devices.flat[0]
         self.dtype = probe.faster_matmul_dtype(device) if settings.dtype == "auto" else jnp.dtype(settings.dtype)
         self._refuse_weights_that_do_not_fit(settings)
-        leaves, tree = jax.tree.flatten(load_params(source, self.model, self.dtype, self.mesh))
-        for i, leaf in enumerate(leaves):  # one by one: the weights never exist twice
-            leaves[i] = to_bits(leaf)
-        self.params = jax.tree.unflatten(tree, leaves)
+        on_cpu = device.platform == "cpu"
+        self.params = load_params(source, self.model, self.dtype, self.mesh, bits=on_cpu)
         self._log: list[CompileRecord] = []
         self._adapters: list[Adapter] = []
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]

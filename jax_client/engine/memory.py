@@ -89,7 +89,7 @@ def tree_bytes(specs: Any, mesh: Mesh) -> int:
 def activation_bytes_per_token(c: ModelConfig, dtype: jnp.dtype, remat: Remat) -> int:
     """Return what a training pass keeps per token between forward and backward, all layers together.
 
-    The adapters' u is left out: rank values per module, a few percent.
+    The adapters' u is left out: rank values per module and token, a few percent at rank 32.
     """
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     widths = {"x": c.d_model, "qkv": heads + 2 * kv, "o": heads, "x2": c.d_model, "gate": c.d_ff, "up": c.d_ff}

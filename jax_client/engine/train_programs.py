@@ -7,6 +7,7 @@ multiply by loss, and a custom loss costs one forward pass.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -22,6 +23,7 @@ from jax_client.models.block import Remat
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import output_head_VD
 from jax_client.models.transformer import backward_pass, context, forward_pass
+from jax_client.sharding import split_rows
 
 Weights = dict[str, Any]
 NO_ADAPTER: Weights = {"layers": {}, "unembed": {}}
@@ -36,6 +38,7 @@ class TrainPrograms:
         self._config = config
         self._dtype = dtype
         self._attention = attention
+        self._split_rows = partial(split_rows, mesh=mesh)
         tensor = mesh.shape["tensor"]
         self._shards = tensor if config.vocab_size % tensor == 0 else 1
         size = lambda _, __, batch, *rest: "x".join(map(str, batch["targets_BTC"].shape))  # noqa: E731
@@ -58,7 +61,7 @@ class TrainPrograms:
         Returns:
             logprobs_BTC, their cotangents g_BTC, the loss's sums, and what `backward` needs.
         """
-        c = context(batch["positions_BT"], self._config, self._dtype, self._attention)
+        c = context(batch["positions_BT"], self._config, self._dtype, self._attention, split_rows=self._split_rows)
         h_BTD, saved = forward_pass(params, weights["layers"], batch["tokens_BT"], batch["segments_BT"], c, remat)
         logprobs_BTC, head_saved = head_forward(
             h_BTD,
@@ -78,7 +81,7 @@ class TrainPrograms:
     ) -> Weights:
         """Return the accumulated gradients plus those of d(sum g x logprobs) by the adapter."""
         layers_saved, head_saved = saved
-        c = context(batch["positions_BT"], self._config, self._dtype, self._attention)
+        c = context(batch["positions_BT"], self._config, self._dtype, self._attention, split_rows=self._split_rows)
         dh_BTD, unembed = head_backward(
             head_saved,
             output_head_VD(params),

@@ -49,7 +49,7 @@ def read_config(source: ModelSource) -> ModelConfig:
     return config_from_hf(hf.read_hf_config(source.path), str(source.path / hf.CONFIG))
 
 
-def load_params(source: ModelSource, config: ModelConfig, dtype: Any, mesh: Mesh) -> Params:
+def load_params(source: ModelSource, config: ModelConfig, dtype: Any, mesh: Mesh, *, bits: bool = False) -> Params:
     """Read the weights onto the mesh in the stored layout.
 
     Args:
@@ -57,6 +57,8 @@ def load_params(source: ModelSource, config: ModelConfig, dtype: Any, mesh: Mesh
         config: from `read_config`.
         dtype: of the matmul weights and the embedding; norms and biases are float32.
         mesh: from `sharding.make_mesh`.
+        bits: bfloat16 leaves as their uint16 bit patterns, as `layers.to_bits` gives them: here it is a view; of an
+            array on a CPU it copies a whole stack of layers.
 
     Returns:
         The tree of `param_specs`, with arrays laid out by the specs' axes.
@@ -74,7 +76,7 @@ def load_params(source: ModelSource, config: ModelConfig, dtype: Any, mesh: Mesh
 
         def build(key_path: Sequence[Any], spec: ParamSpec) -> jax.Array:
             path = tuple(key.key for key in key_path)
-            return _build_leaf(".".join(path), spec, leaves[path], reader, mesh, pool)
+            return _build_leaf(".".join(path), spec, leaves[path], reader, mesh, pool, bits)
 
         return jax.tree_util.tree_map_with_path(build, specs)
 
@@ -102,7 +104,13 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def _build_leaf(
-    name: str, spec: ParamSpec, parts: Sequence[Part], reader: TensorReader, mesh: Mesh, pool: ThreadPoolExecutor
+    name: str,
+    spec: ParamSpec,
+    parts: Sequence[Part],
+    reader: TensorReader,
+    mesh: Mesh,
+    pool: ThreadPoolExecutor,
+    bits: bool,
 ) -> jax.Array:
     sharding = sharding_for(spec.axes, spec.shape, mesh, name)
     stacked = "{layer}" in parts[0].name
@@ -129,6 +137,8 @@ def _build_leaf(
     layers = range(spec.shape[0] if stacked else 1)
     # list() is what lets a worker's exception out.
     list(pool.map(fill, [(layer, part) for layer in layers for part in parts]))
+    if bits and spec.dtype.name == "bfloat16":
+        buffers = {bounds: buffer.view(np.uint16) for bounds, buffer in buffers.items()}
     array = jax.make_array_from_callback(spec.shape, sharding, lambda index: buffers[_bounds(index or (), spec.shape)])
     # The host buffers go before those of the next leaf come.
     return array.block_until_ready()

@@ -1,0 +1,177 @@
+"""Does memory stay within what was promised: while loading, without a [T, V] array, and near the estimate?
+
+Loading is measured in a child process. Programs are compiled from shapes alone and asked for their own account of what
+they allocate; nothing runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jax_client.engine import adapters, memory
+from jax_client.engine.attention_choice import choose_attention
+from jax_client.engine.packing import Plan
+from jax_client.engine.requests import LoraSpec
+from jax_client.engine.trainer import Trainer
+from jax_client.models.block import Remat
+from jax_client.models.config import ModelConfig
+from jax_client.models.decoder import ParamSpec, param_specs
+from jax_client.sharding import make_mesh, sharding_for
+
+from weight_files import HF_CONFIG
+
+# 232 MB in float32; the largest tensor is a fortieth of it, as in the models that fill a machine's memory.
+LARGE = HF_CONFIG | {
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 14,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "tie_word_embeddings": False,
+}
+# VmHWM and not getrusage's ru_maxrss: the latter begins with what the parent had, and pytest's process is large.
+LOAD = """
+import json, sys
+from pathlib import Path
+import jax
+import jax.numpy as jnp
+from jax_client.config import EngineConfig
+from jax_client.engine.engine import Engine
+from jax_client.weights.source import resolve
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+jax.block_until_ready(jax.jit(jnp.dot)(jnp.ones((8, 8)), jnp.ones((8, 8))))
+before = status("VmRSS")
+settings = EngineConfig(dtype=sys.argv[2], precompile=False, compilation_cache_dir="")
+engine = Engine(resolve(sys.argv[1]), settings)
+peak = status("VmHWM")
+print(json.dumps([before, peak, engine.describe()["memory_bytes"]["weights"]]))
+engine.close()
+"""
+
+
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write `LARGE` with random weights, a few layers per shard."""
+    directory = tmp_path_factory.mktemp("large")
+    (directory / "config.json").write_text(json.dumps(LARGE))
+    D, F, V = LARGE["hidden_size"], LARGE["intermediate_size"], LARGE["vocab_size"]
+    queries, keys = (LARGE[f"num_{name}_heads"] * LARGE["head_dim"] for name in ("attention", "key_value"))
+    shards = [{"model.embed_tokens": (V, D), "model.norm": (D,), "lm_head": (V, D)}]
+    for i in range(LARGE["num_hidden_layers"]):
+        if i % 4 == 0:
+            shards.append({})
+        layer = {
+            "input_layernorm": (D,),
+            "post_attention_layernorm": (D,),
+            "self_attn.q_proj": (queries, D),
+            "self_attn.k_proj": (keys, D),
+            "self_attn.v_proj": (keys, D),
+            "self_attn.o_proj": (D, queries),
+            "mlp.gate_proj": (F, D),
+            "mlp.up_proj": (F, D),
+            "mlp.down_proj": (D, F),
+        }
+        shards[-1] |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    rng, files = np.random.default_rng(0), {}
+    for i, shapes in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        save_file({f"{name}.weight": rng.random(s, np.float32) for name, s in shapes.items()}, directory / file)
+        files |= {f"{name}.weight": file for name in shapes}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return directory
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for a process's peak")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_holds_the_weights_once(large_model: Path, dtype: str) -> None:
+    """The files are float32: bfloat16 is converted on the way, and not in a second copy of a stack or of the model.
+
+    The peak counts the mapped pages of the tensors being read, too, which the kernel could drop.
+    """
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "error", "-c", LOAD, str(large_model), dtype]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, peak, weights = json.loads(done.stdout.splitlines()[-1])
+    assert weights > 100e6
+    assert peak - before <= 1.2 * weights, f"{(peak - before) / weights:.2f} times the weights"
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a compiled program says that it allocates, in bytes."""
+
+    temporaries: int
+    outputs: int
+
+
+def compile_step(c: ModelConfig, spec: LoraSpec, tokens: int, dtype: Any, remat: Remat) -> tuple[Account, Account]:
+    """Compile a micro-batch's forward and backward programs from shapes, for one device."""
+    mesh, dtype = make_mesh("auto", jax.devices()[:1]), jnp.dtype(dtype)
+
+    def stored(p: ParamSpec) -> jax.ShapeDtypeStruct:
+        kind = np.uint16 if p.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else p.dtype  # `layers.to_bits`
+        return jax.ShapeDtypeStruct(p.shape, kind, sharding=sharding_for(p.axes, p.shape, mesh))
+
+    params = jax.tree.map(stored, param_specs(c, dtype), is_leaf=lambda p: isinstance(p, ParamSpec))
+    attention = choose_attention(mesh, c, dtype)
+    trainer = Trainer(params, c, dtype, mesh, attention, [], max_tokens=tokens, remat=remat, memory_fraction=0.9)
+    trainer.programs.optim_step.prepare = lambda *args, **options: None  # not looked at, and slow to compile
+    plan = Plan(rows=1, length=tokens, slots=())
+    trainer.precompile(adapters.abstract_weights(c, spec, mesh), plan, 1, "warmup")
+    accounts = []
+    for program in (trainer.programs.forward, trainer.programs.backward):
+        (compiled,) = program._compiled.values()
+        size = compiled.result().memory_analysis()
+        accounts.append(Account(temporaries=size.temp_size_in_bytes, outputs=size.output_size_in_bytes))
+    return accounts[0], accounts[1]
+
+
+def sizes(**fields: int) -> ModelConfig:
+    shared = {"family": "llama", "norm_eps": 1e-5, "rope_theta": 1e4, "tied_embeddings": False, "max_context": 4096}
+    return ModelConfig(**shared, **fields)  # type: ignore[arg-type]
+
+
+TOKENS = 2048
+
+
+@pytest.mark.parametrize("train_unembed", [False, True])
+def test_no_array_holds_every_token_s_scores(train_unembed: bool) -> None:
+    c = sizes(vocab_size=50_000, d_model=64, d_ff=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16)
+    spec = LoraSpec(rank=4, seed=0, train_unembed=train_unembed)
+    for account in compile_step(c, spec, TOKENS, "float32", "none"):
+        assert account.temporaries + account.outputs < TOKENS * c.vocab_size * 4 / 4
+
+
+@pytest.mark.parametrize("remat", ["none", pytest.param("selective", marks=pytest.mark.full), "full"])
+def test_the_estimate_is_near_the_compiler_s_account(remat: Remat) -> None:
+    c = sizes(vocab_size=8000, d_model=256, d_ff=1024, n_layers=8, n_heads=4, n_kv_heads=2, head_dim=64)
+    spec, dtype = LoraSpec(rank=16, seed=0), jnp.dtype("bfloat16")
+    forward, backward = compile_step(c, spec, TOKENS, dtype, remat)
+    adapter = memory.tree_bytes(adapters.param_specs(c, spec), make_mesh("auto", jax.devices()[:1]))
+    parts = memory.step_bytes(c, dtype, remat, TOKENS, adapter)
+
+    # Of the head's part, what is kept beside its blocks of scores: four arrays as wide as the residual stream.
+    kept = parts["activations"] + 4 * 4 * TOKENS * c.d_model
+    assert 0.75 <= forward.outputs / kept <= 1.25, f"{forward} against {kept}"
+    saved = forward.outputs - 2 * 4 * TOKENS  # without the logprobs and their cotangents
+    most = max(forward.temporaries + forward.outputs, backward.temporaries + backward.outputs + saved)
+    assert 0.7 <= sum(parts.values()) / most <= 2, f"{parts} against {most}: {forward}, {backward}, saved {saved}"
