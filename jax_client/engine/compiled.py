@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,9 @@ def enable_compilation_cache(directory: str | os.PathLike[str]) -> None:
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     path.chmod(0o700)
-    jax.config.update("jax_compilation_cache_dir", str(path))
+    if jax.config.jax_compilation_cache_dir != str(path):
+        jax.config.update("jax_compilation_cache_dir", str(path))
+        compilation_cache.reset_cache()  # jax would go on with the directory that it used first
     # Everything: a second start should compile nothing at all.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
