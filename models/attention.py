@@ -15,8 +15,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_client.models.blockwise import blockwise_backward, blockwise_forward
-from jax_client.models.cudnn import cudnn_attention
-from jax_client.models.splash import splash_attention
 
 # The vendors' kernels take rows in multiples of this; shorter prompts go blockwise.
 KERNEL_ROWS = 128
@@ -56,6 +54,8 @@ def blockwise(one_cpu: bool) -> Attention:
 
 def splash(mesh: Mesh, interpret: bool = False) -> Attention:
     """Return the TPU's kernel."""
+    # Here and below: only the platform that runs a kernel imports it, for Pallas is large and cuDNN's part is private.
+    from jax_client.models.splash import splash_attention
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return splash_attention(q, k, v, segments, dtype=dtype, mesh=mesh, interpret=interpret)
@@ -68,6 +68,7 @@ def cudnn(max_segments: int = 64) -> Attention:
 
     Its softmax statistics take (rows, segments, heads, row length): both limits keep them small.
     """
+    from jax_client.models.cudnn import cudnn_attention
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return cudnn_attention(q, k, v, segments, dtype=dtype, max_segments=max_segments)

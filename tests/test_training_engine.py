@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_client.engine import accounting, adapters, memory
+from jax_client.engine import accounting, adapters, attention_choice, memory
 from jax_client.engine.attention_choice import agrees
 from jax_client.engine.engine import Engine
 from jax_client.engine.requests import AdamSettings, LoraSpec, LossSpec, Sequence
@@ -248,6 +250,19 @@ def test_a_kernel_that_leaks_is_not_trusted(forward: Any, trusted: bool, caplog:
     candidate = Attention(name="candidate", forward=forward or plain.forward, backward=plain.backward, row_length=None)
     assert agrees(candidate, plain, make_mesh({"fsdp": 1}), model(), np.dtype(np.float32)) is trusted
     assert bool(caplog.records) is not trusted
+
+
+def test_a_kernel_that_cannot_be_loaded_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu: Any = SimpleNamespace(size=1, devices=np.array([SimpleNamespace(platform="gpu")], object))
+
+    def gone() -> Attention:
+        raise ImportError("no module named fused_attention")
+
+    monkeypatch.setattr(attention_choice, "cudnn", gone)
+    chosen = attention_choice.choose_attention(gpu, model(), jnp.dtype(jnp.bfloat16))
+    assert chosen.name == "blockwise" and "no module named" in caplog.text
 
 
 def test_the_tpu_kernel_is_trusted() -> None:

@@ -7,6 +7,8 @@ plain one on a small packed row, on the device at hand, forwards and backwards.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +32,19 @@ def choose_attention(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Attent
     """Return the platform's kernel where there is one and `agrees` with the blockwise attention, else the latter."""
     platform = mesh.devices.flat[0].platform
     plain = blockwise(one_cpu=mesh.size == 1 and platform == "cpu")
-    candidate = None
+    make: Callable[[], Attention] | None = None
     if dtype == jnp.bfloat16 and platform == "tpu":
-        candidate = splash(mesh)
+        make = partial(splash, mesh)
     elif dtype == jnp.bfloat16 and platform == "gpu" and mesh.size == 1:
-        candidate = cudnn()
-    if candidate is None or not agrees(candidate, plain, mesh, model, dtype):
+        make = cudnn
+    if make is None:
         return plain
-    return candidate
+    try:
+        candidate = make()
+    except Exception as error:  # such as a private module that a newer jax no longer has
+        logger.warning("the %s kernel for attention cannot be loaded, using %s: %s", platform, plain.name, error)
+        return plain
+    return candidate if agrees(candidate, plain, mesh, model, dtype) else plain
 
 
 def agrees(candidate: Attention, plain: Attention, mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> bool:
