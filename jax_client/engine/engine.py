@@ -72,6 +72,8 @@ class Engine:
         check_mesh_divides(self.mesh, n_kv_heads=self.model.n_kv_heads, d_ff=self.model.d_ff)
         device = self.mesh.devices.flat[0]
         self.dtype = probe.faster_matmul_dtype(device) if settings.dtype == "auto" else jnp.dtype(settings.dtype)
+        # Now, while the device is idle: it is the yardstick of every step's time.
+        self._matmul_rate = probe.matmul_rate(device, self.dtype) * self.mesh.size
         self._refuse_weights_that_do_not_fit(settings)
         on_cpu = device.platform == "cpu"
         self.params = load_params(source, self.model, self.dtype, self.mesh, bits=on_cpu)
@@ -164,7 +166,7 @@ class Engine:
             adapter.weights, adapter.mu, adapter.nu = new
             adapter.step += 1
             adapter.skipped_in_a_row = 0
-            rates = work.rates(self._matmul_rate())
+            rates = work.rates(self._matmul_rate)
             return {
                 "grad_norm:mean": float(metrics["grad_norm"]),
                 "update_norm:mean": float(metrics["update_norm"]),
@@ -276,8 +278,8 @@ class Engine:
                 "activations_per_token": memory.activation_bytes_per_token(self.model, self.dtype, remat),
                 "available": self.trainer.available_bytes(),
             },
-            "training": self.trainer.total.rates(self._matmul_rate()),
-            "matmul_flops_per_second": self._matmul_rate(),
+            "training": self.trainer.total.rates(self._matmul_rate),
+            "matmul_flops_per_second": self._matmul_rate,
             "compiled": [asdict(record) for record in list(self._log)],
         }
 
@@ -309,9 +311,6 @@ class Engine:
         arrays = [getattr(value, name) for name in ("weights", "mu", "nu") if hasattr(value, name)]
         yield partial(jax.block_until_ready, arrays)
         return value
-
-    def _matmul_rate(self) -> float:
-        return probe.matmul_rate(self.mesh.devices.flat[0], self.dtype) * self.mesh.size
 
     def _elsewhere(self, fn: Callable[..., T], *args: Any) -> Future[T]:
         return self._dispatcher.workers.submit(fn, *args)
