@@ -140,7 +140,7 @@ def enable_compilation_cache(directory: str | os.PathLike[str]) -> None:
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     path.chmod(0o700)
-    if jax.config.jax_compilation_cache_dir != str(path):
+    if jax.config.jax_compilation_cache_dir != str(path):  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(path))
         compilation_cache.reset_cache()  # jax would go on with the directory that it used first
     # Everything: a second start should compile nothing at all.
