@@ -350,7 +350,7 @@ class Engine:
     def _precompile_likely(self, spec: LoraSpec) -> None:
         """Compile what a first step surely or likely needs, beside whatever comes next."""
         if self._background is not None:
-            self._background.submit(self._precompile, spec, [self.trainer.full_plan()], 1, "background")
+            self._background.submit(self._precompile, spec, [packing.full_plan(self.trainer.limits)], 1, "background")
 
     def _precompile(self, spec: LoraSpec, plans: list[Plan], targets_per_position: int, cause: Cause) -> None:
         weights = adapters.abstract_weights(self.model, spec, self.mesh)

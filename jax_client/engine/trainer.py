@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_client.engine import accounting, memory, packing
+from jax_client.engine import accounting, adapters, memory, packing
 from jax_client.engine.accounting import Work
 from jax_client.engine.adapters import Adapter, Weights
 from jax_client.engine.answers import Answers, Steps
@@ -212,10 +212,6 @@ class Trainer:
         work.add(adapter.work)
         return tuple(new), (yield partial(jax.device_get, metrics)), work
 
-    def full_plan(self) -> Plan:
-        """Return the rectangle that the micro-batches of a large call have."""
-        return packing.full_plan(self.limits)
-
     def precompile(self, weights: Weights, plan: Plan, targets_per_position: int, cause: Cause) -> None:
         """Compile what forward_backward over a micro-batch of this rectangle and optim_step need.
 
@@ -276,7 +272,7 @@ class Trainer:
         return smaller if fits else None
 
     def _refuse_what_does_not_fit(self, adapter: Adapter, packed: Packed) -> None:
-        adapter_bytes = sum(a.nbytes for a in jax.tree.leaves(adapter.weights)) // self._mesh.shape["tensor"]
+        adapter_bytes = memory.tree_bytes(adapters.param_specs(self._model, adapter.spec), self._mesh)
         for rows, length in {(batch.plan.rows, batch.plan.length) for batch in packed.batches}:
             plan = Plan(rows=rows, length=length, slots=())
             parts = memory.step_bytes(self._model, self._dtype, self._remat_of(plan), self._tokens(plan), adapter_bytes)
