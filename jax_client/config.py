@@ -41,7 +41,7 @@ class EngineConfig:
             but the wide half of each layer, "full" each layer's input only; "auto" takes the first that fits.
         state_dir: checkpoints and their catalogue; None is `default_state_dir()`.
         compilation_cache_dir: compiled programs, kept between processes; None is `default_compilation_cache_dir()`,
-            "" turns the cache off.
+            "" leaves jax's own setting as it is. jax has one per process: the newest engine's choice holds.
         memory_fraction: share of a device's memory (of the host's, on a CPU) that may be filled; what needs more is
             refused before it is allocated.
         precompile: compile the programs that a training client will likely need in the background when it is made.

@@ -49,8 +49,8 @@ import json, sys
 from pathlib import Path
 import jax
 import jax.numpy as jnp
-from jax_client.config import EngineConfig
-from jax_client.engine.engine import Engine
+from jax_client.sharding import make_mesh
+from jax_client.weights.load import load_params, read_config
 from jax_client.weights.source import resolve
 
 def status(field):
@@ -58,12 +58,11 @@ def status(field):
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 jax.block_until_ready(jax.jit(jnp.dot)(jnp.ones((8, 8)), jnp.ones((8, 8))))
+source = resolve(sys.argv[1])
+config, mesh = read_config(source), make_mesh("auto", jax.devices())
 before = status("VmRSS")
-settings = EngineConfig(dtype=sys.argv[2], precompile=False, compilation_cache_dir="")
-engine = Engine(resolve(sys.argv[1]), settings)
-peak = status("VmHWM")
-print(json.dumps([before, peak, engine.describe()["memory_bytes"]["weights"]]))
-engine.close()
+params = load_params(source, config, jnp.dtype(sys.argv[2]), mesh, bits=True)
+print(json.dumps([before, status("VmHWM"), sum(leaf.nbytes for leaf in jax.tree.leaves(params))]))
 """
 
 

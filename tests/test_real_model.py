@@ -36,7 +36,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine(resolve(EMBEDDED_MODEL), EngineConfig(dtype="float32", precompile=False))
+    engine = Engine(resolve(EMBEDDED_MODEL), EngineConfig(dtype="float32", precompile=False, compilation_cache_dir=""))
     yield engine
     engine.close()
 
