@@ -146,8 +146,8 @@ class DecodePrograms:
             s_BKGTS = contract("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, self._dtype) * q_BTKGH.shape[-1] ** -0.5
             visible_BS = jnp.arange(k_BSKH.shape[1]) <= position_B1
             s_BKGTS = jnp.where(visible_BS[:, None, None, None], s_BKGTS, MASKED)
-            p_BKGTS = jnp.exp(s_BKGTS - jnp.max(s_BKGTS, axis=-1, keepdims=True))
-            l_BKGT = jnp.sum(p_BKGTS, axis=-1)
+            p_BKGTS = jnp.exp(s_BKGTS - jnp.max(s_BKGTS, axis=-1, keepdims=True)).astype(self._dtype)
+            l_BKGT = jnp.sum(p_BKGTS, axis=-1, dtype=jnp.float32)  # of what is multiplied, as in `blockwise_forward`
             o_BTKGH = contract("BKGTS,BSKH->BTKGH", p_BKGTS, v_BSKH, self._dtype)
             return o_BTKGH / jnp.moveaxis(l_BKGT, 3, 1)[..., None], {"k": k_BSKH, "v": v_BSKH}
 
