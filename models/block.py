@@ -7,7 +7,7 @@ Frozen weights get no gradient. The tests compare it with `jax.vjp` of the forwa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,16 @@ import jax.numpy as jnp
 from jax_client.models.attention import Attention
 from jax_client.models.config import ModelConfig
 from jax_client.models.layers import rms_norm, rms_norm_backward, rotate
-from jax_client.models.lora import Adapter, Pair, adapter_scale, layer_pairs, linear, linear_backward
+from jax_client.models.lora import (
+    Adapter,
+    Pair,
+    adapter_scale,
+    layer_pairs,
+    linear,
+    linear_backward,
+    mix,
+    side_by_side,
+)
 
 Saved = dict[str, Any]
 Remat = Literal["none", "selective", "full"]
@@ -59,21 +68,20 @@ def _heads(qkv_BTKJH: jax.Array, w: dict[str, jax.Array], c: Context) -> tuple[j
 
 
 def layer_forward(
-    x_BTD: jax.Array, w: dict[str, jax.Array], lora: Adapter, c: Context, attend: Attend
+    x_BTD: jax.Array, w: dict[str, jax.Array], linears: Linears | MixedLinears, c: Context, attend: Attend
 ) -> tuple[jax.Array, Saved, Any]:
     """Apply one layer.
 
     Args:
         x_BTD: float32 residual stream.
         w: the layer's parameters, as in `decoder.Layers` without the leading axis.
-        lora: the layer's adapters by module name; empty for the base model.
+        linears: the layer's matmuls with their adapters.
         attend: the attention to use: over the row (training, prefill) or over a cache (decoding).
 
     Returns:
         The new residual stream, everything that `layer_backward` reads (see `KEPT`), and what `attend` gave to keep.
     """
     rows, D = x_BTD.shape[:2], c.config.d_model
-    linears = _Linears(lora, c.dtype)
     x_MD = x_BTD.reshape(-1, D)
     h_MD = rms_norm(x_MD, w["attn_norm_LD"], c.config.norm_eps)
     (qkv_MO,) = linears.forward("qkv", h_MD, w["qkv_LDKJH"].reshape(D, -1))
@@ -87,7 +95,9 @@ def layer_forward(
     return y_MD.reshape(x_BTD.shape), jax.tree.map(lambda s: s.astype(c.dtype), saved), kept
 
 
-def _mlp(x2_MD: jax.Array, w: dict[str, jax.Array], linears: _Linears, c: Context) -> tuple[jax.Array, Saved]:
+def _mlp(
+    x2_MD: jax.Array, w: dict[str, jax.Array], linears: Linears | MixedLinears, c: Context
+) -> tuple[jax.Array, Saved]:
     """Apply the second half of a layer; return the new residual stream and what its backward pass needs."""
     h_MD = rms_norm(x2_MD, w["mlp_norm_LD"], c.config.norm_eps)
     gate_MF, up_MF = linears.forward("gate_up", h_MD, *w["gate_up_L2DF"])
@@ -111,7 +121,7 @@ def layer_backward(
     """
     rows, D, eps = dy_BTD.shape[:2], c.config.d_model, c.config.norm_eps
     saved = _recompute(kept, segments_BT, w, lora, c)
-    linears = _Linears(lora, c.dtype, us=saved)
+    linears = Linears(lora, c.dtype, us=saved)
     dy_MD = dy_BTD.reshape(-1, D)
     gate_MF, up_MF = saved["gate"].astype(jnp.float32), saved["up"].astype(jnp.float32)
     sigmoid_MF = jax.nn.sigmoid(gate_MF)
@@ -140,11 +150,11 @@ def _recompute(kept: Saved, segments_BT: jax.Array, w: dict[str, jax.Array], lor
     if "gate" in kept:
         return kept
     if "qkv" in kept:
-        linears = _Linears(lora, c.dtype)
+        linears = Linears(lora, c.dtype)
         _, mlp_saved = _mlp(kept["x2"].astype(jnp.float32), w, linears, c)
         return linears.us | mlp_saved | kept
     x_BTD = kept["x"].reshape(*segments_BT.shape, -1).astype(jnp.float32)
-    _, saved, (_, _, residual) = layer_forward(x_BTD, w, lora, c, row_attention(segments_BT, c))
+    _, saved, (_, _, residual) = layer_forward(x_BTD, w, Linears(lora, c.dtype), c, row_attention(segments_BT, c))
     return saved | {"attention": residual}
 
 
@@ -158,7 +168,7 @@ def row_attention(segments_BT: jax.Array, c: Context) -> Attend:
     return attend
 
 
-class _Linears:
+class Linears:
     """A layer's matmuls with their adapters. Collects each one's u (see `lora.linear`) and gradients by name."""
 
     def __init__(self, lora: Adapter, dtype: jnp.dtype, us: Saved | None = None):
@@ -169,12 +179,14 @@ class _Linears:
         self.us: Saved = {} if us is None else us
 
     def forward(self, name: str, x_MI: jax.Array, *ws_IO: jax.Array) -> list[jax.Array]:
+        """Return x W with the adapter's part of each W, float32 (M, O)."""
         ys_MO, u_Mn = linear(x_MI, ws_IO, self._pairs.get(name), self._scale, self._dtype)
         if u_Mn is not None:
             self.us[f"u_{name}"] = u_Mn
         return ys_MO
 
     def backward(self, name: str, dys_MO: list[jax.Array], x_MI: jax.Array, *ws_IO: jax.Array) -> jax.Array:
+        """Return the cotangent of x (M, I) for those of the outputs."""
         u_Mn, pair = self.us.get(f"u_{name}"), self._pairs.get(name)
         dx_MI, grad = linear_backward(dys_MO, x_MI, u_Mn, ws_IO, pair, self._scale, self._dtype)
         if grad is not None:
@@ -184,3 +196,32 @@ class _Linears:
     def adapter_grads(self) -> dict[str, dict[str, jax.Array]]:
         """Return the collected gradients by the adapter's own modules."""
         return self._turn_back(self._grads)[0]
+
+
+class MixedLinears:
+    """A layer's matmuls for rows of different adapters, forwards only.
+
+    Args:
+        pairs: by matmul, from `mixed_pairs`.
+        scale_MV: float32; alpha / rank in the column of a row's adapter, else 0.
+        dtype: of the matmul operands.
+    """
+
+    def __init__(self, pairs: dict[str, Pair], scale_MV: jax.Array, dtype: jnp.dtype):
+        self._pairs = pairs
+        self._scale_MV = scale_MV
+        self._dtype = dtype
+        self.us: Saved = {}
+
+    def forward(self, name: str, x_MI: jax.Array, *ws_IO: jax.Array) -> list[jax.Array]:
+        """Return x W with each row's own adapter's part of each W, float32 (M, O)."""
+        pair = self._pairs.get(name)
+        scale = 0.0 if pair is None else mix(self._scale_MV, pair)
+        return linear(x_MI, ws_IO, pair, scale, self._dtype)[0]
+
+
+def mixed_pairs(loras: Sequence[Adapter], dtype: jnp.dtype) -> dict[str, Pair]:
+    """Return the pairs of a layer's matmuls for several adapters of the same modules, in the matmul type."""
+    layers = [layer_pairs(lora) for lora in loras]
+    pairs = {name: side_by_side([layer[name] for layer in layers]) for name in (layers[0] if layers else ())}
+    return jax.tree.map(lambda a: a.astype(dtype), pairs)

@@ -58,10 +58,28 @@ def layer_pairs(lora: Adapter) -> dict[str, Pair]:
     return pairs
 
 
+def side_by_side(pairs: Sequence[Pair]) -> Pair:
+    """Return one pair with the ranks of several next to each other: where `mix` keeps a row's own, it acts alone."""
+    outputs = len(pairs[0][1])
+    a_nI = jnp.concatenate([a_nI.reshape(outputs, -1, a_nI.shape[1]) for a_nI, _ in pairs], axis=1)
+    bs_RO = [jnp.concatenate(list(b_RO)) for b_RO in zip(*(bs_RO for _, bs_RO in pairs), strict=True)]
+    return a_nI.reshape(-1, a_nI.shape[2]), bs_RO
+
+
+def mix(scale_MV: jax.Array, pair: Pair) -> jax.Array:
+    """Return what u (M, n) of a `side_by_side` pair is multiplied by: s in the columns of a row's adapter, else 0."""
+    (M, V), (a_nI, bs_RO) = scale_MV.shape, pair
+    outputs, ranks = len(bs_RO), len(a_nI) // len(bs_RO) // V
+    return jnp.broadcast_to(scale_MV[:, None, :, None], (M, outputs, V, ranks)).reshape(M, -1)
+
+
 def linear(
-    x_MI: jax.Array, ws_IO: Sequence[jax.Array], pair: Pair | None, scale: float, dtype: jnp.dtype
+    x_MI: jax.Array, ws_IO: Sequence[jax.Array], pair: Pair | None, scale: float | jax.Array, dtype: jnp.dtype
 ) -> tuple[list[jax.Array], jax.Array | None]:
-    """Return x W + s (x A) B of each W, float32 (M, O), and u (M, n) = s (x A) for `linear_backward`."""
+    """Return x W + s (x A) B of each W, float32 (M, O), and u (M, n) = s (x A) for `linear_backward`.
+
+    s is a number, or (M, n) as `mix` gives it.
+    """
     ys = [contract("MI,IO->MO", x_MI, w_IO, dtype) for w_IO in ws_IO]
     if pair is None:
         return ys, None

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_client.models.attention import Attention
-from jax_client.models.block import KEPT, Context, Remat, Saved, layer_backward, layer_forward, row_attention
+from jax_client.models.block import KEPT, Context, Linears, Remat, Saved, layer_backward, layer_forward, row_attention
 from jax_client.models.config import ModelConfig
 from jax_client.models.layers import from_bits, rms_norm, rms_norm_backward, rope_table, to_bits
 from jax_client.models.lora import Adapter
@@ -52,7 +52,7 @@ def forward_pass(
 
     def step(x_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter]) -> tuple[jax.Array, Any]:
         w, layer_lora = from_bits(layer)
-        y_BTD, saved, (_, _, residual) = layer_forward(x_BTD, w, layer_lora, c, attend)
+        y_BTD, saved, (_, _, residual) = layer_forward(x_BTD, w, Linears(layer_lora, c.dtype), c, attend)
         saved["attention"] = residual
         names = () if remat is None else KEPT[remat]
         return c.split_rows(y_BTD), to_bits({name: saved[name] for name in names if name in saved})

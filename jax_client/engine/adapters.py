@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,10 +39,11 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Snapshot:
-    """Immutable adapter weights to sample from."""
+    """Immutable adapter weights to sample from; `version` tells one snapshot from every other of the process."""
 
     spec: LoraSpec
     weights: Weights
+    version: int = field(default_factory=itertools.count(1).__next__)
 
 
 def _shapes(c: ModelConfig, spec: LoraSpec) -> dict[str, dict[str, dict[str, tuple[Any, Any, int]]]]:

@@ -50,6 +50,7 @@ class Program:
         place: from the arguments to the shardings of the outputs, so that what one call returns can be an argument of
             the next without another compile; None leaves them to the compiler.
         label: from the arguments to the shape that the record and the log show.
+        donate: positions of the arguments whose memory the outputs take over. They are gone even if a run fails.
     """
 
     def __init__(
@@ -59,11 +60,13 @@ class Program:
         log: list[CompileRecord],
         place: Callable[..., Any] | None = None,
         label: Callable[..., str] | None = None,
+        donate: tuple[int, ...] = (),
     ):
         self.name = name
         self._fn = fn
         self._place = place
         self._label = label
+        self._donate = donate
         self._log = log
         self._lock = threading.Lock()
         self._compiled: dict[Any, Future[Any]] = {}
@@ -111,7 +114,7 @@ class Program:
         outputs = {} if self._place is None else {"out_shardings": self._place(*args)}
         fn = partial(self._fn, **static)
         fn.__name__ = self.name  # type: ignore[attr-defined]  (profiles and dumps show it)
-        compiled = jax.jit(fn, **outputs).lower(*args).compile()
+        compiled = jax.jit(fn, donate_argnums=self._donate, **outputs).lower(*args).compile()
         cached, seconds = _cache_hits() > hits, time.perf_counter() - start
         size = compiled.memory_analysis()
         record = CompileRecord(

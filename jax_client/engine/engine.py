@@ -88,7 +88,7 @@ class Engine:
             remat=settings.remat,
             memory_fraction=settings.memory_fraction,
         )
-        self.sampler = Sampler(*shared, self.trainer)
+        self.sampler = Sampler(*shared, settings.memory_fraction)
         self._background = (
             ThreadPoolExecutor(1, thread_name_prefix="jax_client-compile") if settings.precompile else None
         )
@@ -229,12 +229,13 @@ class Engine:
     def generate(self, lane: Lane, snapshot: Snapshot | None, request: GenerationRequest) -> Future[GenerationResult]:
         """Sample from, or score, a prompt with a snapshot's weights, or the base model's for None.
 
-        Requests that wait at the same time for the same weights run as one batch. `lane` keeps the signature of the
-        other operations; sampling has one lane of its own.
+        Requests of all clients run together, whatever their weights. `lane` keeps the signature of the other
+        operations; sampling has one lane of its own. Cancelling the future frees the request's rows.
         """
         del lane
-        future = self.sampler.enqueue(snapshot, request)
-        self._submit(self._sampling_lane, self.sampler.batch_task())
+        future, start = self.sampler.enqueue(snapshot, request)
+        if start:
+            self._submit(self._sampling_lane, self.sampler.serve())
         return future
 
     def warmup(self, spec: LoraSpec, lengths: list[int], targets_per_position: int) -> Future[list[dict[str, Any]]]:
@@ -278,6 +279,7 @@ class Engine:
                 "activations_per_token": memory.activation_bytes_per_token(self.model, self.dtype, remat),
                 "available": self.trainer.available_bytes(),
             },
+            "sampling": self.sampler.describe(),
             "training": self.trainer.total.rates(self._matmul_rate),
             "matmul_flops_per_second": self._matmul_rate,
             "compiled": [asdict(record) for record in list(self._log)],

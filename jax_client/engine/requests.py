@@ -93,6 +93,10 @@ class GenerationRequest:
             keep when a stop string is complete, else None.
         prompt_logprobs: report log p of each prompt token given those before it (NaN for the first).
         topk_prompt: report the k most likely tokens at each prompt position; 0 is off.
+        topk_sample: report the k most likely tokens at each sampled position; 0 is off.
+        targets_TK: int32 (T - 1, K), ids to score at the prompt positions after the first; -1 asks for nothing.
+        alternatives: tokens to draw at each prompt position after the first, at the request's temperature; 0 is off.
+        score_last: score only the last so many prompt tokens; None scores all.
     """
 
     tokens_T: np.ndarray
@@ -106,15 +110,29 @@ class GenerationRequest:
     find_stop: Callable[[list[int]], int | None] | None = None
     prompt_logprobs: bool = False
     topk_prompt: int = 0
+    topk_sample: int = 0
+    targets_TK: np.ndarray | None = None
+    alternatives: int = 0
+    score_last: int | None = None
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether anything about the prompt's own positions is asked for."""
+        return self.prompt_logprobs or self.topk_prompt > 0 or self.targets_TK is not None or self.alternatives > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratedRow:
-    """One sampled continuation: int32 tokens (N,), float32 logprobs (N,) of the untempered, untruncated model."""
+    """One sampled continuation: int32 tokens (N,), float32 logprobs (N,) of the untempered, untruncated model.
+
+    `top_ids` int32 and `top_logprobs` float32 (N, k) are the likeliest tokens at each position, if asked for.
+    """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     stop_reason: Literal["stop", "length"]
+    top_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,14 +141,21 @@ class GenerationResult:
 
     Attributes:
         rows: one per sample.
-        prompt_logprobs_T: float32 (T,), NaN at position 0; None if not asked for.
-        topk_ids_Tk: int32 (T, k), topk_logprobs_Tk: float32 (T, k); row 0 holds id 0 and -99999.0.
+        prompt_logprobs_T: float32 (T,), NaN at position 0 and where not scored; None if not asked for.
+        topk_ids_Tk: int32 (T, k), topk_logprobs_Tk: float32 (T, k); id 0 and -99999.0 where not scored.
+        target_logprobs_TK: float32 (T - 1, K), 0 where a target is -1 or not scored; None if not asked for.
+        alternative_ids_Tk: int32 (T - 1, k), alternative_logprobs_Tk: float32 (T - 1, k); None if not asked for.
+        cached_tokens: prompt tokens whose keys and values were there already.
     """
 
     rows: list[GeneratedRow]
     prompt_logprobs_T: np.ndarray | None = None
     topk_ids_Tk: np.ndarray | None = None
     topk_logprobs_Tk: np.ndarray | None = None
+    target_logprobs_TK: np.ndarray | None = None
+    alternative_ids_Tk: np.ndarray | None = None
+    alternative_logprobs_Tk: np.ndarray | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

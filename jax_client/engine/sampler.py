@@ -1,17 +1,20 @@
-"""How do sampling requests become batches on the device, and when does a row end?
+"""How are sampling requests carried out? Continuous batching over a paged cache, on the engine's dispatch thread.
 
-Requests that wait for the same weights run together. Rows, prompt lengths and cache lengths come from short ladders;
+One task serves all requests, round by round: place what waits, compute tiles of prompts, run one block of decode steps,
+take out what stopped. Between the rounds the other lanes have their turn. Rows and tiles come from short ladders;
 max_tokens, temperature, top_k, top_p, seeds and stop sets are data, so none of them compiles anything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Generator
-from concurrent.futures import Future
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,27 +24,61 @@ from jax.sharding import Mesh
 from jax_client.engine import memory
 from jax_client.engine.adapters import Snapshot
 from jax_client.engine.compiled import CompileRecord
-from jax_client.engine.decode_programs import BLOCK_STEPS, TOPK_CHUNK, DecodePrograms
 from jax_client.engine.dispatch import Task
-from jax_client.engine.faults import named_error
-from jax_client.engine.packing import ladder
-from jax_client.engine.requests import GeneratedRow, GenerationRequest, GenerationResult, LossSpec, Sequence
-from jax_client.engine.train_programs import NO_ADAPTER
-from jax_client.engine.trainer import Trainer
+from jax_client.engine.faults import is_out_of_memory, named_error
+from jax_client.engine.pages import PAGE
+from jax_client.engine.requests import GenerationRequest, GenerationResult
+from jax_client.engine.sample_programs import BLOCK_STEPS, MAX_TARGETS, SCORE_CHUNK, Pool, SamplePrograms
+from jax_client.engine.schedule import Job, Row, Schedule, Tile
+from jax_client.errors import RequestFailedError
 from jax_client.models.attention import Attention
 from jax_client.models.config import ModelConfig
+from jax_client.models.lora import LORA_ALPHA
+from jax_client.models.paged import BLOCK
 from jax_client.sharding import put_rows, put_whole
 
-MAX_ROWS = 64  # rows of one decode batch
-STOP_IDS = 8
-MIN_SLOTS = 256
-CACHE_SHARE = 0.4  # of the memory that is free, for one batch's cache
+STOP_IDS = 64
+MAX_WAITING = 65_536  # rows
+TILES = (2, 16)
+PREFILL_TOKENS = 2048  # of prompts, at most, between two decode blocks
+CACHE_SHARE = 0.4  # of the free memory that the pages may take
 Steps = Generator[Any, Any, Any]
-Entry = tuple[GenerationRequest, Future[GenerationResult]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """How large batches are on a platform.
+
+    Attributes:
+        rows: ladder of the rows of a decode block, per way of the mesh that rows are split.
+        many_tiles: from how many tiles on the larger prefill is the cheaper one.
+        tokens_per_row: of the cache.
+    """
+
+    rows: tuple[int, ...]
+    many_tiles: int
+    tokens_per_row: int
+
+
+# A CPU's time grows with the rows, padding included; an accelerator's hardly does before 100 rows or so.
+CPU = Sizes(rows=(8, 32), many_tiles=11, tokens_per_row=512)
+ACCELERATOR = Sizes(rows=(16, 128), many_tiles=3, tokens_per_row=2048)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the sampler has done: for `describe`."""
+
+    prompt_tokens: int = 0
+    computed_prompt_tokens: int = 0
+    sampled_tokens: int = 0
+    blocks: int = 0
+    rows_run: int = 0
+    rows_paid: int = 0
 
 
 class Sampler:
-    """Runs sampling requests with the engine's weights, in batches, on the engine's dispatch thread."""
+    """Runs sampling requests with the engine's weights."""
 
     def __init__(
         self,
@@ -51,217 +88,313 @@ class Sampler:
         mesh: Mesh,
         attention: Attention,
         log: list[CompileRecord],
-        trainer: Trainer,
+        memory_fraction: float,
     ):
         self._params = params
         self._model = model
-        self._dtype = dtype
         self._mesh = mesh
-        self._trainer = trainer
-        self._row_multiple = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._programs = DecodePrograms(model, dtype, mesh, attention, log)
+        self._sizes = CPU if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR
+        self._ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._memory_fraction = memory_fraction
+        self._programs = SamplePrograms(model, dtype, mesh, attention, log)
+        self._table_width = -(-model.max_context // (PAGE * BLOCK)) * BLOCK
+        self._pool: Pool | None = None
+        self._schedule: Schedule | None = None
         self._lock = threading.Lock()
-        self._waiting: deque[tuple[Snapshot | None, Entry]] = deque()
+        self._inbox: deque[Job] = deque()
+        self._returned: deque[Row] = deque()  # rows that wait for a cache
+        self._waiting_rows = 0
+        self._serving = False
+        self.counts = Counts()
 
-    def enqueue(self, snapshot: Snapshot | None, request: GenerationRequest) -> Future[GenerationResult]:
-        """Add a request to those that the next `batch_task`s serve."""
-        future: Future[GenerationResult] = Future()
+    def enqueue(self, snapshot: Snapshot | None, request: GenerationRequest) -> tuple[Future[GenerationResult], bool]:
+        """Add a request; return the future of its answer, and whether a new `serve` task is needed for it.
+
+        Raises:
+            RequestFailedError: too many rows wait already.
+        """
+        job = Job(request, snapshot)
         with self._lock:
-            self._waiting.append((snapshot, (request, future)))
-        return future
+            if self._waiting_rows + job.left > MAX_WAITING and self._waiting_rows:
+                raise RequestFailedError(
+                    f"sample: {self._waiting_rows} samples wait already, and {job.left} more would pass the limit of "
+                    f"{MAX_WAITING}. Wait for some answers, then send this request again.",
+                    category="user",
+                )
+            self._waiting_rows += job.left
+            self._inbox.append(job)
+            start, self._serving = not self._serving, True
+        job.future.add_done_callback(partial(self._left, job.left))
+        return job.future, start
 
-    def fail_waiting(self, error: Exception) -> None:
-        """Fail every request that no batch has taken."""
+    def fail_waiting(self, error: BaseException) -> None:
+        """Fail every request that has no answer yet."""
         with self._lock:
-            waiting, self._waiting = list(self._waiting), deque()
-        for _, (_, future) in waiting:
-            future.set_exception(error)
+            jobs = set(self._inbox)
+            self._inbox.clear()
+        schedule, returned = self._schedule, self._returned
+        self._pool = self._schedule = None
+        self._returned = deque()
+        rows = [] if schedule is None else [*schedule.placed, *schedule.waiting]
+        for job in jobs | {row.job for row in (*rows, *returned)}:
+            _fail(job, error)
 
-    def batch_task(self) -> Task[None]:
-        """Serve the oldest waiting request together with others for the same weights; do nothing if none is left."""
-        snapshot, entries = self._take_batch()
-        if not entries:
-            return
-        weights = NO_ADAPTER if snapshot is None else snapshot.weights
-        try:
-            rows = yield from self._generate(weights, [request for request, _ in entries])
-            for (request, future), row in zip(entries, rows, strict=True):
-                result = yield from self._with_prompt_scores(weights, request, row)
-                future.set_result(result)
-        except BaseException as error:
-            for _, future in entries:
-                if not future.done():
-                    future.set_exception(named_error(error))
-            raise
-
-    def _take_batch(self) -> tuple[Snapshot | None, list[Entry]]:
-        with self._lock:
-            if not self._waiting:
-                return None, []
-            snapshot = self._waiting[0][0]
-            batch: list[Entry] = []
-            left: deque[tuple[Snapshot | None, Entry]] = deque()
-            rows = 0
-            for owner, entry in self._waiting:
-                more = entry[0].num_samples
-                if owner is snapshot and (not batch or rows + more <= MAX_ROWS):
-                    if entry[1].set_running_or_notify_cancel():
-                        batch.append(entry)
-                        rows += more
-                else:
-                    left.append((owner, entry))
-            self._waiting = left
-            return snapshot, batch
-
-    def _generate(self, weights: Any, requests: list[GenerationRequest]) -> Steps:
-        """Yield-from: return the rows of each request; a request with many samples runs in several batches."""
-        results: list[list[GeneratedRow]] = [[] for _ in requests]
-        todo = [(r, sample) for r, request in enumerate(requests) for sample in range(request.num_samples)]
-        most = self._rows_that_fit(max(len(request.tokens_T) + request.max_tokens for request in requests))
-        for first in range(0, len(todo), most):
-            members = todo[first : first + most]
-            rows = yield from self._decode_batch(weights, [(requests[r], sample) for r, sample in members])
-            for (r, _), row in zip(members, rows, strict=True):
-                results[r].append(row)
-        return results
-
-    def _rows_that_fit(self, tokens: int) -> int:
-        """Return how many rows of this length one batch may have."""
-        c = self._model
-        row_bytes = 2 * c.n_layers * c.n_kv_heads * c.head_dim * self._dtype.itemsize * max(2 * tokens, MIN_SLOTS)
-        free = memory.available_bytes(self._mesh.devices.flat[0]) * self._mesh.size
-        return int(min(MAX_ROWS, max(1, CACHE_SHARE * free // row_bytes)))
-
-    def _decode_batch(self, weights: Any, members: list[tuple[GenerationRequest, int]]) -> Steps:
-        """Yield-from: run rows to their ends; the cache grows with the longest of them."""
-        row = _initial_rows(members, ladder(len(members), self._row_multiple * 4))
-        need = max(len(request.tokens_T) + request.max_tokens for request, _ in members)
-        cache, slots = self._prefill(weights, members, len(row["token"]), need)
-        row = {name: put_rows(array, self._mesh) for name, array in row.items()}
-        rows = [_RowSoFar(request) for request, _ in members]
-        longest = max(len(request.tokens_T) for request, _ in members)
+    def serve(self) -> Task[None]:
+        """Serve requests until none is left."""
         while True:
-            if (longest := longest + BLOCK_STEPS) > slots:
-                slots *= 2
-                cache = self._programs.grow(cache, slots=slots)
-            cache, row, drawn = self._programs.decode(self._params, weights, cache, row)
-            state = {name: row[name] for name in ("count", "stopped", "done")}
-            host, drawn = yield partial(jax.device_get, (state, drawn))
-            yield partial(_extend, rows, host, drawn)
-            if all(r.stop_reason for r in rows):
-                return [r.result() for r in rows]
-            done = host["done"].copy()
-            done[: len(rows)] = [r.stop_reason is not None for r in rows]
-            row["done"] = put_rows(done, self._mesh)
+            try:
+                yield from self._round()
+            except Exception as error:
+                self._fail_placed(named_error(error))
+            with self._lock:
+                schedule = self._schedule
+                busy = schedule is not None and (schedule.placed or schedule.waiting)
+                if not (busy or self._inbox or self._returned):
+                    self._serving = False
+                    return
 
-    def _prefill(self, weights: Any, members: list[tuple[GenerationRequest, int]], B: int, need: int) -> Any:
-        """Return the rows' cache after their prompts, each distinct prompt computed once, and its slots per row."""
-        prompts = list({request.tokens_T.tobytes(): request.tokens_T for request, _ in members}.values())
-        index = {prompt.tobytes(): i for i, prompt in enumerate(prompts)}
-        T = ladder(max(len(p) for p in prompts), 32)
-        slots = MIN_SLOTS
-        while slots < max(T, min(need, T + BLOCK_STEPS)):
-            slots *= 2
-        tokens_PT = np.zeros((ladder(len(prompts), self._row_multiple), T), np.int32)
-        lengths_P, prompt_of_row_B = np.zeros(len(tokens_PT), np.int32), np.zeros(B, np.int32)
-        for i, prompt in enumerate(prompts):
-            tokens_PT[i, : len(prompt) - 1] = prompt[:-1]
-            lengths_P[i] = len(prompt) - 1
-        prompt_of_row_B[: len(members)] = [index[request.tokens_T.tobytes()] for request, _ in members]
-        arrays = [put_rows(array, self._mesh) for array in (tokens_PT, lengths_P, prompt_of_row_B)]
-        return self._programs.prefill(self._params, weights, *arrays, slots=slots), slots
+    def release_cache(self) -> bool:
+        """Free the cache's memory; rows that run wait, and start again from what they have drawn.
 
-    def _with_prompt_scores(self, weights: Any, request: GenerationRequest, rows: list[GeneratedRow]) -> Steps:
-        prompt_T = request.tokens_T
-        logprobs_T = ids_Tk = top_Tk = None
-        if request.prompt_logprobs:
-            logprobs_T = np.full(len(prompt_T), np.nan, np.float32)
-            if len(prompt_T) > 1:
-                ready: Future[Any] = Future()
-                sequence = Sequence(tokens_T=prompt_T[:-1], targets=prompt_T[1:])
-                loss = LossSpec(name="cross_entropy")
-                ready.set_result(self._trainer.prepare([sequence], loss))
-                scored = yield from self._trainer.score(weights, [sequence], loss, ready)
-                logprobs_T[1:] = scored.logprobs[0]
-        if k := request.topk_prompt:
-            ids_Tk, top_Tk = np.zeros((len(prompt_T), k), np.int32), np.full((len(prompt_T), k), -99999.0, np.float32)
-            padded_1T = np.zeros((1, ladder(len(prompt_T), TOPK_CHUNK)), np.int32)
-            padded_1T[0, : len(prompt_T)] = prompt_T
-            scores = self._programs.top_tokens(
-                self._params,
-                weights,
-                put_whole(padded_1T, self._mesh),
-                put_whole(np.int32(len(prompt_T)), self._mesh),
-                k=k,
-            )
-            ids, top = yield partial(jax.device_get, scores)
-            ids_Tk[1:], top_Tk[1:] = ids[: len(prompt_T) - 1], top[: len(prompt_T) - 1]
-        return GenerationResult(rows=rows, prompt_logprobs_T=logprobs_T, topk_ids_Tk=ids_Tk, topk_logprobs_Tk=top_Tk)
+        To be called on the dispatch thread, between two launches.
 
+        Returns:
+            Whether there was anything to free.
+        """
+        if (schedule := self._schedule) is None:
+            return False
+        self._returned = deque(schedule.placed) + schedule.waiting
+        self._pool = self._schedule = None
+        return True
 
-def _initial_rows(members: list[tuple[GenerationRequest, int]], B: int) -> dict[str, np.ndarray]:
-    """Return the decode state before the first step; rows beyond the members are done."""
-    n = max(len(request.stop_ids) for request, _ in members)
-    row = {
-        "token": np.zeros(B, np.int32),
-        "position": np.zeros(B, np.int32),
-        "count": np.zeros(B, np.int32),
-        "done": np.ones(B, bool),
-        "stopped": np.zeros(B, bool),
-        "max_tokens": np.zeros(B, np.int32),
-        "temperature": np.ones(B, np.float32),
-        "top_k": np.full(B, -1, np.int32),
-        "top_p": np.ones(B, np.float32),
-        "key": np.zeros((B, 2), np.uint32),
-        "stop_ids": np.full((B, ladder(n, STOP_IDS)), -1, np.int32),
-    }
-    for i, (request, sample) in enumerate(members):
-        row["token"][i] = request.tokens_T[-1]
-        row["position"][i] = len(request.tokens_T) - 1
-        row["done"][i] = False
-        row["max_tokens"][i] = request.max_tokens
-        row["temperature"][i] = request.temperature
-        row["top_k"][i] = request.top_k
-        row["top_p"][i] = request.top_p
-        row["key"][i] = np.random.SeedSequence([request.seed & (2**64 - 1), sample]).generate_state(2)
-        row["stop_ids"][i, : len(request.stop_ids)] = request.stop_ids
-    return row
+    def describe(self) -> dict[str, Any]:
+        """Return the cache's size and what has been sampled."""
+        counts, schedule = self.counts, self._schedule
+        pages = 0 if schedule is None else len(schedule.pages) * schedule.pages[0].count
+        return {
+            "cache_tokens": pages * PAGE,
+            "cache_bytes": pages * self._programs.page_bytes(),
+            "rows_running": 0 if schedule is None else len(schedule.placed),
+            "rows_waiting": self._waiting_rows,
+            "prompt_tokens": counts.prompt_tokens,
+            "prompt_tokens_computed": counts.computed_prompt_tokens,
+            "sampled_tokens": counts.sampled_tokens,
+            "decode_blocks": counts.blocks,
+            "occupancy": counts.rows_run / counts.rows_paid if counts.rows_paid else 0.0,
+        }
 
+    def _left(self, rows: int, _: Future[GenerationResult]) -> None:
+        with self._lock:
+            self._waiting_rows -= rows
 
-class _RowSoFar:
-    """One row's output on the host, block by block."""
-
-    def __init__(self, request: GenerationRequest):
-        self.stop_reason: Literal["stop", "length"] | None = None
-        self._find_stop = request.find_stop
-        self._tokens: list[int] = []
-        self._logprobs: list[float] = []
-
-    def extend(self, tokens: np.ndarray, logprobs: np.ndarray, stopped: bool, done: bool) -> None:
-        if self.stop_reason is not None:
+    def _fail_placed(self, error: BaseException) -> None:
+        """Fail what a failed program was working on, or all if there was none; the cache may have gone with it."""
+        schedule = self._schedule
+        if schedule is None or not schedule.placed:
+            self.fail_waiting(error)
             return
-        self._tokens += tokens.tolist()
-        self._logprobs += logprobs.tolist()
-        keep = self._find_stop(self._tokens) if self._find_stop is not None else None
-        if keep is not None:
-            del self._tokens[keep:], self._logprobs[keep:]
-        if done or keep is not None:
-            self.stop_reason = "stop" if stopped or keep is not None else "length"
+        placed = {row.job for row in schedule.placed}
+        self._returned = deque(row for row in schedule.waiting if row.job not in placed)
+        self._pool = self._schedule = None
+        for job in placed:
+            _fail(job, error)
 
-    def count(self) -> int:
-        return len(self._tokens)
+    def _round(self) -> Steps:
+        """Yield-from: place, prefill, decode one block, and take out what stopped."""
+        schedule = self._open()
+        with self._lock:
+            jobs = list(self._inbox)
+            self._inbox.clear()
+        for job in jobs:
+            if job.future.cancelled():
+                continue
+            if (tokens := len(job.request.tokens_T) + job.request.max_tokens) > schedule.capacity:
+                error = RequestFailedError(
+                    f"sample: prompt and max_tokens are {tokens} tokens together, but the memory that is left holds "
+                    f"{schedule.capacity}. Lower max_tokens, close other clients, or raise "
+                    "EngineConfig.memory_fraction.",
+                    category="user",
+                )
+                _fail(job, error)
+                continue
+            schedule.add(job)
+            self.counts.prompt_tokens += len(job.request.tokens_T)
+        schedule.forget_cancelled()
+        schedule.place()
+        spent, decoding = 0, any(row.ready and row.job.rows for row in schedule.placed)
+        while (pending := schedule.pending_tiles()) and not (decoding and spent >= PREFILL_TOKENS):
+            tiles = TILES[pending >= self._sizes.many_tiles]
+            spent += tiles * PAGE
+            yield from self._prefill(schedule, tiles)
+        snapshots, rows = schedule.next_block()
+        if any(rows):
+            yield from self._decode(schedule, snapshots, rows)
+        for row in [row for row in schedule.placed if row.ready and (row.stop_reason or not row.job.rows)]:
+            schedule.finish(row)
 
-    def result(self) -> GeneratedRow:
-        return GeneratedRow(
-            tokens=np.array(self._tokens, np.int32),
-            logprobs=np.array(self._logprobs, np.float32),
-            stop_reason=self.stop_reason or "length",
-        )
+    def _open(self) -> Schedule:
+        """Return the schedule; make the pool if there is none."""
+        if self._schedule is not None:
+            return self._schedule
+        page_bytes = self._programs.page_bytes() // self._mesh.shape["tensor"]
+        free = memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction)
+        row_pages = -(-self._model.max_context // PAGE)
+        pages = max(row_pages, self._sizes.rows[-1] * self._sizes.tokens_per_row // PAGE)
+        # Halves, so that what was compiled for one size is found again by later processes.
+        while pages * page_bytes > CACHE_SHARE * free and pages > 16:
+            pages //= 2
+        while True:
+            try:
+                self._pool = jax.block_until_ready(self._programs.new_pool(self._ways, pages + 2))
+                break
+            except Exception as error:
+                if not is_out_of_memory(error) or pages <= 16:
+                    raise
+                pages //= 2
+        self._schedule = Schedule(ways=self._ways, pages=pages + 2, rows=self._sizes.rows[-1], steps=BLOCK_STEPS)
+        self._schedule.waiting, self._returned = self._returned, deque()
+        return self._schedule
+
+    def _prefill(self, schedule: Schedule, size: int) -> Steps:
+        """Yield-from: compute tiles of one version; wait for their scores if any were asked for."""
+        job, tiles = schedule.next_tiles(size)
+        snapshot = None if job is None else job.snapshot
+        loras = () if snapshot is None else (snapshot.weights,)
+        batch = self._tile_batch(tiles, size, snapshot)
+        pool, scores = self._programs.prefill(self._params, loras, self._take_pool(), self._put(batch))
+        self._pool = pool
+        for tile in (tile for way in tiles for tile in way):
+            tile.launched = True
+            self.counts.computed_prompt_tokens += min(PAGE, len(tile.row.tokens) - 1 - tile.start)
+        if not any(tile.scored for way in tiles for tile in way):
+            return
+        host = yield partial(jax.device_get, scores)
+        for way, placed in enumerate(tiles):
+            for i, tile in enumerate(placed):
+                if tile.scored and tile.row.job.scores is not None:
+                    part = {name: array[way, i * PAGE : (i + 1) * PAGE] for name, array in host.items()}
+                    tile.row.job.scores.add(tile.start, part)
+
+    def _tile_batch(self, tiles: list[list[Tile]], t: int, snapshot: Snapshot | None) -> dict[str, np.ndarray]:
+        W, N = self._ways, t * PAGE
+        batch = {
+            "tokens": np.zeros((W, t, PAGE), np.int32),
+            "start": np.full((W, t), -1, np.int32),
+            "page": np.zeros((W, t), np.int32),
+            "table": np.zeros((W, t, self._table_width), np.int32),
+            "scale": np.zeros((W, t, 0 if snapshot is None else 1), np.float32),
+            "targets": np.zeros((W, N, MAX_TARGETS), np.int32),
+            "key": np.zeros((W, N, 2), np.uint32),
+            "temperature": np.ones((W, N), np.float32),
+            "wanted": np.zeros((N // SCORE_CHUNK, 3), np.int32),
+        }
+        for way, placed in enumerate(tiles):
+            for i, tile in enumerate(placed):
+                row, at = tile.row, slice(i * PAGE, (i + 1) * PAGE)
+                tokens = row.tokens[tile.start : min(tile.start + PAGE, len(row.tokens) - 1)]
+                batch["tokens"][way, i, : len(tokens)] = tokens
+                batch["start"][way, i], batch["page"][way, i] = tile.start, tile.page
+                batch["table"][way, i, : len(tile.table)] = tile.table
+                batch["scale"][way, i] = _scale(snapshot)
+                if tile.scored and (scores := row.job.scores) is not None:
+                    request = row.job.request
+                    targets = scores.targets_TC[tile.start : tile.start + len(tokens)]
+                    batch["targets"][way, i * PAGE : i * PAGE + len(targets), : targets.shape[1]] = targets
+                    # No row of the request has this number, so that its draws and these are independent.
+                    positions = range(tile.start, tile.start + PAGE)
+                    batch["key"][way, at] = [_key(request.seed, 2**32 + p) for p in positions]
+                    batch["temperature"][way, at] = request.temperature
+                    asks = (1, request.topk_prompt, request.alternatives)
+                    chunk = i * PAGE // SCORE_CHUNK
+                    batch["wanted"][chunk] = np.maximum(batch["wanted"][chunk], asks)
+        return batch
+
+    def _decode(self, schedule: Schedule, snapshots: list[Snapshot], rows: list[list[Row]]) -> Steps:
+        """Yield-from: run one block of steps for rows of each way."""
+        R = next(size for size in self._sizes.rows if size >= max(map(len, rows)))
+        # One adapter, or a fixed number of them: those beyond the ones in use are the first again, which no row uses.
+        versions = snapshots if len(snapshots) < 2 else [*snapshots, *[snapshots[0]] * (4 - len(snapshots))]
+        loras = tuple(snapshot.weights for snapshot in versions)
+        batch = self._row_batch(rows, R, versions)
+        self._pool, out = self._programs.decode(self._params, loras, self._take_pool(), self._put(batch))
+        for row in (row for way in rows for row in way):
+            schedule.copied(row)
+        counts = self.counts
+        counts.blocks += 1
+        counts.rows_run += sum(map(len, rows))
+        counts.rows_paid += self._ways * R
+        host = yield partial(jax.device_get, out)
+        counts.sampled_tokens += int(host["new"].sum())
+        yield partial(_extend, rows, host)
+
+    def _row_batch(self, rows: list[list[Row]], R: int, versions: list[Snapshot]) -> dict[str, np.ndarray]:
+        W = self._ways
+        batch = {
+            "token": np.zeros((W, R), np.int32),
+            "position": np.zeros((W, R), np.int32),
+            "count": np.zeros((W, R), np.int32),
+            "done": np.ones((W, R), bool),
+            "max_tokens": np.zeros((W, R), np.int32),
+            "temperature": np.ones((W, R), np.float32),
+            "top_k": np.full((W, R), -1, np.int32),
+            "top_p": np.ones((W, R), np.float32),
+            "key": np.zeros((W, R, 2), np.uint32),
+            "stop_ids": np.full((W, R, STOP_IDS), -1, np.int32),
+            "top": np.zeros((W, R), bool),
+            "table": np.zeros((W, R, self._table_width), np.int32),
+            "scale": np.zeros((W, R, len(versions)), np.float32),
+            "copy": np.zeros((W, R, 2), np.int32),
+        }
+        for way, members in enumerate(rows):
+            for i, row in enumerate(members):
+                request = row.job.request
+                batch["token"][way, i] = row.tokens[-1]
+                batch["position"][way, i] = len(row.tokens) - 1
+                batch["count"][way, i] = row.drawn
+                batch["done"][way, i] = False
+                batch["max_tokens"][way, i] = request.max_tokens
+                batch["temperature"][way, i] = request.temperature
+                batch["top_k"][way, i] = request.top_k
+                batch["top_p"][way, i] = request.top_p
+                batch["key"][way, i] = _key(request.seed, row.sample)
+                batch["stop_ids"][way, i, : len(request.stop_ids)] = request.stop_ids
+                batch["top"][way, i] = request.topk_sample > 0
+                batch["table"][way, i, : len(row.pages)] = row.pages
+                if row.job.snapshot is not None:
+                    batch["scale"][way, i, versions.index(row.job.snapshot)] = _scale(row.job.snapshot)
+                if row.copy is not None:
+                    batch["copy"][way, i] = row.copy
+        return batch
+
+    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Put a batch on the mesh, split by way; what every way sees is whole everywhere."""
+        put = dict.fromkeys(batch, put_rows) | {"wanted": put_whole}
+        return {name: put[name](array, self._mesh) for name, array in batch.items()}
+
+    def _take_pool(self) -> Pool:
+        """Return the pool for a program that takes its memory over; it is gone if that fails."""
+        pool, self._pool = self._pool, None
+        if pool is None:
+            raise RequestFailedError("the key/value cache is gone; this should not happen.", category="server")
+        return pool
 
 
-def _extend(rows: list[_RowSoFar], host: dict[str, np.ndarray], drawn: dict[str, np.ndarray]) -> None:
-    for i, row in enumerate(rows):
-        new = int(host["count"][i]) - row.count()
-        row.extend(
-            drawn["tokens"][i, :new], drawn["logprobs"][i, :new], bool(host["stopped"][i]), bool(host["done"][i])
-        )
+def _extend(rows: Sequence[Sequence[Row]], host: dict[str, np.ndarray]) -> None:
+    for way, members in enumerate(rows):
+        for i, row in enumerate(members):
+            drawn = {name: host[name][way, i] for name in ("tokens", "logprobs", "top_ids", "top_logprobs")}
+            row.extend(drawn, int(host["new"][way, i]), bool(host["stopped"][way, i]), bool(host["done"][way, i]))
+
+
+def _fail(job: Job, error: BaseException) -> None:
+    with contextlib.suppress(InvalidStateError):  # cancelled, or answered
+        job.future.set_exception(error)
+
+
+def _scale(snapshot: Snapshot | None) -> float:
+    return 0.0 if snapshot is None else LORA_ALPHA / snapshot.spec.rank
+
+
+def _key(seed: int, number: int) -> np.ndarray:
+    """Return the raw key of one row, from the request's seed and the row's number."""
+    return np.random.SeedSequence([seed & (2**64 - 1), number]).generate_state(2)

@@ -1,0 +1,123 @@
+"""Which pages of the key/value cache hold what? Allocation, shared prefixes, and what is forgotten first.
+
+A page holds the keys and values of `PAGE` successive tokens. Pages whose tokens are known are kept after their last
+user has gone and found again by what they hold: their version's id, then page by page the tokens from the start. So a
+prompt that begins as an earlier one did is not computed again. Nothing here touches a device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+PAGE = 32
+SCRATCH = 0  # where the writes of padding go; never handed out
+
+_Key = tuple[int, bytes]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prefix:
+    """What is known of a prompt's beginning.
+
+    Attributes:
+        pages: in order; all of them full but perhaps the last.
+        tokens: how many tokens they hold.
+        node: names the last full page among what is known, for `publish`.
+    """
+
+    pages: list[int]
+    tokens: int
+    node: int
+
+
+class Pages:
+    """The pages of one pool.
+
+    Args:
+        count: pages in the pool, the scratch page included.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._free = list(range(count - 1, SCRATCH, -1))
+        self._users = [0] * count
+        self._page_of: dict[_Key, tuple[int, int]] = {}  # to (page, node)
+        self._key_of: dict[int, _Key] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # known pages without users, the longest unused first
+        self._roots: dict[int, int] = {}
+        self._nodes = itertools.count()
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` could give: free ones, and known ones that nobody uses."""
+        return len(self._free) + len(self._idle)
+
+    def find(self, version: int, tokens: bytes, itemsize: int) -> Prefix:
+        """Return the longest known beginning of a prompt, page by page; its last page may be a partial one that ends
+        exactly where the prompt does. The pages gain a user.
+
+        Args:
+            version: of the weights.
+            tokens: the prompt's bytes, `itemsize` per token.
+        """
+        node, pages, size = self.root(version), [], PAGE * itemsize
+        at = 0
+        while at < len(tokens) and (known := self._page_of.get((node, tokens[at : at + size]))):
+            pages.append(known[0])
+            at += size
+            if at <= len(tokens):
+                node = known[1]
+        self.use(pages)
+        return Prefix(pages=pages, tokens=min(at, len(tokens)) // itemsize, node=node)
+
+    def publish(self, node: int, page: int, tokens: bytes) -> int:
+        """Make a page findable by what it holds; return its node, the parent of the page that follows.
+
+        Where the same was published before, that page stays the known one.
+
+        Args:
+            node: of the full page before it, or of the version (`Prefix.node`).
+        """
+        key = (node, tokens)
+        if key not in self._page_of:
+            self._page_of[key] = (page, next(self._nodes))
+            self._key_of[page] = key
+        return self._page_of[key][1]
+
+    def root(self, version: int) -> int:
+        """Return the node of a version, before its first page."""
+        if version not in self._roots:
+            self._roots[version] = next(self._nodes)
+        return self._roots[version]
+
+    def take(self, count: int) -> list[int] | None:
+        """Return pages with one user each, forgetting what was unused the longest; None if there are too few."""
+        if count > self.available:
+            return None
+        while len(self._free) < count:
+            page, _ = self._idle.popitem(last=False)
+            del self._page_of[self._key_of.pop(page)]
+            self._free.append(page)
+        taken = [self._free.pop() for _ in range(count)]
+        self.use(taken)
+        return taken
+
+    def use(self, pages: Iterable[int]) -> None:
+        """Give each page one more user."""
+        for page in pages:
+            self._users[page] += 1
+            self._idle.pop(page, None)
+
+    def drop(self, pages: Iterable[int]) -> None:
+        """Take one user from each page. The last page is forgotten before those that lead to it."""
+        for page in reversed(list(pages)):
+            self._users[page] -= 1
+            if self._users[page]:
+                continue
+            if page in self._key_of:
+                self._idle[page] = None
+            else:
+                self._free.append(page)
