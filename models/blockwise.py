@@ -12,6 +12,7 @@ segment's start, its logsumexp) is a vector along the last axis. The other way r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,7 @@ def blockwise_forward(
             def step(j: jax.Array, carry: Any) -> Any:
                 m_X, l_X, o_HX = carry
                 s_sX = _scores(q_XH, blocks.keys(k_SH, j), start_X, position_X, j * blocks.key_size, dtype)
-                new_m_X = jnp.maximum(m_X, jnp.max(s_sX, axis=0))
+                new_m_X = jnp.maximum(m_X, softmax_shift(jnp.max(s_sX, axis=0)))
                 # Rounded before they are summed, too: the weights of the values then add up to 1. Summed before, they
                 # did not, and trainer and sampler in bfloat16 were 1.7 times as far apart.
                 p_sX, decay_X = jnp.exp(s_sX - new_m_X).astype(dtype), jnp.exp(m_X - new_m_X)
@@ -136,6 +137,15 @@ def blockwise_backward(
     args = q, k_BKSH, jnp.swapaxes(k_BKSH, 2, 3), v_BKSH, do, lse_BKnX, delta
     dq_BKnHX, dk_BKSH, dv_BKSH = blocks.each_head(head, *args)
     return blocks.join(dq_BKnHX), jnp.moveaxis(dk_BKSH, 2, 1), jnp.moveaxis(dv_BKSH, 2, 1)
+
+
+def softmax_shift(max_score: jax.Array) -> jax.Array:
+    """Return what is subtracted from scores before exp: their maximum, rounded up to a multiple of log 2.
+
+    So the keys that were seen before change a probability by a power of two, and its rounding to bfloat16 not at all:
+    attention in blocks of any size rounds alike.
+    """
+    return jnp.ceil(max_score * (1 / math.log(2))) * math.log(2)
 
 
 def _scores(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jax_client.models.blockwise import MASKED
+from jax_client.models.blockwise import MASKED, softmax_shift
 from jax_client.models.layers import contract, from_bits, to_bits
 
 BLOCK = 2  # pages of one turn: 64 keys; one page or four took a CPU longer
@@ -62,7 +62,7 @@ def paged_attention(
         s_RKXpS = contract("RKXH,RpKSH->RKXpS", q_RKXH, k_RpKSH, dtype) * H**-0.5
         visible_RXs = j * size + jnp.arange(size) <= position_RX[..., None]
         s_RKXs = jnp.where(visible_RXs[:, None], s_RKXpS.reshape(R, K, G * T, size), MASKED)
-        new_m_RKX = jnp.maximum(m_RKX, jnp.max(s_RKXs, axis=-1))
+        new_m_RKX = jnp.maximum(m_RKX, softmax_shift(jnp.max(s_RKXs, axis=-1)))
         # Rounded before they are summed, as in `blockwise_forward`: there is why.
         p_RKXs, decay_RKX = jnp.exp(s_RKXs - new_m_RKX[..., None]).astype(dtype), jnp.exp(m_RKX - new_m_RKX)
         pv_RKXH = contract("RKXpS,RpKSH->RKXH", p_RKXs.reshape(s_RKXpS.shape), v_RpKSH, dtype)
