@@ -51,6 +51,8 @@ def paged_attention(
     """
     R, T, K, G, H = q_RTKGH.shape
     size = BLOCK * k_PKSH.shape[2]
+    # One gather of (page, head) pieces puts the heads first; gathering pages would leave that to a transpose.
+    pieces = [a.reshape(-1, *a.shape[2:]) for a in (k_PKSH, v_PKSH)]
     q_RKXH = jnp.transpose(q_RTKGH, (0, 2, 3, 1, 4)).reshape(R, K, G * T, H)
     position_RX = jnp.tile(position_RT, (1, G))
     turns = jnp.max(position_RT) // size + 1
@@ -58,14 +60,15 @@ def paged_attention(
     def step(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         m_RKX, l_RKX, o_RKXH = carry
         pages_Rp = jax.lax.dynamic_slice_in_dim(table_Rn, j * BLOCK, BLOCK, axis=1)
-        k_RpKSH, v_RpKSH = from_bits((k_PKSH[pages_Rp], v_PKSH[pages_Rp]))
-        s_RKXpS = contract("RKXH,RpKSH->RKXpS", q_RKXH, k_RpKSH, dtype) * H**-0.5
+        piece_RKp = pages_Rp[:, None] * K + jnp.arange(K)[:, None]
+        k_RKsH, v_RKsH = (from_bits(piece[piece_RKp]).reshape(R, K, size, H) for piece in pieces)
+        s_RKXs = contract("RKXH,RKsH->RKXs", q_RKXH, k_RKsH, dtype) * H**-0.5
         visible_RXs = j * size + jnp.arange(size) <= position_RX[..., None]
-        s_RKXs = jnp.where(visible_RXs[:, None], s_RKXpS.reshape(R, K, G * T, size), MASKED)
+        s_RKXs = jnp.where(visible_RXs[:, None], s_RKXs, MASKED)
         new_m_RKX = jnp.maximum(m_RKX, softmax_shift(jnp.max(s_RKXs, axis=-1)))
         # Rounded before they are summed, as in `blockwise_forward`: there is why.
         p_RKXs, decay_RKX = jnp.exp(s_RKXs - new_m_RKX[..., None]).astype(dtype), jnp.exp(m_RKX - new_m_RKX)
-        pv_RKXH = contract("RKXpS,RpKSH->RKXH", p_RKXs.reshape(s_RKXpS.shape), v_RpKSH, dtype)
+        pv_RKXH = contract("RKXs,RKsH->RKXH", p_RKXs, v_RKsH, dtype)
         l_RKX = l_RKX * decay_RKX + jnp.sum(p_RKXs, axis=-1, dtype=jnp.float32)
         return new_m_RKX, l_RKX, o_RKXH * decay_RKX[..., None] + pv_RKXH
 

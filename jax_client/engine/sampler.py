@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -28,7 +29,14 @@ from jax_client.engine.dispatch import Task
 from jax_client.engine.faults import is_out_of_memory, named_error
 from jax_client.engine.pages import PAGE
 from jax_client.engine.requests import GenerationRequest, GenerationResult
-from jax_client.engine.sample_programs import BLOCK_STEPS, MAX_TARGETS, SCORE_CHUNK, Pool, SamplePrograms
+from jax_client.engine.sample_programs import (
+    BLOCK_STEPS,
+    MAX_TARGETS,
+    SCORE_CHUNK,
+    Pool,
+    SamplePrograms,
+    sampling_params,
+)
 from jax_client.engine.schedule import Job, Row, Schedule, Tile
 from jax_client.errors import RequestFailedError
 from jax_client.models.attention import Attention
@@ -41,6 +49,7 @@ STOP_IDS = 64
 MAX_WAITING = 65_536  # rows
 TILES = (2, 16)
 PREFILL_TOKENS = 2048  # of prompts, at most, between two decode blocks
+LINGER_S = 0.003
 CACHE_SHARE = 0.4  # of the free memory that the pages may take
 Steps = Generator[Any, Any, Any]
 
@@ -90,7 +99,7 @@ class Sampler:
         log: list[CompileRecord],
         memory_fraction: float,
     ):
-        self._params = params
+        self._params = sampling_params(params)
         self._model = model
         self._mesh = mesh
         self._sizes = CPU if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR
@@ -202,23 +211,9 @@ class Sampler:
     def _round(self) -> Steps:
         """Yield-from: place, prefill, decode one block, and take out what stopped."""
         schedule = self._open()
-        with self._lock:
-            jobs = list(self._inbox)
-            self._inbox.clear()
-        for job in jobs:
-            if job.future.cancelled():
-                continue
-            if (tokens := len(job.request.tokens_T) + job.request.max_tokens) > schedule.capacity:
-                error = RequestFailedError(
-                    f"sample: prompt and max_tokens are {tokens} tokens together, but the memory that is left holds "
-                    f"{schedule.capacity}. Lower max_tokens, close other clients, or raise "
-                    "EngineConfig.memory_fraction.",
-                    category="user",
-                )
-                _fail(job, error)
-                continue
-            schedule.add(job)
-            self.counts.prompt_tokens += len(job.request.tokens_T)
+        # Requests of one round of a user's loop come one by one, a little apart; a block of steps takes much longer.
+        while self._receive(schedule) and schedule.has_room():
+            yield partial(time.sleep, LINGER_S)
         schedule.forget_cancelled()
         schedule.place()
         spent, decoding = 0, any(row.ready and row.job.rows for row in schedule.placed)
@@ -231,6 +226,25 @@ class Sampler:
             yield from self._decode(schedule, snapshots, rows)
         for row in [row for row in schedule.placed if row.ready and (row.stop_reason or not row.job.rows)]:
             schedule.finish(row)
+
+    def _receive(self, schedule: Schedule) -> bool:
+        """Take what was sent since the last time into the schedule; say whether there was anything."""
+        with self._lock:
+            jobs = list(self._inbox)
+            self._inbox.clear()
+        for job in jobs:
+            if (tokens := len(job.request.tokens_T) + job.request.max_tokens) > schedule.capacity:
+                error = RequestFailedError(
+                    f"sample: prompt and max_tokens are {tokens} tokens together, but the memory that is left holds "
+                    f"{schedule.capacity}. Lower max_tokens, close other clients, or raise "
+                    "EngineConfig.memory_fraction.",
+                    category="user",
+                )
+                _fail(job, error)
+                continue
+            schedule.add(job)
+            self.counts.prompt_tokens += len(job.request.tokens_T)
+        return bool(jobs)
 
     def _open(self) -> Schedule:
         """Return the schedule; make the pool if there is none."""

@@ -212,6 +212,10 @@ class Schedule:
         prompt = job.request.tokens_T.tolist()
         self.waiting += [Row(job=job, sample=i, tokens=list(prompt)) for i in range(job.left)]
 
+    def has_room(self) -> bool:
+        """Whether more rows than those that are here could run at once."""
+        return len(self.placed) + len(self.waiting) < self._most_rows * len(self.pages)
+
     def forget_cancelled(self) -> None:
         """Drop the rows of requests that were cancelled."""
         if any(row.job.future.cancelled() for row in itertools.chain(self.placed, self.waiting)):
