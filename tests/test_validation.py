@@ -83,6 +83,10 @@ def sample(prompt: object = None, num_samples: object = 1, params: object = None
     return validation.generation(prompt, num_samples, types.SamplingParams() if params is None else params, **fields)
 
 
+def targets(ids_TK: np.ndarray) -> Any:
+    return sample(target_prompt_logprobs=types.TensorData.from_numpy(ids_TK))
+
+
 def params(**fields: Any) -> types.SamplingParams:
     return types.SamplingParams.model_construct(**{**dict(types.SamplingParams()), **fields})
 
@@ -360,10 +364,16 @@ BAD: list[tuple[int, Callable[[], object], type[Exception], list[str]]] = [
     (60, lambda: sample(params=params(seed=2**70)), BadRequestError, ["SamplingParams.seed is 1180591", "to 92233720"]),
     (60, lambda: sample(params=params(seed=-1)), BadRequestError, ["SamplingParams.seed is -1"]),
     (60, lambda: sample(include_prompt_logprobs=1), BadTypeError, ["include_prompt_logprobs is 1"]),
-    (60, lambda: sample(topk_sample_logprobs=3), UnsupportedError, ["topk_sample_logprobs is 3"]),
+    (60, lambda: sample(topk_sample_logprobs=21), BadRequestError, ["topk_sample_logprobs is 21", "0 to 20"]),
     (60, lambda: sample(topk_sample_logprobs=-3), BadRequestError, ["topk_sample_logprobs is -3"]),
-    (60, lambda: sample(prompt_alt_tokens_k=3), UnsupportedError, ["prompt_alt_tokens_k is 3"]),
-    (60, lambda: sample(target_prompt_logprobs=np.ones(2)), UnsupportedError, ["target_prompt_logprobs"]),
+    (60, lambda: sample(prompt_alt_tokens_k=17), BadRequestError, ["prompt_alt_tokens_k is 17", "0 to 16"]),
+    (60, lambda: sample(target_prompt_logprobs=np.ones(2)), BadTypeError, ["target_prompt_logprobs is ndarray"]),
+    (60, lambda: targets(np.ones((2, 1), np.float32)), BadTypeError, ["target_prompt_logprobs has dtype float32"]),
+    (60, lambda: targets(np.ones((3, 1), np.int64)), BadRequestError, ["shape [3, 1]", "needs [2, K]"]),
+    (60, lambda: targets(np.ones(2, np.int64)), BadRequestError, ["shape [2]", "needs [2, K]"]),
+    (60, lambda: targets(np.ones((2, 128), np.int64)), BadRequestError, ["128 ids per position", "1 to 127"]),
+    (60, lambda: targets(np.array([[0], [VOCAB]])), BadRequestError, [f"token id {VOCAB} at position [1, 0]"]),
+    (60, lambda: targets(np.array([[0], [-2]])), BadRequestError, ["token id -2 at position [1, 0]"]),
     (60, lambda: sample(prompt_logprobs_last_n=1), BadRequestError, ["set include_prompt_logprobs"]),
     *(
         (

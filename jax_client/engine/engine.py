@@ -82,13 +82,14 @@ class Engine:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         self.attention = choose_attention(self.mesh, self.model, self.dtype)
         shared = self.params, self.model, self.dtype, self.mesh, self.attention, self._log
+        self.sampler = Sampler(*shared, settings.memory_fraction)
         self.trainer = Trainer(
             *shared,
             max_tokens=settings.max_tokens_per_micro_batch or memory.choose_micro_batch_tokens(device, ways),
             remat=settings.remat,
             memory_fraction=settings.memory_fraction,
+            make_room=self.sampler.release_cache,
         )
-        self.sampler = Sampler(*shared, settings.memory_fraction)
         self._background = (
             ThreadPoolExecutor(1, thread_name_prefix="jax_client-compile") if settings.precompile else None
         )
@@ -334,7 +335,7 @@ class Engine:
         memory.refuse_unless_fits(
             f"the base model {self.source.name!r} in {self.dtype.name}",
             {"weights": weights},
-            memory.available_bytes(self.mesh.devices.flat[0], settings.memory_fraction),
+            partial(memory.available_bytes, self.mesh.devices.flat[0], settings.memory_fraction),
             "Shard it over more devices (EngineConfig.mesh with fsdp or tensor), set dtype='bfloat16', close other "
             "clients, or raise EngineConfig.memory_fraction.",
         )
@@ -344,9 +345,10 @@ class Engine:
         memory.refuse_unless_fits(
             f"a training client with rank {spec.rank}",
             {"adapter": weights, "optimizer": 2 * weights, "gradients": 2 * weights},
-            self.trainer.available_bytes(),
+            self.trainer.available_bytes,
             "Lower the rank or train fewer modules (train_attn, train_mlp, train_unembed), shard over more devices "
             "(EngineConfig.mesh), set dtype='bfloat16', or close other clients.",
+            self.sampler.release_cache,
         )
 
     def _precompile_likely(self, spec: LoraSpec) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,21 +131,28 @@ def choose_remat(c: ModelConfig, dtype: jnp.dtype, tokens: int, free: int) -> Re
     return "full"
 
 
-def refuse_unless_fits(what: str, parts: Mapping[str, int], available: int, levers: str) -> None:
+def refuse_unless_fits(
+    what: str,
+    parts: Mapping[str, int],
+    available: Callable[[], int],
+    levers: str,
+    make_room: Callable[[], bool] = lambda: False,
+) -> None:
     """Raise RequestFailedError if the parts do not fit; nothing has been allocated yet.
 
     Args:
         what: subject of the message.
         parts: bytes per device, by kind.
-        available: bytes that are free on a device.
+        available: bytes that are free on a device, at the time of the call.
         levers: what the user can change.
+        make_room: frees what can be done without, and says whether there was anything.
     """
     needed = sum(parts.values())
-    if needed <= available:
+    if needed <= available() or (make_room() and needed <= available()):
         return
     listed = ", ".join(f"{name} {_human(size)}" for name, size in parts.items())
     raise RequestFailedError(
-        f"{what} needs {_human(needed)} per device ({listed}), but {_human(available)} are free. Nothing was "
+        f"{what} needs {_human(needed)} per device ({listed}), but {_human(available())} are free. Nothing was "
         f"allocated or changed. {levers}",
         category="user",
     )

@@ -8,6 +8,12 @@ from typing import Literal
 
 import numpy as np
 
+# Widths of what a sampling request can ask for; arrays of these sizes are part of the compiled programs.
+MAX_TARGETS = 128  # scores per prompt position, that of the prompt's own token included
+MAX_TOPK_PROMPT = 128
+MAX_ALTERNATIVES = 16
+MAX_TOPK_SAMPLE = 20
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraSpec:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_client.engine.compiled import CompileRecord, Program, same_place
 from jax_client.engine.draw import draw_tokens
 from jax_client.engine.pages import PAGE
+from jax_client.engine.requests import MAX_ALTERNATIVES, MAX_TARGETS, MAX_TOPK_PROMPT, MAX_TOPK_SAMPLE
 from jax_client.models.attention import Attention
 from jax_client.models.block import MixedLinears, layer_forward, mixed_pairs
 from jax_client.models.config import ModelConfig
@@ -32,10 +33,6 @@ from jax_client.sharding import sharding_for
 
 BLOCK_STEPS = 32
 SCORE_CHUNK = 64  # positions whose scores over the vocabulary exist at once
-MAX_TARGETS = 128  # columns of target scores, the prompt's own next token included
-MAX_TOP_PROMPT = 128
-MAX_ALTERNATIVES = 16
-MAX_TOP_SAMPLE = 20
 Pool = dict[str, list[jax.Array]]  # "k" and "v": per layer (W, P, K, S, H), in the matmul type or its bits
 Batch = dict[str, Any]
 
@@ -123,7 +120,7 @@ class SamplePrograms:
 
         def chunk(args: Any) -> Batch:
             x, (score, top, draws) = args
-            rows, top_tokens = len(x["h"]), min(MAX_TOP_PROMPT, self._config.vocab_size)
+            rows, top_tokens = len(x["h"]), min(MAX_TOPK_PROMPT, self._config.vocab_size)
             empty = {
                 "logprobs": jnp.zeros((rows, MAX_TARGETS)),
                 "top_ids": jnp.zeros((rows, top_tokens), jnp.int32),
@@ -197,11 +194,11 @@ class SamplePrograms:
             logits_BV = self._logits(params, loras, h_BD, flat["scale"])
             row, new = _advance(logits_BV, row, flat)
             logprobs_BV = logits_BV - new.pop("lse")[:, None]
-            new["top_ids"], new["top_logprobs"] = _top(logprobs_BV, MAX_TOP_SAMPLE, any_top)
+            new["top_ids"], new["top_logprobs"] = _top(logprobs_BV, MAX_TOPK_SAMPLE, any_top)
             drawn = {name: jax.lax.dynamic_update_index_in_dim(drawn[name], new[name], i, 1) for name in drawn}
             return i + 1, pool, row, drawn
 
-        B, n = W * R, min(MAX_TOP_SAMPLE, self._config.vocab_size)
+        B, n = W * R, min(MAX_TOPK_SAMPLE, self._config.vocab_size)
         drawn = {
             "tokens": jnp.zeros((B, BLOCK_STEPS), jnp.int32),
             "logprobs": jnp.zeros((B, BLOCK_STEPS)),

@@ -28,10 +28,9 @@ from jax_client.engine.compiled import CompileRecord
 from jax_client.engine.dispatch import Task
 from jax_client.engine.faults import is_out_of_memory, named_error
 from jax_client.engine.pages import PAGE
-from jax_client.engine.requests import GenerationRequest, GenerationResult
+from jax_client.engine.requests import MAX_TARGETS, GenerationRequest, GenerationResult
 from jax_client.engine.sample_programs import (
     BLOCK_STEPS,
-    MAX_TARGETS,
     SCORE_CHUNK,
     Pool,
     SamplePrograms,
@@ -165,7 +164,7 @@ class Sampler:
     def release_cache(self) -> bool:
         """Free the cache's memory; rows that run wait, and start again from what they have drawn.
 
-        To be called on the dispatch thread, between two launches.
+        To be called on the dispatch thread. What is in flight comes to its end first.
 
         Returns:
             Whether there was anything to free.
@@ -211,21 +210,33 @@ class Sampler:
     def _round(self) -> Steps:
         """Yield-from: place, prefill, decode one block, and take out what stopped."""
         schedule = self._open()
+        yield from self._run(schedule)
+        for row in [row for row in schedule.placed if row.stop_reason or (row.ready and not row.job.rows)]:
+            if schedule is self._schedule:
+                schedule.finish(row)
+            elif row in self._returned:  # the cache went while it ran
+                self._returned.remove(row)
+                row.job.finish(row)
+
+    def _run(self, schedule: Schedule) -> Steps:
         # Requests of one round of a user's loop come one by one, a little apart; a block of steps takes much longer.
         while self._receive(schedule) and schedule.has_room():
             yield partial(time.sleep, LINGER_S)
+            if schedule is not self._schedule:
+                return
         schedule.forget_cancelled()
         schedule.place()
         spent, decoding = 0, any(row.ready and row.job.rows for row in schedule.placed)
         while (pending := schedule.pending_tiles()) and not (decoding and spent >= PREFILL_TOKENS):
+            if schedule is not self._schedule:
+                return
             tiles = TILES[pending >= self._sizes.many_tiles]
             spent += tiles * PAGE
             yield from self._prefill(schedule, tiles)
-        snapshots, rows = schedule.next_block()
-        if any(rows):
-            yield from self._decode(schedule, snapshots, rows)
-        for row in [row for row in schedule.placed if row.ready and (row.stop_reason or not row.job.rows)]:
-            schedule.finish(row)
+        if schedule is self._schedule:
+            snapshots, rows = schedule.next_block()
+            if any(rows):
+                yield from self._decode(schedule, snapshots, rows)
 
     def _receive(self, schedule: Schedule) -> bool:
         """Take what was sent since the last time into the schedule; say whether there was anything."""
@@ -275,8 +286,7 @@ class Sampler:
         snapshot = None if job is None else job.snapshot
         loras = () if snapshot is None else (snapshot.weights,)
         batch = self._tile_batch(tiles, size, snapshot)
-        pool, scores = self._programs.prefill(self._params, loras, self._take_pool(), self._put(batch))
-        self._pool = pool
+        self._pool, scores = self._programs.prefill(self._params, loras, self._take_pool(), self._put(batch))
         for tile in (tile for way in tiles for tile in way):
             tile.launched = True
             self.counts.computed_prompt_tokens += min(PAGE, len(tile.row.tokens) - 1 - tile.start)

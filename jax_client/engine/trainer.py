@@ -50,6 +50,8 @@ class Trainer:
         max_tokens: ceiling of the tokens of a micro-batch, all devices together.
         remat: what the backward pass recomputes; "auto" decides by the size of the micro-batch.
         memory_fraction: of a device's memory that may be filled.
+        make_room: frees memory that can be done without, and says whether there was any; called before a request is
+            refused or made smaller for lack of memory.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Trainer:
         max_tokens: int,
         remat: str,
         memory_fraction: float,
+        make_room: Callable[[], bool],
     ):
         self.total = Work()
         self.programs = TrainPrograms(model, dtype, mesh, attention, log)
@@ -74,6 +77,7 @@ class Trainer:
         self._log = log
         self._remat = remat
         self._memory_fraction = memory_fraction
+        self._make_room = make_room
         self._free_at_start = self.available_bytes()
         self.limits = packing.Limits(
             ways=mesh.shape["data"] * mesh.shape["fsdp"],
@@ -109,12 +113,6 @@ class Trainer:
     ) -> Task[TrainResult]:
         """Score the sequences and their loss without a gradient."""
         weights = NO_ADAPTER if adapter is None else adapter.weights
-        return (yield from self.score(weights, sequences, loss, prepared))
-
-    def score(
-        self, weights: Weights, sequences: list[Sequence], loss: LossSpec, prepared: Future[Packed]
-    ) -> Task[TrainResult]:
-        """As `forward_task`, with the given adapter weights."""
 
         def run(packed: Packed) -> Task[TrainResult]:
             out = Answers(sequences)
@@ -237,12 +235,18 @@ class Trainer:
         loss: LossSpec | None,
         prepared: Future[Packed],
     ) -> Task[TrainResult]:
-        """Run a packed call; where the device runs out of memory, once more with micro-batches half as large.
+        """Run a packed call; where the device runs out of memory, once more with what could be freed, and then with
+        micro-batches half as large.
 
         Nothing was committed, so the second run starts from the same state. If it succeeds, the smaller ceiling stays.
         """
         packed, before = (yield prepared.result), self.limits
         try:
+            try:
+                return (yield from run(packed))
+            except jax.errors.JaxRuntimeError as error:
+                if not (is_out_of_memory(error) and self._make_room()):
+                    raise
             return (yield from run(packed))
         except jax.errors.JaxRuntimeError as error:
             smaller = self._halved(packed)
@@ -279,9 +283,10 @@ class Trainer:
             memory.refuse_unless_fits(
                 f"a micro-batch of {rows} x {length} tokens",
                 parts,
-                self.available_bytes(),
+                self.available_bytes,
                 "Lower EngineConfig.max_tokens_per_micro_batch, set remat='full', send shorter sequences, lower the "
                 "rank, or shard over more devices (mesh).",
+                self._make_room,
             )
 
     def _tokens(self, plan: Plan) -> int:

@@ -8,14 +8,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from tinker import types
 
-from jax_client.engine.requests import GenerationRequest
-from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
+from jax_client.engine.requests import (
+    MAX_ALTERNATIVES,
+    MAX_TARGETS,
+    MAX_TOPK_PROMPT,
+    MAX_TOPK_SAMPLE,
+    GenerationRequest,
+)
+from jax_client.errors import BadRequestError, BadTypeError
 from jax_client.runs.check_numbers import flag, integer, real, shown
+from jax_client.runs.check_tensors import dense
 from jax_client.runs.check_tokens import text_tokens
 from jax_client.runs.stop_strings import StopStrings
 
 MAX_SAMPLES = 16_384
-MAX_TOPK_PROMPT = 128
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 4096
 MAX_SEED = 2**63 - 1
@@ -37,7 +43,7 @@ def generation(
     eos_token_ids: Sequence[int],
     decode: Callable[[list[int]], str],
 ) -> GenerationRequest:
-    """Check a sample call. The whole prompt is scored; the caller cuts the answer to `prompt_logprobs_last_n`.
+    """Check a sample call.
 
     Args:
         prompt: ModelInput of text.
@@ -45,9 +51,9 @@ def generation(
         sampling_params: SamplingParams; max_tokens None is the rest of the context, seed None draws one.
         include_prompt_logprobs: score the prompt.
         topk_prompt_logprobs: 0 to 128.
-        topk_sample_logprobs: must be 0.
-        target_prompt_logprobs: must be None.
-        prompt_alt_tokens_k: must be 0.
+        topk_sample_logprobs: 0 to 20.
+        target_prompt_logprobs: int64 TensorData (T - 1, K) of ids, K up to 127, dense or sparse; -1 asks for nothing.
+        prompt_alt_tokens_k: 0 to 16.
         prompt_logprobs_last_n: None, or 1 to the prompt's length less one.
         vocab_size: token ids are below it.
         max_context: the most tokens of prompt and answer together.
@@ -56,12 +62,11 @@ def generation(
 
     Raises:
         BadTypeError: an argument has the wrong type.
-        UnsupportedError: a feature that is refused by name, or a prompt that is not text.
+        UnsupportedError: a prompt that is not text.
         BadRequestError: a value out of range.
     """
     tokens_T = text_tokens(prompt, "prompt", vocab_size, max_context)
     include = flag("include_prompt_logprobs", include_prompt_logprobs)
-    _refuse_other_scores(topk_sample_logprobs, target_prompt_logprobs, prompt_alt_tokens_k)
     _check_last_n(prompt_logprobs_last_n, include, len(tokens_T))
     if not isinstance(sampling_params, types.SamplingParams):
         raise BadTypeError(
@@ -73,6 +78,10 @@ def generation(
     if top_k == 0:
         raise BadRequestError("SamplingParams.top_k is 0; give 1 or more, or -1 to turn it off.")
     seed = params.seed
+    targets_TK = None
+    if target_prompt_logprobs is not None:
+        targets_TK = _targets(target_prompt_logprobs, len(tokens_T), vocab_size)
+    alternatives = integer("prompt_alt_tokens_k", prompt_alt_tokens_k, 0, MAX_ALTERNATIVES, "0 turns it off.")
     return GenerationRequest(
         tokens_T=tokens_T,
         num_samples=integer("num_samples", num_samples, 1, MAX_SAMPLES, "Call sample several times for more."),
@@ -85,18 +94,37 @@ def generation(
         find_stop=find_stop,
         prompt_logprobs=include,
         topk_prompt=integer("topk_prompt_logprobs", topk_prompt_logprobs, 0, MAX_TOPK_PROMPT, "0 turns it off."),
+        topk_sample=integer("topk_sample_logprobs", topk_sample_logprobs, 0, MAX_TOPK_SAMPLE, "0 turns it off."),
+        targets_TK=targets_TK,
+        alternatives=alternatives,
+        # Targets and alternatives are of the whole prompt.
+        score_last=None if targets_TK is not None or alternatives else prompt_logprobs_last_n,  # type: ignore[arg-type]
     )
 
 
-def _refuse_other_scores(topk_sample: object, target_prompt: object, alt_tokens: object) -> None:
-    for field, value in (("topk_sample_logprobs", topk_sample), ("prompt_alt_tokens_k", alt_tokens)):
-        if integer(field, value, 0, None, "Only 0 is supported.") > 0:
-            raise UnsupportedError(f"{field} is {value}; it is not supported, leave it at 0.")
-    if target_prompt is not None:
-        raise UnsupportedError(
-            "target_prompt_logprobs is not supported; leave it at None. To score a given continuation, append it to "
-            "the prompt and call compute_logprobs."
+def _targets(tensor: object, length: int, vocab_size: int) -> np.ndarray:
+    field = "target_prompt_logprobs"
+    ids_TK = dense(tensor, field, pad=-1)
+    if ids_TK.dtype != np.int64:
+        raise BadTypeError(f"{field} has dtype {ids_TK.dtype}; token ids must be int64. Convert with .astype(int64).")
+    if ids_TK.ndim != 2 or len(ids_TK) != length - 1:
+        raise BadRequestError(
+            f"{field} has shape {list(ids_TK.shape)}; a prompt of {length} tokens needs [{length - 1}, K]: row i is "
+            "about token i + 1."
         )
+    if not 1 <= ids_TK.shape[1] < MAX_TARGETS:
+        raise BadRequestError(
+            f"{field} has {ids_TK.shape[1]} ids per position; the limit is 1 to {MAX_TARGETS - 1}. Send several "
+            "requests for more."
+        )
+    bad = np.argwhere((ids_TK < -1) | (ids_TK >= vocab_size))
+    if len(bad):
+        i, j = bad[0].tolist()
+        raise BadRequestError(
+            f"{field} has token id {ids_TK[i, j]} at position [{i}, {j}]; ids must be 0 to {vocab_size - 1} "
+            f"(vocabulary size {vocab_size}), or -1 for nothing."
+        )
+    return ids_TK.astype(np.int32)
 
 
 def _check_last_n(last_n: object, include: bool, length: int) -> None:

@@ -1,7 +1,7 @@
 """How does a TensorData become a dense NumPy array, and which ones are refused?
 
 A sparse tensor is compressed by rows (CSR) and may come from anywhere, so its indices are checked before any array
-of the dense size is made. What is not listed is 0, as the SDK writes it.
+of the dense size is made. What is not listed is 0, as the SDK writes it, or what the field says.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ MAX_DENSE_ELEMENTS = 2**26
 _EXACT_INT = 2**24
 
 
-def dense(tensor: object, where: str) -> np.ndarray:
+def dense(tensor: object, where: str, pad: int = 0) -> np.ndarray:
     """Return the int64 or float32 array of a TensorData, dense; it may share the tensor's memory.
 
     Args:
         tensor: what the datum carries.
         where: its name for messages, such as "data[3].loss_fn_inputs['weights']".
+        pad: what a sparse tensor does not list.
 
     Raises:
         BadTypeError: not a TensorData, or of another dtype.
@@ -37,7 +38,7 @@ def dense(tensor: object, where: str) -> np.ndarray:
         raise BadTypeError(f"{where} has dtype {shown(tensor.dtype)}; give int64 or float32.")
     shape = None if tensor.shape is None else _shape(tensor.shape, where)
     if tensor.sparse_crow_indices is not None or tensor.sparse_col_indices is not None:
-        return _from_csr(tensor, shape, where)
+        return _from_csr(tensor, shape, where, pad)
     array = tensor.to_numpy()
     if array.dtype.name != tensor.dtype:
         raise BadTypeError(f"{where} says dtype {tensor.dtype} but holds {array.dtype}; rebuild the TensorData.")
@@ -111,7 +112,7 @@ def _shape(shape: object, where: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _from_csr(tensor: types.TensorData, shape: tuple[int, ...] | None, where: str) -> np.ndarray:
+def _from_csr(tensor: types.TensorData, shape: tuple[int, ...] | None, where: str, pad: int) -> np.ndarray:
     broken = f"{where} is not a valid sparse CSR tensor:"
     if tensor.sparse_crow_indices is None or tensor.sparse_col_indices is None:
         raise BadRequestError(f"{broken} sparse_crow_indices and sparse_col_indices must be given together.")
@@ -148,7 +149,7 @@ def _from_csr(tensor: types.TensorData, shape: tuple[int, ...] | None, where: st
             f"{broken} sparse_col_indices must increase within a row, but does not at entry "
             f"{int(np.argmax(unsorted)) + 1}."
         )
-    array = np.zeros(shape, dtype=values.dtype)
+    array = np.full(shape, pad, dtype=values.dtype)
     array[row, col] = values
     return array
 

@@ -77,7 +77,13 @@ class Sampler:
         request_id = f"{self.sampler_id}:{next(self._count)}"
 
         def show(result: GenerationResult) -> types.SampleResponse:
-            return convert.sample_response(result, request_id=request_id, last_n=last_n, prompt_logprobs=include)
+            return convert.sample_response(
+                result,
+                request_id=request_id,
+                last_n=last_n,
+                prompt_logprobs=include,
+                targets=scores.get("target_prompt_logprobs"),
+            )
 
         return self._answer(request, show)
 
