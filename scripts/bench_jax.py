@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,11 +50,12 @@ def training(submits: list[tuple[Submit, Submit]], describe: Describe) -> Conten
     return Contender(step=train, device_peak_mib=device_peak_mib, report=report)
 
 
-def generation(submits: list[Submit], count: Callable[[Any], int]) -> Contender:
+def generation(job: Job, submit: Callable[[list[int]], Any], count: Callable[[Any], int]) -> Contender:
     """Queue every prompt, then wait for all answers; `count` gives the new tokens of one."""
+    steps = itertools.count()
 
     def generate() -> None:
-        futures = [submit() for submit in submits]
+        futures = [submit(tokens) for tokens in job.row.sequences(next(steps))]
         lengths = {count(future.result()) for future in futures}
         if lengths != {NEW_TOKENS}:
             raise RuntimeError(f"Rows of {sorted(lengths)} tokens instead of {NEW_TOKENS}: the numbers would lie.")
@@ -76,9 +78,11 @@ def on_clients(job: Job, config: EngineConfig) -> Contender:
         sampler = clients[0].save_weights_and_get_sampling_client().result()
         # An empty list turns every stop off, the end-of-text token's included.
         params = types.SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, stop=[])
-        prompts = [types.ModelInput.from_ints(tokens) for tokens in job.row.sequences()]
-        samples: list[Submit] = [lambda prompt=prompt: sampler.sample(prompt, 1, params) for prompt in prompts]
-        return generation(samples, lambda answer: len(answer.sequences[0].tokens))
+
+        def sample(tokens: list[int]) -> Any:
+            return sampler.sample(types.ModelInput.from_ints(tokens), 1, params)
+
+        return generation(job, sample, lambda answer: len(answer.sequences[0].tokens))
 
     def datum(tokens: list[int]) -> types.Datum:
         targets = types.TensorData.from_numpy(np.asarray(tokens[1:], np.int64))
@@ -115,14 +119,13 @@ def on_engine(job: Job, config: EngineConfig) -> Contender:
     adapters = [engine.create_adapter(lane, spec).result() for lane in lanes]
     if job.row.kind == "generate":
         snapshot = engine.snapshot(lanes[0], adapters[0]).result()
-        requests = [
-            GenerationRequest(tokens_T=np.asarray(tokens, np.int32), max_tokens=NEW_TOKENS, temperature=0.0)
-            for tokens in job.row.sequences()
-        ]
-        samples: list[Submit] = [
-            lambda request=request: engine.generate(lanes[0], snapshot, request) for request in requests
-        ]
-        return generation(samples, lambda answer: len(answer.rows[0].tokens))
+
+        def generate(tokens: list[int]) -> Any:
+            tokens_T = np.asarray(tokens, np.int32)
+            request = GenerationRequest(tokens_T=tokens_T, max_tokens=NEW_TOKENS, temperature=0.0)
+            return engine.generate(lanes[0], snapshot, request)
+
+        return generation(job, generate, lambda answer: len(answer.rows[0].tokens))
 
     def sequence(tokens: list[int]) -> Sequence:
         return Sequence(

@@ -55,7 +55,11 @@ class Row:
         return sum(self.lengths) * self.clients if self.kind == "train" else NEW_TOKENS * len(self.lengths)
 
     def sequences(self, client: int = 0) -> list[list[int]]:
-        """Return random token ids, the same in every process; a training sequence has one more for its last target."""
+        """Return random token ids, the same in every process; a training sequence has one more for its last target.
+
+        Args:
+            client: whose sequences; of prompts, the number of the step, so that none is found in a cache.
+        """
         batch = self.batch or self.name
         source = random.Random(f"{batch}/{client}" if client else batch)
         extra = 1 if self.kind == "train" else 0

@@ -1,5 +1,9 @@
 """Who launches device programs, in which order? One thread per engine; lanes take turns, each in its own order.
 
+There are two kinds of lanes, training and sampling, and where both have work each gets half of the device's time,
+however long a turn of either takes and however many lanes it has: the kind that has used less goes first, and the other
+one is held back for as long as it is ahead. Within a kind the lanes go round robin.
+
 Two threads that launch programs with collectives can deadlock, so nothing else launches. A task is a generator that
 runs on this thread and yields: a callable, to have it run elsewhere and be resumed with its result (waiting for the
 device, packing, the user's loss function), or None, to let the other lanes go first.
@@ -8,6 +12,7 @@ device, packing, the user's loss function), or None, to let the other lanes go f
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,10 +24,25 @@ T = TypeVar("T")
 Task = Generator[Callable[[], Any] | None, Any, T]
 
 
-class Lane:
-    """The tasks of one client, first come first served."""
+class Kind:
+    """One kind of work: the seconds that its turns have taken, and how many of its lanes have tasks."""
 
     def __init__(self) -> None:
+        self.used_s = 0.0
+        self.lanes = 0
+
+
+class Lane:
+    """The tasks of one client, first come first served.
+
+    Args:
+        sampling: whether it is of the sampling kind, and not of the training kind.
+    """
+
+    def __init__(self, *, sampling: bool = False) -> None:
+        self.sampling = sampling
+        self.ready_at = 0.0
+        self.turn_began = 0.0
         self.tasks: deque[tuple[Task[Any], Future[Any]]] = deque()
         self.resume: tuple[bool, Any] = (True, None)  # what the head task is resumed with: (is a value, value)
 
@@ -35,6 +55,8 @@ class Dispatcher:
         self._ready: deque[Lane] = deque()
         self._lanes: set[Lane] = set()
         self._closed = False
+        self._kinds = (Kind(), Kind())  # training, sampling
+        self._last_end = 0.0
         self.workers = ThreadPoolExecutor(max_workers=64, thread_name_prefix=f"{name}-worker")
         self._thread = threading.Thread(target=self._loop, name=f"{name}-dispatch", daemon=True)
         self._thread.start()
@@ -46,7 +68,12 @@ class Dispatcher:
             if self._closed:
                 raise RequestFailedError("the engine is closed; create a new ServiceClient.", category="user")
             lane.tasks.append((task, future))
-            self._lanes.add(lane)
+            if lane not in self._lanes:
+                self._lanes.add(lane)
+                kind, other = self._kinds[lane.sampling], self._kinds[not lane.sampling]
+                if not kind.lanes:  # what it did not use while it had nothing to do is not saved up
+                    kind.used_s = max(kind.used_s, other.used_s)
+                kind.lanes += 1
             if len(lane.tasks) == 1:
                 self._make_ready(lane)
         return future
@@ -66,18 +93,46 @@ class Dispatcher:
         self.workers.shutdown(wait=False)
 
     def _make_ready(self, lane: Lane) -> None:
+        lane.ready_at = time.perf_counter()
         self._ready.append(lane)
         self._turn.notify()
 
     def _loop(self) -> None:
         while True:
             with self._turn:
-                while not self._ready and not self._closed:
-                    self._turn.wait()
+                while not self._closed:
+                    lane, hold_s = self._next()
+                    if lane is not None:
+                        break
+                    self._turn.wait(hold_s)
                 if self._closed:
                     return
-                lane = self._ready.popleft()
+                self._ready.remove(lane)
+            lane.turn_began = time.perf_counter()
             self._step(lane)
+
+    def _next(self) -> tuple[Any, float | None]:
+        """Return the lane whose turn it is, or None and the seconds for which those that are ready are held back.
+
+        A kind is ahead of one that has work in flight by a known number of seconds. It is not held for longer than
+        that: what the other kind waits for may be on the host, or even for a lane of this kind.
+        """
+        waits = []
+        for lane in sorted(self._ready, key=lambda lane: self._kinds[lane.sampling].used_s):
+            kind, other = self._kinds[lane.sampling], self._kinds[not lane.sampling]
+            in_flight = other.lanes > sum(ready.sampling != lane.sampling for ready in self._ready)
+            ahead_s = kind.used_s - other.used_s if in_flight else 0.0
+            wait_s = lane.ready_at + ahead_s - time.perf_counter()
+            if ahead_s <= 0 or wait_s <= 0:
+                return lane, None
+            waits.append(wait_s)
+        return None, min(waits, default=None)
+
+    def _charge(self, lane: Lane) -> None:
+        """Add a turn that has come to its end to what its kind has used. Turns overlap only in waiting."""
+        now = time.perf_counter()
+        self._kinds[lane.sampling].used_s += now - max(lane.turn_began, self._last_end)
+        self._last_end = now
 
     def _step(self, lane: Lane) -> None:
         task, future = lane.tasks[0]
@@ -97,6 +152,7 @@ class Dispatcher:
             return
         if request is None:
             with self._turn:
+                self._charge(lane)
                 self._make_ready(lane)
             return
         self.workers.submit(self._elsewhere, lane, request)
@@ -107,6 +163,7 @@ class Dispatcher:
         except BaseException as error:
             resume = (False, error)
         with self._turn:
+            self._charge(lane)
             lane.resume = resume
             if not self._closed:
                 self._make_ready(lane)
@@ -127,3 +184,4 @@ class Dispatcher:
                 self._make_ready(lane)
             else:
                 self._lanes.discard(lane)
+                self._kinds[lane.sampling].lanes -= 1

@@ -94,7 +94,7 @@ class Engine:
             ThreadPoolExecutor(1, thread_name_prefix="jax_client-compile") if settings.precompile else None
         )
         self._dispatcher = Dispatcher("jax_client")
-        self._sampling_lane = Lane()
+        self._sampling_lane = Lane(sampling=True)
 
     @property
     def max_context(self) -> int:
