@@ -126,7 +126,11 @@ def rollout(sampler: Any, tokenizer: Any, prompts: Sequence[str], step: int, arg
 
 
 def update(client: Any, answers: Sequence[Answer], args: argparse.Namespace) -> dict[str, float]:
-    """Take the round's optimizer steps; return the last one's metrics. Answers without advantage teach nothing."""
+    """Take the round's optimizer steps; return the last one's metrics. Answers without advantage teach nothing.
+
+    Under "trainer_sampler_kl" is the first step's estimate of KL(sampler || trainer) per token, in nats: then both have
+    the same weights, and it tells how well the two agree.
+    """
     data = [answer.datum for answer in answers if answer.advantage != 0.0]
     if not data:
         return {}
@@ -136,7 +140,7 @@ def update(client: Any, answers: Sequence[Answer], args: argparse.Namespace) -> 
         flying.append((fwdbwd, client.optim_step(types.AdamParams(learning_rate=args.lr))))
     for fwdbwd, optim in flying:
         metrics = dict(fwdbwd.result().metrics) | (optim.result().metrics or {})
-    return metrics
+    return metrics | {"trainer_sampler_kl": flying[0][0].result().metrics["kl_sample_train:mean"]}
 
 
 def main() -> int:
@@ -157,7 +161,8 @@ def main() -> int:
         seconds = time.perf_counter() - began
         print(
             f"step {step + 1}/{args.steps}: reward {means[-1]:.3f}, {length:.1f} tokens per answer, "
-            f"{seconds:.1f} s ({sampled:.1f} s sampling) | {answers[0].text[:70]!r}",
+            f"{seconds:.1f} s ({sampled:.1f} s sampling), KL {metrics.get('trainer_sampler_kl', 0.0):.1e} | "
+            f"{answers[0].text[:60]!r}",
             flush=True,
         )
         if args.log:
