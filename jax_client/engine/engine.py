@@ -263,6 +263,7 @@ class Engine:
         moments = [(a.mu, a.nu) for a in self._adapters]
         limits = self.trainer.limits
         remat = self.trainer.remat(limits.tokens)
+        sampling = self.sampler.describe()
         return {
             "model": {"name": self.source.name, "path": str(self.source.path), "family": self.model.family},
             "device": {"platform": device.platform, "kind": device.device_kind, "count": self.mesh.size},
@@ -277,10 +278,11 @@ class Engine:
                 "adapters": size([a.weights for a in self._adapters]),
                 "optimizer": size(moments),
                 "gradients": size([a.grads for a in self._adapters if a.grads is not None]),
+                "cache": sampling["cache_bytes"],
                 "activations_per_token": memory.activation_bytes_per_token(self.model, self.dtype, remat),
                 "available": self.trainer.available_bytes(),
             },
-            "sampling": self.sampler.describe(),
+            "sampling": sampling,
             "training": self.trainer.total.rates(self._matmul_rate),
             "matmul_flops_per_second": self._matmul_rate,
             "compiled": [asdict(record) for record in list(self._log)],

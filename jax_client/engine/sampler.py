@@ -69,7 +69,7 @@ class Sizes:
 
 
 # A CPU's time grows with the rows, padding included; an accelerator's hardly does before 100 rows or so.
-CPU = Sizes(rows=(8, 32), many_tiles=11, tokens_per_row=512)
+CPU = Sizes(rows=(1, 8, 32), many_tiles=11, tokens_per_row=512)
 ACCELERATOR = Sizes(rows=(16, 128), many_tiles=3, tokens_per_row=2048)
 
 
@@ -219,24 +219,33 @@ class Sampler:
                 row.job.finish(row)
 
     def _run(self, schedule: Schedule) -> Steps:
-        # Requests of one round of a user's loop come one by one, a little apart; a block of steps takes much longer.
-        while self._receive(schedule) and schedule.has_room():
-            yield partial(time.sleep, LINGER_S)
-            if schedule is not self._schedule:
-                return
-        schedule.forget_cancelled()
-        schedule.place()
         spent, decoding = 0, any(row.ready and row.job.rows for row in schedule.placed)
-        while (pending := schedule.pending_tiles()) and not (decoding and spent >= PREFILL_TOKENS):
+        while True:
+            # Requests of one round of a user's loop come one by one, a little apart; a block takes much longer.
+            while self._receive(schedule) and schedule.has_room():
+                yield partial(time.sleep, LINGER_S)
+                if schedule is not self._schedule:
+                    return
+            schedule.forget_cancelled()
+            schedule.place()
+            before = spent
+            while (pending := schedule.pending_tiles()) and not (decoding and spent >= PREFILL_TOKENS):
+                tiles = TILES[pending >= self._sizes.many_tiles]
+                spent += tiles * PAGE
+                yield from self._prefill(schedule, tiles)
+                if schedule is not self._schedule:
+                    return
+            if spent == before or not schedule.has_room() or (decoding and spent >= PREFILL_TOKENS):
+                break
+            # What came while these prompts were computed had better not wait for a whole block.
+            yield partial(jax.block_until_ready, self._pool)
             if schedule is not self._schedule:
                 return
-            tiles = TILES[pending >= self._sizes.many_tiles]
-            spent += tiles * PAGE
-            yield from self._prefill(schedule, tiles)
-        if schedule is self._schedule:
-            snapshots, rows = schedule.next_block()
-            if any(rows):
-                yield from self._decode(schedule, snapshots, rows)
+            if not self._inbox:
+                break
+        snapshots, rows = schedule.next_block()
+        if any(rows):
+            yield from self._decode(schedule, snapshots, rows)
 
     def _receive(self, schedule: Schedule) -> bool:
         """Take what was sent since the last time into the schedule; say whether there was anything."""
