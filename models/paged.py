@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax_client.models.blockwise import MASKED, softmax_shift
 from jax_client.models.layers import contract, from_bits, to_bits
 
-BLOCK = 2  # pages of one turn: 64 keys; one page or four took a CPU longer
+BLOCK = 2  # pages of one turn: 64 keys; one page or four took a CPU longer, and eight a prompt, too
 
 
 def write_tokens(pool_PKSH: jax.Array, new_RKH: jax.Array, page_R: jax.Array, place_R: jax.Array) -> jax.Array:

@@ -69,7 +69,7 @@ class Sizes:
 
 
 # A CPU's time grows with the rows, padding included; an accelerator's hardly does before 100 rows or so.
-CPU = Sizes(rows=(1, 8, 32), many_tiles=11, tokens_per_row=512)
+CPU = Sizes(rows=(8, 32), many_tiles=11, tokens_per_row=512)
 ACCELERATOR = Sizes(rows=(16, 128), many_tiles=3, tokens_per_row=2048)
 
 
