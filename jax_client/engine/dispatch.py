@@ -100,18 +100,17 @@ class Dispatcher:
     def _loop(self) -> None:
         while True:
             with self._turn:
-                while not self._closed:
-                    lane, hold_s = self._next()
-                    if lane is not None:
-                        break
+                lane, hold_s = self._next()
+                while lane is None and not self._closed:
                     self._turn.wait(hold_s)
-                if self._closed:
+                    lane, hold_s = self._next()
+                if lane is None or self._closed:
                     return
                 self._ready.remove(lane)
             lane.turn_began = time.perf_counter()
             self._step(lane)
 
-    def _next(self) -> tuple[Any, float | None]:
+    def _next(self) -> tuple[Lane | None, float | None]:
         """Return the lane whose turn it is, or None and the seconds for which those that are ready are held back.
 
         A kind is ahead of one that has work in flight by a known number of seconds. It is not held for longer than
