@@ -39,7 +39,7 @@ if python_for 3.12 >/dev/null && [ ${#select[@]} = 0 ]; then
   make_venv "$venv" 3.12
   install_model "$venv"
   install "$venv" -e . "${tools[@]}" "pytest>=9" "hypothesis>=6"
-  computing=(golden gradients attention_kernels collectives sharding sampler continuous_batching checkpoint resume)
+  computing=(golden gradients attention_kernels sharding sampler continuous_batching checkpoint resume)
   files=("${computing[@]/#/tests/test_}")
   files=("${files[@]/%/.py}")
   "$venv/bin/pytest" -m "not torch" "${files[@]}" "$@"
