@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -170,32 +170,41 @@ def test_rows_that_find_no_pages_wait_and_lose_nothing(engine: Engine, tight: En
         same(send(engine, **request).result(), result)
 
 
-def test_the_cache_can_go_while_rows_run(engine: Engine) -> None:
+def test_the_cache_can_go_while_rows_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes after every third block, before what the block drew has been looked at."""
     requests = [{"tokens_T": prompt(60, i), "max_tokens": 150, "seed": i, "num_samples": 2} for i in range(4)]
-    futures = [send(engine, **r) for r in requests]
+    extend, blocks, released = sampler_module._extend, itertools.count(), []
 
     def release() -> Any:
         return engine.sampler.release_cache()
         yield
 
-    released = 0
-    for _ in range(5):
-        released += engine._dispatcher.submit(engine.open_lane(), release()).result()
-        time.sleep(0.1)
-    assert released
+    def extend_without_cache(*args: Any) -> None:
+        if next(blocks) % 3 == 0:
+            released.append(engine._dispatcher.submit(engine.open_lane(), release()).result())
+        extend(*args)
+
+    monkeypatch.setattr(sampler_module, "_extend", extend_without_cache)
+    futures = [send(engine, **r) for r in requests]
+    for future in futures:
+        future.result()
+    monkeypatch.undo()
+    assert len(released) >= 2 and all(released)
     for request, future in zip(requests, futures, strict=True):
         same(send(engine, **request).result(), future.result())
 
 
 def test_cancelling_frees_the_rows(engine: Engine) -> None:
+
+    def after() -> Any:
+        return True
+        yield
+
     long, short = send(engine, max_tokens=400, num_samples=20), send(engine, max_tokens=4)
     short.result()
     assert long.cancel()
     send(engine).result()
-    for _ in range(100):
-        if engine.describe()["sampling"]["rows_running"] == 0:
-            break
-        time.sleep(0.05)
+    assert engine._dispatcher.submit(engine._sampling_lane, after()).result()  # when nothing is left to serve
     assert engine.describe()["sampling"]["rows_running"] == engine.describe()["sampling"]["rows_waiting"] == 0
 
 

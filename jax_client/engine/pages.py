@@ -12,6 +12,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 PAGE = 32
 SCRATCH = 0  # where the writes of padding go; never handed out
 
@@ -55,33 +57,33 @@ class Pages:
         """Pages that `take` could give: free ones, and known ones that nobody uses."""
         return len(self._free) + len(self._idle)
 
-    def find(self, version: int, tokens: bytes, itemsize: int) -> Prefix:
+    def find(self, version: int, tokens_T: np.ndarray) -> Prefix:
         """Return the longest known beginning of a prompt, page by page; its last page may be a partial one that ends
         exactly where the prompt does. The pages gain a user.
 
         Args:
             version: of the weights.
-            tokens: the prompt's bytes, `itemsize` per token.
+            tokens_T: int32, the prompt.
         """
-        node, pages, size = self.root(version), [], PAGE * itemsize
-        at = 0
-        while at < len(tokens) and (known := self._page_of.get((node, tokens[at : at + size]))):
+        node, pages, at = self.root(version), [], 0
+        while at < len(tokens_T) and (known := self._page_of.get((node, tokens_T[at : at + PAGE].tobytes()))):
             pages.append(known[0])
-            at += size
-            if at <= len(tokens):
+            at += PAGE
+            if at <= len(tokens_T):
                 node = known[1]
         self.use(pages)
-        return Prefix(pages=pages, tokens=min(at, len(tokens)) // itemsize, node=node)
+        return Prefix(pages=pages, tokens=min(at, len(tokens_T)), node=node)
 
-    def publish(self, node: int, page: int, tokens: bytes) -> int:
+    def publish(self, node: int, page: int, tokens_S: np.ndarray) -> int:
         """Make a page findable by what it holds; return its node, the parent of the page that follows.
 
         Where the same was published before, that page stays the known one.
 
         Args:
             node: of the full page before it, or of the version (`Prefix.node`).
+            tokens_S: int32, at most `PAGE` of them.
         """
-        key = (node, tokens)
+        key = (node, tokens_S.tobytes())
         if key not in self._page_of:
             self._page_of[key] = (page, next(self._nodes))
             self._key_of[page] = key

@@ -64,8 +64,7 @@ class SamplePrograms:
         c = self._config
         shape = (ways, pages, c.n_kv_heads, PAGE, c.head_dim)
         place = sharding_for(("rows", None, "kv_heads", None, None), shape, self._mesh, "key/value cache")
-        bits = jax.default_backend() == "cpu" and self._dtype == jnp.bfloat16
-        kind = jnp.dtype(jnp.uint16) if bits else self._dtype
+        kind = to_bits(jnp.zeros((), self._dtype)).dtype
         layer = lambda: jax.device_put(np.zeros(shape, kind), place)  # noqa: E731
         return {name: [layer() for _ in range(c.n_layers)] for name in "kv"}
 

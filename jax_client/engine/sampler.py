@@ -36,7 +36,7 @@ from jax_client.engine.sample_programs import (
     SamplePrograms,
     sampling_params,
 )
-from jax_client.engine.schedule import Job, Row, Schedule, Tile
+from jax_client.engine.schedule import MAX_VERSIONS, Job, Row, Schedule, Tile
 from jax_client.errors import RequestFailedError
 from jax_client.models.attention import Attention
 from jax_client.models.config import ModelConfig
@@ -291,22 +291,21 @@ class Sampler:
 
     def _prefill(self, schedule: Schedule, size: int) -> Steps:
         """Yield-from: compute tiles of one version; wait for their scores if any were asked for."""
-        job, tiles = schedule.next_tiles(size)
-        snapshot = None if job is None else job.snapshot
+        snapshot, tiles = schedule.next_tiles(size)
         loras = () if snapshot is None else (snapshot.weights,)
         batch = self._tile_batch(tiles, size, snapshot)
         self._pool, scores = self._programs.prefill(self._params, loras, self._take_pool(), self._put(batch))
         for tile in (tile for way in tiles for tile in way):
             tile.launched = True
             self.counts.computed_prompt_tokens += min(PAGE, len(tile.row.tokens) - 1 - tile.start)
-        if not any(tile.scored for way in tiles for tile in way):
+        if not any(tile.scores for way in tiles for tile in way):
             return
         host = yield partial(jax.device_get, scores)
         for way, placed in enumerate(tiles):
             for i, tile in enumerate(placed):
-                if tile.scored and tile.row.job.scores is not None:
+                if tile.scores is not None:
                     part = {name: array[way, i * PAGE : (i + 1) * PAGE] for name, array in host.items()}
-                    tile.row.job.scores.add(tile.start, part)
+                    tile.scores.add(tile.start, part)
 
     def _tile_batch(self, tiles: list[list[Tile]], t: int, snapshot: Snapshot | None) -> dict[str, np.ndarray]:
         W, N = self._ways, t * PAGE
@@ -329,13 +328,14 @@ class Sampler:
                 batch["start"][way, i], batch["page"][way, i] = tile.start, tile.page
                 batch["table"][way, i, : len(tile.table)] = tile.table
                 batch["scale"][way, i] = _scale(snapshot)
-                if tile.scored and (scores := row.job.scores) is not None:
+                if tile.scores is not None:
                     request = row.job.request
-                    targets = scores.targets_TC[tile.start : tile.start + len(tokens)]
+                    targets = tile.scores.targets_TC[tile.start : tile.start + len(tokens)]
                     batch["targets"][way, i * PAGE : i * PAGE + len(targets), : targets.shape[1]] = targets
-                    # No row of the request has this number, so that its draws and these are independent.
-                    positions = range(tile.start, tile.start + PAGE)
-                    batch["key"][way, at] = [_key(request.seed, 2**32 + p) for p in positions]
+                    if request.alternatives:
+                        # No row of the request has this number, so that its draws and these are independent.
+                        positions = range(tile.start, tile.start + PAGE)
+                        batch["key"][way, at] = [_key(request.seed, 2**32 + p) for p in positions]
                     batch["temperature"][way, at] = request.temperature
                     asks = (1, request.topk_prompt, request.alternatives)
                     chunk = i * PAGE // SCORE_CHUNK
@@ -346,7 +346,7 @@ class Sampler:
         """Yield-from: run one block of steps for rows of each way."""
         R = next(size for size in self._sizes.rows if size >= max(map(len, rows)))
         # One adapter, or a fixed number of them: those beyond the ones in use are the first again, which no row uses.
-        versions = snapshots if len(snapshots) < 2 else [*snapshots, *[snapshots[0]] * (4 - len(snapshots))]
+        versions = snapshots if len(snapshots) < 2 else [*snapshots, *[snapshots[0]] * (MAX_VERSIONS - len(snapshots))]
         loras = tuple(snapshot.weights for snapshot in versions)
         batch = self._row_batch(rows, R, versions)
         self._pool, out = self._programs.decode(self._params, loras, self._take_pool(), self._put(batch))

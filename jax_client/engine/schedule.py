@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -106,13 +105,16 @@ class PromptScores:
 
 @dataclass(slots=True, eq=False)
 class Tile:
-    """One page of a row's tokens to compute: where it stands in the row, where it goes, what it may look at."""
+    """One page of a row's tokens to compute: where it stands in the row, where it goes, what it may look at.
+
+    `scores` takes the scores of its positions, where they were asked for.
+    """
 
     row: Row
     start: int
     page: int
     table: list[int]
-    scored: bool
+    scores: PromptScores | None
     launched: bool = False
 
 
@@ -229,15 +231,13 @@ class Schedule:
         while self.waiting and self._place(self.waiting[0]):
             self.waiting.popleft()
 
-    def next_tiles(self, limit: int) -> tuple[Job | None, list[list[Tile]]]:
-        """Return up to `limit` tiles per way of one version, with a job of that version; the version's turn is over."""
-        if not self._tiles:
-            return None, []
+    def next_tiles(self, limit: int) -> tuple[Snapshot | None, list[list[Tile]]]:
+        """Return up to `limit` of the `pending_tiles` per way, and their weights; their version's turn is over."""
         version, queues = self._tiles.popitem(last=False)
         taken = [[queue.popleft() for _ in range(min(limit, len(queue)))] for queue in queues]
         if any(queues):
             self._tiles[version] = queues
-        return next(tile.row.job for tiles in taken for tile in tiles), taken
+        return next(tile.row.job.snapshot for tiles in taken for tile in tiles), taken
 
     def pending_tiles(self) -> int:
         """Return how many tiles the fullest way of the version whose turn it is has."""
@@ -288,25 +288,26 @@ class Schedule:
     def _place(self, row: Row) -> bool:
         """Give a row pages and plan its tiles, on the way that knows most of it; say whether there was room."""
         job, count = row.job, len(row.tokens) - 1
-        tokens = np.array(row.tokens[:count], np.int32).tobytes()
-        known = 4 * count
-        scored = job.scores is not None and row.sample == 0 and row.drawn == 0
-        if scored and job.scores is not None:
-            known = 4 * (job.scores.first // PAGE * PAGE)
+        tokens_T = np.array(row.tokens[:count], np.int32)
+        # What is to be scored is computed, whether its pages are known or not.
+        scores = job.scores if row.sample == 0 and row.drawn == 0 else None
+        usable_T = tokens_T if scores is None else tokens_T[: scores.first // PAGE * PAGE]
         sizes = [sum(r.way == way for r in self.placed) for way in range(len(self.pages))]
         ways = [way for way, size in enumerate(sizes) if size < self._most_rows]
-        found = {way: self.pages[way].find(job.version, tokens[:known], 4) for way in ways}
+        found = {way: self.pages[way].find(job.version, usable_T) for way in ways}
         ways.sort(key=lambda way: (-found[way].tokens, sizes[way]))
         placed = False
         for way in ways:
-            if not placed and self._take_pages(row, way, found[way], tokens, scored):
+            if not placed and self._take_pages(row, way, found[way], tokens_T, scores):
                 placed = True
             else:
                 self.pages[way].drop(found[way].pages)
         return placed
 
-    def _take_pages(self, row: Row, way: int, prefix: Prefix, tokens: bytes, scored: bool) -> bool:
-        pages, count = self.pages[way], len(tokens) // 4
+    def _take_pages(
+        self, row: Row, way: int, prefix: Prefix, tokens_T: np.ndarray, scores: PromptScores | None
+    ) -> bool:
+        pages, count = self.pages[way], len(tokens_T)
         draws = bool(row.job.rows)
         tail = count % PAGE and draws
         copied = prefix.tokens % PAGE  # the last known page is a partial one: to be continued in a copy
@@ -324,10 +325,10 @@ class Schedule:
         queues = self._tiles.get(version) or [deque() for _ in self.pages]
         for i in range(planned):
             start = prefix.tokens + i * PAGE
-            node = pages.publish(row.node, taken[i], tokens[4 * start : 4 * (start + PAGE)])
+            node = pages.publish(row.node, taken[i], tokens_T[start : start + PAGE])
             if start + PAGE <= count:
                 row.node, row.published = node, row.published + 1
-            queues[way].append(Tile(row, start, taken[i], row.pages[: start // PAGE + 1], scored))
+            queues[way].append(Tile(row, start, taken[i], row.pages[: start // PAGE + 1], scores))
         if planned:
             self._tiles[version] = queues
         row.after = queues[way][-1] if queues[way] else None
@@ -357,8 +358,8 @@ class Schedule:
     def _publish(self, row: Row) -> None:
         pages = self.pages[row.way]
         for i in range(row.published, (len(row.tokens) - 1) // PAGE):
-            tokens = np.array(row.tokens[i * PAGE : (i + 1) * PAGE], np.int32).tobytes()
-            row.node = pages.publish(row.node, row.pages[i], tokens)
+            tokens_S = np.array(row.tokens[i * PAGE : (i + 1) * PAGE], np.int32)
+            row.node = pages.publish(row.node, row.pages[i], tokens_S)
 
     def _remove(self, row: Row) -> None:
         self.copied(row)
@@ -368,10 +369,4 @@ class Schedule:
 
 def _alike(a: Snapshot, b: Snapshot) -> bool:
     """Whether two adapters have arrays of the same shapes."""
-    key: Callable[[Snapshot], Sequence[object]] = lambda s: (  # noqa: E731
-        s.spec.rank,
-        s.spec.train_attn,
-        s.spec.train_mlp,
-        s.spec.train_unembed,
-    )
-    return key(a) == key(b)
+    return replace(a.spec, seed=0) == replace(b.spec, seed=0)

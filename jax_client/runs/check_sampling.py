@@ -17,7 +17,7 @@ from jax_client.engine.requests import (
 )
 from jax_client.errors import BadRequestError, BadTypeError
 from jax_client.runs.check_numbers import flag, integer, real, shown
-from jax_client.runs.check_tensors import dense
+from jax_client.runs.check_tensors import dense, token_ids
 from jax_client.runs.check_tokens import text_tokens
 from jax_client.runs.stop_strings import StopStrings
 
@@ -105,8 +105,6 @@ def generation(
 def _targets(tensor: object, length: int, vocab_size: int) -> np.ndarray:
     field = "target_prompt_logprobs"
     ids_TK = dense(tensor, field, pad=-1)
-    if ids_TK.dtype != np.int64:
-        raise BadTypeError(f"{field} has dtype {ids_TK.dtype}; token ids must be int64. Convert with .astype(int64).")
     if ids_TK.ndim != 2 or len(ids_TK) != length - 1:
         raise BadRequestError(
             f"{field} has shape {list(ids_TK.shape)}; a prompt of {length} tokens needs [{length - 1}, K]: row i is "
@@ -117,14 +115,7 @@ def _targets(tensor: object, length: int, vocab_size: int) -> np.ndarray:
             f"{field} has {ids_TK.shape[1]} ids per position; the limit is 1 to {MAX_TARGETS - 1}. Send several "
             "requests for more."
         )
-    bad = np.argwhere((ids_TK < -1) | (ids_TK >= vocab_size))
-    if len(bad):
-        i, j = bad[0].tolist()
-        raise BadRequestError(
-            f"{field} has token id {ids_TK[i, j]} at position [{i}, {j}]; ids must be 0 to {vocab_size - 1} "
-            f"(vocabulary size {vocab_size}), or -1 for nothing."
-        )
-    return ids_TK.astype(np.int32)
+    return token_ids(ids_TK, field, vocab_size, or_nothing=True)
 
 
 def _check_last_n(last_n: object, include: bool, length: int) -> None:

@@ -49,8 +49,8 @@ def dense(tensor: object, where: str, pad: int = 0) -> np.ndarray:
     return array
 
 
-def token_ids(array: np.ndarray, where: str, vocab_size: int) -> np.ndarray:
-    """Return token ids as a fresh int32 array.
+def token_ids(array: np.ndarray, where: str, vocab_size: int, *, or_nothing: bool = False) -> np.ndarray:
+    """Return token ids as a fresh int32 array; `or_nothing` allows -1, too.
 
     Raises:
         BadTypeError: not integers.
@@ -58,13 +58,17 @@ def token_ids(array: np.ndarray, where: str, vocab_size: int) -> np.ndarray:
     """
     if array.dtype.kind != "i":
         raise BadTypeError(f"{where} has dtype {array.dtype}; token ids must be int64. Convert with .astype(int64).")
-    bad = (array < 0) | (array >= vocab_size)
+    bad = (array < (-1 if or_nothing else 0)) | (array >= vocab_size)
     if bad.any():
         at = tuple(int(i) for i in np.argwhere(bad)[0])
         hint = (
-            " Positions that must not count take any valid id and a weight or advantage of 0."
-            if array[at] < 0
-            else " Was it tokenized for another model?"
+            " -1 asks for nothing."
+            if or_nothing
+            else (
+                " Positions that must not count take any valid id and a weight or advantage of 0."
+                if array[at] < 0
+                else " Was it tokenized for another model?"
+            )
         )
         raise BadRequestError(
             f"{where} has token id {array[at]} at position {_position(at)}; ids must be 0 to {vocab_size - 1} "
