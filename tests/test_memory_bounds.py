@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from jax_client.engine import adapters, memory
 from jax_client.engine.attention_choice import choose_attention
@@ -30,7 +29,7 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import ParamSpec, param_specs
 from jax_client.sharding import make_mesh, sharding_for
 
-from weight_files import HF_CONFIG
+from weight_files import HF_CONFIG, hf_tensors, write_hf
 
 # 232 MB in float32; the largest tensor is a fortieth of it, as in the models that fill a machine's memory.
 LARGE = HF_CONFIG | {
@@ -68,34 +67,8 @@ print(json.dumps([before, status("VmHWM"), sum(leaf.nbytes for leaf in jax.tree.
 
 @pytest.fixture(scope="module")
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write `LARGE` with random weights, a few layers per shard."""
-    directory = tmp_path_factory.mktemp("large")
-    (directory / "config.json").write_text(json.dumps(LARGE))
-    D, F, V = LARGE["hidden_size"], LARGE["intermediate_size"], LARGE["vocab_size"]
-    queries, keys = (LARGE[f"num_{name}_heads"] * LARGE["head_dim"] for name in ("attention", "key_value"))
-    shards = [{"model.embed_tokens": (V, D), "model.norm": (D,), "lm_head": (V, D)}]
-    for i in range(LARGE["num_hidden_layers"]):
-        if i % 4 == 0:
-            shards.append({})
-        layer = {
-            "input_layernorm": (D,),
-            "post_attention_layernorm": (D,),
-            "self_attn.q_proj": (queries, D),
-            "self_attn.k_proj": (keys, D),
-            "self_attn.v_proj": (keys, D),
-            "self_attn.o_proj": (D, queries),
-            "mlp.gate_proj": (F, D),
-            "mlp.up_proj": (F, D),
-            "mlp.down_proj": (D, F),
-        }
-        shards[-1] |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    rng, files = np.random.default_rng(0), {}
-    for i, shapes in enumerate(shards):
-        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_file({f"{name}.weight": rng.random(s, np.float32) for name, s in shapes.items()}, directory / file)
-        files |= {f"{name}.weight": file for name in shapes}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    return directory
+    """Write `LARGE` with random weights, in shards."""
+    return write_hf(tmp_path_factory.mktemp("large"), LARGE, hf_tensors(LARGE), n_shards=5)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for a process's peak")
