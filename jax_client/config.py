@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from jax_client.errors import BadRequestError
+from jax_client.errors import BadRequestError, UnsupportedError
 
 DType = Literal["auto", "bfloat16", "float32"]
 Remat = Literal["auto", "none", "selective", "full"]
@@ -39,7 +40,11 @@ class EngineConfig:
         max_tokens_per_micro_batch: ceiling of the tokens computed at once in a training pass; None chooses by memory.
         remat: what the backward pass recomputes to save memory. "none" keeps every layer's activations, "selective" all
             but the wide half of each layer, "full" each layer's input only; "auto" takes the first that fits.
-        state_dir: checkpoints and their catalogue; None is `default_state_dir()`.
+        state_dir: checkpoints and their catalogue, on a disk of this machine; None is `default_state_dir()`.
+        mirror: where every checkpoint is copied after it is safe in `state_dir`, and found again when it is gone there,
+            such as "gs://bucket/path": any URL that fsspec opens.
+        autosave_minutes: how often a run that has taken steps since its last save is saved by itself, into the slots
+            autosave-0 and autosave-1 in turn; also on SIGTERM, at exit and when its client is closed. None is never.
         compilation_cache_dir: compiled programs, kept between processes; None is `default_compilation_cache_dir()`,
             "" leaves jax's own setting as it is. jax has one per process: the newest engine's choice holds.
         memory_fraction: share of a device's memory (of the host's, on a CPU) that may be filled; what needs more is
@@ -55,6 +60,8 @@ class EngineConfig:
     max_tokens_per_micro_batch: int | None = None
     remat: Remat = "auto"
     state_dir: str | os.PathLike[str] | None = None
+    mirror: str | None = None
+    autosave_minutes: float | None = 10.0
     compilation_cache_dir: str | os.PathLike[str] | None = None
     memory_fraction: float = 0.9
     precompile: bool = True
@@ -74,6 +81,14 @@ class EngineConfig:
             raise BadRequestError(f"EngineConfig.memory_fraction is {fraction!r}; give a number above 0 and at most 1.")
         if not isinstance(self.precompile, bool):
             raise BadRequestError(f"EngineConfig.precompile is {self.precompile!r}; give True or False.")
+        self._check_places()
+        minutes = self.autosave_minutes
+        if minutes is not None and (
+            isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < float("inf")
+        ):
+            raise BadRequestError(
+                f"EngineConfig.autosave_minutes is {minutes!r}; give a number above 0, or None for no autosave."
+            )
         if self.mesh == "auto":
             return
         if not isinstance(self.mesh, Mapping):
@@ -87,3 +102,17 @@ class EngineConfig:
                 raise BadRequestError(
                     f"EngineConfig.mesh[{axis!r}] is {size}; this axis stays 1 so far. Use data, fsdp and tensor."
                 )
+
+    def _check_places(self) -> None:
+        # A pathlib.Path of a URL has one slash left.
+        if self.state_dir is not None and re.match("[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(self.state_dir)):
+            raise UnsupportedError(
+                f"EngineConfig.state_dir is {os.fspath(self.state_dir)!r}: an object store has no locks or renames, on "
+                "which saving relies. Give a directory of this machine, and the URL as EngineConfig.mirror, where "
+                "every checkpoint is then copied."
+            )
+        if self.mirror is not None and not (isinstance(self.mirror, str) and "://" in self.mirror):
+            raise BadRequestError(
+                f"EngineConfig.mirror is {self.mirror!r}; give a URL such as gs://bucket/path, or None. A directory is "
+                "file:///path."
+            )

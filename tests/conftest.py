@@ -1,17 +1,61 @@
-"""Which tests run? Those marked `full` only with --full: minutes of compute that say nothing new on most changes."""
+"""Which tests run? Those marked `full` only with --full, those marked `faults` only with --faults.
+
+Both take minutes and say nothing new on most changes.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
+
+from jax_client.runs import autosave
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the tests marked full")
+    parser.addoption("--faults", action="store_true", help="also run the tests marked faults")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--full"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("full")]
+    unwanted = [marker for marker in ("full", "faults") if not config.getoption(f"--{marker}")]
+    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in unwanted)]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(autouse=True)
+def no_autosave(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save only what a test saves; those of autosaving itself ask for the fixture `autosaving`."""
+    if "autosaving" not in request.fixturenames:
+        watch = autosave.watch
+        monkeypatch.setattr(autosave, "watch", lambda keeper, minutes: watch(keeper, None))
+        monkeypatch.setattr(autosave, "handle_sigterm", lambda: None)
+
+
+@pytest.fixture
+def autosaving() -> None:
+    """Let runs be saved by themselves."""
+
+
+@pytest.fixture
+def plain_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace orbax by a writer of raw files, for tests of the protocol at very many points."""
+
+    def write(directory: Path, arrays: dict[str, np.ndarray]) -> None:
+        directory.mkdir()
+        for i, (key, array) in enumerate(arrays.items()):
+            shape = "_".join(map(str, array.shape))
+            (directory / f"{i}-{key.replace('/', '+')}-{shape}").write_bytes(array.tobytes())
+
+    def read(directory: Path) -> dict[str, np.ndarray]:
+        arrays = {}
+        for path in directory.iterdir():
+            _, key, shape = path.name.split("-")
+            values = np.frombuffer(path.read_bytes(), np.float32)
+            arrays[key.replace("+", "/")] = values.reshape([int(size) for size in shape.split("_")])
+        return arrays
+
+    monkeypatch.setattr("jax_client.checkpoint.arrays.write", write)
+    monkeypatch.setattr("jax_client.checkpoint.arrays.read", read)

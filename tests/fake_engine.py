@@ -126,15 +126,16 @@ class FakeEngine:
     def load_snapshot(self, lane, state):
         return self._run("load_snapshot", lambda: float(state.weights["w"][0]))
 
-    def read_state(self, lane, adapter, optimizer):
+    def hold_state(self, lane, adapter, optimizer):
         def array(value):
             return {"w": np.array([value], np.float32)}
 
         def work():
             moments = {"mu": array(adapter.moment), "nu": array(0)} if optimizer else {}
-            return AdapterState(spec=adapter.spec, step=adapter.step, weights=array(adapter.weight), **moments)
+            state = AdapterState(spec=adapter.spec, step=adapter.step, weights=array(adapter.weight), **moments)
+            return SimpleNamespace(step=state.step, fetch=lambda: state)
 
-        return self._run("read_state", work)
+        return self._run("hold_state", work)
 
     def restore_state(self, lane, adapter, state):
         return self._run("restore", lambda: (self._restore(adapter, state), None)[1])

@@ -103,8 +103,8 @@ def test_admin_is_refused_by_name():
 
 def test_refused_rest_methods():
     rest = jax_client.RestClient()
-    with pytest.raises(tinker.BadRequestError, match=r"RestClient.publish_checkpoint_from_tinker_path is not served"):
-        rest.publish_checkpoint_from_tinker_path("tinker://r/weights/n")
+    with pytest.raises(tinker.BadRequestError, match=r"RestClient.search_sessions is not served"):
+        rest.search_sessions("x")
     with pytest.raises(errors.UnsupportedError, match="whoami"):
         rest.whoami()
 

@@ -194,7 +194,7 @@ def save_variants(bench: Bench) -> None:
         bench.paths[name] = f"tinker://{run}/weights/{name}"
     (written,) = (bench.home / "state").rglob("newer/*/manifest.json")
     content = manifest.unseal(written.read_bytes(), "newer")
-    written.write_bytes(manifest.seal({**content, "format": manifest.FORMAT_VERSION + 1}, "newer"))
+    written.write_bytes(sealed.seal({**content, "format": manifest.FORMAT_VERSION + 1}, "newer"))
 
 
 @pytest.fixture(scope="module")

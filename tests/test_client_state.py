@@ -116,6 +116,64 @@ def test_runs_and_checkpoints_are_listed(loaded, tmp_path):
         rest.list_training_runs(limit=0)
 
 
+def test_lifetime_and_visibility_can_be_changed(service, client):
+    rest = service.create_rest_client()
+    path = client.save_state("s", ttl_seconds=3600).result().path
+
+    def listed():
+        (found,) = rest.list_checkpoints(client.model_id).result().checkpoints
+        return found
+
+    first = listed().expires_at
+    assert not listed().public
+    rest.set_checkpoint_ttl_from_tinker_path(path, 7200).result()
+    assert (listed().expires_at - first).total_seconds() == pytest.approx(3600, abs=60)
+    rest.publish_checkpoint_from_tinker_path(path).result()
+    asyncio.run(rest.set_checkpoint_ttl_from_tinker_path_async(path, None))
+    assert listed().public and listed().expires_at is None
+    asyncio.run(rest.unpublish_checkpoint_from_tinker_path_async(path))
+    assert not listed().public
+    unknown = f"tinker://{client.model_id}/weights/unknown"
+    for call in (
+        lambda: rest.publish_checkpoint_from_tinker_path(unknown),
+        lambda: rest.set_checkpoint_ttl_from_tinker_path(unknown, None),
+        lambda: rest.copy_weights(unknown, "p"),
+    ):
+        with pytest.raises(tinker.NotFoundError, match="it has s"):
+            call().result()
+    for ttl in (0, 1.5, 10**12):
+        with pytest.raises(tinker.BadRequestError, match="ttl_seconds"):
+            rest.set_checkpoint_ttl_from_tinker_path(path, ttl)
+    with pytest.raises(tinker.BadRequestError, match="save_weights_external"):
+        rest.get_external_weights_urls(path)
+
+
+def test_copies_belong_to_a_project_and_to_nobody_else(loaded, tmp_path, monkeypatch):
+    monkeypatch.delenv("TINKER_PROJECT_ID", raising=False)
+    config = jax_client.EngineConfig(state_dir=tmp_path)
+    with jax_client.ServiceClient(project_id="archive", config=config) as service:
+        client = service.create_lora_training_client(MODEL, user_metadata={"a": "b"}).result()
+        step(client)
+        path = client.save_state("s", user_metadata={"k": "v"}).result().path
+        copied = service.copy_weights(path, ttl_seconds=3600).result()
+        rest = service.create_rest_client()
+        rest.delete_checkpoint_from_tinker_path(path).result()
+        run = rest.get_training_run_by_tinker_path(copied).result()
+        assert run.training_run_id != client.model_id and run.user_metadata == {"a": "b"}
+        assert run.last_checkpoint.user_metadata == {"k": "v"} and run.last_checkpoint.expires_at is not None
+        assert run in rest.list_training_runs(project_id="archive").result().training_runs
+        assert logprob(service.create_training_client_from_state_with_optimizer(copied)) == -1.5
+        with pytest.raises(tinker.BadRequestError, match="TINKER_PROJECT_ID"):
+            rest.copy_weights(copied)
+        session = client.model_id.split(":")[0]
+        rest.assign_session_project(session, "other").result()
+        assert {r.training_run_id for r in rest.list_training_runs(project_id="other").result().training_runs} >= {
+            client.model_id
+        }
+        with pytest.raises(tinker.NotFoundError, match="list_sessions"):
+            rest.assign_session_project("unknown", "other").result()
+
+
 def test_listing_the_models_downloads_none(monkeypatch):
     monkeypatch.setattr(rest, "known_models", lambda: ["far/away"])
     monkeypatch.setattr(rest, "local_models", lambda: [])

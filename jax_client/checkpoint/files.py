@@ -7,6 +7,7 @@ all. Every change that the store makes to the disk, orbax's own writing aside, g
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -15,7 +16,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from jax_client.errors import UnsupportedError
+
 TEMPORARY = ".tmp-"
+MOUNTS = Path("/proc/self/mountinfo")
+NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre", "fuse.", "beegfs", "gpfs")
 
 
 def make_directories(path: Path) -> None:
@@ -87,17 +92,82 @@ def locked(directory: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold a directory for writing, against other threads and processes; yield whether it is held.
 
     The system gives the lock back when its holder dies.
+
+    Raises:
+        UnsupportedError: the file system has no locks.
     """
     descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        yield lock(descriptor, directory, wait=wait)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Tell `is_read` of other processes that a file is in use. Waits for nobody; where it cannot tell, it does not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_read(path: Path) -> bool:
+    """Say whether anybody is `reading` a file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return not lock(descriptor, path, wait=False)
+    finally:
+        os.close(descriptor)
+
+
+def lock(descriptor: int, place: Path, *, wait: bool) -> bool:
+    """Lock an open file for this descriptor alone, until it is closed; return False if another one has it.
+
+    Args:
+        descriptor: of the file.
+        place: what is locked, for the message.
+        wait: for as long as it takes.
+
+    Raises:
+        UnsupportedError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        raise UnsupportedError(
+            f"{place} lies on a file system of type {file_system(place)}, which has no file locks, so that two "
+            "processes could write one run. Set EngineConfig.state_dir (or JAX_CLIENT_HOME) to a local disk, and "
+            "EngineConfig.mirror to keep copies elsewhere."
+        ) from error
+    return True
+
+
+def file_system(path: Path) -> str:
+    """Return the type of the file system that holds a path, such as "ext4" or "nfs4"; "unknown" where nothing tells."""
+    path = path.absolute()
+    found, length = "unknown", -1
+    with contextlib.suppress(OSError, ValueError):
+        for line in MOUNTS.read_text().splitlines():
+            left, right = line.split(" - ", 1)
+            mounted = Path(left.split()[4].replace("\\040", " "))
+            # The last of several mounts in one place is the one that is seen.
+            if path.is_relative_to(mounted) and len(mounted.parts) >= length:
+                found, length = right.split()[0], len(mounted.parts)
+    return found
+
+
+def network_file_system(path: Path) -> str | None:
+    """Return the type of the file system that holds a path if it is a network's, else None."""
+    found = file_system(path)
+    return found if found.startswith(NETWORK_FILE_SYSTEMS) else None
 
 
 @contextlib.contextmanager

@@ -1,31 +1,24 @@
 """What does a checkpoint say about itself, and how is damage noticed?
 
-A manifest is JSON whose last field is the sha256 of all its bytes before that field's value. It lists every file of
-the checkpoint with size and sha256, and is written last: a directory without a whole manifest is no checkpoint.
-Orbax has no checksum of the data, and a flipped bit would be read as another number.
+A manifest is sealed JSON. It lists every file of the checkpoint with size and sha256, and is written last: a directory
+without a whole manifest is no checkpoint. Orbax has no checksum of the data, and a flipped bit would be read as another
+number.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jax_client.checkpoint import files
+from jax_client.checkpoint import files, sealed
+from jax_client.checkpoint.sealed import DamagedError
 from jax_client.engine.requests import LoraSpec
-from jax_client.errors import BadRequestError, UnsupportedError
+from jax_client.errors import UnsupportedError
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
-_SEAL_KEY = b',\n "sha256": "'
-_END = b'"\n}\n'
-
-
-class DamagedError(Exception):
-    """A file of a checkpoint is missing or not as it was written; the message names it. Never leaves the store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +30,7 @@ class Manifest:
         created: unix seconds.
         spec: of the adapter.
         step: optimizer steps taken.
-        arrays: name to shape; all are float32.
+        arrays: name to shape; all are float32. An export has none.
         metadata: the caller's, JSON.
         files: path below the checkpoint's directory to [size in bytes, sha256].
     """
@@ -58,36 +51,6 @@ class Manifest:
         return sum(size for size, _ in self.files.values())
 
 
-def seal(content: Mapping[str, Any], what: str) -> bytes:
-    """Return `content`, which is not empty, as JSON that ends with its own hash.
-
-    Raises:
-        BadRequestError: it holds something that JSON cannot; `what` names it.
-    """
-    try:
-        text = json.dumps(content, indent=1, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise BadRequestError(
-            f"{what} cannot be written as JSON ({error}); keep text, finite numbers, lists, dicts."
-        ) from error
-    head = text.removesuffix("\n}").encode() + _SEAL_KEY
-    return head + hashlib.sha256(head).hexdigest().encode() + _END
-
-
-def unseal(data: bytes, where: str) -> dict[str, Any]:
-    """Return the content of sealed JSON.
-
-    Raises:
-        DamagedError: it is not exactly what `seal` made.
-    """
-    head, digest = data[: -len(_END) - 64], data[-len(_END) - 64 : -len(_END)]
-    if not data.endswith(_END) or not head.endswith(_SEAL_KEY) or hashlib.sha256(head).hexdigest().encode() != digest:
-        raise DamagedError(f"{where} is damaged: its sha256 does not fit its contents")
-    content = json.loads(data)
-    del content["sha256"]
-    return content
-
-
 def write(directory: Path, draft: Manifest) -> Manifest:
     """Write the manifest of `directory`, which is `draft` with every file that is there; return it.
 
@@ -96,7 +59,7 @@ def write(directory: Path, draft: Manifest) -> Manifest:
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     listed = {path.relative_to(directory).as_posix(): (path.stat().st_size, files.sha256(path)) for path in paths}
     written = replace(draft, files=listed)
-    files.write_new(directory / FILE_NAME, seal({"format": FORMAT_VERSION, **asdict(written)}, "metadata"))
+    files.write_new(directory / FILE_NAME, sealed.seal({"format": FORMAT_VERSION, **asdict(written)}, "metadata"))
     return written
 
 
@@ -109,7 +72,7 @@ def read(directory: Path) -> Manifest:
     """
     path = directory / FILE_NAME
     try:
-        content = unseal(path.read_bytes(), str(path))
+        content = sealed.unseal(path.read_bytes(), str(path))
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
     version = content.pop("format")

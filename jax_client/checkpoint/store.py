@@ -1,37 +1,48 @@
-"""Where are checkpoints, and how does each call leave them whole?
+"""How does each call leave the checkpoints under a state directory whole? `names` says where they are.
 
-    STATE/runs/RUN/run.json                     what is known of a run, sealed
-    STATE/runs/RUN/KIND/NAME/000001/            one version of a checkpoint; the highest number counts
-                                    arrays/     orbax
-                                    manifest.json
 A save fills a temporary directory, writes the manifest last, waits for the disk, and then renames the directory to
 the next number: this rename is the commit. Only after it is an older version removed, so that a kill at any point
-leaves the old or the new one whole. Reading a listing opens manifests only and starts no jax backend.
+leaves the old or the new one whole. The files are the truth: a listing remembers what manifests said, a mirror copies
+them. None of this starts a jax backend.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from jax_client.checkpoint import arrays as array_files
-from jax_client.checkpoint import files, manifest
-from jax_client.checkpoint.manifest import DamagedError, Manifest
-from jax_client.checkpoint.names import KINDS, checkpoint_directory, is_name, run_directory, run_id_of
+from jax_client.checkpoint import clock, files, label, manifest, sealed
+from jax_client.checkpoint.catalogue import Key
+from jax_client.checkpoint.clock import Deadline
+from jax_client.checkpoint.label import Label
+from jax_client.checkpoint.manifest import Manifest
+from jax_client.checkpoint.names import (
+    KINDS,
+    checkpoint_directory,
+    children,
+    is_name,
+    newest_version,
+    run_directory,
+    versions,
+)
+from jax_client.checkpoint.sealed import DamagedError
+from jax_client.checkpoint.state_directory import StateDirectory, first_line, stamp
 from jax_client.engine.requests import AdapterState
-from jax_client.errors import JaxClientError, NotFoundError, RequestFailedError, UnsupportedError
+from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, RequestFailedError, UnsupportedError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_RUN_FILE = "run.json"
+EXPORT_DIRECTORY = "files"
 # Manifest, directories, and what the file system needs for itself.
 _SPARE_BYTES = 2**20
 
@@ -41,34 +52,44 @@ class Record:
     """One checkpoint.
 
     Attributes:
-        run_id, kind, name: where it is; kind is "weights" or "sampler_weights".
+        run_id, kind, name: where it is; kind is "weights", "sampler_weights" or "external_weights".
         created: unix seconds.
+        step: optimizer steps taken.
         size_bytes: on disk.
         metadata: what the saver gave, JSON.
+        expires_at: unix seconds, None for never.
+        public: as `set_public` left it.
     """
 
     run_id: str
     kind: str
     name: str
     created: float
+    step: int
     size_bytes: int
     metadata: dict[str, Any]
+    expires_at: float | None = None
+    public: bool = False
 
 
 # Named here, because inside the class `list` is a method.
 Records: TypeAlias = list[Record]
-Runs: TypeAlias = list[tuple[str, dict[str, Any]]]
+Fill: TypeAlias = Callable[[Path], None]
 
 
-class CheckpointStore:
+class CheckpointStore(StateDirectory):
     """The checkpoints under a state directory. Thread-safe; several processes may share the directory.
 
     Args:
         state_dir: made when something is first saved.
+        mirror: an fsspec URL where every checkpoint is copied after its commit, and found again when it is gone here.
+
+    Raises:
+        BadRequestError: the mirror's URL cannot be opened.
     """
 
-    def __init__(self, state_dir: Path) -> None:
-        self._runs = Path(state_dir).absolute() / "runs"
+    def __init__(self, state_dir: Path, mirror: str | None = None) -> None:
+        super().__init__(state_dir, mirror)
         self._swept = False
 
     def save(
@@ -80,47 +101,105 @@ class CheckpointStore:
         state: AdapterState,
         metadata: dict[str, Any],
         overwrite: bool = False,
+        ttl_seconds: float | None = None,
     ) -> Record:
-        """Write a checkpoint; on return it is durable.
+        """Write a checkpoint; on return it is durable on this disk.
 
         Raises:
             BadRequestError: a malformed name, or arrays or metadata that cannot be saved.
             RequestFailedError: the name is taken and `overwrite` is False (category user), or the disk failed
                 (category server); earlier checkpoints are as they were.
+            UnsupportedError: the file system has no locks.
         """
+        arrays = array_files.flatten(state)
+        draft = _draft(run_id, kind, name, state, metadata)
+        draft = replace(draft, arrays={key: array.shape for key, array in arrays.items()})
+        fill = lambda directory: array_files.write(directory / array_files.DIRECTORY, arrays)  # noqa: E731
+        return self._commit(draft, fill, array_files.size_bytes(arrays), overwrite, ttl_seconds)
+
+    def save_files(
+        self,
+        *,
+        run_id: str,
+        name: str,
+        state: AdapterState,
+        metadata: dict[str, Any],
+        write: Fill,
+        size_bytes: int,
+        ttl_seconds: float | None = None,
+    ) -> Record:
+        """Write an export, of kind "external_weights": whatever `write` puts into the new directory it is given.
+
+        Args:
+            run_id: whose adapter it is.
+            name: of the checkpoint.
+            state: the adapter, for what the manifest says about it.
+            metadata: JSON.
+            write: called once.
+            size_bytes: about as much as it will write.
+            ttl_seconds: None keeps it.
+
+        Raises:
+            As `save`, and what `write` raises on purpose.
+        """
+
+        def fill(directory: Path) -> None:
+            os.mkdir(directory / EXPORT_DIRECTORY, 0o700)
+            write(directory / EXPORT_DIRECTORY)
+
+        draft = _draft(run_id, "external_weights", name, state, metadata)
+        return self._commit(draft, fill, size_bytes, overwrite=False, ttl_seconds=ttl_seconds)
+
+    def copy(self, run_id: str, kind: str, name: str, *, to_run: str, ttl_seconds: float | None = None) -> Record:
+        """Copy a checkpoint into another run, under the same name; its files are shared.
+
+        Raises:
+            As `load` and `save`.
+        """
+
+        def work(version: Path) -> Record:
+            found = self._read_manifest(version, run_id, kind, name)
+            manifest.verify(version, found)
+
+            def fill(directory: Path) -> None:
+                for part in (array_files.DIRECTORY, EXPORT_DIRECTORY):
+                    if (version / part).is_dir():
+                        shutil.copytree(version / part, directory / part, copy_function=_share)
+
+            return self._commit(replace(found, run_id=to_run), fill, found.size_bytes, False, ttl_seconds)
+
+        return self._reading(run_id, kind, name, work)
+
+    def _commit(
+        self, draft: Manifest, fill: Fill, size_bytes: int, overwrite: bool, ttl_seconds: float | None
+    ) -> Record:
+        run_id, kind, name = draft.run_id, draft.kind, draft.name
         directory = checkpoint_directory(self._runs, run_id, kind, name)
         run_place = run_directory(self._runs, run_id)
-        arrays = array_files.flatten(state)
-        draft = Manifest(
-            run_id=run_id,
-            kind=kind,
-            name=name,
-            created=time.time(),
-            spec=state.spec,
-            step=state.step,
-            arrays={key: array.shape for key, array in arrays.items()},
-            metadata=metadata,
-        )
-        manifest.seal({"metadata": metadata}, "metadata")
+        sealed.seal({"metadata": draft.metadata}, "metadata")
         try:
             files.make_directories(run_place)
             self._sweep_once()
             with files.locked(run_place):
                 if not overwrite:
                     self._refuse_taken(directory, draft)
-                return self._save(directory, draft, arrays)
+                record = self._write_version(directory, draft, fill, size_bytes, ttl_seconds)
         except JaxClientError:
             raise
         except Exception as error:
             # Orbax reports a failed write as ValueError, the system as OSError.
             raise RequestFailedError(
-                f"checkpoint {kind}/{name} of run {run_id} was not saved: {_first_line(error)}. It needs about "
-                f"{array_files.size_bytes(arrays)} bytes under {self._runs}, {_free_bytes(self._runs)} are free. "
+                f"checkpoint {kind}/{name} of run {run_id} was not saved: {first_line(error)}. It needs about "
+                f"{size_bytes} bytes under {self._runs}, {_free_bytes(self._runs)} are free. "
                 "Earlier checkpoints are as they were; make room or check the disk, and save again."
             ) from error
+        version = newest_version(directory)
+        if self._mirror is not None and version is not None:
+            self._mirror.push(_place(directory), version)
+        return record
 
     def _refuse_taken(self, directory: Path, draft: Manifest) -> None:
-        version = _newest_version(directory)
+        version = newest_version(directory)
         if version is None:
             return
         try:
@@ -135,21 +214,28 @@ class CheckpointStore:
             category="user",
         )
 
-    def _save(self, directory: Path, draft: Manifest, arrays: dict[str, Any]) -> Record:
+    def _write_version(
+        self, directory: Path, draft: Manifest, fill: Fill, size_bytes: int, ttl_seconds: float | None
+    ) -> Record:
         files.make_directories(directory)
-        need, free = array_files.size_bytes(arrays) + _SPARE_BYTES, _free_bytes(directory)
+        need, free = size_bytes + _SPARE_BYTES, _free_bytes(directory)
         if need > free:
             raise OSError(f"{need} bytes are needed, {free} are free")
-        older = _versions(directory)
-        number = max((int(path.name) for path in older), default=0) + 1
+        older = versions(directory)
+        number = int(older[-1].name) + 1 if older else 1
+        expires = None if ttl_seconds is None else Deadline.after(ttl_seconds, clock.now())
+        # An overwrite is the same checkpoint to those it was published to.
+        tag = Label(expires=expires, public=bool(older) and label.read_or_none_set(older[-1]).public)
         with files.temporary_directory(directory) as temporary:
-            array_files.write(temporary / array_files.DIRECTORY, arrays)
+            fill(temporary)
             written = manifest.write(temporary, draft)
+            if tag != Label():
+                label.write(temporary, tag)
             files.fsync_tree(temporary)
             files.move(temporary, directory / f"{number:06d}")
         for path in older:
             _remove_quietly(path)
-        return _record(written)
+        return _record(written, tag)
 
     def _sweep_once(self) -> None:
         """Remove the leftovers of crashes, except in runs that another process is writing."""
@@ -161,35 +247,50 @@ class CheckpointStore:
             # Another user's run that cannot be tidied is no reason to refuse a save.
             with contextlib.suppress(OSError), files.locked(directory, wait=False) as held:
                 if held:
-                    kinds = [directory / kind for kind in KINDS]
-                    for place in (directory, *kinds, *(child for kind in kinds for child in _children(kind))):
+                    places = [directory]
+                    for kind in KINDS:
+                        for child in children(directory / kind):
+                            places += [child, *versions(child)]
+                        places.append(directory / kind)
+                    for place in places:
                         files.sweep(place)
 
     def load(self, run_id: str, kind: str, name: str) -> tuple[AdapterState, Record]:
         """Read a checkpoint after comparing every file with its hash.
 
         Raises:
-            NotFoundError: there is none of this name.
+            BadRequestError: it is an export.
+            NotFoundError: there is none of this name, here or in the mirror.
             RequestFailedError: a file is missing or damaged; the message names it and the newest good checkpoint.
             UnsupportedError: a newer version of this package wrote it.
         """
+        if kind == "external_weights":
+            raise BadRequestError(
+                f"checkpoint {kind}/{name} of run {run_id} is an export, which is not loaded from here. Load what "
+                "save_state saved, or import the exported files as a new run."
+            )
 
         def read(version: Path) -> tuple[AdapterState, Record]:
-            found = self._read_manifest(version, run_id, kind, name)
-            manifest.verify(version, found)
-            restored = array_files.read(version / array_files.DIRECTORY)
+            with files.reading(version / manifest.FILE_NAME):
+                found = self._read_manifest(version, run_id, kind, name)
+                manifest.verify(version, found)
+                restored = array_files.read(version / array_files.DIRECTORY)
             shapes = {key: array.shape for key, array in restored.items()}
             if shapes != found.arrays or any(array.dtype != "float32" for array in restored.values()):
                 raise DamagedError(f"{version / array_files.DIRECTORY} holds other arrays than its manifest lists")
-            return array_files.unflatten(restored, found.spec, found.step), _record(found)
+            tag = label.read_or_none_set(version)
+            return array_files.unflatten(restored, found.spec, found.step), _record(found, tag)
 
         return self._reading(run_id, kind, name, read)
 
     def record(self, run_id: str, kind: str, name: str) -> Record:
         """Return what is known of a checkpoint; its arrays are not looked at. Raises as `load` does."""
-        return self._reading(
-            run_id, kind, name, lambda version: _record(self._read_manifest(version, run_id, kind, name))
-        )
+
+        def read(version: Path) -> Record:
+            found = self._read_manifest(version, run_id, kind, name)
+            return _record(found, label.read_or_none_set(version))
+
+        return self._reading(run_id, kind, name, read)
 
     def verify(self, run_id: str, kind: str, name: str) -> Record:
         """Compare every file of a checkpoint with its hash, without reading arrays. Raises as `load` does."""
@@ -197,29 +298,79 @@ class CheckpointStore:
         def check(version: Path) -> Record:
             found = self._read_manifest(version, run_id, kind, name)
             manifest.verify(version, found)
-            return _record(found)
+            return _record(found, label.read(version))
 
         return self._reading(run_id, kind, name, check)
 
+    def exported_files(self, run_id: str, name: str) -> dict[str, Path]:
+        """Return the files of an export after comparing them with their hashes, by name. Raises as `load` does."""
+
+        def check(version: Path) -> dict[str, Path]:
+            found = self._read_manifest(version, run_id, "external_weights", name)
+            manifest.verify(version, found)
+            return {file.removeprefix(f"{EXPORT_DIRECTORY}/"): version / file for file in found.files}
+
+        return self._reading(run_id, "external_weights", name, check)
+
     def exists(self, run_id: str, kind: str, name: str) -> bool:
-        """Say whether a checkpoint of this name was saved."""
-        return _newest_version(checkpoint_directory(self._runs, run_id, kind, name)) is not None
+        """Say whether a checkpoint of this name is on this disk."""
+        return newest_version(checkpoint_directory(self._runs, run_id, kind, name)) is not None
 
     def list(self, run_id: str | None = None) -> Records:
         """Return the checkpoints of a run, or of all, oldest first; one with a damaged manifest is logged instead."""
-        runs = self._run_ids() if run_id is None else [run_id]
-        records = [record for run in runs for record in self._records(run)]
+        ids = self._run_ids() if run_id is None else [run_id]
+        places = {key: version for one in ids for key, version in self._newest_versions(one)}
+        stamps = {
+            key: stamp(version / manifest.FILE_NAME, version / label.FILE_NAME) for key, version in places.items()
+        }
+
+        def read(key: Key) -> Mapping[str, Any] | None:
+            try:
+                return asdict(self.record(*key))
+            except (NotFoundError, UnsupportedError, RequestFailedError) as error:
+                logger.warning("%s", error)
+                return None
+
+        found = self._catalogue.look_up("checkpoints", stamps, read, run_id)
+        records = [Record(**entry) for entry in found]
         return sorted(records, key=lambda record: (record.created, record.run_id, record.kind, record.name))
 
+    def set_ttl(self, run_id: str, kind: str, name: str, ttl_seconds: float | None) -> Record:
+        """Let a checkpoint end so many seconds from now, or never. Raises as `delete` does."""
+        expires = None if ttl_seconds is None else Deadline.after(ttl_seconds, clock.now())
+        return self._relabel(run_id, kind, name, lambda tag: replace(tag, expires=expires))
+
+    def set_public(self, run_id: str, kind: str, name: str, public: bool) -> Record:
+        """Publish a checkpoint, or take that back. Raises as `delete` does."""
+        return self._relabel(run_id, kind, name, lambda tag: replace(tag, public=public))
+
+    def _relabel(self, run_id: str, kind: str, name: str, change: Callable[[Label], Label]) -> Record:
+        self.record(run_id, kind, name)
+        directory = checkpoint_directory(self._runs, run_id, kind, name)
+        try:
+            with files.locked(run_directory(self._runs, run_id)):
+                version = newest_version(directory)
+                if version is None:
+                    raise self._not_found(run_id, kind, name)
+                label.write(version, change(label.read_or_none_set(version)))
+        except OSError as error:
+            raise RequestFailedError(
+                f"checkpoint {kind}/{name} of run {run_id} was not changed: {first_line(error)}. "
+                f"Check that {directory} is writable and has room."
+            ) from error
+        if self._mirror is not None:
+            self._mirror.push_label(_place(directory), version / label.FILE_NAME)
+        return self.record(run_id, kind, name)
+
     def delete(self, run_id: str, kind: str, name: str) -> None:
-        """Delete a checkpoint, damaged or not.
+        """Delete a checkpoint, damaged or not, here and in the mirror.
 
         Raises:
             NotFoundError: there is none of this name.
             RequestFailedError: the disk failed.
         """
         directory = checkpoint_directory(self._runs, run_id, kind, name)
-        if _newest_version(directory) is None:
+        if newest_version(directory) is None:
             raise self._not_found(run_id, kind, name)
         try:
             with files.locked(run_directory(self._runs, run_id)):
@@ -228,70 +379,53 @@ class CheckpointStore:
             raise self._not_found(run_id, kind, name) from None
         except OSError as error:
             raise RequestFailedError(
-                f"checkpoint {kind}/{name} of run {run_id} was not deleted: {_first_line(error)}. "
+                f"checkpoint {kind}/{name} of run {run_id} was not deleted: {first_line(error)}. "
                 f"Check that {directory.parent} is writable."
             ) from error
+        if self._mirror is not None:
+            self._mirror.delete(_place(directory))
 
-    def put_run(self, run_id: str, metadata: dict[str, Any]) -> None:
-        """Keep what is known of a run, durably, replacing what was kept before.
-
-        Raises:
-            BadRequestError: a malformed id, or metadata that JSON cannot hold.
-            RequestFailedError: the disk failed.
-        """
-        directory = run_directory(self._runs, run_id)
-        data = manifest.seal({"run_id": run_id, "metadata": metadata}, "metadata")
-        try:
-            files.make_directories(directory)
-            with files.locked(directory):
-                files.replace(directory / _RUN_FILE, data)
-        except OSError as error:
-            raise RequestFailedError(
-                f"run {run_id} was not recorded: {_first_line(error)}. Check that {directory} is writable and has room."
-            ) from error
-
-    def run(self, run_id: str) -> dict[str, Any]:
-        """Return what was kept of a run.
-
-        Raises:
-            NotFoundError: nothing was kept.
-            RequestFailedError: the file is damaged.
-        """
-        path = run_directory(self._runs, run_id) / _RUN_FILE
-        try:
-            return manifest.unseal(path.read_bytes(), str(path))["metadata"]
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotFoundError(
-                f"there is no run {run_id!r} under {self._runs}; list the runs to see what is."
-            ) from None
-        except (DamagedError, OSError) as error:
-            raise RequestFailedError(f"run {run_id}: {error}. Its checkpoints can still be loaded.") from error
-
-    def runs(self) -> Runs:
-        """Return every run with what was kept of it; a damaged entry is logged, not listed."""
-        found: Runs = []
-        for run_id in self._run_ids():
-            try:
-                found.append((run_id, self.run(run_id)))
-            except NotFoundError:
+    def sweep_expired(self) -> None:
+        """Delete the checkpoints whose time has passed for certain (see `clock`) and that nobody is reading."""
+        for record in self.list():
+            if record.expires_at is None:
                 continue
-            except RequestFailedError as error:
-                logger.warning("%s", error)
-        return found
+            directory = checkpoint_directory(self._runs, record.run_id, record.kind, record.name)
+            try:
+                with files.locked(run_directory(self._runs, record.run_id), wait=False) as held:
+                    if held and self._ends_now(directory):
+                        files.remove(directory)
+                        if self._mirror is not None:
+                            self._mirror.delete(_place(directory))
+            except OSError as error:
+                logger.warning("the expired checkpoint %s could not be deleted: %s", directory, error)
 
-    def _run_ids(self) -> Iterable[str]:
-        ids = (run_id_of(path) for path in _children(self._runs))
-        return sorted(run_id for run_id in ids if run_id is not None)
+    def _ends_now(self, directory: Path) -> bool:
+        version, moment = newest_version(directory), clock.now()
+        if version is None:
+            return False
+        tag = label.read_or_none_set(version)
+        if tag.expires is None:
+            return False
+        if not tag.expires.passed(moment):
+            observed = tag.expires.observed(moment)
+            if observed != tag.expires:
+                label.write(version, replace(tag, expires=observed))
+            return False
+        return not files.is_read(version / manifest.FILE_NAME)
 
-    def _records(self, run_id: str) -> Iterator[Record]:
+    def repair(self) -> int:
+        """Make the catalogue anew from the files; return how many checkpoints there are."""
+        self._catalogue.forget_all()
+        self.runs()
+        return len(self.list())
+
+    def _newest_versions(self, run_id: str) -> Iterator[tuple[Key, Path]]:
         for kind in KINDS:
-            for directory in _children(run_directory(self._runs, run_id) / kind):
-                if not is_name(directory.name) or _newest_version(directory) is None:
-                    continue
-                try:
-                    yield self.record(run_id, kind, directory.name)
-                except (NotFoundError, UnsupportedError, RequestFailedError) as error:
-                    logger.warning("%s", error)
+            for directory in children(run_directory(self._runs, run_id) / kind):
+                version = newest_version(directory) if is_name(directory.name) else None
+                if version is not None:
+                    yield (run_id, kind, directory.name), version
 
     def _read_manifest(self, version: Path, run_id: str, kind: str, name: str) -> Manifest:
         found = manifest.read(version)
@@ -304,20 +438,20 @@ class CheckpointStore:
     def _reading(self, run_id: str, kind: str, name: str, read: Callable[[Path], T]) -> T:
         directory = checkpoint_directory(self._runs, run_id, kind, name)
         while True:
-            version = _newest_version(directory)
+            version = newest_version(directory) or self._restored(directory, run_id, kind, name)
             if version is None:
                 raise self._not_found(run_id, kind, name)
             try:
                 return read(version)
-            except UnsupportedError:
+            except JaxClientError:
                 raise
             except Exception as error:
                 # An overwrite or delete by another thread or process takes files away under a reader.
-                if _newest_version(directory) != version:
+                if newest_version(directory) != version:
                     continue
                 good = self._newest_good(run_id, kind, name)
                 raise RequestFailedError(
-                    f"checkpoint {kind}/{name} of run {run_id} cannot be loaded: {_first_line(error)}. "
+                    f"checkpoint {kind}/{name} of run {run_id} cannot be loaded: {first_line(error)}. "
                     + (
                         f"The newest good checkpoint of this run is {good}."
                         if good
@@ -325,11 +459,42 @@ class CheckpointStore:
                     )
                 ) from error
 
+    def _restored(self, directory: Path, run_id: str, kind: str, name: str) -> Path | None:
+        """Bring a checkpoint back from the mirror; None if it has none."""
+        if self._mirror is None:
+            return None
+        try:
+            files.make_directories(directory)
+            with (
+                files.locked(run_directory(self._runs, run_id)),
+                files.temporary_directory(directory) as temporary,
+            ):
+                # Another process may have brought it back while this one waited.
+                if (there := newest_version(directory)) is not None:
+                    return there
+                if not self._mirror.fetch(_place(directory), temporary):
+                    return None
+                manifest.verify(temporary, self._read_manifest(temporary, run_id, kind, name))
+                files.fsync_tree(temporary)
+                files.move(temporary, directory / "000001")
+        except Exception as error:
+            raise RequestFailedError(
+                f"checkpoint {kind}/{name} of run {run_id} is not on this disk and could not be brought back from "
+                f"{self._mirror.url}: {first_line(error)}."
+            ) from error
+        finally:
+            # Neither a name that is nowhere nor a failure leaves an empty directory.
+            for place in (directory, directory.parent):
+                with contextlib.suppress(OSError):
+                    os.rmdir(place)
+        logger.info("checkpoint %s/%s of run %s was brought back from %s", kind, name, run_id, self._mirror.url)
+        return directory / "000001"
+
     def _newest_good(self, run_id: str, kind: str, name: str) -> str | None:
         candidates = []
         for other in KINDS:
-            for directory in _children(run_directory(self._runs, run_id) / other):
-                version = _newest_version(directory)
+            for directory in children(run_directory(self._runs, run_id) / other):
+                version = newest_version(directory)
                 if version is None or (other, directory.name) == (kind, name):
                     continue
                 try:
@@ -348,35 +513,49 @@ class CheckpointStore:
         return None
 
     def _not_found(self, run_id: str, kind: str, name: str) -> NotFoundError:
-        names = [path.name for path in _children(run_directory(self._runs, run_id) / kind) if _newest_version(path)]
+        names = [path.name for path in children(run_directory(self._runs, run_id) / kind) if newest_version(path)]
         there = f"of this kind it has {', '.join(names)}" if names else "it has none of this kind"
         return NotFoundError(f"run {run_id!r} has no checkpoint {kind}/{name} under {self._runs}; {there}.")
 
 
-def _children(directory: Path) -> list[Path]:
-    try:
-        return sorted(path for path in directory.iterdir() if not path.name.startswith("."))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+def _draft(run_id: str, kind: str, name: str, state: AdapterState, metadata: dict[str, Any]) -> Manifest:
+    return Manifest(
+        run_id=run_id,
+        kind=kind,
+        name=name,
+        created=time.time(),
+        spec=state.spec,
+        step=state.step,
+        arrays={},
+        metadata=metadata,
+    )
 
 
-def _versions(directory: Path) -> list[Path]:
-    return [path for path in _children(directory) if path.name.isascii() and path.name.isdigit()]
-
-
-def _newest_version(directory: Path) -> Path | None:
-    return max(_versions(directory), key=lambda path: int(path.name), default=None)
-
-
-def _record(found: Manifest) -> Record:
+def _record(found: Manifest, tag: Label) -> Record:
     return Record(
         run_id=found.run_id,
         kind=found.kind,
         name=found.name,
         created=found.created,
+        step=found.step,
         size_bytes=found.size_bytes,
         metadata=dict(found.metadata),
+        expires_at=None if tag.expires is None else tag.expires.wall,
+        public=tag.public,
     )
+
+
+def _place(directory: Path) -> str:
+    """Return RUN/KIND/NAME of a checkpoint's directory."""
+    return "/".join(directory.parts[-3:])
+
+
+def _share(source: str, target: str) -> None:
+    """Give a file, which never changes, a second name; copy it where there are no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _remove_quietly(directory: Path) -> None:
@@ -391,7 +570,3 @@ def _free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +18,9 @@ from jax_client.clients.binding import bind, sdk_errors, stands_for
 from jax_client.clients.futures import LocalFuture
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, UnsupportedError
-from jax_client.runs import catalogue
+from jax_client.runs import catalogue, validation
 from jax_client.runs.futures import background
-from jax_client.runs.paths import TinkerPath
+from jax_client.runs.paths import TinkerPath, external_path
 from jax_client.runs.session import Session, live_sessions
 from jax_client.weights.source import known_models, local_models, resolve
 
@@ -189,6 +192,123 @@ class RestClient:
         """Await `delete_checkpoint_from_tinker_path`."""
         return await self.delete_checkpoint_from_tinker_path(tinker_path)
 
+    def publish_checkpoint_from_tinker_path(self, tinker_path: str) -> tinker.APIFuture[None]:
+        """Mark a checkpoint as public: a note for whoever lists it, since all who see the disk can load from it."""
+        return self._set_public(tinker_path, True)
+
+    async def publish_checkpoint_from_tinker_path_async(self, tinker_path: str) -> None:
+        """Await `publish_checkpoint_from_tinker_path`."""
+        return await self.publish_checkpoint_from_tinker_path(tinker_path)
+
+    def unpublish_checkpoint_from_tinker_path(self, tinker_path: str) -> tinker.APIFuture[None]:
+        """Take back `publish_checkpoint_from_tinker_path`."""
+        return self._set_public(tinker_path, False)
+
+    async def unpublish_checkpoint_from_tinker_path_async(self, tinker_path: str) -> None:
+        """Await `unpublish_checkpoint_from_tinker_path`."""
+        return await self.unpublish_checkpoint_from_tinker_path(tinker_path)
+
+    def set_checkpoint_ttl_from_tinker_path(self, tinker_path: str, ttl_seconds: int | None) -> tinker.APIFuture[None]:
+        """Let a checkpoint end so many seconds from now; None keeps it for ever.
+
+        Args:
+            tinker_path: of any kind.
+            ttl_seconds: an hour to ten years.
+        """
+        path, ttl = TinkerPath.parse(tinker_path), validation.ttl(ttl_seconds)
+
+        def work() -> None:
+            self._session.store.set_ttl(path.run_id, path.kind, path.name, ttl)
+
+        return _future(work)
+
+    async def set_checkpoint_ttl_from_tinker_path_async(self, tinker_path: str, ttl_seconds: int | None) -> None:
+        """Await `set_checkpoint_ttl_from_tinker_path`."""
+        return await self.set_checkpoint_ttl_from_tinker_path(tinker_path, ttl_seconds)
+
+    def get_external_weights_urls(self, tinker_path: str) -> tinker.APIFuture[types.ExternalWeightsUrlsResponse]:
+        """Give a file:// URL for each file of an export, by its name; they hold for as long as the export does.
+
+        Args:
+            tinker_path: of `save_weights_external`.
+        """
+        path = external_path(tinker_path, "get_external_weights_urls")
+
+        def urls() -> types.ExternalWeightsUrlsResponse:
+            store = self._session.store
+            found = store.exported_files(path.run_id, path.name)
+            ends = store.record(path.run_id, path.kind, path.name).expires_at
+            return types.ExternalWeightsUrlsResponse(
+                urls={name: file.as_uri() for name, file in found.items()},
+                expires=datetime.max.replace(tzinfo=UTC) if ends is None else datetime.fromtimestamp(ends, UTC),
+            )
+
+        return _future(urls)
+
+    async def get_external_weights_urls_async(self, tinker_path: str) -> types.ExternalWeightsUrlsResponse:
+        """Await `get_external_weights_urls`."""
+        return await self.get_external_weights_urls(tinker_path)
+
+    def copy_weights(
+        self,
+        path: str,
+        destination_project_id: str | None = None,
+        *,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> tinker.APIFuture[str]:
+        """Copy a checkpoint into a project, as the only one of a new run that nobody trains; no bytes are copied.
+
+        Args:
+            path: of any kind.
+            destination_project_id: default `$TINKER_PROJECT_ID`.
+            ttl_seconds: of the copy, an hour to ten years; None keeps it for ever.
+            weights_access_token: not needed for checkpoints of this machine.
+
+        Returns:
+            The future of the copy's path.
+
+        Raises:
+            BadRequestError: no project is given, or the path or the lifetime is malformed.
+        """
+        project = destination_project_id or os.environ.get("TINKER_PROJECT_ID")
+        if not project:
+            raise BadRequestError("copy_weights: give destination_project_id, or set TINKER_PROJECT_ID.")
+        source, ttl = TinkerPath.parse(path), validation.ttl(ttl_seconds)
+        return _future(lambda: str(catalogue.copy_into_project(self._session.store, source, project, ttl)))
+
+    async def copy_weights_async(
+        self,
+        path: str,
+        destination_project_id: str | None = None,
+        *,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> str:
+        """Await `copy_weights`."""
+        return await self.copy_weights(
+            path, destination_project_id, ttl_seconds=ttl_seconds, weights_access_token=weights_access_token
+        )
+
+    def assign_session_project(self, session_id: str, project_id: str) -> tinker.APIFuture[None]:
+        """Put every run of a session, and those that it will make, into a project."""
+
+        def assign() -> None:
+            runs = [(run, about) for run, about in self._runs() if about["session_id"] == session_id]
+            live = self._live().get(session_id)
+            if live is None and not runs:
+                raise _no_session(session_id)
+            if live is not None:
+                live.info = replace(live.info, project_id=project_id)
+            for run, about in runs:
+                self._session.store.put_run(run, {**about, "project_id": project_id})
+
+        return _future(assign)
+
+    async def assign_session_project_async(self, session_id: str, project_id: str) -> None:
+        """Await `assign_session_project`."""
+        return await self.assign_session_project(session_id, project_id)
+
     def get_session(self, session_id: str, access_scope: Scope = "owned") -> tinker.APIFuture[types.GetSessionResponse]:
         """Give a session's runs, and its samplers if it lives in this process."""
 
@@ -196,7 +316,7 @@ class RestClient:
             runs = [(run, about) for run, about in self._runs() if about["session_id"] == session_id]
             live = self._live().get(session_id)
             if live is None and not runs:
-                raise NotFoundError(f"there is no session {session_id!r}; list_sessions() lists them.")
+                raise _no_session(session_id)
             about = runs[0][1] if runs else {}
             return types.GetSessionResponse(
                 training_run_ids=[run for run, _ in runs],
@@ -247,6 +367,14 @@ class RestClient:
         """Await `get_sampler`."""
         return await self.get_sampler(sampler_id)
 
+    def _set_public(self, tinker_path: str, public: bool) -> LocalFuture[None]:
+        path = TinkerPath.parse(tinker_path)
+
+        def work() -> None:
+            self._session.store.set_public(path.run_id, path.kind, path.name, public)
+
+        return _future(work)
+
     def _run(self, run_id: str) -> types.TrainingRun:
         store = self._session.store
         return catalogue.training_run(run_id, store.run(run_id), store.list(run_id))
@@ -261,6 +389,10 @@ class RestClient:
     def _live(self) -> dict[str, Session]:
         home: Path = self._session.state_dir
         return {key: session for key, session in live_sessions.items() if session.state_dir == home}
+
+
+def _no_session(session_id: str) -> NotFoundError:
+    return NotFoundError(f"there is no session {session_id!r}; list_sessions() lists them.")
 
 
 def _future(work: Callable[[], Any]) -> LocalFuture[Any]:
@@ -290,12 +422,6 @@ def _check_page(limit: Any, offset: Any) -> None:
 
 
 _REFUSED = {
-    "get_external_weights_urls": "adapters are not exported in this release",
-    "publish_checkpoint_from_tinker_path": "checkpoints of this machine are not published",
-    "unpublish_checkpoint_from_tinker_path": "checkpoints of this machine are not published",
-    "set_checkpoint_ttl_from_tinker_path": "give ttl_seconds when saving",
-    "copy_weights": "all projects of this machine share its checkpoints, use the path as it is",
-    "assign_session_project": "give project_id to the ServiceClient",
     "export_session_trace": "sessions are not traced",
     "search_sessions": "use list_sessions",
     "whoami": "there are no accounts on this machine",

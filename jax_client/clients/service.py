@@ -21,8 +21,8 @@ from jax_client.clients.rest import RestClient
 from jax_client.clients.sampling import BackcompatSamplingClientFuture, SamplingClient, open_sampling_client
 from jax_client.clients.training import BackcompatTrainingClientFuture, TrainingClient, note_access_token
 from jax_client.config import EngineConfig
-from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
-from jax_client.runs import validation
+from jax_client.errors import BadRequestError, BadTypeError
+from jax_client.runs import autosave, validation
 from jax_client.runs.futures import background
 from jax_client.runs.paths import training_path
 from jax_client.runs.run import create_run, resume_run
@@ -107,6 +107,8 @@ class ServiceClient:
             display_name=display_name,
         )
         self._session = Session(config, info)
+        if self._session.config.autosave_minutes is not None:
+            autosave.handle_sigterm()
 
     def __enter__(self) -> Self:
         self._session.check_open()
@@ -292,14 +294,9 @@ class ServiceClient:
     def copy_weights(
         self, path: str, *, ttl_seconds: int | None = None, weights_access_token: str | None = None
     ) -> tinker.APIFuture[str]:
-        """Refuse: there are no other projects to copy to or from.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError(
-            "ServiceClient.copy_weights is not served in-process: all projects of this machine share its checkpoints, "
-            "use the path as it is."
+        """Copy a checkpoint into this client's project. Arguments as `RestClient.copy_weights`."""
+        return self.create_rest_client().copy_weights(
+            path, self._session.info.project_id, ttl_seconds=ttl_seconds, weights_access_token=weights_access_token
         )
 
     def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:

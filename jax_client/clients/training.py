@@ -231,24 +231,30 @@ class TrainingClient:
     def save_weights_external(
         self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: list[str] | None = None
     ) -> tinker.APIFuture[types.SaveWeightsExternalResponse]:
-        """Refuse: adapters are not exported in this release.
+        """Save the adapter as peft does, as `tinker://RUN/external_weights/NAME`.
+
+        `RestClient.get_external_weights_urls` says where its files are: adapter_config.json and
+        adapter_model.safetensors, which `peft.PeftModel.from_pretrained`, vLLM and SGLang load. Before the future
+        resolves the files are read back and compared with the live adapter.
+
+        Args:
+            name: of the export.
+            ttl_seconds: delete it after so long; None keeps it.
+            age_encryption_recipients: must be None.
 
         Raises:
-            UnsupportedError: always.
+            UnsupportedError: encryption was asked for.
         """
         if age_encryption_recipients is not None:
             raise UnsupportedError(
                 "save_weights_external: age_encryption_recipients is not supported, exports are not encrypted."
             )
-        raise UnsupportedError(
-            "save_weights_external is not supported in this release. save_weights_for_sampler saves weights that "
-            "create_sampling_client serves."
-        )
+        return LocalFuture(self._run.export(name, ttl_seconds))
 
     async def save_weights_external_async(
         self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: list[str] | None = None
     ) -> tinker.APIFuture[types.SaveWeightsExternalResponse]:
-        """Refuse, as `save_weights_external`."""
+        """Give the future of `save_weights_external`."""
         return (await self._ready()).save_weights_external(name, ttl_seconds, age_encryption_recipients)
 
     def get_info(self) -> types.GetInfoResponse:

@@ -46,6 +46,28 @@ class Snapshot:
     version: int = field(default_factory=itertools.count(1).__next__)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Held:
+    """An adapter at one moment. Arrays are immutable: holding them costs nothing until the adapter has others."""
+
+    spec: LoraSpec
+    step: int
+    weights: Weights
+    mu: Weights | None
+    nu: Weights | None
+
+    def fetch(self) -> AdapterState:
+        """Copy it to the host. Blocks; call it off the dispatch thread."""
+        host = [None if tree is None else jax.device_get(flatten(tree)) for tree in (self.weights, self.mu, self.nu)]
+        return AdapterState(spec=self.spec, step=self.step, weights=host[0] or {}, mu=host[1], nu=host[2])
+
+
+def hold(adapter: Adapter, optimizer: bool) -> Held:
+    """Return the adapter as it is now, with Adam's moments if asked."""
+    moments = (adapter.mu, adapter.nu) if optimizer else (None, None)
+    return Held(spec=adapter.spec, step=adapter.step, weights=adapter.weights, mu=moments[0], nu=moments[1])
+
+
 def _shapes(c: ModelConfig, spec: LoraSpec) -> dict[str, dict[str, dict[str, tuple[Any, Any, int]]]]:
     """Return {"layers" | "unembed": {module: {"A" | "B": (shape, axes, fan_in)}}}."""
     L, D, F, K, G, H, R = c.n_layers, c.d_model, c.d_ff, c.n_kv_heads, c.group, c.head_dim, spec.rank
@@ -141,9 +163,3 @@ def _nest(flat: dict[str, Any]) -> Weights:
         owner = tree["unembed"] if module == "unembed" else tree["layers"].setdefault(module, {})
         owner[part] = array
     return tree
-
-
-def to_state(spec: LoraSpec, step: int, weights: Weights, mu: Weights | None, nu: Weights | None) -> AdapterState:
-    """Fetch an adapter to the host. Blocks; call it off the dispatch thread."""
-    host = [None if tree is None else jax.device_get(flatten(tree)) for tree in (weights, mu, nu)]
-    return AdapterState(spec=spec, step=step, weights=host[0] or {}, mu=host[1], nu=host[2])

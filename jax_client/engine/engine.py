@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax_client.config import EngineConfig, default_compilation_cache_dir
 from jax_client.engine import adapters, memory, packing, probe
 from jax_client.engine.accounting import Work
-from jax_client.engine.adapters import Adapter, Snapshot
+from jax_client.engine.adapters import Adapter, Held, Snapshot
 from jax_client.engine.attention_choice import choose_attention
 from jax_client.engine.compiled import Cause, CompileRecord, enable_compilation_cache
 from jax_client.engine.dispatch import Dispatcher, Lane, Task
@@ -187,14 +187,21 @@ class Engine:
 
         return self._submit(lane, task())
 
-    def read_state(self, lane: Lane, adapter: Adapter, optimizer: bool) -> Future[AdapterState]:
-        """Fetch the adapter to the host, with Adam's moments if asked."""
+    def hold_state(self, lane: Lane, adapter: Adapter, optimizer: bool) -> Future[Held]:
+        """Return the adapter as of this place in its lane, with Adam's moments if asked, to be fetched to the host.
 
-        def task() -> Task[AdapterState]:
-            moments = (adapter.mu, adapter.nu) if optimizer else (None, None)
-            return (yield partial(adapters.to_state, adapter.spec, adapter.step, adapter.weights, *moments))
+        The lane goes on at once. A lane of its own reads between two turns of the device, whatever else is queued.
+        """
+
+        def task() -> Task[Held]:
+            return adapters.hold(adapter, optimizer)
+            yield
 
         return self._submit(lane, task())
+
+    def hold_at_rest(self, adapter: Adapter) -> Held:
+        """As `hold_state`, with moments, of a closed engine: nothing changes its adapters any more."""
+        return adapters.hold(adapter, True)
 
     def load_adapter(self, lane: Lane, state: AdapterState) -> Future[Adapter]:
         """Make an adapter from a saved state; a fresh optimizer where the state has no moments."""

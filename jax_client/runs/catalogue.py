@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from tinker import types
 
 from jax_client.engine.requests import LoraSpec
-from jax_client.errors import BadRequestError
+from jax_client.errors import BadRequestError, NotFoundError
+from jax_client.runs.paths import TinkerPath
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.store import CheckpointStore, Record
@@ -38,18 +40,24 @@ def checkpoint_metadata(
     spec: LoraSpec,
     *,
     step: int,
-    optimizer: bool,
-    ttl_seconds: int | None,
+    optimizer: Mapping[str, Any] | None,
     user_metadata: Mapping[str, str] | None,
 ) -> dict[str, Any]:
-    """Return what a checkpoint must know for `create_training_client_from_state` and for the listings."""
+    """Return what a checkpoint must know for `create_training_client_from_state` and for the listings.
+
+    Args:
+        lease: the base model.
+        spec: of the adapter.
+        step: optimizer steps taken.
+        optimizer: the settings of the last one, None if the optimizer's state is not part of the checkpoint.
+        user_metadata: kept with it.
+    """
     return {
         "base_model": lasting_name(lease.name),
         "base_fingerprint": lease.model.fingerprint,
         "spec": asdict(spec),
         "step": step,
-        "optimizer": optimizer,
-        "expires_at": None if ttl_seconds is None else time.time() + ttl_seconds,
+        "optimizer": None if optimizer is None else dict(optimizer),
         "user_metadata": None if user_metadata is None else dict(user_metadata),
     }
 
@@ -100,17 +108,23 @@ def _path(record: Record) -> str:
     return f"tinker://{record.run_id}/{record.kind}/{record.name}"
 
 
-def sweep_expired(store: CheckpointStore) -> None:
-    """Delete the checkpoints whose time to live has passed."""
-    for record in store.list():
-        expires_at = record.metadata.get("expires_at")
-        if expires_at is not None and expires_at < time.time():
-            store.delete(record.run_id, record.kind, record.name)
+def copy_into_project(store: CheckpointStore, source: TinkerPath, project_id: str, ttl: int | None) -> TinkerPath:
+    """Copy a checkpoint into a new run of a project, and return where it is."""
+    try:
+        about = store.run(source.run_id)
+    except NotFoundError:  # its checkpoints tell enough
+        saved = store.record(source.run_id, source.kind, source.name).metadata
+        about = {"base_model": saved["base_model"], "spec": saved["spec"]}
+    session_id = str(uuid.uuid4())
+    run_id = f"{session_id}:train:0"
+    store.copy(source.run_id, source.kind, source.name, to_run=run_id, ttl_seconds=ttl)
+    now = {"session_id": session_id, "created": time.time(), "project_id": project_id}
+    store.put_run(run_id, {**about, **now})
+    return replace(source, run_id=run_id)
 
 
 def checkpoint(record: Record) -> types.Checkpoint:
     """Show a record as the API does."""
-    expires_at = record.metadata.get("expires_at")
     return types.Checkpoint(
         checkpoint_id=f"{record.kind}/{record.name}",
         checkpoint_type=_TYPES[record.kind],
@@ -118,7 +132,8 @@ def checkpoint(record: Record) -> types.Checkpoint:
         tinker_path=_path(record),
         size_bytes=record.size_bytes,
         user_metadata=record.metadata.get("user_metadata"),
-        expires_at=None if expires_at is None else datetime.fromtimestamp(expires_at, UTC),
+        expires_at=None if record.expires_at is None else datetime.fromtimestamp(record.expires_at, UTC),
+        public=record.public,
     )
 
 

@@ -81,6 +81,25 @@ def training_path(text: object, method: str) -> TinkerPath:
     return path
 
 
+def external_path(text: object, method: str) -> TinkerPath:
+    """Parse the path of an export.
+
+    Args:
+        text: the path.
+        method: the method that was called, for the message.
+
+    Raises:
+        BadRequestError: malformed, or not of kind external_weights.
+    """
+    path = TinkerPath.parse(text)
+    if path.kind != "external_weights":
+        raise BadRequestError(
+            f"{method} got {path}, which is of kind {path.kind}; expected tinker://RUN/external_weights/NAME. "
+            "Call TrainingClient.save_weights_external and use the path that it returns."
+        )
+    return path
+
+
 def sampler_path(text: object, method: str) -> TinkerPath:
     """Parse the path of weights to sample from.
 

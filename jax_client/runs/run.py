@@ -14,16 +14,19 @@ from tinker import types
 
 from jax_client.engine.requests import AdapterState, CustomLoss, LoraSpec
 from jax_client.errors import NotFoundError
-from jax_client.runs import catalogue, convert, validation
+from jax_client.runs import autosave, catalogue, convert, validation
 from jax_client.runs.engines import Lease
 from jax_client.runs.futures import then
+from jax_client.runs.keeper import Keeper
 from jax_client.runs.order import RequestOrder
 from jax_client.runs.paths import TinkerPath, training_path
 from jax_client.runs.sampler import Published, Sampler
 from jax_client.runs.session import Session
 
 if TYPE_CHECKING:
+    from jax_client.checkpoint.owner import Claim
     from jax_client.checkpoint.store import Record
+    from jax_client.engine.adapters import Held
 
 # The runs whose loss function is running in this context.
 _inside_loss: ContextVar[frozenset[str]] = ContextVar("jax_client_inside_loss", default=frozenset())
@@ -40,21 +43,21 @@ class Run:
         lease: the base model.
         lane: the engine's queue for this run.
         adapter: the engine's handle.
-        spec: the adapter's configuration.
-        run_id: `SESSION:train:N`.
+        keeper: writes this run's checkpoints, also after the run itself is forgotten.
     """
 
-    def __init__(self, session: Session, lease: Lease, lane: Any, adapter: Any, spec: LoraSpec, run_id: str) -> None:
+    def __init__(self, session: Session, lease: Lease, lane: Any, adapter: Any, keeper: Keeper) -> None:
         self.session = session
         self.lease = lease
-        self.spec = spec
-        self.run_id = run_id
+        self.spec = keeper.spec
+        self.run_id = keeper.run_id
+        self._keeper = keeper
         self._engine = lease.model.engine
         self._lane = lane
         self._adapter = adapter
         self._order = RequestOrder()
         self._published = Published()
-        weakref.finalize(self, self._engine.release, adapter).atexit = False
+        weakref.finalize(self, autosave.forget, keeper).atexit = False
 
     def _request(self, start: Callable[[], Future[Any]], *, after: Future[Any] | None = None) -> Future[Any]:
         """Submit to the engine in order, unless the session is closed or the caller is this run's own loss function."""
@@ -133,6 +136,7 @@ class Run:
         """Take one AdamW step with the accumulated gradients, and clear them."""
         self._check_usable()
         settings = validation.adam_settings(optim_params, adam_params)
+        self._keeper.optimizer_config = settings
         source = self._request(lambda: self._engine.optim_step(self._lane, self._adapter, settings))
         return self._answer(source, lambda metrics: types.OptimStepResponse(metrics=convert.metrics(metrics)))
 
@@ -148,30 +152,36 @@ class Run:
         self._check_usable()
         path = TinkerPath(run_id=self.run_id, kind=kind, name=validation.checkpoint_name(name))
         ttl, about = validation.ttl(ttl_seconds), validation.user_metadata(user_metadata)
-        optimizer = kind == "weights"
-        state = self._request(lambda: self._engine.read_state(self._lane, self._adapter, optimizer))
+        optimizer, keeper = kind == "weights", self._keeper
+        held = self._request(lambda: self._engine.hold_state(self._lane, self._adapter, optimizer))
 
-        def write(state: AdapterState) -> Any:
-            self.session.store.save(
-                run_id=self.run_id,
-                kind=kind,
-                name=path.name,
-                state=state,
-                metadata=catalogue.checkpoint_metadata(
-                    self.lease,
-                    self.spec,
-                    step=state.step,
-                    optimizer=optimizer,
-                    ttl_seconds=ttl,
-                    user_metadata=None if user_metadata is None else about,
-                ),
+        def write(held: Held) -> Any:
+            keeper.write(
+                held.fetch(),
+                kind,
+                path.name,
+                ttl_seconds=ttl,
+                user_metadata=None if user_metadata is None else about,
                 overwrite=overwrite,
             )
             if optimizer:
                 return types.SaveWeightsResponse(path=str(path), type="save_weights")
             return types.SaveWeightsForSamplerResponse(path=str(path), type="save_weights_for_sampler")
 
-        return self.session.track(self.session.save(str(path), state, write))
+        return self.session.track(self.session.save(str(path), held, write))
+
+    def export(self, name: Any, ttl_seconds: Any) -> Future[types.SaveWeightsExternalResponse]:
+        """Write the adapter in the form that peft reads; the future resolves after it is durable and checked."""
+        self._check_usable()
+        path = TinkerPath(run_id=self.run_id, kind="external_weights", name=validation.checkpoint_name(name))
+        ttl, keeper = validation.ttl(ttl_seconds), self._keeper
+        held = self._request(lambda: self._engine.hold_state(self._lane, self._adapter, False))
+
+        def write(held: Held) -> Any:
+            keeper.export(held.fetch(), path.name, ttl_seconds=ttl)
+            return types.SaveWeightsExternalResponse(path=str(path))
+
+        return self.session.track(self.session.save(str(path), held, write))
 
     def load(self, text: Any, *, optimizer: bool, method: str) -> Future[types.LoadWeightsResponse]:
         """Replace the adapter's weights, and its optimizer state if asked for; drop the accumulated gradients."""
@@ -232,7 +242,7 @@ def create_run(
     lease = session.base_model(base_model).result()
     lane = lease.model.engine.open_lane()
     adapter = lease.model.engine.create_adapter(lane, spec).result()
-    return _keep(Run(session, lease, lane, adapter, spec, run_id), user_metadata)
+    return _open(session, run_id, lease, lane, adapter, spec, user_metadata, step=0)
 
 
 def resume_run(
@@ -259,19 +269,40 @@ def resume_run(
     if user_metadata is None:
         with contextlib.suppress(NotFoundError):
             user_metadata = session.store.run(path.run_id).get("user_metadata")
-    return _keep(Run(session, lease, lane, adapter, spec, run_id), user_metadata)
+    return _open(session, run_id, lease, lane, adapter, spec, user_metadata, step=state.step)
 
 
-def _keep(run: Run, user_metadata: Mapping[str, str] | None) -> Run:
-    session = run.session
+def _open(
+    session: Session,
+    run_id: str,
+    lease: Lease,
+    lane: Any,
+    adapter: Any,
+    spec: LoraSpec,
+    user_metadata: Mapping[str, str] | None,
+    *,
+    step: int,
+) -> Run:
     metadata = catalogue.run_metadata(
         session_id=session.session_id,
-        base_model=catalogue.lasting_name(run.lease.name),
-        spec=run.spec,
+        base_model=catalogue.lasting_name(lease.name),
+        spec=spec,
         user_metadata=user_metadata,
         project_id=session.info.project_id,
         display_name=session.info.display_name,
         session_metadata=session.info.user_metadata,
     )
-    session.on_disk(lambda: session.store.put_run(run.run_id, metadata)).result()
-    return run
+
+    def record() -> Claim:
+        claim = session.store.claim(run_id)
+        try:
+            session.store.put_run(run_id, metadata)
+        except BaseException:
+            claim.release()
+            raise
+        return claim
+
+    claim = session.on_disk(record).result()
+    keeper = Keeper(store=session.store, lease=lease, adapter=adapter, spec=spec, run_id=run_id, claim=claim, step=step)
+    session.keep(keeper)
+    return Run(session, lease, lane, adapter, keeper)

@@ -16,13 +16,15 @@ from typing import Any, Literal, TypeVar
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import EngineConfig, default_state_dir
 from jax_client.errors import NotFoundError
-from jax_client.runs import engines
-from jax_client.runs.catalogue import sweep_expired
+from jax_client.runs import autosave, engines
 from jax_client.runs.engines import Lease
 from jax_client.runs.futures import background, link, settled
+from jax_client.runs.keeper import Keeper
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+# Most that closing waits for uploads.
+MIRROR_SECONDS = 300.0
 Status = Literal["success", "errored", "interrupted"]
 
 
@@ -81,6 +83,7 @@ class Session:
         self._closed: str | None = None
         self._closing: Future[None] | None = None
         self._store: CheckpointStore | None = None
+        self._keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
         self._disk: ThreadPoolExecutor | None = None
         self._resources = _Resources()
         weakref.finalize(self, _drop, self._resources).atexit = False
@@ -96,8 +99,8 @@ class Session:
         """The checkpoints in `state_dir`, opened on first use."""
         with self._lock:
             if self._store is None:
-                self._store = CheckpointStore(self.state_dir)
-                sweep_expired(self._store)
+                self._store = CheckpointStore(self.state_dir, self.config.mirror)
+                self._store.sweep_expired()
             return self._store
 
     def new_id(self, kind: Literal["train", "sample"]) -> str:
@@ -118,6 +121,11 @@ class Session:
             loading = background(lambda: engines.acquire(name, config), "load")
             self._resources.leases[name] = loading
             return loading
+
+    def keep(self, keeper: Keeper) -> None:
+        """Save a run by itself, as often as the settings say, and when the session is closed."""
+        self._keepers.add(keeper)
+        autosave.watch(keeper, self.config.autosave_minutes)
 
     def track(self, future: Future[T]) -> Future[T]:
         """Count a request as in flight until it is done; closing waits for it."""
@@ -211,6 +219,12 @@ class Session:
         wait(pending)
         if self._disk is not None:
             self._disk.shutdown(wait=True)
+        keepers = list(self._keepers)
+        autosave.save_now(keepers)
+        for keeper in keepers:
+            keeper.end()
+        if self._store is not None and not self._store.flush_mirror(MIRROR_SECONDS):
+            logger.warning("some checkpoints in %s were not copied to %s", self.state_dir, self.config.mirror)
         engines.release_all(_take(self._resources))
 
     def describe(self) -> dict[str, Any]:
@@ -220,7 +234,9 @@ class Session:
         loaded = [load.result().model for load in loads if load.done() and load.exception() is None]
         described = [model.engine.describe() for model in dict.fromkeys(loaded)]
         newest = described[-1] if described else {}
-        own = {"session_id": self.session_id, "state_dir": str(self.state_dir), "engines": described}
+        own: dict[str, Any] = {"session_id": self.session_id, "state_dir": str(self.state_dir), "engines": described}
+        if self.config.mirror is not None:
+            own |= self.store.describe()
         return {**newest, **own}
 
 

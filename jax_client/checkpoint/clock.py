@@ -1,0 +1,92 @@
+"""How long is something kept when clocks jump and machines restart?
+
+The wall clock jumps: set by hand, by a time server, or wrong until one answers after a start. The clock since the boot
+does not, and it goes on while a laptop sleeps, but it says nothing across boots. So a lifetime is told by the clock
+since the boot while the machine runs, and afterwards by the wall clock, which must then insist for an hour.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+GRACE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Moment:
+    """Now, by both clocks.
+
+    Attributes:
+        wall: unix seconds.
+        boot_id: of this start of the machine, "" where the system has none.
+        since_boot: seconds.
+    """
+
+    wall: float
+    boot_id: str
+    since_boot: float
+
+
+def now() -> Moment:
+    """Read both clocks."""
+    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return Moment(wall=time.time(), boot_id=_boot_id(), since_boot=time.clock_gettime(clock))
+
+
+@functools.cache
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deadline:
+    """When something ends.
+
+    Attributes:
+        wall: unix seconds; what is shown.
+        boot_id, since_boot: the same moment by the clock of the boot in which the deadline was set.
+        doubted_in, doubted_since: the boot in which the wall clock was first seen past `wall`, and since when.
+    """
+
+    wall: float
+    boot_id: str
+    since_boot: float
+    doubted_in: str = ""
+    doubted_since: float = 0.0
+
+    @classmethod
+    def after(cls, seconds: float, moment: Moment) -> Deadline:
+        """Return the deadline so many seconds from `moment`."""
+        return cls(wall=moment.wall + seconds, boot_id=moment.boot_id, since_boot=moment.since_boot + seconds)
+
+    @classmethod
+    def of(cls, fields: dict[str, Any] | None) -> Deadline | None:
+        """Undo `dataclasses.asdict`."""
+        return None if fields is None else cls(**fields)
+
+    def passed(self, moment: Moment) -> bool:
+        """Say whether the end has come for certain."""
+        if self.boot_id and self.boot_id == moment.boot_id:
+            return moment.since_boot >= self.since_boot
+        insisted = self._doubted(moment) and moment.since_boot - self.doubted_since >= GRACE_SECONDS
+        return moment.wall >= self.wall and insisted
+
+    def observed(self, moment: Moment) -> Deadline:
+        """Return the deadline with what `moment` adds: the wall clock is past it, for the first time in this boot."""
+        if self.boot_id and self.boot_id == moment.boot_id:
+            return self
+        if moment.wall < self.wall:
+            return replace(self, doubted_in="", doubted_since=0.0)
+        if self._doubted(moment):
+            return self
+        return replace(self, doubted_in=moment.boot_id or "?", doubted_since=moment.since_boot)
+
+    def _doubted(self, moment: Moment) -> bool:
+        return self.doubted_in == (moment.boot_id or "?") and self.doubted_since <= moment.since_boot

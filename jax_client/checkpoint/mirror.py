@@ -1,0 +1,188 @@
+"""How does a checkpoint outlive the disk it was saved on? By a copy in an object store, made after the local commit.
+
+    MIRROR/runs/RUN/KIND/NAME/000001/...        as on the disk; manifest.json is uploaded last
+
+A version without its manifest is no copy. Numbers are the mirror's own: on a fresh disk they begin again at 1, and the
+newest upload must win.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from jax_client.checkpoint import manifest
+from jax_client.errors import BadRequestError
+
+logger = logging.getLogger(__name__)
+
+# Seconds before each attempt of an upload.
+ATTEMPTS = (0.0, 1.0, 5.0)
+
+
+class Mirror:
+    """Copies below an fsspec URL, such as gs://bucket/path. Uploads run one after another on a thread of their own.
+
+    What cannot be uploaded is logged, and tried again before the next upload and at `flush`.
+
+    Args:
+        url: of any file system that fsspec knows.
+
+    Raises:
+        BadRequestError: fsspec does not know it, or the package for it is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        # Takes a third of a second to import.
+        import fsspec
+
+        try:
+            self._fs, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise BadRequestError(f"EngineConfig.mirror is {url!r}, which cannot be opened: {error}.") from error
+        self._root = root.rstrip("/")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="jax_client-mirror")
+        self._lock = threading.Lock()
+        self._owed: dict[str, Callable[[], None]] = {}
+        self._failed: dict[str, str] = {}
+
+    def push(self, place: str, version: Path) -> None:
+        """Copy a version of a checkpoint; `place` is RUN/KIND/NAME as on the disk."""
+        self._later(place, lambda: self._push(place, version))
+
+    def push_file(self, place: str, path: Path) -> None:
+        """Copy one file; `place` is where it lies below the runs."""
+
+        def work() -> None:
+            self._fs.makedirs(self._at(place).rsplit("/", 1)[0], exist_ok=True)
+            self._fs.pipe_file(self._at(place), path.read_bytes())
+
+        self._later(place, work)
+
+    def push_label(self, place: str, label: Path) -> None:
+        """Copy a label to the newest version."""
+
+        def work() -> None:
+            found = self._versions(place)
+            if found:
+                self._fs.pipe_file(f"{found[-1]}/{label.name}", label.read_bytes())
+
+        self._later(f"{place}/{label.name}", work)
+
+    def delete(self, place: str) -> None:
+        """Delete the copy of a checkpoint, manifests first, so that no half of it is ever restored."""
+
+        def work() -> None:
+            for version in reversed(self._versions(place)):
+                self._fs.rm_file(f"{version}/{manifest.FILE_NAME}")
+            if self._fs.exists(self._at(place)):
+                self._fs.rm(self._at(place), recursive=True)
+
+        self._later(place, work)
+
+    def fetch(self, place: str, into: Path) -> bool:
+        """Download the newest whole version into an empty directory; False where there is none."""
+        found = self._versions(place)
+        if not found:
+            return False
+        for remote in self._fs.find(found[-1]):
+            target = into / remote[len(found[-1]) + 1 :]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._fs.get_file(remote, str(target))
+        return True
+
+    def fetch_file(self, place: str) -> bytes | None:
+        """Download one file, None where there is none."""
+        try:
+            return self._fs.cat_file(self._at(place))
+        except FileNotFoundError:
+            return None
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait for the uploads, trying once more what failed; say whether everything is there."""
+        last = self._submit(self._settle_debts)
+        wait([last], timeout)
+        return last.done() and not self._failed
+
+    def describe(self) -> dict[str, Any]:
+        """Return the URL, how many uploads wait, and what failed, by place."""
+        with self._lock:
+            return {"url": self.url, "waiting": len(self._owed) - len(self._failed), "failed": dict(self._failed)}
+
+    def _later(self, place: str, work: Callable[[], None]) -> None:
+        with self._lock:
+            # Only the newest state of a place is worth uploading.
+            self._owed[place] = work
+            self._failed.pop(place, None)
+        self._submit(self._settle_debts)
+
+    def _submit(self, work: Callable[[], None]) -> Future[None]:
+        return self._thread.submit(work)
+
+    def _settle_debts(self) -> None:
+        with self._lock:
+            owed = list(self._owed.items())
+        for place, work in owed:
+            error = _attempt(work)
+            with self._lock:
+                if self._owed.get(place) is not work:
+                    continue
+                if error is None:
+                    del self._owed[place]
+                    self._failed.pop(place, None)
+                    continue
+                self._failed[place] = f"{type(error).__name__}: {error}"
+            logger.warning(
+                "%s is safe on this disk, but was not copied to %s (%s); it is tried again with the next save",
+                place,
+                self.url,
+                error,
+            )
+
+    def _push(self, place: str, version: Path) -> None:
+        # An overwrite may have taken the version away since; then a newer upload is waiting.
+        if not (version / manifest.FILE_NAME).exists():
+            return
+        older = self._numbered(place)
+        number = max((int(path.rsplit("/", 1)[1]) for path in older), default=0) + 1
+        remote = f"{self._at(place)}/{number:06d}"
+        paths = sorted(path for path in version.rglob("*") if path.is_file() and path.name != manifest.FILE_NAME)
+        for path in (*paths, version / manifest.FILE_NAME):
+            target = f"{remote}/{path.relative_to(version).as_posix()}"
+            # Object stores have no directories; where there are some, they must be made.
+            self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            self._fs.put_file(str(path), target)
+        for path in older:
+            self._fs.rm(path, recursive=True)
+
+    def _at(self, place: str) -> str:
+        return f"{self._root}/runs/{place}"
+
+    def _numbered(self, place: str) -> list[str]:
+        self._fs.invalidate_cache()
+        try:
+            names = [path.rstrip("/") for path in self._fs.ls(self._at(place), detail=False)]
+        except FileNotFoundError:
+            return []
+        return sorted(name for name in names if name.rsplit("/", 1)[1].isdigit())
+
+    def _versions(self, place: str) -> list[str]:
+        return [path for path in self._numbered(place) if self._fs.exists(f"{path}/{manifest.FILE_NAME}")]
+
+
+def _attempt(work: Callable[[], None]) -> Exception | None:
+    error: Exception | None = None
+    for pause in ATTEMPTS:
+        time.sleep(pause)
+        try:
+            work()
+            return None
+        except Exception as failed:
+            error = failed
+    return error

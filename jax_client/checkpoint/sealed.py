@@ -1,0 +1,47 @@
+"""How does a JSON file say that it is whole? Its last field is the sha256 of all bytes before that field's value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jax_client.errors import BadRequestError
+
+_KEY = b',\n "sha256": "'
+_END = b'"\n}\n'
+
+
+class DamagedError(Exception):
+    """A file of a checkpoint is missing or not as it was written; the message names it. Never leaves the store."""
+
+
+def seal(content: Mapping[str, Any], what: str) -> bytes:
+    """Return `content`, which is not empty, as JSON that ends with its own hash.
+
+    Raises:
+        BadRequestError: it holds something that JSON cannot; `what` names it.
+    """
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadRequestError(
+            f"{what} cannot be written as JSON ({error}); keep text, finite numbers, lists, dicts."
+        ) from error
+    head = text.removesuffix("\n}").encode() + _KEY
+    return head + hashlib.sha256(head).hexdigest().encode() + _END
+
+
+def unseal(data: bytes, where: str) -> dict[str, Any]:
+    """Return the content of sealed JSON.
+
+    Raises:
+        DamagedError: it is not exactly what `seal` made.
+    """
+    head, digest = data[: -len(_END) - 64], data[-len(_END) - 64 : -len(_END)]
+    if not data.endswith(_END) or not head.endswith(_KEY) or hashlib.sha256(head).hexdigest().encode() != digest:
+        raise DamagedError(f"{where} is damaged: its sha256 does not fit its contents")
+    content = json.loads(data)
+    del content["sha256"]
+    return content

@@ -1,0 +1,152 @@
+"""How does a run become checkpoints, asked for or not?
+
+A keeper writes one run's adapter. It outlives the run's client: what was trained and not saved when the client is
+forgotten, or the process told to end, is still there to be written.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from jax_client.engine.requests import AdamSettings, AdapterState, LoraSpec
+from jax_client.errors import RequestFailedError
+from jax_client.runs import catalogue
+from jax_client.runs.engines import Lease
+from jax_client.runs.paths import Kind, TinkerPath
+
+if TYPE_CHECKING:
+    from jax_client.checkpoint.owner import Claim
+    from jax_client.checkpoint.store import CheckpointStore
+
+logger = logging.getLogger(__name__)
+
+# Two, so that the older one is still there should the disk damage the newer.
+SLOTS = ("autosave-0", "autosave-1")
+
+
+class Keeper:
+    """Writes the checkpoints of one run. Thread-safe.
+
+    Args:
+        store: where to.
+        lease: the base model.
+        adapter: the engine's handle.
+        spec: the adapter's configuration.
+        run_id: `SESSION:train:N`.
+        claim: of the run's directory, released by `end`.
+        step: optimizer steps that the adapter starts with; they are saved elsewhere.
+
+    Attributes:
+        optimizer_config: the settings of the newest `optim_step`, None before the first.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: CheckpointStore,
+        lease: Lease,
+        adapter: Any,
+        spec: LoraSpec,
+        run_id: str,
+        claim: Claim,
+        step: int,
+    ) -> None:
+        self.run_id = run_id
+        self.store = store
+        self.spec = spec
+        self.optimizer_config: AdamSettings | None = None
+        self._lease = lease
+        self._engine = lease.model.engine
+        self._adapter = adapter
+        self._claim = claim
+        self._saved_step = step
+        self._autosaves = 0
+        self._lock = threading.Lock()
+
+    def write(
+        self,
+        state: AdapterState,
+        kind: Kind,
+        name: str,
+        *,
+        ttl_seconds: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+    ) -> TinkerPath:
+        """Write a checkpoint; on return it is durable. Raises as `CheckpointStore.save` does."""
+        self.store.save(
+            run_id=self.run_id,
+            kind=kind,
+            name=name,
+            state=state,
+            metadata=self._metadata(state, user_metadata),
+            overwrite=overwrite,
+            ttl_seconds=ttl_seconds,
+        )
+        if kind == "weights":
+            self._saved_step = state.step
+        return TinkerPath(run_id=self.run_id, kind=kind, name=name)
+
+    def export(self, state: AdapterState, name: str, *, ttl_seconds: int | None = None) -> TinkerPath:
+        """Write the adapter as peft does, as a checkpoint of kind external_weights, and check it. Raises as `write`."""
+        # Imported here: a process without a model has no use for it.
+        from jax_client.weights import peft
+        from jax_client.weights.export_check import check_adapter_export
+
+        def write(directory: Any) -> None:
+            peft.write_adapter(directory, state, self._engine.model, self._lease.name)
+            difference = check_adapter_export(self._engine, state, directory)
+            logger.info("export %s: largest difference of logits %.2g", name, difference)
+
+        self.store.save_files(
+            run_id=self.run_id,
+            name=name,
+            state=state,
+            metadata=self._metadata(state, None),
+            write=write,
+            size_bytes=sum(array.nbytes for array in state.weights.values()),
+            ttl_seconds=ttl_seconds,
+        )
+        return TinkerPath(run_id=self.run_id, kind="external_weights", name=name)
+
+    def save_if_needed(self) -> tuple[TinkerPath, int] | None:
+        """Write the adapter with its optimizer as it is now into the next slot, unless its steps are saved already.
+
+        Requests of the run that are still queued do not count: it is read between two turns of the device.
+
+        Returns:
+            The path and the step, None if there was nothing to save.
+        """
+        with self._lock:
+            try:
+                held = self._engine.hold_state(self._engine.open_lane(), self._adapter, True).result()
+            except RequestFailedError:
+                # The last client of the engine is gone, and the engine with it; its adapters are not.
+                held = self._engine.hold_at_rest(self._adapter)
+            if held.step == self._saved_step:
+                return None
+            path = self.write(held.fetch(), "weights", SLOTS[self._autosaves % len(SLOTS)], overwrite=True)
+            self._autosaves += 1
+            return path, held.step
+
+    def end(self) -> None:
+        """Give the adapter's memory back, and the run to other processes."""
+        self._engine.release(self._adapter)
+        self._claim.release()
+
+    def _metadata(self, state: AdapterState, user_metadata: Mapping[str, str] | None) -> dict[str, Any]:
+        return catalogue.checkpoint_metadata(
+            self._lease,
+            self.spec,
+            step=state.step,
+            optimizer=None if state.mu is None else self._optimizer(),
+            user_metadata=user_metadata,
+        )
+
+    def _optimizer(self) -> dict[str, Any]:
+        settings = self.optimizer_config
+        return {"name": "adamw"} | ({} if settings is None else asdict(settings))
