@@ -23,6 +23,11 @@ def default_state_dir() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "jax_client"
 
 
+def default_mirror() -> str | None:
+    """Return where checkpoints are copied: `$JAX_CLIENT_MIRROR`, nowhere if it is not set."""
+    return os.environ.get("JAX_CLIENT_MIRROR") or None
+
+
 def default_compilation_cache_dir() -> Path:
     """Return where compiled programs are kept between processes, under the XDG cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_client" / "xla"
@@ -42,7 +47,7 @@ class EngineConfig:
             but the wide half of each layer, "full" each layer's input only; "auto" takes the first that fits.
         state_dir: checkpoints and their catalogue, on a disk of this machine; None is `default_state_dir()`.
         mirror: where every checkpoint is copied after it is safe in `state_dir`, and found again when it is gone there,
-            such as "gs://bucket/path": any URL that fsspec opens.
+            such as "gs://bucket/path": any URL that fsspec opens; None is `default_mirror()`.
         autosave_minutes: how often a run that has taken steps since its last save is saved by itself, into the slots
             autosave-0 and autosave-1 in turn; also on SIGTERM, at exit and when its client is closed. None is never.
         compilation_cache_dir: compiled programs, kept between processes; None is `default_compilation_cache_dir()`,

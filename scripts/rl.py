@@ -1,8 +1,10 @@
-"""Does reinforcement learning work here? Teach a model to answer in one short, finished sentence.
+"""Does reinforcement learning work here? Teach a model to answer in one short sentence, or to add.
+
+    python scripts/rl.py --loss ppo                               # answers of --words words that end
+    python scripts/rl.py --task arithmetic --sft-steps 30         # sums, after a start with right answers
 
 Each step samples a group of answers to every prompt, and an answer's advantage is its reward less its group's mean
-(as in GRPO, without the division by the deviation). The reward needs no judge: half for an answer that ends by itself
-with a full stop, half for how near its length is to `--words`.
+(as in GRPO, without the division by the deviation). What is rewarded: `rl_tasks.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -24,16 +25,8 @@ import numpy as np
 import jax_client
 from jax_client import types
 
-from chat_data import prompt_tokens
-
-PROMPTS = (
-    "What is a river?", "Why do birds sing?", "What does a baker do?", "How do fish breathe?", "What is music?",
-    "Why is sleep important?", "What is a desert?", "How do bees make honey?", "What is a library for?",
-    "Why do we laugh?", "What is a bridge?", "How does a kite fly?", "What is snow?", "Why do people travel?",
-    "What is a garden?", "How do wheels help us?", "What is friendship?", "Why is the night dark?",
-    "What does a doctor do?", "What is a volcano?", "How do trees drink?", "What is a clock for?",
-    "Why do dogs bark?", "What is history?",
-)  # fmt: skip
+from chat_data import prompt_tokens, render
+from rl_tasks import QUESTIONS, Arithmetic, Length, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,19 +55,14 @@ class Answer:
         )
 
 
-def reward(text: str, finished: bool, words: int) -> float:
-    """Return 0 to 1: half for a finished sentence, half for its length in words."""
-    ends = finished and re.search(r"[.!?]$", text.strip()) is not None
-    distance = abs(len(text.split()) - words)
-    return 0.5 * ends + 0.5 * max(0.0, 1.0 - distance / (2 * words))
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--task", choices=("length", "arithmetic"), default="length")
+    parser.add_argument("--sft-steps", type=int, default=0, help="steps on 16 right answers each, before the rounds")
     parser.add_argument("--loss", choices=("importance_sampling", "ppo"), default="importance_sampling")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub name or directory")
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
@@ -90,26 +78,44 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.group < 2:
         parser.error("--group is below 2: an answer is compared with the others of its group")
-    if not 1 <= args.prompts <= len(PROMPTS):
-        parser.error(f"--prompts is {args.prompts}; there are {len(PROMPTS)}")
+    if not 1 <= args.prompts <= len(QUESTIONS):
+        parser.error(f"--prompts is {args.prompts}; choose 1 to {len(QUESTIONS)}")
     args.substeps = args.substeps or (2 if args.loss == "ppo" else 1)
     return args
 
 
-def rollout(sampler: Any, tokenizer: Any, prompts: Sequence[str], step: int, args: argparse.Namespace) -> list[Answer]:
+def learn_right_answers(
+    client: Any, tokenizer: Any, task: Task, order: random.Random, args: argparse.Namespace
+) -> None:
+    """Take the supervised steps, all in flight together; print the first and the last loss per token."""
+    flying = []
+    for _ in range(args.sft_steps):
+        examples = [task.example(order) for _ in range(16)]
+        chats = [[{"role": "user", "content": ask}, {"role": "assistant", "content": say}] for ask, say in examples]
+        rendered = [render(tokenizer, chat) for chat in chats]
+        fwdbwd = client.forward_backward([example.datum for example in rendered], "cross_entropy")
+        client.optim_step(types.AdamParams(learning_rate=args.lr))
+        flying.append((fwdbwd, sum(example.scored for example in rendered)))
+    losses = [future.result().metrics["loss:sum"] / scored for future, scored in flying]
+    print(f"{args.sft_steps} steps on right answers: loss {losses[0]:.2f} -> {losses[-1]:.2f} per token", flush=True)
+
+
+def rollout(
+    sampler: Any, tokenizer: Any, task: Task, prompts: Sequence[str], step: int, args: argparse.Namespace
+) -> list[Answer]:
     """Sample a group per prompt, all prompts in flight together, and compare each group's rewards."""
     flying = []
     for index, prompt in enumerate(prompts):
         tokens = prompt_tokens(tokenizer, [{"role": "user", "content": prompt}])
-        seed = args.seed * 1_000_003 + step * len(PROMPTS) + index
+        seed = args.seed * 1_000_003 + step * len(QUESTIONS) + index
         params = types.SamplingParams(max_tokens=args.max_tokens, temperature=1.0, seed=seed)
-        flying.append((tokens, sampler.sample(types.ModelInput.from_ints(tokens), args.group, params)))
+        flying.append((prompt, tokens, sampler.sample(types.ModelInput.from_ints(tokens), args.group, params)))
     answers = []
-    for tokens, future in flying:
+    for prompt, tokens, future in flying:
         sequences = future.result().sequences
         texts = [tokenizer.decode(sequence.tokens, skip_special_tokens=True) for sequence in sequences]
         pairs = zip(texts, sequences, strict=True)
-        rewards = [reward(text, sequence.stop_reason == "stop", args.words) for text, sequence in pairs]
+        rewards = [task.reward(prompt, text, sequence.stop_reason == "stop") for text, sequence in pairs]
         baseline = fmean(rewards)
         for sequence, text, value in zip(sequences, texts, rewards, strict=True):
             answers.append(
@@ -149,11 +155,14 @@ def main() -> int:
     client = service.create_lora_training_client(base_model=args.model, rank=args.rank, seed=args.seed).result()
     tokenizer = client.get_tokenizer()
     order = random.Random(args.seed)
+    task: Task = Arithmetic() if args.task == "arithmetic" else Length(args.words)
+    if args.sft_steps:
+        learn_right_answers(client, tokenizer, task, order, args)
     means: list[float] = []
     for step in range(args.steps):
         began = time.perf_counter()
         sampler = client.save_weights_and_get_sampling_client().result()
-        answers = rollout(sampler, tokenizer, order.sample(PROMPTS, args.prompts), step, args)
+        answers = rollout(sampler, tokenizer, task, task.prompts(order, args.prompts), step, args)
         sampled = time.perf_counter() - began
         metrics = update(client, answers, args)
         means.append(fmean(answer.reward for answer in answers))

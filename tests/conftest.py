@@ -5,12 +5,15 @@ Both take minutes and say nothing new on most changes.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jax_client.runs import autosave
+
+TALLY = pytest.StashKey[Counter[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,6 +26,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in unwanted)]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TALLY] = Counter()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--faults"):
+        for what, number in config.stash[TALLY].items():
+            terminalreporter.write_line(f"{number:7,} {what}")
+
+
+@pytest.fixture(params=[pytest.param(False, id="short"), pytest.param(True, id="every", marks=pytest.mark.faults)])
+def whole(request: pytest.FixtureRequest) -> bool:
+    """Whether a test visits all points, or a few."""
+    return request.param
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Counter[str]:
+    """What the tests of faults went through, printed at the end with --faults."""
+    return request.config.stash[TALLY]
 
 
 @pytest.fixture(autouse=True)

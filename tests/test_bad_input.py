@@ -24,7 +24,7 @@ import tinker
 
 import jax_client
 from jax_client import types
-from jax_client.checkpoint import manifest
+from jax_client.checkpoint import manifest, sealed
 from jax_client.engine import memory, packing
 from jax_client.engine.engine import STEP_RATES
 from jax_client.errors import JaxClientError
@@ -193,7 +193,7 @@ def save_variants(bench: Bench) -> None:
         store.save(run_id=run, kind="weights", name=name, state=saved, metadata={**record.metadata, **changes})
         bench.paths[name] = f"tinker://{run}/weights/{name}"
     (written,) = (bench.home / "state").rglob("newer/*/manifest.json")
-    content = manifest.unseal(written.read_bytes(), "newer")
+    content = sealed.unseal(written.read_bytes(), "newer")
     written.write_bytes(sealed.seal({**content, "format": manifest.FORMAT_VERSION + 1}, "newer"))
 
 

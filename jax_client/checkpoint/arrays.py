@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,14 +52,22 @@ def size_bytes(arrays: Mapping[str, np.ndarray]) -> int:
     return sum(math.prod(array.shape) * array.itemsize for array in arrays.values())
 
 
+def _no_merge_needed(record: logging.LogRecord) -> bool:
+    """Drop orbax's warning, at every save, that without OCDBT there is nothing to merge."""
+    return "Skipping merge of OCDBT checkpoints" not in record.getMessage()
+
+
 def write(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays with orbax into the new directory `directory`; not yet durable."""
     # Orbax takes seconds to import; a process that only lists checkpoints does without it.
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory, dict(arrays))
-        checkpointer.wait_until_finished()
+    logging.getLogger("absl").addFilter(_no_merge_needed)
+    # Measured with the state of a rank-32 adapter of a small model, 117 MB: OCDBT writes everything twice to merge what
+    # several processes wrote, and trained float32 numbers compress by 8 % in as long as writing them takes.
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(directory, args=ocp.args.PyTreeSave(dict(arrays)))
 
 
 def read(directory: Path) -> dict[str, np.ndarray]:

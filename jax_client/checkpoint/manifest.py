@@ -8,6 +8,7 @@ number.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +20,7 @@ from jax_client.errors import UnsupportedError
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
+WORKERS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,13 +56,22 @@ class Manifest:
 def write(directory: Path, draft: Manifest) -> Manifest:
     """Write the manifest of `directory`, which is `draft` with every file that is there; return it.
 
-    Its bytes are durable, the directory's entry is not yet.
+    The bytes of all files are durable then, the directories' entries not yet.
     """
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    listed = {path.relative_to(directory).as_posix(): (path.stat().st_size, files.sha256(path)) for path in paths}
-    written = replace(draft, files=listed)
+    # Hashing and waiting for the disk leave the interpreter alone, and each other.
+    with ThreadPoolExecutor(WORKERS) as pool:
+        listed = list(pool.map(_settle, paths))
+    names = [path.relative_to(directory).as_posix() for path in paths]
+    written = replace(draft, files=dict(zip(names, listed, strict=True)))
     files.write_new(directory / FILE_NAME, sealed.seal({"format": FORMAT_VERSION, **asdict(written)}, "metadata"))
     return written
+
+
+def _settle(path: Path) -> tuple[int, str]:
+    """Wait until a file is on the disk; return its size and hash."""
+    files.fsync(path)
+    return path.stat().st_size, files.sha256(path)
 
 
 def read(directory: Path) -> Manifest:
@@ -93,15 +104,20 @@ def verify(directory: Path, manifest: Manifest) -> None:
     Raises:
         DamagedError: the first file that is missing or differs.
     """
-    for name, (size, digest) in manifest.files.items():
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise DamagedError(f"{directory / FILE_NAME} lists {name!r}, which is outside of the checkpoint")
-        path = directory / name
-        try:
-            found = path.stat().st_size
-            if found != size:
-                raise DamagedError(f"{path} has {found} bytes instead of {size}")
-            if files.sha256(path) != digest:
-                raise DamagedError(f"{path} is damaged: its sha256 is not the one in {FILE_NAME}")
-        except OSError as error:
-            raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
+    with ThreadPoolExecutor(WORKERS) as pool:
+        # list() is what lets a worker's exception out.
+        list(pool.map(lambda entry: _verify_file(directory, entry[0], *entry[1]), manifest.files.items()))
+
+
+def _verify_file(directory: Path, name: str, size: int, digest: str) -> None:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise DamagedError(f"{directory / FILE_NAME} lists {name!r}, which is outside of the checkpoint")
+    path = directory / name
+    try:
+        found = path.stat().st_size
+        if found != size:
+            raise DamagedError(f"{path} has {found} bytes instead of {size}")
+        if files.sha256(path) != digest:
+            raise DamagedError(f"{path} is damaged: its sha256 is not the one in {FILE_NAME}")
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror})") from error

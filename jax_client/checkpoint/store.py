@@ -74,6 +74,7 @@ class Record:
 
 # Named here, because inside the class `list` is a method.
 Records: TypeAlias = list[Record]
+Keys: TypeAlias = list[Key]
 Fill: TypeAlias = Callable[[Path], None]
 
 
@@ -334,6 +335,10 @@ class CheckpointStore(StateDirectory):
         found = self._catalogue.look_up("checkpoints", stamps, read, run_id)
         records = [Record(**entry) for entry in found]
         return sorted(records, key=lambda record: (record.created, record.run_id, record.kind, record.name))
+
+    def everything(self) -> Keys:
+        """Return run, kind and name of every checkpoint, those too whose manifest is damaged; only names are read."""
+        return [key for run_id in self._run_ids() for key, _ in self._newest_versions(run_id)]
 
     def set_ttl(self, run_id: str, kind: str, name: str, ttl_seconds: float | None) -> Record:
         """Let a checkpoint end so many seconds from now, or never. Raises as `delete` does."""

@@ -105,6 +105,10 @@ class Engine:
         """Return a queue for one client: its requests run in order, lanes take turns."""
         return Lane()
 
+    def submit(self, lane: Lane, task: Task[T]) -> Future[T]:
+        """Carry out a task of one of the engine's own rooms, on the thread that launches programs."""
+        return self._dispatcher.submit(lane, self._with_named_errors(task))
+
     def create_adapter(self, lane: Lane, spec: LoraSpec) -> Future[Adapter]:
         """Make an adapter with fresh weights and optimizer."""
 
@@ -115,28 +119,28 @@ class Engine:
             self._precompile_likely(adapter.spec)
             return adapter
 
-        return self._submit(lane, task())
+        return self.submit(lane, task())
 
     def forward(
         self, lane: Lane, adapter: Adapter | None, sequences: list[Sequence], loss: LossSpec
     ) -> Future[TrainResult]:
         """Score sequences with an adapter, or with the base model for None; no gradient."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, loss)
-        return self._submit(lane, self.trainer.forward_task(adapter, sequences, loss, prepared))
+        return self.submit(lane, self.trainer.forward_task(adapter, sequences, loss, prepared))
 
     def forward_backward(
         self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: LossSpec
     ) -> Future[TrainResult]:
         """Add the gradient of the summed loss to the adapter's accumulated gradient."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, loss)
-        return self._submit(lane, self.trainer.forward_backward_task(adapter, sequences, loss, prepared))
+        return self.submit(lane, self.trainer.forward_backward_task(adapter, sequences, loss, prepared))
 
     def forward_backward_custom(
         self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: CustomLoss
     ) -> Future[TrainResult]:
         """As `forward_backward` with a loss that runs on the host, on a thread of its own."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, None)
-        return self._submit(lane, self.trainer.custom_task(adapter, sequences, loss, prepared))
+        return self.submit(lane, self.trainer.custom_task(adapter, sequences, loss, prepared))
 
     def optim_step(self, lane: Lane, adapter: Adapter, settings: AdamSettings) -> Future[dict[str, float]]:
         """Apply one AdamW step with the accumulated gradient, and clear it.
@@ -176,7 +180,7 @@ class Engine:
                 **{f"{name}:mean": rates[name] for name in STEP_RATES if name in rates},
             }
 
-        return self._submit(lane, task())
+        return self.submit(lane, task())
 
     def snapshot(self, lane: Lane, adapter: Adapter) -> Future[Snapshot]:
         """Return the adapter's weights as of this place in its lane. Arrays are immutable: nothing is copied."""
@@ -185,7 +189,7 @@ class Engine:
             return Snapshot(spec=adapter.spec, weights=adapter.weights)
             yield
 
-        return self._submit(lane, task())
+        return self.submit(lane, task())
 
     def hold_state(self, lane: Lane, adapter: Adapter, optimizer: bool) -> Future[Held]:
         """Return the adapter as of this place in its lane, with Adam's moments if asked, to be fetched to the host.
@@ -197,7 +201,7 @@ class Engine:
             return adapters.hold(adapter, optimizer)
             yield
 
-        return self._submit(lane, task())
+        return self.submit(lane, task())
 
     def hold_at_rest(self, adapter: Adapter) -> Held:
         """As `hold_state`, with moments, of a closed engine: nothing changes its adapters any more."""
@@ -212,7 +216,7 @@ class Engine:
             self._precompile_likely(adapter.spec)
             return adapter
 
-        return self._submit(lane, task())
+        return self.submit(lane, task())
 
     def restore_state(self, lane: Lane, adapter: Adapter, state: AdapterState) -> Future[None]:
         """Replace the adapter's weights and optimizer by a saved state; accumulated gradients are dropped."""
@@ -223,7 +227,7 @@ class Engine:
             adapter.weights, adapter.mu, adapter.nu = loaded.weights, loaded.mu, loaded.nu
             adapter.step, adapter.grads, adapter.skipped_in_a_row = loaded.step, None, 0
 
-        return self._submit(lane, task())
+        return self.submit(lane, task())
 
     def load_snapshot(self, lane: Lane, state: AdapterState) -> Future[Snapshot]:
         """Put saved weights on the device, to sample from."""
@@ -232,7 +236,7 @@ class Engine:
             weights = adapters.unflatten(state.weights, self.model, state.spec, self.mesh)
             return (yield from self._settle(Snapshot(spec=state.spec, weights=weights)))
 
-        return self._submit(lane, task())
+        return self.submit(lane, task())
 
     def generate(self, lane: Lane, snapshot: Snapshot | None, request: GenerationRequest) -> Future[GenerationResult]:
         """Sample from, or score, a prompt with a snapshot's weights, or the base model's for None.
@@ -243,7 +247,7 @@ class Engine:
         del lane
         future, start = self.sampler.enqueue(snapshot, request)
         if start:
-            self._submit(self._sampling_lane, self.sampler.serve())
+            self.submit(self._sampling_lane, self.sampler.serve())
         return future
 
     def warmup(self, spec: LoraSpec, lengths: list[int], targets_per_position: int) -> Future[list[dict[str, Any]]]:
@@ -326,9 +330,6 @@ class Engine:
 
     def _elsewhere(self, fn: Callable[..., T], *args: Any) -> Future[T]:
         return self._dispatcher.workers.submit(fn, *args)
-
-    def _submit(self, lane: Lane, task: Task[T]) -> Future[T]:
-        return self._dispatcher.submit(lane, self._with_named_errors(task))
 
     def _with_named_errors(self, task: Task[T]) -> Task[T]:
         try:

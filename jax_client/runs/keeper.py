@@ -95,12 +95,14 @@ class Keeper:
         """Write the adapter as peft does, as a checkpoint of kind external_weights, and check it. Raises as `write`."""
         # Imported here: a process without a model has no use for it.
         from jax_client.weights import peft
-        from jax_client.weights.export_check import check_adapter_export
+        from jax_client.weights.export_check import check_export
 
         def write(directory: Any) -> None:
             peft.write_adapter(directory, state, self._engine.model, self._lease.name)
-            difference = check_adapter_export(self._engine, state, directory)
-            logger.info("export %s: largest difference of logits %.2g", name, difference)
+            check = check_export(self._engine, state, directory)
+            logger.info(
+                "export %s: largest difference of logits on %d probe tokens: %.2g", name, check.tokens, check.difference
+            )
 
         self.store.save_files(
             run_id=self.run_id,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from jax_client.checkpoint.store import CheckpointStore
-from jax_client.config import EngineConfig, default_state_dir
+from jax_client.config import EngineConfig, default_mirror, default_state_dir
 from jax_client.errors import NotFoundError
 from jax_client.runs import autosave, engines
 from jax_client.runs.engines import Lease
@@ -99,7 +99,7 @@ class Session:
         """The checkpoints in `state_dir`, opened on first use."""
         with self._lock:
             if self._store is None:
-                self._store = CheckpointStore(self.state_dir, self.config.mirror)
+                self._store = CheckpointStore(self.state_dir, self.config.mirror or default_mirror())
                 self._store.sweep_expired()
             return self._store
 
@@ -224,7 +224,7 @@ class Session:
         for keeper in keepers:
             keeper.end()
         if self._store is not None and not self._store.flush_mirror(MIRROR_SECONDS):
-            logger.warning("some checkpoints in %s were not copied to %s", self.state_dir, self.config.mirror)
+            logger.warning("not every checkpoint in %s was copied to the mirror", self.state_dir)
         engines.release_all(_take(self._resources))
 
     def describe(self) -> dict[str, Any]:
@@ -235,8 +235,8 @@ class Session:
         described = [model.engine.describe() for model in dict.fromkeys(loaded)]
         newest = described[-1] if described else {}
         own: dict[str, Any] = {"session_id": self.session_id, "state_dir": str(self.state_dir), "engines": described}
-        if self.config.mirror is not None:
-            own |= self.store.describe()
+        if self._store is not None:
+            own |= self._store.describe()
         return {**newest, **own}
 
 

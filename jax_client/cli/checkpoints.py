@@ -1,0 +1,271 @@
+"""`jax_client checkpoint`: which checkpoints are here, are they whole, and how do they come in and go out?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jax_client.cli import output
+from jax_client.cli.options import CheckpointPath, find_run, json_option, open_store, reads_state, wrong_usage
+from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError, UnsupportedError
+
+if TYPE_CHECKING:
+    from jax_client.checkpoint.store import CheckpointStore, Record
+    from jax_client.runs.paths import TinkerPath
+
+
+@click.group("checkpoint")
+def checkpoint() -> None:
+    """List, check, delete, export and import checkpoints. A PATH is tinker://RUN/KIND/NAME."""
+
+
+@checkpoint.command("list")
+@click.argument("run_id", metavar="[RUN]", required=False)
+@json_option
+@reads_state
+def list_checkpoints(home: Path, run_id: str | None, as_json: bool) -> None:
+    """List the checkpoints of a run, or of all, newest first. RUN may be the beginning of its id."""
+    store = open_store(home)
+    records, where = store.list(), f"under {home}"
+    if run_id is not None:
+        known = {run for run, _ in store.runs()} | {record.run_id for record in records}
+        run_id = find_run(sorted(known), run_id, home)
+        records, where = [record for record in records if record.run_id == run_id], f"of run {run_id} {where}"
+    found = [_about(record) for record in reversed(records)]
+    if as_json:
+        output.print_json(found)
+    elif not found:
+        click.echo(f"No checkpoints {where}. save_state makes one; --state-dir looks elsewhere.", err=True)
+    else:
+        headers = ("SAVED", "EXPIRES", "STEP", "SIZE", "BASE MODEL", "PATH")
+        output.print_table(headers, [_row(about) for about in found], right=("STEP", "SIZE"))
+
+
+@checkpoint.command("info")
+@click.argument("path", type=CheckpointPath())
+@json_option
+@reads_state
+def info(home: Path, path: TinkerPath, as_json: bool) -> None:
+    """Show one checkpoint."""
+    about = _about(open_store(home).record(path.run_id, path.kind, path.name))
+    if as_json:
+        output.print_json([about])
+        return
+    covers = [part for part in ("attn", "mlp", "unembed") if about[f"train_{part}"]]
+    fields = {
+        "path": about["path"],
+        "base model": output.shown(about["base_model"]),
+        "rank": output.shown(about["rank"]),
+        "covers": ", ".join(covers) or "-",
+        "step": output.shown(about["step"]),
+        "optimizer": "with Adam's moments" if about["optimizer"] else "weights only",
+        "size": f"{output.human_size(about['size_bytes'])} ({about['size_bytes']} bytes)",
+        "saved": output.human_time(about["created"]),
+        "expires": output.human_time(about["expires_at"]) if about["expires_at"] else "never",
+    }
+    fields |= {output.shown(key): output.shown(value) for key, value in (about["user_metadata"] or {}).items()}
+    output.print_fields(fields)
+
+
+@checkpoint.command("verify")
+@click.argument("paths", type=CheckpointPath(), nargs=-1, metavar="[PATH]...")
+@json_option
+@reads_state
+def verify(home: Path, paths: tuple[TinkerPath, ...], as_json: bool) -> None:
+    """Compare every byte of checkpoints with its hash; of all checkpoints without a PATH.
+
+    Prints a line for each, OK or DAMAGED, and exits with 1 if one is damaged. NEWER is one that only a newer version of
+    jax_client can read, which counts as 1 too.
+    """
+    store = open_store(home)
+    results = []
+    for path in paths or _everything(store):
+        result = _verify(store, path)
+        results.append(result)
+        if not as_json:
+            status = click.style(f"{result['status']:<8}", fg="green" if result["status"] == "OK" else "red", bold=True)
+            click.echo(f"{status} {path}" + (f"  {output.shown(result['problem'])}" if result["problem"] else ""))
+    if as_json:
+        output.print_json(results)
+    elif not results:
+        click.echo(f"No checkpoints under {home}.", err=True)
+    if any(result["status"] != "OK" for result in results):
+        raise click.exceptions.Exit(1)
+
+
+def _everything(store: CheckpointStore) -> list[TinkerPath]:
+    from jax_client.runs.paths import TinkerPath
+
+    return [TinkerPath.parse(f"tinker://{'/'.join(key)}") for key in store.everything()]
+
+
+@checkpoint.command("delete")
+@click.argument("paths", type=CheckpointPath(), nargs=-1, required=True, metavar="PATH...")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@reads_state
+def delete(home: Path, paths: tuple[TinkerPath, ...], yes: bool) -> None:
+    """Delete checkpoints, damaged or not, for good. Asks first; without a terminal, --yes must be given."""
+    store = open_store(home)
+    chosen = dict.fromkeys(paths)
+    for path in chosen:
+        if not store.exists(path.run_id, path.kind, path.name):
+            # For its message; nothing is deleted unless all are there.
+            store.record(path.run_id, path.kind, path.name)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError("there is no terminal to ask on, nothing was deleted; give --yes to delete.")
+        for path in chosen:
+            click.echo(f"{path}  {_size(store, path)}", err=True)
+        if not click.confirm(f"Delete {_count(len(chosen))} for good?", err=True):
+            click.echo("Nothing was deleted.", err=True)
+            raise click.exceptions.Exit(1)
+    for path in chosen:
+        store.delete(path.run_id, path.kind, path.name)
+        click.echo(f"deleted {path}")
+
+
+@checkpoint.command("ttl")
+@click.argument("path", type=CheckpointPath())
+@click.argument("seconds", metavar="SECONDS|never")
+@reads_state
+def ttl(home: Path, path: TinkerPath, seconds: str) -> None:
+    """Let a checkpoint expire in so many seconds from now, or never."""
+    from jax_client.runs import validation
+
+    try:
+        lifetime = validation.ttl(None if seconds == "never" else int(seconds))
+    except BadRequestError as error:
+        raise click.BadParameter(str(error), param_hint="'SECONDS'") from error
+    except ValueError:
+        raise click.BadParameter(
+            f"{seconds!r} is neither a whole number nor 'never'.", param_hint="'SECONDS'"
+        ) from None
+    expires = output.iso_time(open_store(home).set_ttl(path.run_id, path.kind, path.name, lifetime).expires_at)
+    click.echo(f"{path} expires {output.human_time(expires) if expires else 'never'}")
+
+
+@checkpoint.command("export")
+@click.argument("path", type=CheckpointPath())
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["peft", "merged"]),
+    required=True,
+    help="peft: the adapter alone. merged: the whole model with the adapter added to its weights.",
+)
+@click.option(
+    "--output",
+    "directory",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="A directory that does not exist yet, or is empty.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of the merged weights; an adapter is always float32.",
+)
+@reads_state
+def export(home: Path, path: TinkerPath, form: str, directory: Path, dtype: str) -> None:
+    """Write a checkpoint as files that other programs load, then read them back and compare logits."""
+    from jax_client.config import EngineConfig
+    from jax_client.runs.export import export_checkpoint
+
+    config = EngineConfig(state_dir=home, precompile=False, autosave_minutes=None)
+    report = export_checkpoint(open_store(home), path, directory, form, dtype, config)  # type: ignore[arg-type]
+    click.echo(f"{report.directory}: {report.files} files, {output.human_size(report.size_bytes)}")
+    if report.check is None:
+        click.echo(f"not checked: {report.unchecked}")
+    else:
+        click.echo(
+            f"checked: read back, it scores {report.check.tokens} tokens of a probe text with logits that differ by at "
+            f"most {report.check.difference:.2g}; rounding explains up to {report.check.tolerance:.2g}"
+        )
+
+
+@checkpoint.command("import")
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR")
+@click.option("--base-model", required=True, metavar="NAME", help="The model that the adapter was trained on.")
+@click.option("--name", default="imported", show_default=True, help="Of the new checkpoint.")
+@reads_state
+def import_(home: Path, directory: Path, base_model: str, name: str) -> None:
+    """Take in a PEFT adapter as a checkpoint of a new run, to sample from or to train on.
+
+    The last line on stdout is its path.
+    """
+    from jax_client.runs import validation
+    from jax_client.runs.export import import_adapter
+
+    with wrong_usage("--name"):
+        validation.checkpoint_name(name)
+    path = import_adapter(open_store(home), directory, base_model, name)
+    click.echo("The optimizer starts fresh: create_training_client_from_state takes this path.")
+    click.echo(path)
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise BadRequestError(f"got {text!r}, which is neither a whole number of seconds nor 'never'.")
+    return int(text)
+
+
+def _about(record: Record) -> dict[str, Any]:
+    """Return a checkpoint as --json shows it."""
+    said = record.metadata
+    spec = said.get("spec", {})
+    return {
+        "path": f"tinker://{record.run_id}/{record.kind}/{record.name}",
+        "run_id": record.run_id,
+        "kind": record.kind,
+        "name": record.name,
+        "created": output.iso_time(record.created),
+        "expires_at": output.iso_time(record.expires_at),
+        "public": record.public,
+        "size_bytes": record.size_bytes,
+        "step": record.step,
+        "optimizer": bool(said.get("optimizer")),
+        "base_model": said.get("base_model"),
+        "rank": spec.get("rank"),
+        "train_attn": spec.get("train_attn"),
+        "train_mlp": spec.get("train_mlp"),
+        "train_unembed": spec.get("train_unembed"),
+        "user_metadata": said.get("user_metadata"),
+    }
+
+
+def _row(about: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        output.human_time(about["created"]),
+        output.human_time(about["expires_at"]) if about["expires_at"] else "never",
+        output.shown(about["step"]),
+        output.human_size(about["size_bytes"]),
+        output.shown(about["base_model"]),
+        about["path"],
+    )
+
+
+def _verify(store: CheckpointStore, path: TinkerPath) -> dict[str, Any]:
+    try:
+        size = store.verify(path.run_id, path.kind, path.name).size_bytes
+    except UnsupportedError as error:
+        return {"path": str(path), "status": "NEWER", "size_bytes": None, "problem": str(error)}
+    except RequestFailedError as error:
+        return {"path": str(path), "status": "DAMAGED", "size_bytes": None, "problem": str(error)}
+    return {"path": str(path), "status": "OK", "size_bytes": size, "problem": None}
+
+
+def _size(store: CheckpointStore, path: TinkerPath) -> str:
+    try:
+        return output.human_size(store.record(path.run_id, path.kind, path.name).size_bytes)
+    except (NotFoundError, RequestFailedError, UnsupportedError):
+        return "damaged"
+
+
+def _count(number: int) -> str:
+    return "1 checkpoint" if number == 1 else f"{number} checkpoints"

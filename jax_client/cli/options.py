@@ -1,0 +1,101 @@
+"""Which options and arguments mean the same in every command?"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from jax_client.config import default_mirror, default_state_dir
+from jax_client.errors import BadRequestError, NotFoundError
+
+if TYPE_CHECKING:
+    from jax_client.checkpoint.store import CheckpointStore
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+STATE_DIR_HELP = "Where runs and checkpoints are; else $JAX_CLIENT_HOME, else ~/.local/state/jax_client."
+STATE_DIR_TYPE = click.Path(file_okay=False, path_type=Path)
+
+
+@dataclass(slots=True)
+class Settings:
+    """What was said before the command's name."""
+
+    state_dir: Path | None = None
+    debug: bool = False
+
+
+def reads_state(command: Command) -> Command:
+    """Add --state-dir; the command gets the directory as its first argument."""
+
+    @click.option("--state-dir", type=STATE_DIR_TYPE, metavar="DIR", help=STATE_DIR_HELP)
+    @click.pass_obj
+    @functools.wraps(command)
+    def with_state_dir(settings: Settings, *args: Any, state_dir: Path | None, **kwargs: Any) -> Any:
+        home = state_dir or settings.state_dir or default_state_dir()
+        return command(home.expanduser().absolute(), *args, **kwargs)
+
+    return with_state_dir  # type: ignore[return-value]
+
+
+def json_option(command: Command) -> Command:
+    """Add --json, which the command gets as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON: a list of objects, and nothing else.")(
+        command
+    )
+
+
+class CheckpointPath(click.ParamType):
+    """A tinker:// path on the command line, given to the command as a TinkerPath."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse the text, or fail as wrong usage."""
+        from jax_client.runs.paths import TinkerPath
+
+        try:
+            return TinkerPath.parse(value)
+        except BadRequestError as error:
+            self.fail(str(error), param, ctx)
+
+
+@contextlib.contextmanager
+def wrong_usage(parameter: str) -> Iterator[None]:
+    """Turn what a check of a parameter's value refuses into wrong usage, with its exit code."""
+    try:
+        yield
+    except BadRequestError as error:
+        raise click.BadParameter(str(error), param_hint=f"'{parameter}'") from error
+
+
+def open_store(home: Path) -> CheckpointStore:
+    """Open the checkpoints of a state directory. Takes numpy's import, so only once a command runs."""
+    from jax_client.checkpoint.store import CheckpointStore
+
+    return CheckpointStore(home, default_mirror())
+
+
+def find_run(known: list[str], text: str, home: Path) -> str:
+    """Return the id among `known` that is `text` or the only one to begin with it.
+
+    Raises:
+        NotFoundError: there is none, or there are several.
+    """
+    if text in known:
+        return text
+    found = [run_id for run_id in known if run_id.startswith(text)] if text else []
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise NotFoundError(f"there is no run {text!r} under {home}; 'jax_client run list' shows what is there.")
+    first = ", ".join(found[:3])
+    raise NotFoundError(
+        f"{len(found)} runs begin with {text!r}: {first}{' ...' if found[3:] else ''}. Give more of it."
+    )

@@ -1,0 +1,115 @@
+"""`jax_client run`: which training runs are here, and how is each?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jax_client.cli import output
+from jax_client.cli.options import find_run, json_option, open_store, reads_state
+
+if TYPE_CHECKING:
+    from jax_client.checkpoint.store import CheckpointStore, Record
+
+
+# `jax_client run [--model NAME] -- COMMAND` will start a program. Click hands this group everything after `--`, so a
+# subclass that looks for it in parse_args can tell that form from the commands below; `run -- list` is a program.
+@click.group("run")
+def run() -> None:
+    """Show the training runs of this machine."""
+
+
+@run.command("list")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Show the newest N only.")
+@json_option
+@reads_state
+def list_runs(home: Path, limit: int | None, as_json: bool) -> None:
+    """List the runs, newest first."""
+    known = _runs(open_store(home))
+    chosen = known[:limit]
+    if as_json:
+        output.print_json(chosen)
+    elif not known:
+        click.echo(f"No runs under {home}. A training client makes one; --state-dir looks elsewhere.", err=True)
+    else:
+        headers = ("CREATED", "LAST CHECKPOINT", "STEPS", "CHECKPOINTS", "SIZE", "RANK", "BASE MODEL", "RUN")
+        output.print_table(headers, [_row(about) for about in chosen], right=("STEPS", "CHECKPOINTS", "SIZE", "RANK"))
+        if len(chosen) < len(known):
+            click.echo(f"{len(chosen)} of {len(known)} runs are shown.", err=True)
+
+
+@run.command("info")
+@click.argument("run_id", metavar="RUN")
+@json_option
+@reads_state
+def info(home: Path, run_id: str, as_json: bool) -> None:
+    """Show one run. RUN is its id, or as much of the beginning as no other run shares."""
+    store = open_store(home)
+    known = {about["run_id"]: about for about in _runs(store)}
+    about = known[find_run(list(known), run_id, home)]
+    owner = store.owner(about["run_id"])
+    about["owner"] = None if owner is None else {"pid": owner.pid, "host": owner.host}
+    if as_json:
+        output.print_json([about])
+        return
+    fields = {
+        "run": about["run_id"],
+        "base model": output.shown(about["base_model"]),
+        "rank": output.shown(about["rank"]),
+        "created": output.human_time(about["created"]),
+        "steps": output.shown(about["steps"]),
+        "checkpoints": f"{about['checkpoints']}, {output.human_size(about['size_bytes'])}",
+        "last checkpoint": output.shown(about["last_checkpoint"]),
+        "saved": output.human_time(about["last_saved"]),
+        "open in": "no process" if owner is None else f"process {owner.pid} on {output.shown(owner.host)}",
+    }
+    fields |= {output.shown(key): output.shown(value) for key, value in (about["user_metadata"] or {}).items()}
+    output.print_fields(fields)
+
+
+def _row(about: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        output.human_time(about["created"]),
+        output.human_time(about["last_saved"]),
+        str(about["steps"]),
+        str(about["checkpoints"]),
+        output.human_size(about["size_bytes"]),
+        output.shown(about["rank"]),
+        output.shown(about["base_model"]),
+        about["run_id"],
+    )
+
+
+def _runs(store: CheckpointStore) -> list[dict[str, Any]]:
+    """Return what is known of every run, newest first; one whose own file is lost is known by its checkpoints."""
+    kept: dict[str, dict[str, Any]] = dict(store.runs())
+    saved: dict[str, list[Record]] = {}
+    for record in store.list():
+        saved.setdefault(record.run_id, []).append(record)
+    known = [(run_id, kept.get(run_id, {}), saved.get(run_id, [])) for run_id in {*kept, *saved}]
+    known.sort(key=lambda run: (_created(run[1], run[2]), run[0]), reverse=True)
+    return [_about(*run) for run in known]
+
+
+def _created(kept: dict[str, Any], records: list[Record]) -> float:
+    return kept.get("created") or min((record.created for record in records), default=0.0)
+
+
+def _about(run_id: str, kept: dict[str, Any], records: list[Record]) -> dict[str, Any]:
+    """Return a run as --json shows it; `records` are in the order of saving."""
+    last = records[-1] if records else None
+    said = kept or (last.metadata if last else {})
+    return {
+        "run_id": run_id,
+        "base_model": said.get("base_model"),
+        "rank": said.get("spec", {}).get("rank"),
+        "created": output.iso_time(_created(kept, records)),
+        "steps": max((record.step for record in records), default=0),
+        "checkpoints": len(records),
+        "size_bytes": sum(record.size_bytes for record in records),
+        "last_checkpoint": f"tinker://{run_id}/{last.kind}/{last.name}" if last else None,
+        "last_saved": output.iso_time(last.created if last else None),
+        "user_metadata": kept.get("user_metadata"),
+    }
