@@ -22,7 +22,7 @@ Describe = Callable[[], dict[str, Any]]
 def run(job: Job) -> Contender:
     """Load the model, and return the row's step."""
     # No program may come from a cache: the first step has to show what compiling costs.
-    config: Any = EngineConfig(dtype=job.dtype, compilation_cache_dir="")  # type: ignore[arg-type]
+    config: Any = EngineConfig(dtype=job.dtype, compilation_cache_dir="", autosave_minutes=None)  # type: ignore[arg-type]
     return on_engine(job, config) if job.surface == "engine" else on_clients(job, config)
 
 

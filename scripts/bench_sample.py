@@ -69,7 +69,7 @@ class Ours:
         import jax_client
         from jax_client import types
 
-        config = jax_client.EngineConfig(dtype=dtype, compilation_cache_dir="", precompile=False)
+        config = jax_client.EngineConfig(dtype=dtype, compilation_cache_dir="", precompile=False, autosave_minutes=None)
         self.service = jax_client.ServiceClient(config=config)
         client = self.service.create_lora_training_client(
             base_model=args.model or MODEL, rank=32, seed=0, train_unembed=False

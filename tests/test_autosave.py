@@ -135,6 +135,10 @@ from jax_client import types
 from golden_cases import CASES, sequences
 
 model, state_dir, how = sys.argv[1:]
+if how not in ("exit", "term"):  # the engine makes no difference there, but its start does
+    from fake_engine import FakeEngine
+    from jax_client.runs import engines
+    engines.open_engine = lambda source, config: (FakeEngine(source, config), "weights")
 
 def earlier(number, frame):
     print("earlier handler", flush=True)
