@@ -17,7 +17,7 @@ FLOORS = {
     "jax_client.engine": 2, "jax_client.weights": 2, "jax_client.checkpoint": 2, "jax_client.torch_bridge": 2,
     "jax_client.runs": 3,
     "jax_client.clients": 4,
-    "jax_client.cli": 5,
+    "jax_client.cli": 5, "jax_client.server": 5,
 }  # fmt: skip
 SOURCES = [path for folder in ("jax_client", "models", "losses") for path in sorted((ROOT / folder).rglob("*.py"))]
 

@@ -19,6 +19,7 @@ from jax_client.cli.checkpoints import checkpoint
 from jax_client.cli.doctor import doctor
 from jax_client.cli.options import STATE_DIR_HELP, STATE_DIR_TYPE, Settings
 from jax_client.cli.runs import run
+from jax_client.cli.serve import serve
 
 OK, FAILURE, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -35,7 +36,7 @@ def group(settings: Settings, state_dir: Path | None, debug: bool) -> None:
     settings.state_dir, settings.debug = state_dir, debug
 
 
-for _command in (run, checkpoint, doctor):
+for _command in (serve, run, checkpoint, doctor):
     group.add_command(_command)
 
 

@@ -208,7 +208,7 @@ class Run:
         if optimizer:
             catalogue.check_optimizer(record)
 
-    def sampler(self, kind: types.SamplingClientKind) -> Future[Sampler]:
+    def sampler(self, kind: types.SamplingClientKind, *, sampler_id: str | None = None) -> Future[Sampler]:
         """Return the future of a sampler of the current weights; nothing is written to disk.
 
         "snapshot" keeps these weights. "inflight" samplers of one run all follow the newest published weights.
@@ -217,7 +217,7 @@ class Run:
 
         def show(snapshot: Any) -> Sampler:
             published = Published(snapshot) if kind == "snapshot" else self._published.publish(snapshot)
-            return Sampler(self.session, self.lease, published, model_path=None)
+            return Sampler(self.session, self.lease, published, model_path=None, sampler_id=sampler_id)
 
         return self._answer(source, show)
 

@@ -45,12 +45,21 @@ class Sampler:
         lease: the base model.
         published: the adapter's weights.
         model_path: the checkpoint they came from, None for the base model and for weights that were never saved.
+        sampler_id: `SESSION:sample:N`, None takes the next one.
     """
 
-    def __init__(self, session: Session, lease: Lease, published: Published, *, model_path: str | None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        lease: Lease,
+        published: Published,
+        *,
+        model_path: str | None,
+        sampler_id: str | None = None,
+    ) -> None:
         self.session = session
         self.lease = lease
-        self.sampler_id = session.new_id("sample")
+        self.sampler_id = sampler_id or session.new_id("sample")
         self._engine = lease.model.engine
         self._lane = self._engine.open_lane()
         self._published = published
@@ -121,12 +130,13 @@ class Sampler:
         return self.session.track(then(source, show, owner=self))
 
 
-def base_sampler(session: Session, base_model: str) -> Sampler:
+def base_sampler(session: Session, base_model: str, *, sampler_id: str | None = None) -> Sampler:
     """Return a sampler of the base model; waits until it is loaded."""
-    return Sampler(session, session.base_model(base_model).result(), Published(), model_path=None)
+    lease = session.base_model(base_model).result()
+    return Sampler(session, lease, Published(), model_path=None, sampler_id=sampler_id)
 
 
-def checkpoint_sampler(session: Session, path: TinkerPath) -> Sampler:
+def checkpoint_sampler(session: Session, path: TinkerPath, *, sampler_id: str | None = None) -> Sampler:
     """Return a sampler of saved weights; waits until they are loaded."""
     record = session.read(str(path), lambda: session.store.record(path.run_id, path.kind, path.name)).result()
     lease = session.base_model(record.metadata["base_model"]).result()
@@ -134,4 +144,4 @@ def checkpoint_sampler(session: Session, path: TinkerPath) -> Sampler:
     state, _ = session.store.load(path.run_id, path.kind, path.name)
     engine = lease.model.engine
     snapshot = engine.load_snapshot(engine.open_lane(), state).result()
-    return Sampler(session, lease, Published(snapshot), model_path=str(path))
+    return Sampler(session, lease, Published(snapshot), model_path=str(path), sampler_id=sampler_id)

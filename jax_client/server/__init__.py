@@ -1,0 +1,1 @@
+"""The tinker wire protocol over `runs/`, for the unmodified SDK."""

@@ -1,0 +1,340 @@
+"""Which routes does the protocol have, and how is each answered?
+
+Failures of a request that was accepted are an answer of its future, with status 200. Nothing is ever answered with a
+5xx status: the SDK would ask again at once, for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import pydantic
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from tinker import types
+from tinker.types.client_config_response import ClientConfigResponse
+from tinker.types.client_dynamic_config_response import ClientDynamicConfigResponse
+from tinker.types.copy_weights_request import CopyWeightsRequest
+from tinker.types.future_retrieve_request import FutureRetrieveRequest
+from tinker.types.session_heartbeat_request import SessionHeartbeatRequest
+
+from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, RequestFailedError
+from jax_client.runs.session import SessionClosedError
+from jax_client.server import wire
+from jax_client.server.bodies import EncodingError, TooLargeError, read_body, read_json
+from jax_client.server.guard import Guard
+from jax_client.server.promises import Promise
+from jax_client.server.state import Server
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=pydantic.BaseModel)
+
+API = "/api/v1"
+# The SDK's own limit is 45 s.
+POLL_SECONDS = 30.0
+PROTOBUF = "application/x-protobuf"
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def build_app(server: Server, *, api_key: str | None = None, hosts: Any = ()) -> Guard:
+    """Return the application: every route, behind one guard.
+
+    Args:
+        server: what it serves.
+        api_key: that requests must carry, None for none.
+        hosts: names under which it may be called.
+    """
+    return Guard(Starlette(routes=routes(server)), api_key=api_key, hosts=hosts)
+
+
+def routes(server: Server) -> list[Route]:
+    """Return every route."""
+    rest = server.rest
+    promised: dict[str, tuple[Any, Callable[..., Promise]]] = {
+        "create_model": (types.CreateModelRequest, server.create_model),
+        "load_weights": (types.LoadWeightsRequest, server.load_weights),
+        "optim_step": (types.OptimStepRequest, server.optim_step),
+        "save_weights": (types.SaveWeightsRequest, server.save_weights),
+        "save_weights_for_sampler": (types.SaveWeightsForSamplerRequest, server.save_weights_for_sampler),
+        "save_weights_external": (types.SaveWeightsExternalRequest, server.save_weights_external),
+    }
+    direct: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+        "client/config": (None, lambda _: ClientConfigResponse()),
+        "client/dynamic_config": (None, lambda _: ClientDynamicConfigResponse()),
+        "create_session": (types.CreateSessionRequest, server.create_session),
+        "session_heartbeat": (SessionHeartbeatRequest, lambda r: _heartbeat(server, r.session_id)),
+        "get_info": (types.GetInfoRequest, lambda r: server.run(r.model_id).info()),
+        "create_sampling_session": (types.CreateSamplingSessionRequest, server.create_sampling_session),
+        "telemetry": (None, lambda _: {"status": "accepted"}),
+    }
+    checkpoint = "/training_runs/{run}/checkpoints/{kind}/{name}"
+    routes = [
+        *(_route("POST", f"/{name}", _promising(*entry)) for name, entry in promised.items()),
+        *(_route("POST", f"/{name}", _answering(*entry)) for name, entry in direct.items()),
+        _route("POST", "/forward_backward", _forward_backward(server)),
+        _route("POST", "/asample", _sample(server)),
+        _route("POST", "/retrieve_future", _retrieve(server)),
+        _route("POST", "/sessions/{session}/finish", _finish(server)),
+        _route("POST", "/weights_info", _weights_info(rest)),
+        _route("POST", "/copy_weights", _copy_weights(rest)),
+        _route("GET", "/healthz", _get(lambda r: {"status": "ok"})),
+        _route("GET", "/get_server_capabilities", _get(lambda r: rest.get_server_capabilities())),
+        _route("GET", "/samplers/{sampler:path}", _get(lambda r: _sampler(server, r.path_params["sampler"]))),
+        _route(
+            "GET",
+            "/training_runs",
+            _get(lambda r: rest.list_training_runs(*_page(r, 20), project_id=_text(r, "project_id"))),
+        ),
+        _route("GET", "/training_runs/{run}", _get(lambda r: rest.get_training_run(r.path_params["run"]))),
+        _route("GET", "/training_runs/{run}/checkpoints", _get(lambda r: rest.list_checkpoints(r.path_params["run"]))),
+        _route("GET", "/checkpoints", _get(lambda r: rest.list_user_checkpoints(*_page(r, 100)))),
+        _route("DELETE", checkpoint, _get(lambda r: rest.delete_checkpoint_from_tinker_path(_path(r)))),
+        _route("POST", f"{checkpoint}/publish", _get(lambda r: rest.publish_checkpoint_from_tinker_path(_path(r)))),
+        _route("DELETE", f"{checkpoint}/publish", _get(lambda r: rest.unpublish_checkpoint_from_tinker_path(_path(r)))),
+        _route("PUT", f"{checkpoint}/ttl", _ttl(rest)),
+        _route("GET", f"{checkpoint}/external_weights_urls", _get(lambda r: rest.get_external_weights_urls(_path(r)))),
+        _route("GET", "/sessions", _get(lambda r: rest.list_sessions(*_page(r, 20)))),
+        _route("GET", "/sessions/{session}", _get(lambda r: rest.get_session(r.path_params["session"]))),
+        _route("PUT", "/sessions/{session}/project", _project(rest)),
+    ]
+    return routes
+
+
+def _route(method: str, path: str, handler: Handler) -> Route:
+    return Route(API + path, _named(handler), methods=[method])
+
+
+def _named(handler: Handler) -> Handler:
+    """Turn what a handler raises into an answer that the SDK understands."""
+
+    async def named(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except HTTPException:
+            raise
+        except JaxClientError as error:
+            return JSONResponse({"detail": str(error)}, _status(error))
+        except Exception:
+            logger.exception("%s %s failed", request.method, request.url.path)
+            return JSONResponse({"detail": "the server failed at this request; its log says why."}, 422)
+
+    return named
+
+
+def _status(error: JaxClientError) -> int:
+    for kind, status in (
+        (TooLargeError, 413),
+        (EncodingError, 415),
+        (SessionClosedError, 410),
+        (NotFoundError, 404),
+        (BadRequestError, 400),
+    ):
+        if isinstance(error, kind):
+            return status
+    return 400
+
+
+def _digest(path: str, body: bytes) -> bytes:
+    return hashlib.sha256(path.encode() + b"\0" + body).digest()
+
+
+def _promising(model: type[Model], make: Callable[[Model, bytes], Promise]) -> Handler:
+    async def handler(request: Request) -> Response:
+        parsed, body = await read_json(request, model)
+        promise = await run_in_threadpool(make, parsed, _digest(request.url.path, body))
+        return JSONResponse({"request_id": promise.request_id, "model_id": getattr(parsed, "model_id", None)})
+
+    return handler
+
+
+def _answering(model: type[Model] | None, answer: Callable[[Any], Any]) -> Handler:
+    async def handler(request: Request) -> Response:
+        if model is None:
+            await read_body(request, 2**20)
+            return _shown(answer(None))
+        parsed, _ = await read_json(request, model)
+        return _shown(await run_in_threadpool(answer, parsed))
+
+    return handler
+
+
+def _get(answer: Callable[[Request], Any]) -> Handler:
+    async def handler(request: Request) -> Response:
+        found = answer(request)
+        return _shown(await found if hasattr(found, "__await__") else found)
+
+    return handler
+
+
+def _shown(value: Any) -> Response:
+    if value is None:
+        return Response(status_code=204)
+    content = value.model_dump(mode="json", exclude_none=True) if isinstance(value, pydantic.BaseModel) else value
+    return JSONResponse(content)
+
+
+def _forward_backward(server: Server) -> Handler:
+    async def handler(request: Request) -> Response:
+        body = await read_body(request)
+        message = await run_in_threadpool(wire.read_forward_backward, body)
+        promise = await run_in_threadpool(server.forward_backward, message, _digest(request.url.path, body))
+        return JSONResponse({"request_id": promise.request_id, "model_id": message.model_id})
+
+    return handler
+
+
+def _sample(server: Server) -> Handler:
+    async def handler(request: Request) -> Response:
+        parsed, body = await read_json(request, types.SampleRequest)
+        promise = await run_in_threadpool(server.sample, parsed, _digest(request.url.path, body))
+        names = [f"{promise.request_id}:{i}" for i in range(parsed.num_samples)]
+        return JSONResponse({"request_id": promise.request_id, "sample_sequence_ids": names})
+
+    return handler
+
+
+def _retrieve(server: Server) -> Handler:
+    async def handler(request: Request) -> Response:
+        parsed, _ = await read_json(request, FutureRetrieveRequest)
+        promise = server.promises.get(parsed.request_id)
+        answer = asyncio.wrap_future(promise.answer)
+        try:
+            # Shielded: that this client stops waiting is no reason to stop the work.
+            value = await asyncio.wait_for(asyncio.shield(answer), POLL_SECONDS)
+        except TimeoutError:
+            if promise.answer.done():
+                return await handler(request)
+            await run_in_threadpool(server.give_up_on_gaps, promise.request_id)
+            return JSONResponse({"queue_state": "active", "queue_state_reason": "in progress"}, 408)
+        except Exception as error:
+            return JSONResponse(_failure(error))
+        return await run_in_threadpool(_answer, value)
+
+    return handler
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    if isinstance(error, RequestFailedError):
+        return {"error": error.message, "category": error.category}
+    if isinstance(error, JaxClientError | ValueError | TypeError):
+        return {"error": str(error), "category": "user"}
+    logger.error("a request failed", exc_info=error)
+    return {"error": "the server failed at this request; its log says why.", "category": "server"}
+
+
+def _answer(value: Any) -> Response:
+    if isinstance(value, types.ForwardBackwardOutput):
+        return Response(wire.forward_backward_answer(value), media_type=PROTOBUF)
+    if isinstance(value, types.SampleResponse):
+        return Response(wire.sample_answer(value), media_type=PROTOBUF)
+    content = value.model_dump(mode="json", exclude_none=True) if isinstance(value, pydantic.BaseModel) else value
+    if isinstance(value, types.OptimStepResponse):
+        content["metrics"] = {k: v for k, v in (value.metrics or {}).items() if math.isfinite(v)}
+    return JSONResponse(content)
+
+
+def _heartbeat(server: Server, session_id: str) -> dict[str, str]:
+    server.session(session_id).check_open()
+    return {"type": "session_heartbeat"}
+
+
+def _sampler(server: Server, sampler_id: str) -> Any:
+    made = server.sampler(sampler_id)
+
+    async def answer() -> types.GetSamplerResponse:
+        sampler = await asyncio.wrap_future(made)
+        info = sampler.session.samplers[sampler_id]
+        return types.GetSamplerResponse(sampler_id=sampler_id, base_model=info.base_model, model_path=info.model_path)
+
+    return answer()
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    try:
+        found = json.loads(await read_body(request, 2**20))
+    except ValueError:
+        raise BadRequestError("the body is no JSON.") from None
+    if not isinstance(found, dict):
+        raise BadRequestError("the body is no JSON object.")
+    return found
+
+
+def _finish(server: Server) -> Handler:
+    async def handler(request: Request) -> Response:
+        body = await _json(request)
+        reason = body.get("reason") or {}
+        kind = reason.get("type", "success") if isinstance(reason, dict) else "success"
+        detail = body.get("detail")
+        session = request.path_params["session"]
+        await run_in_threadpool(server.finish_session, session, str(kind), None if detail is None else str(detail))
+        return JSONResponse({})
+
+    return handler
+
+
+def _weights_info(rest: Any) -> Handler:
+    async def handler(request: Request) -> Response:
+        return _shown(await rest.get_weights_info_by_tinker_path((await _json(request)).get("tinker_path")))
+
+    return handler
+
+
+def _copy_weights(rest: Any) -> Handler:
+    async def handler(request: Request) -> Response:
+        parsed, _ = await read_json(request, CopyWeightsRequest)
+        project = parsed.destination_project_id
+        path = await rest.copy_weights(parsed.source_path, project, ttl_seconds=parsed.ttl_seconds)
+        return JSONResponse({"tinker_path": path})
+
+    return handler
+
+
+def _ttl(rest: Any) -> Handler:
+    async def handler(request: Request) -> Response:
+        ttl_seconds = (await _json(request)).get("ttl_seconds")
+        return _shown(await rest.set_checkpoint_ttl_from_tinker_path(_path(request), ttl_seconds))
+
+    return handler
+
+
+def _project(rest: Any) -> Handler:
+    async def handler(request: Request) -> Response:
+        project = (await _json(request)).get("project_id")
+        if not isinstance(project, str):
+            raise BadRequestError("project_id is missing.")
+        return _shown(await rest.assign_session_project(request.path_params["session"], project))
+
+    return handler
+
+
+def _path(request: Request) -> str:
+    at = request.path_params
+    return f"tinker://{at['run']}/{at['kind']}/{at['name']}"
+
+
+def _page(request: Request, limit: int) -> tuple[int, int]:
+    return _number(request, "limit", limit), _number(request, "offset", 0)
+
+
+def _number(request: Request, name: str, default: int) -> int:
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not (text.lstrip("-").isascii() and text.lstrip("-").isdigit() and len(text) < 12):
+        raise BadRequestError(f"{name} is {text[:40]!r}; give a number.")
+    return int(text)
+
+
+def _text(request: Request, name: str) -> str | None:
+    return request.query_params.get(name)

@@ -1,0 +1,64 @@
+"""Who may talk to the server? One layer in front of every route, the health check included.
+
+A browser that was lured to another page can send requests to a loopback port, so the names under which the server is
+reached are a list, and requests that come from a page are refused.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.responses import JSONResponse
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+KEY_HEADER = b"x-api-key"
+
+
+class Guard:
+    """ASGI middleware that checks key, host and origin before anything else is looked at.
+
+    Args:
+        app: what it guards.
+        api_key: that every request must carry, None for none.
+        hosts: names and addresses under which the server may be called, without ports.
+    """
+
+    def __init__(self, app: Any, *, api_key: str | None, hosts: Iterable[str]) -> None:
+        self._app = app
+        self._api_key = None if api_key is None else api_key.encode()
+        self._hosts = frozenset(hosts)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass the request on, or answer it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        refusal = self._refusal(scope) if scope["type"] == "http" else (403, "only HTTP is served")
+        if refusal is None:
+            await self._app(scope, receive, send)
+            return
+        status, detail = refusal
+        await JSONResponse({"detail": detail}, status)(scope, receive, send)
+
+    def _refusal(self, scope: Any) -> tuple[int, str] | None:
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        # A Unix socket has no name to rebind.
+        if scope.get("server", ("", 0))[1] is not None and _name(f"//{host}") not in self._hosts:
+            return 403, "this server is not called by that name; see --allow-host."
+        origin = headers.get(b"origin")
+        if origin is not None and _name(origin.decode("latin-1")) not in self._hosts:
+            return 403, "requests from web pages of other sites are refused."
+        if self._api_key is not None and not hmac.compare_digest(headers.get(KEY_HEADER, b""), self._api_key):
+            return 401, "the X-API-Key header is missing or wrong; set TINKER_API_KEY."
+        return None
+
+
+def _name(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
