@@ -36,16 +36,20 @@ cp pyproject.toml build/types/
 (cd build/types && pyright --pythonpath "$venv/bin/python" jax_client)
 
 # `pytest`, not `python -m pytest`: that would put the tree first on the path, with a jax_client without its models.
-pytest "${select[@]}" "$@"
+# Two processes share the files; each alone would leave a core idle while it compiles. torch's threads are turned off:
+# two processes of them, each waiting in a loop for its own, take ten times as long.
+export OMP_NUM_THREADS=1
+workers=(-n 2 --dist loadfile --no-loadscope-reorder)
+pytest "${workers[@]}" "${select[@]}" "$@"
 
 # A quick look, not a download: without a 3.12 the first run stands.
 if python_for 3.12 >/dev/null && [ ${#select[@]} = 0 ]; then
   venv=$root/.venv-test-312
   make_venv "$venv" 3.12
   install_model "$venv"
-  install "$venv" -e . "${tools[@]}" "pytest>=9" "hypothesis>=6"
+  install "$venv" -e . "${tools[@]}" "pytest>=9" "pytest-xdist>=3.8" "hypothesis>=6"
   computing=(golden gradients attention_kernels sharding sampler continuous_batching checkpoint resume)
   files=("${computing[@]/#/tests/test_}")
   files=("${files[@]/%/.py}")
-  "$venv/bin/pytest" -m "not torch" "${files[@]}" "$@"
+  "$venv/bin/pytest" "${workers[@]}" -m "not torch" "${files[@]}" "$@"
 fi

@@ -13,6 +13,10 @@ import pytest
 
 from jax_client.runs import autosave
 
+# Its failed assertions say what they compared, as those of the tests do.
+pytest.register_assert_rewrite("fault_history")
+# Files that take long go first: of two processes that share the files, neither is then left with one at the end.
+LONG = ("real_model", "resume", "sharding", "golden", "export", "faults", "memory_bounds", "gradients", "checkpoint")
 TALLY = pytest.StashKey[Counter[str]]()
 
 
@@ -26,6 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in unwanted)]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+    place = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def pytest_configure(config: pytest.Config) -> None:

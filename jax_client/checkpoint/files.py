@@ -23,14 +23,24 @@ MOUNTS = Path("/proc/self/mountinfo")
 NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre", "fuse.", "beegfs", "gpfs")
 
 
-def make_directories(path: Path) -> None:
-    """Make a directory and its parents, for this user only; the new entries are durable."""
-    if path.is_dir():
-        return
-    make_directories(path.parent)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(path, 0o700)
-    fsync(path.parent)
+def make_directories(path: Path, root: Path) -> None:
+    """Make a directory and its parents, for this user only; they are durable, whoever made them.
+
+    A directory that is there may have been made by a process that was killed before it waited for the disk.
+
+    Args:
+        path: absolute.
+        root: of what this user keeps; entries above it that are there already are taken as durable.
+    """
+    for directory in (*reversed(path.parents), path):
+        is_there = directory.is_dir()
+        if not is_there:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(directory, 0o700)
+        if not is_there or directory.is_relative_to(root):
+            # What lies above the root may be another user's, and closed.
+            with contextlib.suppress(PermissionError):
+                fsync(directory.parent)
 
 
 def fsync(path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jax_client.checkpoint import files, sealed
+from jax_client.checkpoint.hashes import EarlyHashes
 from jax_client.checkpoint.sealed import DamagedError
 from jax_client.engine.requests import LoraSpec
 from jax_client.errors import UnsupportedError
@@ -53,25 +54,30 @@ class Manifest:
         return sum(size for size, _ in self.files.values())
 
 
-def write(directory: Path, draft: Manifest) -> Manifest:
+def write(directory: Path, draft: Manifest, hashes: EarlyHashes) -> Manifest:
     """Write the manifest of `directory`, which is `draft` with every file that is there; return it.
 
     The bytes of all files are durable then, the directories' entries not yet.
+
+    Args:
+        directory: with everything else in it.
+        draft: what it is.
+        hashes: of the files so far.
     """
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     # Hashing and waiting for the disk leave the interpreter alone, and each other.
     with ThreadPoolExecutor(WORKERS) as pool:
-        listed = list(pool.map(_settle, paths))
+        listed = list(pool.map(lambda path: _settle(path, hashes), paths))
     names = [path.relative_to(directory).as_posix() for path in paths]
     written = replace(draft, files=dict(zip(names, listed, strict=True)))
     files.write_new(directory / FILE_NAME, sealed.seal({"format": FORMAT_VERSION, **asdict(written)}, "metadata"))
     return written
 
 
-def _settle(path: Path) -> tuple[int, str]:
+def _settle(path: Path, hashes: EarlyHashes) -> tuple[int, str]:
     """Wait until a file is on the disk; return its size and hash."""
     files.fsync(path)
-    return path.stat().st_size, files.sha256(path)
+    return hashes.of(path)
 
 
 def read(directory: Path) -> Manifest:

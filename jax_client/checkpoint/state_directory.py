@@ -51,7 +51,7 @@ class StateDirectory:
         directory = run_directory(self._runs, run_id)
         data = sealed.seal({"run_id": run_id, "metadata": metadata}, "metadata")
         try:
-            files.make_directories(directory)
+            self._make(directory)
             with files.locked(directory):
                 files.replace(directory / _RUN_FILE, data)
         except OSError as error:
@@ -116,7 +116,7 @@ class StateDirectory:
         """
         directory = run_directory(self._runs, run_id)
         try:
-            files.make_directories(directory)
+            self._make(directory)
             return owner.claim(directory, run_id)
         except OSError as error:
             raise RequestFailedError(
@@ -134,6 +134,9 @@ class StateDirectory:
     def describe(self) -> dict[str, Any]:
         """Return how the mirror does; nothing without one."""
         return {} if self._mirror is None else {"mirror": self._mirror.describe()}
+
+    def _make(self, directory: Path) -> None:
+        files.make_directories(directory, self._runs.parent)
 
     def _run_ids(self) -> list[str]:
         ids = (run_id_of(path) for path in children(self._runs))

@@ -22,6 +22,7 @@ from jax_client.checkpoint import arrays as array_files
 from jax_client.checkpoint import clock, files, label, manifest, sealed
 from jax_client.checkpoint.catalogue import Key
 from jax_client.checkpoint.clock import Deadline
+from jax_client.checkpoint.hashes import EarlyHashes
 from jax_client.checkpoint.label import Label
 from jax_client.checkpoint.manifest import Manifest
 from jax_client.checkpoint.names import (
@@ -166,6 +167,8 @@ class CheckpointStore(StateDirectory):
                 for part in (array_files.DIRECTORY, EXPORT_DIRECTORY):
                     if (version / part).is_dir():
                         shutil.copytree(version / part, directory / part, copy_function=_share)
+                # What was linked, which need not be what was verified: another process may have taken the name over.
+                manifest.verify(directory, found)
 
             return self._commit(replace(found, run_id=to_run), fill, found.size_bytes, False, ttl_seconds)
 
@@ -179,13 +182,13 @@ class CheckpointStore(StateDirectory):
         run_place = run_directory(self._runs, run_id)
         sealed.seal({"metadata": draft.metadata}, "metadata")
         try:
-            files.make_directories(run_place)
+            self._make(run_place)
             self._sweep_once()
             with files.locked(run_place):
                 if not overwrite:
                     self._refuse_taken(directory, draft)
                 record = self._write_version(directory, draft, fill, size_bytes, ttl_seconds)
-        except JaxClientError:
+        except (JaxClientError, DamagedError):
             raise
         except Exception as error:
             # Orbax reports a failed write as ValueError, the system as OSError.
@@ -218,7 +221,7 @@ class CheckpointStore(StateDirectory):
     def _write_version(
         self, directory: Path, draft: Manifest, fill: Fill, size_bytes: int, ttl_seconds: float | None
     ) -> Record:
-        files.make_directories(directory)
+        self._make(directory)
         need, free = size_bytes + _SPARE_BYTES, _free_bytes(directory)
         if need > free:
             raise OSError(f"{need} bytes are needed, {free} are free")
@@ -228,12 +231,20 @@ class CheckpointStore(StateDirectory):
         # An overwrite is the same checkpoint to those it was published to.
         tag = Label(expires=expires, public=bool(older) and label.read_or_none_set(older[-1]).public)
         with files.temporary_directory(directory) as temporary:
-            fill(temporary)
-            written = manifest.write(temporary, draft)
+            with EarlyHashes(temporary) as hashes:
+                fill(temporary)
+            written = manifest.write(temporary, draft, hashes)
             if tag != Label():
                 label.write(temporary, tag)
             files.fsync_tree(temporary)
-            files.move(temporary, directory / f"{number:06d}")
+            version = directory / f"{number:06d}"
+            try:
+                files.move(temporary, version)
+            except OSError:
+                # Renamed perhaps, but not durably: what is reported as not saved must not be there.
+                if version.exists():
+                    _remove_quietly(version)
+                raise
         for path in older:
             _remove_quietly(path)
         return _record(written, tag)
@@ -296,12 +307,21 @@ class CheckpointStore(StateDirectory):
     def verify(self, run_id: str, kind: str, name: str) -> Record:
         """Compare every file of a checkpoint with its hash, without reading arrays. Raises as `load` does."""
 
-        def check(version: Path) -> Record:
+        def check(version: Path) -> tuple[Record, str]:
             found = self._read_manifest(version, run_id, kind, name)
             manifest.verify(version, found)
-            return _record(found, label.read(version))
+            try:
+                return _record(found, label.read(version)), ""
+            except DamagedError as error:
+                return _record(found, Label()), str(error)
 
-        return self._reading(run_id, kind, name, check)
+        record, problem = self._reading(run_id, kind, name, check)
+        if problem:
+            raise RequestFailedError(
+                f"checkpoint {kind}/{name} of run {run_id} can be loaded, but {problem}. Until its lifetime or "
+                "visibility is set again, it is private and does not expire."
+            )
+        return record
 
     def exported_files(self, run_id: str, name: str) -> dict[str, Path]:
         """Return the files of an export after comparing them with their hashes, by name. Raises as `load` does."""
@@ -446,13 +466,17 @@ class CheckpointStore(StateDirectory):
             version = newest_version(directory) or self._restored(directory, run_id, kind, name)
             if version is None:
                 raise self._not_found(run_id, kind, name)
+            identity = _identity(version)
             try:
-                return read(version)
+                found = read(version)
+                # A name that was deleted and saved again has the same numbers; parts of both may have been read.
+                if _identity(version) in (identity, None):
+                    return found
             except JaxClientError:
                 raise
             except Exception as error:
                 # An overwrite or delete by another thread or process takes files away under a reader.
-                if newest_version(directory) != version:
+                if newest_version(directory) != version or _identity(version) != identity:
                     continue
                 good = self._newest_good(run_id, kind, name)
                 raise RequestFailedError(
@@ -469,7 +493,7 @@ class CheckpointStore(StateDirectory):
         if self._mirror is None:
             return None
         try:
-            files.make_directories(directory)
+            self._make(directory)
             with (
                 files.locked(run_directory(self._runs, run_id)),
                 files.temporary_directory(directory) as temporary,
@@ -548,6 +572,15 @@ def _record(found: Manifest, tag: Label) -> Record:
         expires_at=None if tag.expires is None else tag.expires.wall,
         public=tag.public,
     )
+
+
+def _identity(version: Path) -> tuple[int, int] | None:
+    """Return what tells a version from another one of the same number, None if it is gone."""
+    try:
+        found = os.stat(version / manifest.FILE_NAME)
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def _place(directory: Path) -> str:

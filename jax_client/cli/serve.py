@@ -88,7 +88,7 @@ def serve(
     from jax_client.server.app import build_app
     from jax_client.server.state import Server
 
-    files.make_directories(home)
+    files.make_directories(home, home)
     try:
         claim = owner.claim(home, "the server")
     except RequestFailedError:

@@ -17,7 +17,7 @@ from tinker.proto import tinker_public_pb2 as pb
 
 from jax_client.errors import BadRequestError
 
-_NUMPY: dict[int, tuple[np.dtype, str]] = {
+_NUMPY: dict[int, tuple[np.dtype, types.TensorDtype]] = {
     pb.DTYPE_FLOAT32: (np.dtype("<f4"), "float32"),
     pb.DTYPE_INT64: (np.dtype("<i8"), "int64"),
     pb.DTYPE_INT32: (np.dtype("<i4"), "int64"),
@@ -66,8 +66,6 @@ def _chunk(chunk: pb.Chunk, where: str) -> Any:
     kind = chunk.WhichOneof("chunk")
     if kind == "encoded_text":
         return types.EncodedTextChunk(tokens=_array(chunk.encoded_text.tokens, np.dtype("<i4"), where).tolist())
-    if kind == "image":
-        return types.ImageChunk(data=chunk.image.data, format=chunk.image.format)  # refused by the validation
     raise BadRequestError(f"{where} is a chunk of kind {kind}; this server takes text.")
 
 
