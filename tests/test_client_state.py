@@ -148,6 +148,18 @@ def test_lifetime_and_visibility_can_be_changed(service, client):
         rest.get_external_weights_urls(path)
 
 
+def test_a_sampler_outlives_its_checkpoint(service, client):
+    step(client)
+    path = client.save_weights_for_sampler("s").result().path
+    sampler = service.create_sampling_client(path).result()
+    before = sampler.sample(fake_engine.PROMPT, 1, fake_engine.PARAMS).result()
+    service.create_rest_client().delete_checkpoint_from_tinker_path(path).result()
+    after = sampler.sample(fake_engine.PROMPT, 1, fake_engine.PARAMS).result()
+    assert after.sequences[0].logprobs == before.sequences[0].logprobs
+    with pytest.raises(tinker.NotFoundError):
+        service.create_sampling_client(path).result()
+
+
 def test_copies_belong_to_a_project_and_to_nobody_else(loaded, tmp_path, monkeypatch):
     monkeypatch.delenv("TINKER_PROJECT_ID", raising=False)
     config = jax_client.EngineConfig(state_dir=tmp_path)
