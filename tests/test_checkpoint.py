@@ -92,7 +92,7 @@ class FaultyDisk:
         wrapped = {name: self._wrap(name) for name in self.OPERATIONS}
         others = {name: getattr(os, name) for name in dir(os) if name not in wrapped}
         monkeypatch.setattr(files, "os", SimpleNamespace(**others, **wrapped))
-        monkeypatch.setattr(files, "shutil", SimpleNamespace(rmtree=self._rmtree))
+        monkeypatch.setattr(files, "shutil", SimpleNamespace(rmtree=self._rmtree, disk_usage=shutil.disk_usage))
 
     @property
     def failing(self) -> bool:

@@ -90,6 +90,21 @@ def replace(path: Path, data: bytes) -> None:
         raise
 
 
+def share(source: str, target: str) -> None:
+    """Give a file, which never changes, a second name; copy it where there are no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def free_bytes(path: Path) -> int:
+    """Return what the file system of a path, which need not be there, has room for."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
 def remove(directory: Path) -> None:
     """Remove a directory at once for readers, then its contents; leftovers of a crash are temporary ones."""
     trash = directory.parent / f"{TEMPORARY}{secrets.token_hex(8)}"

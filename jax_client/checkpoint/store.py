@@ -161,13 +161,12 @@ class CheckpointStore(StateDirectory):
 
         def work(version: Path) -> Record:
             found = self._read_manifest(version, run_id, kind, name)
-            manifest.verify(version, found)
 
             def fill(directory: Path) -> None:
                 for part in (array_files.DIRECTORY, EXPORT_DIRECTORY):
                     if (version / part).is_dir():
-                        shutil.copytree(version / part, directory / part, copy_function=_share)
-                # What was linked, which need not be what was verified: another process may have taken the name over.
+                        shutil.copytree(version / part, directory / part, copy_function=files.share)
+                # What was linked, and not the source, whose name another process may have taken over meanwhile.
                 manifest.verify(directory, found)
 
             return self._commit(replace(found, run_id=to_run), fill, found.size_bytes, False, ttl_seconds)
@@ -194,7 +193,7 @@ class CheckpointStore(StateDirectory):
             # Orbax reports a failed write as ValueError, the system as OSError.
             raise RequestFailedError(
                 f"checkpoint {kind}/{name} of run {run_id} was not saved: {first_line(error)}. It needs about "
-                f"{size_bytes} bytes under {self._runs}, {_free_bytes(self._runs)} are free. "
+                f"{size_bytes} bytes under {self._runs}, {files.free_bytes(self._runs)} are free. "
                 "Earlier checkpoints are as they were; make room or check the disk, and save again."
             ) from error
         version = newest_version(directory)
@@ -222,7 +221,7 @@ class CheckpointStore(StateDirectory):
         self, directory: Path, draft: Manifest, fill: Fill, size_bytes: int, ttl_seconds: float | None
     ) -> Record:
         self._make(directory)
-        need, free = size_bytes + _SPARE_BYTES, _free_bytes(directory)
+        need, free = size_bytes + _SPARE_BYTES, files.free_bytes(directory)
         if need > free:
             raise OSError(f"{need} bytes are needed, {free} are free")
         older = versions(directory)
@@ -588,23 +587,9 @@ def _place(directory: Path) -> str:
     return "/".join(directory.parts[-3:])
 
 
-def _share(source: str, target: str) -> None:
-    """Give a file, which never changes, a second name; copy it where there are no such names."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def _remove_quietly(directory: Path) -> None:
     # The commit is done: what cannot be removed now is removed by a later save.
     try:
         files.remove(directory)
     except OSError as error:
         logger.warning("the older version %s could not be removed: %s", directory, error)
-
-
-def _free_bytes(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
