@@ -44,6 +44,13 @@ class Promise:
     answer: Future[Any] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
 
+    def begin(self, start: Start) -> None:
+        """Carry the request out; what `start` raises is its answer."""
+        try:
+            link(start(), self.answer)
+        except BaseException as error:
+            self.answer.set_exception(error)
+
 
 class Promises:
     """The promises of a server. Thread-safe."""
@@ -136,7 +143,4 @@ class Sequence:
         while self._next in self._waiting:
             promise, start = self._waiting.pop(self._next)
             self._next += 1
-            try:
-                link(start(), promise.answer)
-            except BaseException as error:
-                promise.answer.set_exception(error)
+            promise.begin(start)

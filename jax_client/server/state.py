@@ -130,7 +130,7 @@ class Server:
             model = Model(background(make, "create"))
             with self._lock:
                 self._models[run_id] = model
-            promise.answer = then(model.run, show)
+            promise.begin(lambda: then(model.run, show))
         return promise
 
     def run(self, model_id: str) -> Run:
@@ -281,8 +281,7 @@ class Server:
                 prompt_alt_tokens_k=request.prompt_alt_tokens_k,
             )
 
-        order = Sequence()
-        made.add_done_callback(lambda done: order.submit(1, promise, lambda: start(done.result())))
+        made.add_done_callback(lambda done: promise.begin(lambda: start(done.result())))
         return promise
 
     def _sampler_id(self, session_id: str, number: int | None) -> str:
