@@ -180,12 +180,12 @@ def steps(options: argparse.Namespace, place: Path) -> dict[str, Any]:
 
 
 def _adapter_state() -> AdapterState:
-    from jax_client.engine.adapters import flatten, param_specs
+    from jax_client.engine.adapters import array_shapes
     from jax_client.weights.load import read_config
     from jax_client.weights.source import resolve
 
     spec = LoraSpec(rank=32, seed=0, train_unembed=False)
-    shapes = {name: leaf.shape for name, leaf in flatten(param_specs(read_config(resolve(MODEL)), spec)).items()}
+    shapes = array_shapes(read_config(resolve(MODEL)), spec)
     rng = np.random.default_rng(0)
     groups = [{name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()} for _ in range(3)]
     return AdapterState(spec=spec, step=1, weights=groups[0], mu=groups[1], nu=groups[2])

@@ -78,6 +78,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.group < 2:
         parser.error("--group is below 2: an answer is compared with the others of its group")
+    if args.sft_steps and args.task != "arithmetic":
+        parser.error("--sft-steps needs right answers to learn from; they are there for --task arithmetic")
     if not 1 <= args.prompts <= len(QUESTIONS):
         parser.error(f"--prompts is {args.prompts}; choose 1 to {len(QUESTIONS)}")
     args.substeps = args.substeps or (2 if args.loss == "ppo" else 1)
@@ -85,7 +87,7 @@ def arguments() -> argparse.Namespace:
 
 
 def learn_right_answers(
-    client: Any, tokenizer: Any, task: Task, order: random.Random, args: argparse.Namespace
+    client: Any, tokenizer: Any, task: Arithmetic, order: random.Random, args: argparse.Namespace
 ) -> None:
     """Take the supervised steps, all in flight together; print the first and the last loss per token."""
     flying = []
@@ -156,7 +158,7 @@ def main() -> int:
     tokenizer = client.get_tokenizer()
     order = random.Random(args.seed)
     task: Task = Arithmetic() if args.task == "arithmetic" else Length(args.words)
-    if args.sft_steps:
+    if isinstance(task, Arithmetic) and args.sft_steps:
         learn_right_answers(client, tokenizer, task, order, args)
     means: list[float] = []
     for step in range(args.steps):

@@ -27,10 +27,6 @@ class Task(ABC):
     def reward(self, prompt: str, text: str, finished: bool) -> float:
         """Return 0 to 1 for an answer; `finished` is whether the model ended it."""
 
-    def example(self, order: random.Random) -> tuple[str, str]:
-        """Draw a prompt with a right answer, to begin with."""
-        raise NotImplementedError(f"{type(self).__name__} has no right answers to learn from; leave --sft-steps out.")
-
 
 class Length(Task):
     """Answer in one short, finished sentence: half for a full stop at the end, half for its length in words."""
@@ -59,6 +55,7 @@ class Arithmetic(Task):
         return float(finished and text.strip() == self._sum(prompt))
 
     def example(self, order: random.Random) -> tuple[str, str]:
+        """Draw a prompt with its right answer, to begin with."""
         (prompt,) = self.prompts(order, 1)
         return prompt, self._sum(prompt)
 

@@ -140,6 +140,22 @@ def kill(children: Children, state_dir: Path, plan: dict[str, Any]) -> list[Even
     return events_of(state_dir) if status else None
 
 
+def survives(
+    children: Children, state_dir: Path, plan: dict[str, Any], then: Callable[[list[Event]], None] = lambda _: None
+) -> bool:
+    """Take the history in a child that dies at a point, do more to what it left, and see that all of it holds.
+
+    Returns:
+        Whether the child died: False if it came to the end before.
+    """
+    events = kill(children, state_dir, plan)
+    if events is not None:
+        then(events)
+        assert_kept(state_dir, acknowledged(events))
+    shutil.rmtree(state_dir, ignore_errors=True)
+    return events is not None
+
+
 def acknowledged(events: Sequence[Event]) -> int:
     return sum(event.name == "said" for event in events)
 
@@ -153,12 +169,8 @@ def test_a_kill_at_any_call_loses_nothing_acknowledged(
     points = [(at, action) for at in spread(last, last if whole else 25) for action in actions]
 
     def work(children: Children, point: tuple[int, Action]) -> bool:
-        state_dir = tmp_path / f"{point[0]}-{point[1].name}"
-        events = kill(children, state_dir, KILLED | {"action": point[1], "at": point[0]})
-        if events is not None:
-            assert_kept(state_dir, acknowledged(events))
-        shutil.rmtree(state_dir, ignore_errors=True)
-        return events is not None
+        at, action = point
+        return survives(children, tmp_path / f"{at}-{action.name}", KILLED | {"action": action, "at": at})
 
     kills = everywhere(pair, points, work)
     assert kills > 0.8 * len(points)
@@ -174,13 +186,9 @@ def test_a_power_failure_loses_nothing_acknowledged(
 
     def work(children: Children, point: tuple[int, str]) -> bool:
         at, loss = point
-        state_dir = tmp_path / f"{at}-{loss}"
-        events = kill(children, state_dir, IN_ORDER | {"action": Action.KILL_AFTER, "at": at})
-        if events is not None:
-            Disk(events).cut_power(None if loss == "all" else np.random.default_rng(at))
-            assert_kept(state_dir, acknowledged(events))
-        shutil.rmtree(state_dir, ignore_errors=True)
-        return events is not None
+        order = None if loss == "all" else np.random.default_rng(at)
+        plan = IN_ORDER | {"action": Action.KILL_AFTER, "at": at}
+        return survives(children, tmp_path / f"{at}-{loss}", plan, lambda events: Disk(events).cut_power(order))
 
     cuts = everywhere(pair, points, work)
     assert cuts > 0.8 * len(points)

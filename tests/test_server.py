@@ -23,8 +23,8 @@ from tinker import types
 import jax_client
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.cli import main
+from jax_client.server import LOOPBACK
 from jax_client.server.app import build_app
-from jax_client.server.guard import LOOPBACK
 from jax_client.server.state import Server
 
 from golden_cases import CASES, base_values, sequences

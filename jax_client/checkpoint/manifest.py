@@ -57,7 +57,7 @@ class Manifest:
 def write(directory: Path, draft: Manifest, hashes: EarlyHashes) -> Manifest:
     """Write the manifest of `directory`, which is `draft` with every file that is there; return it.
 
-    The bytes of all files are durable then, the directories' entries not yet.
+    Its own bytes are durable then; those of the other files, and the directories' entries, as far as they were before.
 
     Args:
         directory: with everything else in it.
@@ -65,19 +65,13 @@ def write(directory: Path, draft: Manifest, hashes: EarlyHashes) -> Manifest:
         hashes: of the files so far.
     """
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    # Hashing and waiting for the disk leave the interpreter alone, and each other.
+    # Hashing leaves the interpreter alone.
     with ThreadPoolExecutor(WORKERS) as pool:
-        listed = list(pool.map(lambda path: _settle(path, hashes), paths))
+        listed = list(pool.map(hashes.of, paths))
     names = [path.relative_to(directory).as_posix() for path in paths]
     written = replace(draft, files=dict(zip(names, listed, strict=True)))
     files.write_new(directory / FILE_NAME, sealed.seal({"format": FORMAT_VERSION, **asdict(written)}, "metadata"))
     return written
-
-
-def _settle(path: Path, hashes: EarlyHashes) -> tuple[int, str]:
-    """Wait until a file is on the disk; return its size and hash."""
-    files.fsync(path)
-    return hashes.of(path)
 
 
 def read(directory: Path) -> Manifest:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class Mirror:
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait for the uploads, trying once more what failed; say whether everything is there."""
-        last = self._submit(self._settle_debts)
+        last = self._thread.submit(self._settle_debts)
         wait([last], timeout)
         return last.done() and not self._failed
 
@@ -120,10 +120,7 @@ class Mirror:
             # Only the newest state of a place is worth uploading.
             self._owed[place] = work
             self._failed.pop(place, None)
-        self._submit(self._settle_debts)
-
-    def _submit(self, work: Callable[[], None]) -> Future[None]:
-        return self._thread.submit(work)
+        self._thread.submit(self._settle_debts)
 
     def _settle_debts(self) -> None:
         with self._lock:

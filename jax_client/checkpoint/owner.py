@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jax_client.checkpoint import files
-from jax_client.errors import RequestFailedError
 
 FILE_NAME = ".owner"
 # `owner` holds the lock for an instant to see that nobody does.
@@ -40,25 +39,24 @@ class Claim:
             os.close(descriptor)
 
 
-def claim(run_directory: Path, run_id: str) -> Claim:
-    """Open a run for this process.
+class TakenError(Exception):
+    """Another process, or another part of this one, has it; the message is which. Never leaves the package."""
+
+
+def claim(directory: Path) -> Claim:
+    """Take a directory, such as a run's, for this process.
 
     Raises:
-        RequestFailedError: another process, or another part of this one, has it open; the message has its pid.
+        TakenError: it is taken.
         UnsupportedError: the file system has no locks.
     """
-    descriptor = os.open(run_directory / FILE_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        while not files.lock(descriptor, run_directory, wait=False):
+        while not files.lock(descriptor, directory, wait=False):
             if time.monotonic() > deadline:
                 there = _read(descriptor)
-                who = f"process {there.pid} on {there.host}" if there else "another process"
-                raise RequestFailedError(
-                    f"run {run_id} is open in {who}. Close it there, or go on from one of its checkpoints, which makes "
-                    "a run of its own.",
-                    category="user",
-                )
+                raise TakenError(f"process {there.pid} on {there.host}" if there else "another process")
             time.sleep(0.01)
         os.ftruncate(descriptor, 0)
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
@@ -69,14 +67,14 @@ def claim(run_directory: Path, run_id: str) -> Claim:
     return Claim(descriptor)
 
 
-def owner(run_directory: Path) -> Owner | None:
-    """Return who has a run open, None for nobody."""
+def owner(directory: Path) -> Owner | None:
+    """Return who has taken a directory, None for nobody."""
     try:
-        descriptor = os.open(run_directory / FILE_NAME, os.O_RDWR)
+        descriptor = os.open(directory / FILE_NAME, os.O_RDWR)
     except OSError:
         return None
     try:
-        if files.lock(descriptor, run_directory, wait=False):
+        if files.lock(descriptor, directory, wait=False):
             return None
         return _read(descriptor)
     finally:

@@ -117,7 +117,13 @@ class StateDirectory:
         directory = run_directory(self._runs, run_id)
         try:
             self._make(directory)
-            return owner.claim(directory, run_id)
+            return owner.claim(directory)
+        except owner.TakenError as error:
+            raise RequestFailedError(
+                f"run {run_id} is open in {error}. Close it there, or go on from one of its checkpoints, which makes a "
+                "run of its own.",
+                category="user",
+            ) from None
         except OSError as error:
             raise RequestFailedError(
                 f"run {run_id} could not be opened: {first_line(error)}. Check that {directory} is writable."

@@ -135,14 +135,12 @@ def ttl(home: Path, path: TinkerPath, seconds: str) -> None:
     """Let a checkpoint expire in so many seconds from now, or never."""
     from jax_client.runs import validation
 
-    try:
-        lifetime = validation.ttl(None if seconds == "never" else int(seconds))
-    except BadRequestError as error:
-        raise click.BadParameter(str(error), param_hint="'SECONDS'") from error
-    except ValueError:
-        raise click.BadParameter(
-            f"{seconds!r} is neither a whole number nor 'never'.", param_hint="'SECONDS'"
-        ) from None
+    with wrong_usage("SECONDS"):
+        try:
+            number = None if seconds == "never" else int(seconds)
+        except ValueError:
+            raise BadRequestError(f"{seconds!r} is neither a whole number nor 'never'.") from None
+        lifetime = validation.ttl(number)
     expires = output.iso_time(open_store(home).set_ttl(path.run_id, path.kind, path.name, lifetime).expires_at)
     click.echo(f"{path} expires {output.human_time(expires) if expires else 'never'}")
 
@@ -207,12 +205,6 @@ def import_(home: Path, directory: Path, base_model: str, name: str) -> None:
     path = import_adapter(open_store(home), directory, base_model, name)
     click.echo("The optimizer starts fresh: create_training_client_from_state takes this path.")
     click.echo(path)
-
-
-def _whole(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise BadRequestError(f"got {text!r}, which is neither a whole number of seconds nor 'never'.")
-    return int(text)
 
 
 def _about(record: Record) -> dict[str, Any]:

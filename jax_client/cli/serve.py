@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jax_client.cli.options import reads_state
+from jax_client.server import LOOPBACK
 
 if TYPE_CHECKING:
     from jax_client.server.state import Server
-
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Mesh(click.ParamType):
@@ -83,18 +82,17 @@ def serve(
     say = lambda text: click.echo(text, err=True)  # noqa: E731
     from jax_client.checkpoint import files, owner
     from jax_client.config import EngineConfig
-    from jax_client.errors import RequestFailedError
     from jax_client.runs.autosave import SIGNAL_SECONDS
     from jax_client.server.app import build_app
     from jax_client.server.state import Server
 
     files.make_directories(home, home)
     try:
-        claim = owner.claim(home, "the server")
-    except RequestFailedError:
-        there = owner.owner(home)
-        who = f"process {there.pid} on {there.host}" if there else "another process"
-        raise click.ClickException(f"{home} is served by {who}; stop that one, or give another --state-dir.") from None
+        claim = owner.claim(home)
+    except owner.TakenError as error:
+        raise click.ClickException(
+            f"{home} is served by {error}; stop that one, or give another --state-dir."
+        ) from None
     try:
         server = Server(EngineConfig(dtype=dtype, mesh=mesh, state_dir=home), dict(aliases))
         say(f"state directory: {home}")

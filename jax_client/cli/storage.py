@@ -9,8 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from jax_client.cli.finding import Finding
 from jax_client.cli.options import open_store
@@ -27,10 +26,9 @@ _CLOCK_SECONDS = 60
 
 def memory() -> Iterator[Finding]:
     """Say what memory the host has left; a container's limit counts."""
-    from jax_client.engine.memory import available_bytes
+    from jax_client.engine.memory import host_memory
 
-    # A device without statistics of its own, as a CPU is; no backend is started to get a real one.
-    free = available_bytes(cast(Any, SimpleNamespace(memory_stats=lambda: None)))
+    _, free = host_memory()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     low = free < _LOW_MEMORY
     yield Finding(
@@ -125,27 +123,25 @@ def clock_and_catalogue(home: Path) -> Iterator[Finding]:
     newest = max([Path(__file__).stat().st_mtime, *(record.created for record in records)])
     behind = newest - now
     details = {"now": iso_time(now), "newest": iso_time(newest)}
-    if behind > _CLOCK_SECONDS:
-        yield Finding(
-            check="clock",
-            status="WARN",
-            found=f"it says {iso_time(now)}, but something here was written at {iso_time(newest)}",
-            advice="Set the clock (timedatectl set-ntp true): times to live and listings depend on it.",
-            details=details,
-        )
-    else:
-        yield Finding(check="clock", found=f"{iso_time(now)}", details=details)
+    wrong = behind > _CLOCK_SECONDS
+    yield Finding(
+        check="clock",
+        status="WARN" if wrong else "OK",
+        found=f"it says {iso_time(now)}, but something here was written at {iso_time(newest)}"
+        if wrong
+        else f"{iso_time(now)}",
+        advice="Set the clock (timedatectl set-ntp true): times to live and listings depend on it." if wrong else "",
+        details=details,
+    )
     unreadable = len(store.everything()) - len(records)
     size = sum(record.size_bytes for record in records)
     found = f"{len(runs)} runs, {len(records)} checkpoints, {human_size(size)}"
     details = {"runs": len(runs), "checkpoints": len(records), "unreadable": unreadable, "size_bytes": size}
-    if unreadable > 0:
-        yield Finding(
-            check="catalogue",
-            status="WARN",
-            found=f"{found}; {unreadable} more cannot be read",
-            advice="Run: jax_client checkpoint verify, which names the damage.",
-            details=details,
-        )
-    else:
-        yield Finding(check="catalogue", found=found, details=details)
+    harmed = unreadable > 0
+    yield Finding(
+        check="catalogue",
+        status="WARN" if harmed else "OK",
+        found=f"{found}; {unreadable} more cannot be read" if harmed else found,
+        advice="Run: jax_client checkpoint verify, which names the damage." if harmed else "",
+        details=details,
+    )

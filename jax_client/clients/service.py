@@ -102,7 +102,7 @@ class ServiceClient:
         if api_key is not None or default_headers_overrides is not None:
             logger.info("api_key and default_headers_overrides are not used in-process; they belong to base_url.")
         info = SessionInfo(
-            user_metadata=None if user_metadata is None else validation.user_metadata(user_metadata),
+            user_metadata=validation.user_metadata_or_none(user_metadata),
             project_id=project_id or os.environ.get("TINKER_PROJECT_ID") or None,
             display_name=display_name,
         )
@@ -151,7 +151,7 @@ class ServiceClient:
         self._session.check_open()
         spec = validation.lora_spec(base_model, rank, seed, train_mlp, train_attn, train_unembed)
         validation.refuse_optimizer(optimizer)
-        about = _metadata(user_metadata)
+        about = validation.user_metadata_or_none(user_metadata)
         session, run_id = self._session, self._session.new_id("train")
         creating = background(lambda: create_run(session, run_id, base_model, spec, about), "create")
         return BackcompatTrainingClientFuture(session.track(creating), TrainingClient)
@@ -237,7 +237,7 @@ class ServiceClient:
     ) -> BackcompatTrainingClientFuture:
         self._session.check_open()
         note_access_token(token)
-        saved, about = training_path(path, method), _metadata(user_metadata)
+        saved, about = training_path(path, method), validation.user_metadata_or_none(user_metadata)
         if base_model is not None and not (isinstance(base_model, str) and base_model.strip()):
             raise BadRequestError(f"base_model is {base_model!r}; give a name, or None for the checkpoint's own.")
         session, run_id = self._session, self._session.new_id("train")
@@ -383,7 +383,3 @@ class ServiceClient:
 
 
 stands_for(tinker.ServiceClient, ServiceClient)
-
-
-def _metadata(value: Any) -> dict[str, str] | None:
-    return None if value is None else validation.user_metadata(value)

@@ -135,24 +135,40 @@ def flatten(weights: Weights) -> dict[str, Any]:
     return flat | {f"unembed.{ab}": a for ab, a in weights["unembed"].items()}
 
 
+def array_shapes(c: ModelConfig, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every array of an adapter, by flat name."""
+    return {name: tuple(entry[0]) for name, entry in flatten(_shapes(c, spec)).items()}
+
+
+def refuse_other_shapes(what: str, flat: Any, c: ModelConfig, spec: LoraSpec, advice: str) -> None:
+    """Raise BadRequestError unless flat arrays have the names and shapes of this model with this configuration.
+
+    Args:
+        what: they are, for the message.
+        flat: arrays by name.
+        c, spec: the model and the adapter's configuration.
+        advice: what to do.
+    """
+    expected = array_shapes(c, spec)
+    found = {name: tuple(np.shape(array)) for name, array in flat.items()}
+    if expected != found:
+        names = [n for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n)]
+        wrong = [f"{n}: {found.get(n)} instead of {expected.get(n)}" for n in names]
+        raise BadRequestError(
+            f"{what} does not fit this model: {len(wrong)} arrays differ, {'; '.join(wrong[:5])}. {advice}"
+        )
+
+
 def unflatten(flat: Any, c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:
     """Put flat host arrays onto the mesh.
 
     Raises:
         BadRequestError: a name or a shape is not that of this model with this configuration.
     """
-    shapes = _shapes(c, spec)
-    expected = {name: tuple(entry[0]) for name, entry in flatten(shapes).items()}
-    found = {name: tuple(np.shape(array)) for name, array in flat.items()}
-    if expected != found:
-        names = [n for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n)]
-        wrong = [f"{n}: {found.get(n)} instead of {expected.get(n)}" for n in names]
-        raise BadRequestError(
-            f"the saved adapter does not fit this model: {len(wrong)} arrays differ, {'; '.join(wrong[:5])}. Load it "
-            "into a client with the base model, rank and train_* settings that it was saved with."
-        )
+    advice = "Load it into a client with the base model, rank and train_* settings that it was saved with."
+    refuse_other_shapes("the saved adapter", flat, c, spec, advice)
     place = flatten(shardings(c, spec, mesh))
-    put = {name: jax.device_put(np.asarray(flat[name], np.float32), place[name]) for name in expected}
+    put = {name: jax.device_put(np.asarray(flat[name], np.float32), place[name]) for name in place}
     return _nest(put)
 
 

@@ -203,10 +203,6 @@ class Engine:
 
         return self.submit(lane, task())
 
-    def hold_at_rest(self, adapter: Adapter) -> Held:
-        """As `hold_state`, with moments, of a closed engine: nothing changes its adapters any more."""
-        return adapters.hold(adapter, True)
-
     def load_adapter(self, lane: Lane, state: AdapterState) -> Future[Adapter]:
         """Make an adapter from a saved state; a fresh optimizer where the state has no moments."""
 

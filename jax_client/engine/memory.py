@@ -38,11 +38,11 @@ def available_bytes(device: Device, fraction: float = 1.0) -> int:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return max(0, int(stats["bytes_limit"] * fraction) - stats.get("bytes_in_use", 0))
-    total, free = _host_memory()
+    total, free = host_memory()
     return max(0, free - int(total * (1 - fraction)))
 
 
-def _host_memory() -> tuple[int, int]:
+def host_memory() -> tuple[int, int]:
     """Return the host's memory, and what is free of it, in bytes; a container's limit counts."""
     try:
         with open("/proc/meminfo") as lines:

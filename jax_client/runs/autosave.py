@@ -62,10 +62,12 @@ def forget(keeper: Keeper) -> None:
 
 def save_now(keepers: list[Keeper]) -> None:
     """Save those of these runs that are watched, saying how to go on from them; they are watched no longer."""
-    with _lock:
-        watched = [keeper for keeper in keepers if _watched.pop(keeper, None) is not None]
-    for keeper in watched:
-        _save(keeper, aloud=True)
+    for keeper in keepers:
+        if keeper in _watched:
+            _save(keeper, aloud=True)
+            # Only now: until then an exit of the process would save it too, and waits for this.
+            with _lock:
+                _watched.pop(keeper, None)
 
 
 def handle_sigterm() -> None:
@@ -133,22 +135,13 @@ def _save_due() -> None:
 
 
 def _finish(keeper: Keeper) -> None:
-    with _lock:
-        watched = _watched.pop(keeper, None) is not None
-    if watched:
-        _save(keeper, aloud=True)
+    save_now([keeper])
     keeper.end()
 
 
 def _save_all() -> None:
-    while True:
-        try:
-            keeper = _forgotten.get_nowait()
-        except Empty:
-            break
-        if keeper is not None:
-            _finish(keeper)
     with _lock:
+        # Those that are forgotten, too, until they are saved.
         keepers = list(_watched)
     save_now(keepers)
     for store in {keeper.store for keeper in keepers}:

@@ -36,7 +36,8 @@ def lasting_name(base_model: str) -> str:
 
 
 def checkpoint_metadata(
-    lease: Lease,
+    base_model: str,
+    base_fingerprint: str,
     spec: LoraSpec,
     *,
     step: int,
@@ -46,15 +47,16 @@ def checkpoint_metadata(
     """Return what a checkpoint must know for `create_training_client_from_state` and for the listings.
 
     Args:
-        lease: the base model.
+        base_model: its name.
+        base_fingerprint: of its weights.
         spec: of the adapter.
         step: optimizer steps taken.
         optimizer: the settings of the last one, None if the optimizer's state is not part of the checkpoint.
         user_metadata: kept with it.
     """
     return {
-        "base_model": lasting_name(lease.name),
-        "base_fingerprint": lease.model.fingerprint,
+        "base_model": lasting_name(base_model),
+        "base_fingerprint": base_fingerprint,
         "spec": asdict(spec),
         "step": step,
         "optimizer": None if optimizer is None else dict(optimizer),

@@ -74,6 +74,11 @@ def warmup_lengths(lengths: object, targets_per_position: object) -> tuple[list[
     return [integer(f"lengths[{i}]", length, 1) for i, length in enumerate(lengths)], width
 
 
+def user_metadata_or_none(value: object) -> dict[str, str] | None:
+    """As `user_metadata`; None, which keeps nothing, stays None."""
+    return None if value is None else user_metadata(value)
+
+
 def user_metadata(value: object) -> dict[str, str]:
     """Return user metadata as a dict of text to text; None is empty.
 

@@ -112,6 +112,12 @@ def acquire(name: str, config: EngineConfig) -> Lease:
     return Lease(name=name, key=key, model=entry.model.result())
 
 
+def share(lease: Lease) -> None:
+    """Count one more user of a lease that is held, who will `release` it too."""
+    with _lock:
+        _entries[lease.key].users += 1
+
+
 def release(lease: Lease) -> None:
     """Let go of a lease. The last one closes the engine, and waits for that."""
     with _lock:

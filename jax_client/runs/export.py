@@ -11,12 +11,11 @@ import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from jax_client.checkpoint import files
 from jax_client.errors import BadRequestError, RequestFailedError
 from jax_client.runs import catalogue, engines, validation
-from jax_client.runs.engines import BaseModel, Lease
 from jax_client.runs.paths import TinkerPath
 from jax_client.weights.source import resolve
 
@@ -170,8 +169,6 @@ def import_adapter(store: CheckpointStore, directory: Path, base_model: str, nam
             trained_on,
             base_model,
         )
-    # Nothing is computed, so that there is no engine behind it.
-    lease = Lease(name=base_model, key=(), model=BaseModel(source, cast(Any, None), fingerprint(source)))
     session_id = str(uuid.uuid4())
     path = TinkerPath(run_id=f"{session_id}:train:0", kind="weights", name=name)
     run = catalogue.run_metadata(
@@ -183,7 +180,9 @@ def import_adapter(store: CheckpointStore, directory: Path, base_model: str, nam
         display_name=None,
         session_metadata=None,
     )
-    saved = catalogue.checkpoint_metadata(lease, state.spec, step=state.step, optimizer=None, user_metadata=None)
+    saved = catalogue.checkpoint_metadata(
+        base_model, fingerprint(source), state.spec, step=state.step, optimizer=None, user_metadata=None
+    )
     store.put_run(path.run_id, run)
     store.save(run_id=path.run_id, kind=path.kind, name=name, state=state, metadata=saved)
     return path

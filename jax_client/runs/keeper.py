@@ -13,8 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from jax_client.engine.requests import AdamSettings, AdapterState, LoraSpec
-from jax_client.errors import RequestFailedError
-from jax_client.runs import catalogue
+from jax_client.runs import catalogue, engines
 from jax_client.runs.engines import Lease
 from jax_client.runs.paths import Kind, TinkerPath
 
@@ -33,7 +32,7 @@ class Keeper:
 
     Args:
         store: where to.
-        lease: the base model.
+        lease: the base model, whose engine stays until `end`.
         adapter: the engine's handle.
         spec: the adapter's configuration.
         run_id: `SESSION:train:N`.
@@ -59,12 +58,14 @@ class Keeper:
         self.store = store
         self.spec = spec
         self.optimizer_config: AdamSettings | None = None
+        engines.share(lease)
         self._lease = lease
         self._engine = lease.model.engine
         self._adapter = adapter
         self._claim = claim
         self._saved_step = step
         self._autosaves = 0
+        self._ended = False
         self._lock = threading.Lock()
 
     def write(
@@ -124,11 +125,7 @@ class Keeper:
             The path and the step, None if there was nothing to save.
         """
         with self._lock:
-            try:
-                held = self._engine.hold_state(self._engine.open_lane(), self._adapter, True).result()
-            except RequestFailedError:
-                # The last client of the engine is gone, and the engine with it; its adapters are not.
-                held = self._engine.hold_at_rest(self._adapter)
+            held = self._engine.hold_state(self._engine.open_lane(), self._adapter, True).result()
             if held.step == self._saved_step:
                 return None
             path = self.write(held.fetch(), "weights", SLOTS[self._autosaves % len(SLOTS)], overwrite=True)
@@ -136,13 +133,19 @@ class Keeper:
             return path, held.step
 
     def end(self) -> None:
-        """Give the adapter's memory back, and the run to other processes."""
+        """Give back the adapter's memory, the run and the base model; ending again does nothing."""
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
         self._engine.release(self._adapter)
         self._claim.release()
+        engines.release(self._lease)
 
     def _metadata(self, state: AdapterState, user_metadata: Mapping[str, str] | None) -> dict[str, Any]:
         return catalogue.checkpoint_metadata(
-            self._lease,
+            self._lease.name,
+            self._lease.model.fingerprint,
             self.spec,
             step=state.step,
             optimizer=None if state.mu is None else self._optimizer(),

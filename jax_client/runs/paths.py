@@ -70,51 +70,33 @@ def training_path(text: object, method: str) -> TinkerPath:
         BadRequestError: malformed, or not of kind weights.
     """
     path = TinkerPath.parse(text)
-    if path.kind != "weights":
-        use = (
-            "create_sampling_client(model_path=...)" if path.kind == "sampler_weights" else "get_external_weights_urls"
-        )
-        raise BadRequestError(
-            f"{method} got {path}, which is of kind {path.kind}; expected tinker://RUN/weights/NAME. {use} takes this "
-            "path. To train further, use a path from save_state, which keeps the optimizer's state too."
-        )
-    return path
+    use = "create_sampling_client(model_path=...)" if path.kind == "sampler_weights" else "get_external_weights_urls"
+    return _of_kind(
+        path,
+        "weights",
+        method,
+        f"{use} takes this path. To train further, use a path from save_state, which keeps the optimizer's state too.",
+    )
 
 
 def external_path(text: object, method: str) -> TinkerPath:
-    """Parse the path of an export.
-
-    Args:
-        text: the path.
-        method: the method that was called, for the message.
-
-    Raises:
-        BadRequestError: malformed, or not of kind external_weights.
-    """
-    path = TinkerPath.parse(text)
-    if path.kind != "external_weights":
-        raise BadRequestError(
-            f"{method} got {path}, which is of kind {path.kind}; expected tinker://RUN/external_weights/NAME. "
-            "Call TrainingClient.save_weights_external and use the path that it returns."
-        )
-    return path
+    """Parse the path of an export; as `training_path`, of kind external_weights."""
+    advice = "Call TrainingClient.save_weights_external and use the path that it returns."
+    return _of_kind(TinkerPath.parse(text), "external_weights", method, advice)
 
 
 def sampler_path(text: object, method: str) -> TinkerPath:
-    """Parse the path of weights to sample from.
+    """Parse the path of weights to sample from; as `training_path`, of kind sampler_weights."""
+    advice = (
+        "Call TrainingClient.save_weights_for_sampler and use the path that it returns; "
+        "create_training_client_from_state loads a training checkpoint."
+    )
+    return _of_kind(TinkerPath.parse(text), "sampler_weights", method, advice)
 
-    Args:
-        text: the path.
-        method: the method that was called, for the message.
 
-    Raises:
-        BadRequestError: malformed, or not of kind sampler_weights.
-    """
-    path = TinkerPath.parse(text)
-    if path.kind != "sampler_weights":
+def _of_kind(path: TinkerPath, kind: Kind, method: str, advice: str) -> TinkerPath:
+    if path.kind != kind:
         raise BadRequestError(
-            f"{method} got {path}, which is of kind {path.kind}; expected tinker://RUN/sampler_weights/NAME. "
-            "Call TrainingClient.save_weights_for_sampler and use the path that it returns; "
-            "create_training_client_from_state loads a training checkpoint."
+            f"{method} got {path}, which is of kind {path.kind}; expected tinker://RUN/{kind}/NAME. {advice}"
         )
     return path

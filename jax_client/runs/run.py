@@ -151,7 +151,7 @@ class Run:
         """Write a checkpoint; the future resolves after it is durable."""
         self._check_usable()
         path = TinkerPath(run_id=self.run_id, kind=kind, name=validation.checkpoint_name(name))
-        ttl, about = validation.ttl(ttl_seconds), validation.user_metadata(user_metadata)
+        ttl, about = validation.ttl(ttl_seconds), validation.user_metadata_or_none(user_metadata)
         optimizer, keeper = kind == "weights", self._keeper
         held = self._request(lambda: self._engine.hold_state(self._lane, self._adapter, optimizer))
 
@@ -161,7 +161,7 @@ class Run:
                 kind,
                 path.name,
                 ttl_seconds=ttl,
-                user_metadata=None if user_metadata is None else about,
+                user_metadata=about,
                 overwrite=overwrite,
             )
             if optimizer:

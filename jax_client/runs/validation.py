@@ -15,6 +15,7 @@ from jax_client.runs.check_settings import (
     refuse_optimizer,
     ttl,
     user_metadata,
+    user_metadata_or_none,
     warmup_lengths,
 )
 
@@ -28,5 +29,6 @@ __all__ = [
     "training_data",
     "ttl",
     "user_metadata",
+    "user_metadata_or_none",
     "warmup_lengths",
 ]

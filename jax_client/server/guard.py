@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 KEY_HEADER = b"x-api-key"
 
 

@@ -6,7 +6,6 @@ time. Requests of a model come numbered, and possibly in another order: they sta
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import OrderedDict
@@ -17,8 +16,6 @@ from typing import Any
 
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError
 from jax_client.runs.futures import link
-
-logger = logging.getLogger(__name__)
 
 # Answers kept for clients that ask late, or again after a lost answer; requests in flight are always kept.
 KEPT = 20_000
@@ -113,11 +110,6 @@ class Sequence:
         with self._lock:
             self._waiting[number] = promise, start
             self._go_on()
-
-    def missing(self) -> int | None:
-        """Return the number that the others wait for, None if nothing waits."""
-        with self._lock:
-            return self._next if self._waiting else None
 
     def give_up(self) -> None:
         """Fail what has waited too long for a request that did not come, and go on after it."""

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from tinker import types
 from tinker.proto import tinker_public_pb2 as pb
@@ -22,6 +22,8 @@ from jax_client.runs.sampler import Sampler, base_sampler, checkpoint_sampler
 from jax_client.runs.session import Session, SessionInfo
 from jax_client.server import wire
 from jax_client.server.promises import Promise, Promises, Sequence, Start
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -57,7 +59,7 @@ class Server:
 
     def create_session(self, request: types.CreateSessionRequest) -> types.CreateSessionResponse:
         """Begin a session."""
-        about = None if request.user_metadata is None else validation.user_metadata(request.user_metadata)
+        about = validation.user_metadata_or_none(request.user_metadata)
         info = SessionInfo(user_metadata=about, project_id=request.project_id, display_name=request.display_name)
         session = Session(self.config, info)
         with self._lock:
@@ -70,11 +72,7 @@ class Server:
         Raises:
             NotFoundError: there is none of this id.
         """
-        with self._lock:
-            found = self._sessions.get(session_id)
-        if found is None:
-            raise NotFoundError(f"there is no session {session_id!r} on this server; make a new ServiceClient.")
-        return found
+        return self._known(self._sessions, session_id, "session", "; make a new ServiceClient.")
 
     def finish_session(self, session_id: str, reason: str, detail: str | None) -> None:
         """End a session; what it holds is saved and given back in the background."""
@@ -91,7 +89,7 @@ class Server:
             base_model, lora.rank, lora.seed, lora.train_mlp, lora.train_attn, lora.train_unembed
         )
         validation.refuse_optimizer(request.optimizer_config)
-        about = None if request.user_metadata is None else validation.user_metadata(request.user_metadata)
+        about = validation.user_metadata_or_none(request.user_metadata)
         run_id = f"{request.session_id}:train:{request.model_seq_id}"
         return self._open(
             run_id,
@@ -114,7 +112,7 @@ class Server:
         session.check_open()
         path = training_path(request.path, method)
         validation.refuse_optimizer(request.optimizer_config)
-        about = None if request.user_metadata is None else validation.user_metadata(request.user_metadata)
+        about = validation.user_metadata_or_none(request.user_metadata)
         base_model = None if request.base_model is None else self.model_name(request.base_model)
         run_id = f"{request.session_id}:train:{request.model_seq_id}"
         return self._open(
@@ -202,13 +200,8 @@ class Server:
         return promise
 
     def _model(self, model_id: str) -> Model:
-        with self._lock:
-            model = self._models.get(model_id)
-        if model is None:
-            raise NotFoundError(
-                f"there is no model {model_id!r} on this server. Make one, or go on from a checkpoint of its run."
-            )
-        return model
+        advice = ". Make one, or go on from a checkpoint of its run."
+        return self._known(self._models, model_id, "model", advice)
 
     def give_up_on_gaps(self, request_id: str) -> None:
         """Fail a request of a model that waits for one that never came."""
@@ -250,10 +243,13 @@ class Server:
         Raises:
             NotFoundError: there is none of this id.
         """
+        return self._known(self._samplers, sampler_id, "sampler", "; make one again.")
+
+    def _known(self, table: Mapping[str, T], key: str, what: str, advice: str) -> T:
         with self._lock:
-            found = self._samplers.get(sampler_id)
+            found = table.get(key)
         if found is None:
-            raise NotFoundError(f"there is no sampler {sampler_id!r} on this server; make one again.")
+            raise NotFoundError(f"there is no {what} {key!r} on this server{advice}")
         return found
 
     def sample(self, request: types.SampleRequest, digest: bytes) -> Promise:

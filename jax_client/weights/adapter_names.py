@@ -13,7 +13,6 @@ import numpy as np
 
 from jax_client.engine import adapters
 from jax_client.engine.requests import AdapterState, LoraSpec
-from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
 
 UNEMBED = "unembed"
@@ -41,7 +40,7 @@ def linear_names(module: str, c: ModelConfig) -> list[str]:
 
 def linear_sizes(c: ModelConfig, spec: LoraSpec) -> dict[str, tuple[int, int]]:
     """Return (in, out) of every linear layer that an adapter of this configuration covers."""
-    shapes, sizes = _array_shapes(c, spec), {}
+    shapes, sizes = adapters.array_shapes(c, spec), {}
     for module in covered(spec):
         names = linear_names(module, c)
         n_in, n_out = (math.prod(shapes[f"{module}.{ab}"]) // (len(names) * spec.rank) for ab in "AB")
@@ -55,15 +54,8 @@ def to_pairs(state: AdapterState, c: ModelConfig) -> Pairs:
     Raises:
         BadRequestError: the arrays are not those of this model: how many, and the first five with both shapes.
     """
-    expected = _array_shapes(c, state.spec)
-    found = {name: tuple(array.shape) for name, array in state.weights.items()}
-    if expected != found:
-        names = [n for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n)]
-        wrong = [f"{n}: {found.get(n)} instead of {expected.get(n)}" for n in names]
-        raise BadRequestError(
-            f"the adapter does not fit this model: {len(wrong)} arrays differ, {'; '.join(wrong[:5])}. Give the base "
-            "model that it was trained on."
-        )
+    advice = "Give the base model that it was trained on."
+    adapters.refuse_other_shapes("the adapter", state.weights, c, state.spec, advice)
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for module in covered(state.spec):
         names = linear_names(module, c)
@@ -75,12 +67,8 @@ def to_pairs(state: AdapterState, c: ModelConfig) -> Pairs:
 def from_pairs(pairs: Pairs, c: ModelConfig, spec: LoraSpec) -> dict[str, np.ndarray]:
     """Return an adapter's arrays, float32 by flat name, from the matrices of every linear layer that it covers."""
     arrays = {}
-    for name, shape in _array_shapes(c, spec).items():
+    for name, shape in adapters.array_shapes(c, spec).items():
         module, part = name.split(".")
         matrices = [pairs[linear]["AB".index(part)] for linear in linear_names(module, c)]
         arrays[name] = np.stack(matrices, dtype=np.float32).reshape(shape)
     return arrays
-
-
-def _array_shapes(c: ModelConfig, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(entry.shape) for name, entry in adapters.flatten(adapters.param_specs(c, spec)).items()}
