@@ -55,6 +55,8 @@ class EngineConfig:
         memory_fraction: share of a device's memory (of the host's, on a CPU) that may be filled; what needs more is
             refused before it is allocated.
         precompile: compile the programs that a training client will likely need in the background when it is made.
+        record_metrics: keep the metrics and events of every run in `metrics.sqlite` under `state_dir`, written beside
+            the training.
 
     Raises:
         BadRequestError: a field has a value outside its range; the message names both.
@@ -70,6 +72,7 @@ class EngineConfig:
     compilation_cache_dir: str | os.PathLike[str] | None = None
     memory_fraction: float = 0.9
     precompile: bool = True
+    record_metrics: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(DType):
@@ -84,8 +87,9 @@ class EngineConfig:
         fraction = self.memory_fraction
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise BadRequestError(f"EngineConfig.memory_fraction is {fraction!r}; give a number above 0 and at most 1.")
-        if not isinstance(self.precompile, bool):
-            raise BadRequestError(f"EngineConfig.precompile is {self.precompile!r}; give True or False.")
+        for name in ("precompile", "record_metrics"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise BadRequestError(f"EngineConfig.{name} is {value!r}; give True or False.")
         self._check_places()
         minutes = self.autosave_minutes
         if minutes is not None and (

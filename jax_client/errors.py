@@ -49,3 +49,7 @@ class RequestFailedError(JaxClientError, RuntimeError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.message, self.request_id, self.category)
+
+
+class DoesNotFitError(RequestFailedError):
+    """The device has too little free memory for a model or an adapter; less in memory, and it may fit."""

@@ -22,3 +22,14 @@ def policy_ratio(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> tuple[
 def clip_bounds(inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Return the ratio's lower and upper bound per target."""
     return inputs["clip_low_threshold"], inputs["clip_high_threshold"]
+
+
+def clipped_surrogate(
+    ratio: jax.Array, advantages: jax.Array, low: jax.Array, high: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return -min(r A, clip(r, low, high) A), and 1 where the clipped one is the smaller.
+
+    Source: arXiv 1707.06347, equation 7; the bounds are absolute values of the ratio.
+    """
+    plain, clipped = ratio * advantages, jnp.clip(ratio, low, high) * advantages
+    return -jnp.minimum(plain, clipped), (clipped < plain).astype(jnp.float32)

@@ -13,10 +13,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jax_client.losses import cispo, cross_entropy, dro, importance_sampling, ppo
+from jax_client.losses import cispo, cross_entropy, dro, gspo, importance_sampling, ppo
 
 Arrays = Mapping[str, jax.Array]
-# From target logprobs and inputs of the same shape to (loss per target, statistics per target).
+# From target logprobs and inputs of the same shape to (loss per target, statistics per target). Beside the inputs there
+# is `segments_BT`, which says what belongs to one datum.
 LossFn = Callable[[jax.Array, Arrays], tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -32,6 +33,7 @@ class Loss:
         stats: the statistics that `fn` returns.
         mask: the input whose nonzero entries count as scored tokens in the metrics.
         masked_has_gradient: whether a target outside the mask can have a gradient.
+        one_target: whether the loss has no meaning for several targets per position.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Loss:
     config: Mapping[str, float] = field(default_factory=dict)
     defaults: Mapping[str, float] = field(default_factory=dict)
     masked_has_gradient: bool = False
+    one_target: bool = False
 
 
 _SAMPLED = {"logprobs": True, "advantages": True}
@@ -91,6 +94,15 @@ LOSSES: dict[str, Loss] = {
             config=dro.CONFIG,
             masked_has_gradient=True,
         ),
+        Loss(
+            name="gspo",
+            inputs={**_CLIPPED, "sequence_ratio_mask": True},
+            fn=gspo.loss,
+            stats=(*_RATIO, "clip_fraction"),
+            mask="advantages",
+            config=gspo.CONFIG,
+            one_target=True,
+        ),
     )
 }
 # What the loss program takes, whichever loss it is told to compute.
@@ -105,7 +117,7 @@ def loss_number(name: str) -> int:
 
 
 def apply_loss(
-    number: jax.Array, logprobs_BTC: jax.Array, inputs: Arrays, real_BTC: jax.Array
+    number: jax.Array, logprobs_BTC: jax.Array, inputs: Arrays, real_BTC: jax.Array, segments_BT: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return d loss / d logprobs (B, T, C) and the sums from which the metrics are made.
 
@@ -114,8 +126,10 @@ def apply_loss(
         logprobs_BTC: float32.
         inputs: all of `INPUTS` (B, T, C); those that the loss does not read hold anything finite.
         real_BTC: bool, False on padding.
+        segments_BT: int32; positions of one datum lie side by side in one row and share a number.
     """
     branches = [partial(_apply, loss) for loss in LOSSES.values()]
+    inputs = {**inputs, "segments_BT": segments_BT}
     return jax.lax.switch(number, [*branches, _nothing], logprobs_BTC, inputs, real_BTC)
 
 

@@ -14,7 +14,6 @@ import pytest
 
 import jax_client
 from jax_client import errors, types
-from jax_client.clients import sampling
 from jax_client.engine.requests import AdapterState, GeneratedRow, GenerationResult, LoraSpec, TrainResult
 from jax_client.runs import engines
 from jax_client.weights.source import ModelSource
@@ -47,6 +46,15 @@ class FakeEngine:
 
     def describe(self):
         return {"model": self.source.name, "dtype": "float32"}
+
+    def usage(self):
+        memory = {"weights": 1, "adapters": 0, "optimizer": 0, "gradients": 0, "cache": 0, "available": 9}
+        sampling = ("rows_running", "rows_waiting", "prompt_tokens", "prompt_tokens_cached", "sampled_tokens")
+        counts = dict.fromkeys((*sampling, "decode_rows", "decode_row_places"), 0)
+        return {"memory_bytes": memory, "sampling": counts, "training": {}}
+
+    def compiled(self, since=0):
+        return []
 
     def close(self):
         self._device.shutdown(wait=True)
@@ -181,9 +189,7 @@ def loaded(monkeypatch):
     monkeypatch.setattr(engines, "resolve", resolve)
     monkeypatch.setattr(engines, "open_engine", open_engine)
     monkeypatch.setattr(engines, "load_tokenizer", lambda source: SimpleNamespace(name=source.name, decode=str))
-    yield opened
-    # The session of the clients that came from handles outlives them; the next test must not find its engines.
-    sampling._session.cache_clear()
+    return opened
 
 
 @pytest.fixture

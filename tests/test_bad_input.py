@@ -26,7 +26,7 @@ import jax_client
 from jax_client import types
 from jax_client.checkpoint import manifest, sealed
 from jax_client.engine import memory, packing
-from jax_client.engine.engine import STEP_RATES
+from jax_client.engine.engine import STEP_RATES, STEP_SUMS
 from jax_client.errors import JaxClientError
 
 from golden_cases import CASES, base_values, sequences
@@ -130,8 +130,9 @@ class Bench:
     def everything(self) -> tuple[Any, ...]:
         """Return the adapter's hash, what is on disk and listed, the memory by kind, and the number of compiles."""
         found = (self.home / "state").rglob("*")
-        # The catalogue only remembers what the other files say, and a listing may make it.
-        files = {str(path): path.stat().st_size for path in found if not path.name.startswith("catalogue.sqlite")}
+        # The catalogue only remembers what the other files say, and a listing may make it; metrics come when they may.
+        own = ("catalogue.sqlite", "metrics.sqlite")
+        files = {str(path): path.stat().st_size for path in found if not path.name.startswith(own)}
         listed = self.service.create_rest_client().list_checkpoints(self.client.model_id).result().checkpoints
         memory = {key: value for key, value in self.engine.describe()["memory_bytes"].items() if key != "available"}
         compiled, keys = len(self.engine.describe()["compiled"]), set(self.service._session.loss_keys)
@@ -142,7 +143,8 @@ class Bench:
         training, step = self.client.forward_backward(DATA, "cross_entropy"), self.client.optim_step(ADAM)
         output = training.result(30)
         logprobs = [output["logprobs"].to_numpy().tobytes() for output in output.loss_fn_outputs]
-        rates = {f"{name}:mean" for name in STEP_RATES}  # of this very moment
+        # Of this very moment.
+        rates = {f"{name}:mean" for name in STEP_RATES} | {f"{name}:sum" for name in STEP_SUMS.values()}
         metrics = {key: value for key, value in step.result(30).metrics.items() if key not in rates}
         return logprobs, output.metrics, metrics, self.weights()
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import tinker
 
-import jax_client
 from jax_client import types
 
 import fake_engine
@@ -82,23 +78,3 @@ def test_saved_sampler_weights(service, client):
             service.create_sampling_client(**arguments)
     with pytest.raises(tinker.NotFoundError):
         service.create_sampling_client(path + "x").result()
-
-
-def test_samplers_travel_between_processes(service, client, loaded):
-    step(client)
-    path = client.save_weights_for_sampler("s").result().path
-    future = service.create_sampling_client(path)
-    for travelled in (pickle.loads(pickle.dumps(future)), pickle.loads(pickle.dumps(future.result()))):
-        assert type(travelled) is jax_client.SamplingClient
-        # Nothing is loaded until it is used.
-        assert travelled._loaded is None
-        assert travelled.get_base_model() == MODEL
-        assert travelled.compute_logprobs(PROMPT).result()[1] == -1.5
-    assert len(loaded) == 1
-    assert copy.deepcopy(travelled) is travelled
-    ephemeral = client.save_weights_and_get_sampling_client().result()
-    for hand in (pickle.dumps, jax_client.SamplingClient.get_sampler_handle):
-        with pytest.raises(tinker.BadRequestError, match="save_weights_for_sampler"):
-            hand(ephemeral)
-    with pytest.raises(ValueError, match="handle"):
-        jax_client.SamplingClient.from_sampler_handle("nonsense")

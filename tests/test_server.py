@@ -7,8 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,58 +15,24 @@ import httpx
 import numpy as np
 import pytest
 import tinker
-import uvicorn
 from tinker import types
 
 import jax_client
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.cli import main
-from jax_client.server import LOOPBACK
-from jax_client.server.app import build_app
 from jax_client.server.state import Server
 
-from golden_cases import CASES, base_values, sequences
+from golden_cases import base_values
+from serving import ADAM, CASE, KEY, Running, config, data
 from weight_files import write_hf
-
-CASE = CASES["llama_tied"]
-KEY = "tml-test"
-ADAM = types.AdamParams(learning_rate=1e-2)
 
 # The SDK's own HTTP stack and pydantic warn in ways that are not this package's to fix.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-class Running:
-    """A server on a free port of this process."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        listening = socket.socket()
-        listening.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        app = build_app(server, api_key=KEY, hosts=LOOPBACK)
-        self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [listening]}, daemon=True)
-        self._thread.start()
-        while not self._uvicorn.started:
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        self._uvicorn.should_exit = True
-        self._thread.join(30)
-        for closing in self.server.close():
-            closing.result(60)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_hf(tmp_path_factory.mktemp("model") / "m", CASE, base_values(CASE)))
-
-
-def config(state_dir: Path) -> jax_client.EngineConfig:
-    return jax_client.EngineConfig(
-        dtype="float32", state_dir=state_dir, compilation_cache_dir="", precompile=False, autosave_minutes=None
-    )
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +45,6 @@ def running(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Ru
 @pytest.fixture(scope="module")
 def service(running: Running) -> Any:
     return tinker.ServiceClient(base_url=running.url, api_key=KEY)
-
-
-def data() -> list[types.Datum]:
-    return [
-        types.Datum(
-            model_input=types.ModelInput.from_ints(s["tokens"].tolist()),
-            loss_fn_inputs={"target_tokens": s["targets"].tolist(), "weights": s["weights"].tolist()},
-        )
-        for s in sequences(CASE)
-    ]
 
 
 def train(service: Any, model: str) -> dict[str, Any]:

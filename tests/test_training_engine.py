@@ -28,7 +28,7 @@ from golden_engine import CROSS_ENTROPY, SPEC, open_engine
 
 CONFIG = CASES["llama_tied"]
 ADAM = AdamSettings(learning_rate=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, grad_clip_norm=0.0)
-POLICY = ("importance_sampling", "ppo", "cispo", "dro")
+POLICY = ("importance_sampling", "ppo", "cispo", "dro", "gspo")
 
 
 def data(count: int, length: int, seed: int = 0) -> list[Sequence]:

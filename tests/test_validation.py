@@ -51,6 +51,11 @@ def rl(**changes: Any) -> types.Datum:
     return datum(**{key: value for key, value in inputs.items() if value is not None})
 
 
+def wide_gspo() -> types.Datum:
+    twice: Any = [[1.0, 2.0]] * 3
+    return rl(targets=[[2, 3]] * 3, logprobs=twice, advantages=twice, sequence_ratio_mask=twice)
+
+
 def train(data: object, loss_fn: object = "cross_entropy", config: object = None) -> Any:
     return validation.training_data(data, loss_fn, config, vocab_size=VOCAB, max_context=CONTEXT)
 
@@ -151,7 +156,8 @@ BAD: list[tuple[int, Callable[[], object], type[Exception], list[str]]] = [
     (22, lambda: train([datum()], "crossentropy"), BadRequestError, ["did you mean 'cross_entropy'", "ppo"]),
     (22, lambda: train([datum()], None), BadTypeError, ["loss_fn is None", "cross_entropy"]),
     (22, lambda: train([datum()], len), BadTypeError, ["use forward_backward_custom"]),
-    (22, lambda: train([datum()], "gspo"), UnsupportedError, ["'gspo' is not supported", "forward_backward_custom"]),
+    (24, lambda: train([rl()], "gspo"), BadRequestError, ["no 'sequence_ratio_mask'", "gspo"]),
+    (22, lambda: train([wide_gspo()], "gspo"), UnsupportedError, ["2 targets per position", "'gspo'", "[N]"]),
     (22, lambda: train([datum()], "stable_reinforce"), UnsupportedError, ["'stable_reinforce'"]),
     (22, lambda: train([datum()], "custom"), UnsupportedError, ["'custom'", "forward_backward_custom"]),
     (

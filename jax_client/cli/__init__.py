@@ -27,7 +27,7 @@ _EXIT_CODES = "Exit codes: 0 done, 1 it failed, 2 wrong usage, 3 this machine is
 
 
 @click.group("jax_client", context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXIT_CODES)
-@click.option("--state-dir", type=STATE_DIR_TYPE, metavar="DIR", help=STATE_DIR_HELP)
+@click.option("--state-dir", type=STATE_DIR_TYPE, metavar="DIR", envvar="JAX_CLIENT_STATE_DIR", help=STATE_DIR_HELP)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="jax_client", message="%(prog)s %(version)s")
 @click.pass_obj

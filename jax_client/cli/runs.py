@@ -1,4 +1,4 @@
-"""`jax_client run`: which training runs are here, and how is each?"""
+"""`jax_client run`: which training runs are here, and how is each? Before `--` and a program, see `run_command`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,27 @@ import click
 
 from jax_client.cli import output
 from jax_client.cli.options import find_run, json_option, open_store, reads_state
+from jax_client.cli.run_command import RunGroup, program_of, run_program
+from jax_client.cli.settings import server_options
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.store import CheckpointStore, Record
 
 
-# `jax_client run [--model NAME] -- COMMAND` will start a program. Click hands this group everything after `--`, so a
-# subclass that looks for it in parse_args can tell that form from the commands below; `run -- list` is a program.
-@click.group("run")
-def run() -> None:
-    """Show the training runs of this machine."""
+@click.group("run", cls=RunGroup, invoke_without_command=True, no_args_is_help=True)
+@server_options(private=True)
+@click.pass_context
+def run(ctx: click.Context, **_: Any) -> None:
+    """Run a program on a server of its own, or show the training runs of this machine.
+
+    \b
+    jax_client run --model NAME -- python -m tinker_cookbook.recipes.chat_sl.train model_name=NAME ...
+
+    The server starts on a free port, the program finds it in TINKER_BASE_URL and TINKER_API_KEY; when the program ends,
+    what was trained is saved, and the exit code is the program's.
+    """
+    if (program := program_of(ctx)) is not None:
+        run_program(ctx, program)
 
 
 @run.command("list")

@@ -2,161 +2,199 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable
-from pathlib import Path
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from jax_client.cli.options import reads_state
+from jax_client.cli import stages
+from jax_client.cli.settings import ServerSettings, print_settings, read_settings, server_options
 from jax_client.server import LOOPBACK
 
 if TYPE_CHECKING:
     from jax_client.server.state import Server
 
-
-class Mesh(click.ParamType):
-    """A mesh on the command line: auto, or axes with sizes such as fsdp=4,tensor=2."""
-
-    name = "mesh"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse the text, or fail as wrong usage."""
-        if value == "auto" or isinstance(value, dict):
-            return value
-        axes: dict[str, int] = {}
-        for part in str(value).split(","):
-            axis, _, size = part.partition("=")
-            if not size.isdigit():
-                self.fail(f"{value!r} is no mesh; give auto, or axes such as fsdp=4,tensor=2.", param, ctx)
-            axes[axis.strip()] = int(size)
-        return axes
-
-
-class Alias(click.ParamType):
-    """NAME=OTHER on the command line."""
-
-    name = "alias"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse the text, or fail as wrong usage."""
-        name, _, other = str(value).partition("=")
-        if not name or not other:
-            self.fail(f"{value!r} is no alias; give NAME=OTHER.", param, ctx)
-        return name, other
+# Most that saving takes where somebody waits, who can press Ctrl-C.
+PATIENT_SECONDS = 600.0
 
 
 @click.command("serve")
-@click.option(
-    "--model", "models", multiple=True, metavar="NAME", help="Load this model at the start; others on demand."
-)
-@click.option("--alias", "aliases", multiple=True, type=Alias(), metavar="NAME=OTHER", help="Serve OTHER as NAME too.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
-@click.option("--allow-host", "allowed", multiple=True, metavar="NAME", help="A name under which clients call it.")
-@click.option(
-    "--api-key", envvar="JAX_CLIENT_API_KEY", help="What clients send as TINKER_API_KEY; must begin with tml-."
-)
-@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True)
-@click.option("--mesh", type=Mesh(), default="auto", show_default=True, help="Such as fsdp=4,tensor=2.")
-@reads_state
-def serve(
-    home: Path,
-    models: tuple[str, ...],
-    aliases: tuple[tuple[str, str], ...],
-    host: str,
-    port: int,
-    allowed: tuple[str, ...],
-    api_key: str | None,
-    dtype: Any,
-    mesh: Any,
-) -> None:
-    """Serve the tinker SDK: point TINKER_BASE_URL at the URL that is printed."""
-    if host not in LOOPBACK and api_key is None:
-        raise click.UsageError(f"--host {host} lets other machines in; give an --api-key too.")
-    listening = _listen(host, port)
-    address = listening.getsockname()[:2]
-    say = lambda text: click.echo(text, err=True)  # noqa: E731
-    from jax_client.checkpoint import files, owner
-    from jax_client.config import EngineConfig
-    from jax_client.runs.autosave import SIGNAL_SECONDS
-    from jax_client.server.app import build_app
-    from jax_client.server.state import Server
+@server_options(private=False)
+@click.pass_context
+def serve(ctx: click.Context, **_: Any) -> None:
+    """Serve the tinker SDK: point TINKER_BASE_URL at the URL that is printed.
 
-    files.make_directories(home, home)
-    try:
-        claim = owner.claim(home)
-    except owner.TakenError as error:
-        raise click.ClickException(
-            f"{home} is served by {error}; stop that one, or give another --state-dir."
-        ) from None
-    try:
-        server = Server(EngineConfig(dtype=dtype, mesh=mesh, state_dir=home), dict(aliases))
-        say(f"state directory: {home}")
-        for name in models:
-            _load(server, name, say)
-        names = {*LOOPBACK, host, *allowed} if host in LOOPBACK else {host, *allowed, *_own_names()}
-        app = build_app(server, api_key=api_key, hosts=names)
-        key = "the key you gave" if api_key else "tml-any"
-        say(f"ready: TINKER_BASE_URL=http://{_shown(address[0])}:{address[1]} TINKER_API_KEY={key}")
-        number = _run(app, listening)
-        say("stopping: saving what was trained")
-        for closing in server.close():
-            closing.result(SIGNAL_SECONDS)
-    finally:
-        claim.release()
+    Every setting can be a flag, a variable of the environment, or a line of the TOML file; the first of these that has
+    it is taken.
+    """
+    settings = read_settings(ctx)
+    if ctx.params["show_config"]:
+        print_settings(ctx)
+        return
+    host = settings.host
+    if host not in LOOPBACK and settings.api_key is None:
+        raise click.UsageError(f"--host {host} lets other machines in; give an --api-key too.")
+    listening = listen(host, settings.port)
+    address = listening.getsockname()[:2]
+    with opened(settings, "stop that one, or give another --state-dir", remembers=True) as server:
+        from jax_client.server.app import build_app
+
+        own = () if host in LOOPBACK else (socket.gethostname(), socket.getfqdn())
+        names = {host, *settings.allow_hosts, *(LOOPBACK if host in LOOPBACK else own)}
+        app = build_app(server, api_key=settings.api_key, hosts=names)
+        key = "the key you gave" if settings.api_key else "tml-any"
+        number = _run(app, listening, f"ready: TINKER_BASE_URL={url(*address)} TINKER_API_KEY={key}")
+        save(server, hurried=number in (signal.SIGTERM, signal.SIGHUP))
     if number is not None:
         raise click.exceptions.Exit(128 + number)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family)
+@contextlib.contextmanager
+def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterator[Server]:
+    """Take the state directory, make the server that is alone on it, and load its models.
+
+    Args:
+        settings: of the server.
+        advice: what to do when another process has the directory.
+        remembers: whether its clients may go on with the next server on this directory.
+
+    Raises:
+        click.ClickException: another process has it.
+    """
+    # Not at the top of the file: --help and --show-config need none of it.
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    from jax_client.checkpoint import files, owner
+    from jax_client.server.journal import Journal
+    from jax_client.server.state import Server
+
+    # They would be drawn over the line that says how far a download is.
+    disable_progress_bars()
+    files.make_directories(settings.home, settings.home)
+    try:
+        claim = owner.claim(settings.home)
+    except owner.TakenError as error:
+        raise click.ClickException(f"{settings.home} is served by {error}; {advice}.") from None
+    try:
+        server = Server(settings.engine, settings.aliases, Journal(settings.home) if remembers else None)
+        stages.say(f"state directory: {settings.home}")
+        for name in settings.models:
+            _load(server, name, settings)
+        yield server
+    finally:
+        claim.release()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to an address.
+
+    Raises:
+        click.ClickException: it is taken, or not this machine's.
+    """
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
     except OSError as error:
+        listening.close()
         raise click.ClickException(
             f"port {port} of {host} cannot be listened on ({os.strerror(error.errno or 0)}); give another --port."
         ) from None
     return listening
 
 
-def _load(server: Server, name: str, say: Callable[[str], None]) -> None:
-    say(f"loading {name}")
-    lease = server.own.base_model(server.model_name(name)).result()
-    about = lease.model.engine.describe()
-    device = about["device"]
-    weights = about["memory_bytes"]["weights"] / 1e9
-    say(f"loaded {name}: {weights:.2f} GB in {about['dtype']} on {device['count']} x {device['kind']}")
+def url(host: str, port: int) -> str:
+    """Return what goes into TINKER_BASE_URL."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _own_names() -> set[str]:
-    return {socket.gethostname(), socket.getfqdn()}
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _run(app: Any, listening: socket.socket) -> int | None:
-    """Serve until a signal comes; return its number."""
+def uvicorn_server(app: Any) -> Any:
+    """Return the HTTP server, which has not begun."""
     import uvicorn
 
+    # Long polls end when the server does: their clients ask again, and see that it is gone.
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off", server_header=False
+    )
+    return uvicorn.Server(config)
+
+
+def save(server: Server, *, hurried: bool) -> None:
+    """End every session: what was trained and nobody saved is saved, and the line to go on from it is printed.
+
+    Args:
+        server: that answers no more.
+        hurried: whether the machine may be switched off soon.
+    """
+    from jax_client.runs.autosave import SIGNAL_SECONDS
+
+    stages.say("stopping: saving what was trained")
+    server.close(SIGNAL_SECONDS if hurried else PATIENT_SECONDS)
+
+
+def _load(server: Server, name: str, settings: ServerSettings) -> None:
+    from jax_client.runs import engines
+
+    start, meant = time.monotonic(), server.model_name(name)
+    loading = server.own.base_model(meant)
+
+    def about() -> str:
+        progress = engines.loading(meant, settings.engine)
+        if progress is None:
+            return f"loading {name}"
+        _, _, bytes_ = str(progress).partition(" ")
+        return f"{progress.stage} {name} {bytes_}".rstrip()
+
+    engine = stages.wait(loading, about).model.engine
+    found = engine.describe()
+    device, weights = found["device"], found["memory_bytes"]["weights"] / 1e9
+    stages.say(
+        f"loaded {name}: {weights:.2f} GB in {found['dtype']} on {device['count']} x {device['kind']}, "
+        f"{time.monotonic() - start:.1f} s"
+    )
+    if settings.warmup:
+        _compile(engine, name, settings)
+
+
+def _compile(engine: Any, name: str, settings: ServerSettings) -> None:
+    from jax_client.engine.requests import LoraSpec
+
+    start = time.monotonic()
+    lengths = ", ".join(map(str, settings.warmup))
+    warming: Future[list[Any]] = engine.warmup(LoraSpec(rank=settings.warmup_rank, seed=0), list(settings.warmup), 1)
+    compiled = stages.wait(warming, lambda: f"compiling {name} for lengths {lengths}")
+    cached = sum(record["cached"] for record in compiled)
+    stages.say(
+        f"compiled {name}: {len(compiled)} programs, {cached} of them from the cache, {time.monotonic() - start:.1f} s"
+    )
+
+
+def _run(app: Any, listening: socket.socket, ready: str) -> int | None:
+    """Say `ready`, serve until a signal comes, and return its number."""
+    server = uvicorn_server(app)
     stopped: list[int] = []
-    # Uvicorn stops at the first signal, then raises it again for whoever handled it before. A second one ends it all.
-    before = {
-        number: signal.signal(number, lambda n, _: stopped.append(n)) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+
+    def stop(number: int, _: Any) -> None:
+        stopped.append(number)
+        server.should_exit = True
+
+    # Uvicorn handles SIGTERM and SIGINT, then raises them again for whoever did before; a second one ends it all. It
+    # knows nothing of SIGHUP, which is ignored where a server is to outlive its terminal (nohup).
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
-        # Long polls end when the server does: their clients ask again, and see that it is gone.
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off", server_header=False
-        )
-        uvicorn.Server(config).run(sockets=[listening])
+        # Whoever reads the line may connect, or send a signal, at once.
+        listening.listen()
+        stages.say(ready)
+        server.run(sockets=[listening])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,55 +1,57 @@
-"""What does a user sample with?"""
+"""What does a user sample with?
+
+A process that unpickles a client imports this module, and has no use for jax: nothing here imports it before a client
+is made from weights.
+"""
 
 from __future__ import annotations
 
-import base64
-import dataclasses
-import functools
-import json
-import threading
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import os
+from typing import TYPE_CHECKING, Any, cast
 
 import tinker
 from tinker import types
 
+from jax_client.clients import handles
 from jax_client.clients.binding import sdk_errors, stands_for
 from jax_client.clients.futures import ClientFuture, LocalFuture
-from jax_client.config import EngineConfig
+from jax_client.clients.remote import RemoteSamplingClient
 from jax_client.errors import BadRequestError, UnsupportedError
-from jax_client.runs.catalogue import lasting_name
 from jax_client.runs.futures import background
 from jax_client.runs.paths import sampler_path
-from jax_client.runs.sampler import Sampler, base_sampler, checkpoint_sampler
-from jax_client.runs.session import Session, state_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from jax_client.runs.sampler import Sampler
+    from jax_client.runs.session import Session
 
 
 @sdk_errors
 class SamplingClient:
     """Client for text generation, from a base model or from trained weights.
 
-    Made by `ServiceClient.create_sampling_client` or `TrainingClient.save_weights_and_get_sampling_client`. One made
-    from a saved path or a base model can be pickled: the copy loads the weights when it is first used.
+    Made by `ServiceClient.create_sampling_client` or `TrainingClient.save_weights_and_get_sampling_client`. It can be
+    pickled: in another process of this machine the copy asks this one to sample.
 
     Args:
-        sampler: the loaded weights, or None to load them from `origin` on first use.
-        origin: where the weights can be found again, None for weights that were never saved.
+        sampler: the loaded weights.
     """
 
-    def __init__(self, sampler: Sampler | None, origin: Mapping[str, Any] | None) -> None:
+    def __init__(self, sampler: Sampler) -> None:
         self._loaded = sampler
-        self._origin = origin
-        self._lock = threading.Lock()
+        self._process = os.getpid()
 
     @property
     def _sampler(self) -> Sampler:
-        with self._lock:
-            if self._loaded is None:
-                self._loaded = _open(self._origin or {})
-            return self._loaded
+        # The threads that drive the device are not in a forked process: a request would wait for ever.
+        if os.getpid() != self._process:
+            raise UnsupportedError(
+                f"this SamplingClient came from process {self._process} by a fork, where its engine does not run. "
+                "Pickle it: give it to the pool with each task, or take get_sampler_handle() before the fork and "
+                "SamplingClient.from_sampler_handle() after it."
+            )
+        return self._loaded
 
     async def _ready(self) -> SamplingClient:
         return self
@@ -145,8 +147,6 @@ class SamplingClient:
 
     def get_base_model(self) -> str:
         """Return the base model's name."""
-        if self._loaded is None and self._origin is not None:
-            return self._origin["base_model"]
         return self._sampler.lease.name
 
     async def get_base_model_async(self) -> str:
@@ -160,32 +160,38 @@ class SamplingClient:
         """Ignore the queue states of a hosted service; there are none in-process."""
 
     def get_sampler_handle(self) -> str:
-        """Return a string from which `from_sampler_handle` makes this client again, in any process of this machine.
+        """Return a string from which `from_sampler_handle` makes a client of these weights, on this machine.
+
+        From the first handle on, this process serves its samplers on a Unix socket that only its user can open. The
+        handle holds for as long as this client lives, and while it is among the newest 16 of an open session.
 
         Raises:
-            UnsupportedError: the weights were never saved.
+            NotFoundError: the session is closed.
         """
-        if self._origin is None:
-            raise UnsupportedError(
-                "this sampler's weights exist only in this process, so it cannot be pickled or handed to another one. "
-                "Use save_weights_for_sampler(name) and create_sampling_client(model_path)."
-            )
-        return base64.urlsafe_b64encode(json.dumps(self._origin).encode()).decode()
+        sampler = self._sampler
+        handle = handles.share(sampler)
+        handles.here[handle.sampler_id] = sampler
+        return handle.encode()
 
     @staticmethod
-    def from_sampler_handle(handle: str, *, api_key: str | None = None) -> SamplingClient:
-        """Make a client from a handle. Loads nothing: the weights are loaded by the first request.
+    def from_sampler_handle(handle: str, *, api_key: str | None = None) -> tinker.SamplingClient:
+        """Make a client from a handle; it loads and asks nothing before its first request.
 
         Args:
             handle: of `get_sampler_handle`.
-            api_key: not needed in-process.
+            api_key: not needed on the machine of the handle.
+
+        Returns:
+            In the process that has the weights a client as every other; elsewhere the SDK's own, which asks it.
+
+        Raises:
+            BadRequestError: it is no handle.
         """
-        try:
-            origin = json.loads(base64.urlsafe_b64decode(handle))
-            EngineConfig(**origin["config"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadRequestError(f"not a sampler handle ({error}); take one from get_sampler_handle().") from error
-        return SamplingClient(None, origin)
+        found = handles.Handle.decode(handle)
+        sampler = handles.here.get(found.sampler_id)
+        if sampler is None:
+            return RemoteSamplingClient(found)
+        return cast(tinker.SamplingClient, SamplingClient(sampler))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SamplingClient.from_sampler_handle, (self.get_sampler_handle(),)
@@ -221,6 +227,8 @@ def open_sampling_client(
     Raises:
         BadRequestError: not exactly one of the two is given, or the path is not one of sampler weights.
     """
+    from jax_client.runs.sampler import base_sampler, checkpoint_sampler
+
     session.check_open()
     refuse_stability_info(record_stability_info)
     if model_path is None and base_model is None:
@@ -240,36 +248,4 @@ def open_sampling_client(
                 f"base_model is {base_model!r}, a name is required; RestClient().get_server_capabilities() lists them."
             )
         loading = background(lambda: base_sampler(session, name), "sampler")
-
-    def client(sampler: Sampler) -> SamplingClient:
-        return SamplingClient(sampler, _origin(session.config, model_path, sampler.lease.name))
-
-    return BackcompatSamplingClientFuture(session.track(loading), client)
-
-
-def _origin(config: EngineConfig, model_path: str | None, base_model: str) -> dict[str, Any]:
-    cache = config.compilation_cache_dir
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {
-        "mesh": dict(config.mesh) if isinstance(config.mesh, Mapping) else config.mesh,
-        "state_dir": str(state_dir(config)),
-        "compilation_cache_dir": None if cache is None else str(cache),
-    }
-    return {
-        "model_path": model_path,
-        "base_model": base_model,
-        "source": lasting_name(base_model),
-        "config": settings,
-    }
-
-
-@functools.cache
-def _session(config: str) -> Session:
-    """One session per engine configuration for all clients that came into this process as handles."""
-    return Session(EngineConfig(**json.loads(config)))
-
-
-def _open(origin: Mapping[str, Any]) -> Sampler:
-    session = _session(json.dumps(origin["config"], sort_keys=True))
-    if origin["model_path"] is None:
-        return base_sampler(session, origin["source"])
-    return checkpoint_sampler(session, sampler_path(origin["model_path"], "create_sampling_client"))
+    return BackcompatSamplingClientFuture(session.track(loading), SamplingClient)

@@ -79,7 +79,7 @@ class TrainingClient:
 
         Args:
             data: target i of a datum is scored by the model after token i; there is no shift.
-            loss_fn: cross_entropy, importance_sampling, ppo, cispo or dro.
+            loss_fn: cross_entropy, importance_sampling, ppo, cispo, dro or gspo.
             loss_fn_config: the loss's settings.
 
         Returns:
@@ -321,7 +321,7 @@ class TrainingClient:
         refuse_stability_info(record_stability_info)
         if kind not in ("snapshot", "inflight"):
             raise BadRequestError(f"kind is {kind!r}; choose 'snapshot' or 'inflight'.")
-        return BackcompatSamplingClientFuture(self._run.sampler(kind), lambda sampler: SamplingClient(sampler, None))
+        return BackcompatSamplingClientFuture(self._run.sampler(kind), SamplingClient)
 
     async def save_weights_and_get_sampling_client_async(
         self,

@@ -24,6 +24,7 @@ class Work:
         flops: useful ones; hardware_flops: with recomputation, of real tokens.
         host_s: packing and unpacking. device_s: from the first launch to the last result, without compiling.
         compile_s: waiting for programs to be compiled.
+        queue_s: from when a call was sent, and the calls before it were done, to its first turn on the device.
     """
 
     tokens: int = 0
@@ -33,6 +34,7 @@ class Work:
     host_s: float = 0.0
     device_s: float = 0.0
     compile_s: float = 0.0
+    queue_s: float = 0.0
 
     def add(self, other: Work) -> None:
         """Add another's sums to these."""
@@ -58,6 +60,7 @@ class Work:
             "host_seconds": self.host_s,
             "device_seconds": self.device_s,
             "compile_seconds": self.compile_s,
+            "queue_seconds": self.queue_s,
         }
 
 

@@ -48,13 +48,18 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Held:
-    """An adapter at one moment. Arrays are immutable: holding them costs nothing until the adapter has others."""
+    """An adapter at one moment. Arrays are immutable: holding them costs nothing until the adapter has others.
+
+    Attributes:
+        accumulating: whether there are gradients that no step was taken with. They are not part of a saved state.
+    """
 
     spec: LoraSpec
     step: int
     weights: Weights
     mu: Weights | None
     nu: Weights | None
+    accumulating: bool
 
     def fetch(self) -> AdapterState:
         """Copy it to the host. Blocks; call it off the dispatch thread."""
@@ -65,7 +70,14 @@ class Held:
 def hold(adapter: Adapter, optimizer: bool) -> Held:
     """Return the adapter as it is now, with Adam's moments if asked."""
     moments = (adapter.mu, adapter.nu) if optimizer else (None, None)
-    return Held(spec=adapter.spec, step=adapter.step, weights=adapter.weights, mu=moments[0], nu=moments[1])
+    return Held(
+        spec=adapter.spec,
+        step=adapter.step,
+        weights=adapter.weights,
+        mu=moments[0],
+        nu=moments[1],
+        accumulating=adapter.grads is not None,
+    )
 
 
 def _shapes(c: ModelConfig, spec: LoraSpec) -> dict[str, dict[str, dict[str, tuple[Any, Any, int]]]]:
@@ -157,6 +169,11 @@ def refuse_other_shapes(what: str, flat: Any, c: ModelConfig, spec: LoraSpec, ad
         raise BadRequestError(
             f"{what} does not fit this model: {len(wrong)} arrays differ, {'; '.join(wrong[:5])}. {advice}"
         )
+
+
+def to_host(snapshot: Snapshot) -> AdapterState:
+    """Copy a snapshot's weights to the host, without optimizer. Blocks; call it off the dispatch thread."""
+    return AdapterState(spec=snapshot.spec, step=0, weights=jax.device_get(flatten(snapshot.weights)))
 
 
 def unflatten(flat: Any, c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:

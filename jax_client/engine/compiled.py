@@ -31,6 +31,7 @@ class CompileRecord:
         cause: "first use" made a request wait; "warmup" was asked for; "background" ran beside other work.
         cached: whether the program came from the compilation cache, so that nothing was compiled.
         bytes: temporaries and outputs that a run allocates on each device, as the compiler counts them.
+        ended_at: when it was there, unix seconds.
     """
 
     program: str
@@ -39,6 +40,19 @@ class CompileRecord:
     cause: Cause
     cached: bool
     bytes: int
+    ended_at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Compile:
+    log: list[CompileRecord]
+    program: str
+    shapes: str
+    began: float
+
+
+# Those that run now, of all engines.
+_running: set[_Compile] = set()
 
 
 class Program:
@@ -114,7 +128,12 @@ class Program:
         outputs = {} if self._place is None else {"out_shardings": self._place(*args)}
         fn = partial(self._fn, **static)
         fn.__name__ = self.name  # type: ignore[attr-defined]  (profiles and dumps show it)
-        compiled = jax.jit(fn, donate_argnums=self._donate, **outputs).lower(*args).compile()
+        running = _Compile(log=self._log, program=self.name, shapes=text, began=time.monotonic())
+        _running.add(running)
+        try:
+            compiled = jax.jit(fn, donate_argnums=self._donate, **outputs).lower(*args).compile()
+        finally:
+            _running.discard(running)
         cached, seconds = _cache_hits() > hits, time.perf_counter() - start
         size = compiled.memory_analysis()
         record = CompileRecord(
@@ -124,6 +143,7 @@ class Program:
             cause=cause,
             cached=cached,
             bytes=0 if size is None else size.temp_size_in_bytes + size.output_size_in_bytes,
+            ended_at=time.time(),
         )
         self._log.append(record)
         logger.info("%s %s (%s) in %.1f s", "loaded" if cached else "compiled", self.name, text, seconds)
@@ -133,6 +153,16 @@ class Program:
 def waited_for_s(log: list[CompileRecord]) -> float:
     """Return the seconds that requests have waited for compiles."""
     return sum(record.seconds for record in log if record.cause == "first use")
+
+
+def compiling(log: list[CompileRecord]) -> list[dict[str, Any]]:
+    """Return the compiles of an engine that run now: program, shapes, and for how many seconds."""
+    now = time.monotonic()
+    return [
+        {"program": each.program, "shapes": each.shapes, "seconds": round(now - each.began, 3)}
+        for each in sorted(_running.copy(), key=lambda each: each.began)
+        if each.log is log
+    ]
 
 
 def enable_compilation_cache(directory: str | os.PathLike[str]) -> None:

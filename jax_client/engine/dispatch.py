@@ -11,15 +11,19 @@ device, packing, the user's loss function), or None, to let the other lanes go f
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jax_client.errors import RequestFailedError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Task = Generator[Callable[[], Any] | None, Any, T]
 
@@ -46,9 +50,34 @@ class Lane:
         self.tasks: deque[tuple[Task[Any], Future[Any]]] = deque()
         self.resume: tuple[bool, Any] = (True, None)  # what the head task is resumed with: (is a value, value)
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds from when the head task was ready for the turn that it has now to the turn."""
+        return self.turn_began - self.ready_at
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Liveness:
+    """How a dispatcher does.
+
+    Attributes:
+        alive: whether its thread runs; False also after `close`.
+        waiting: tasks that have not finished.
+        still_s: seconds since a task came to an idle dispatcher, or one had a turn or its result from elsewhere; 0 when
+            nothing waits.
+    """
+
+    alive: bool
+    waiting: int
+    still_s: float
+
 
 class Dispatcher:
-    """Runs the tasks of all lanes on one thread, round robin."""
+    """Runs the tasks of all lanes on one thread, round robin.
+
+    Args:
+        name: of the threads.
+    """
 
     def __init__(self, name: str) -> None:
         self._turn = threading.Condition()
@@ -57,16 +86,19 @@ class Dispatcher:
         self._closed = False
         self._kinds = (Kind(), Kind())  # training, sampling
         self._last_end = 0.0
+        self._moved_at = time.monotonic()  # plainly written by several threads: a float is replaced at once
+        self._death: RequestFailedError | None = None
         self.workers = ThreadPoolExecutor(max_workers=64, thread_name_prefix=f"{name}-worker")
-        self._thread = threading.Thread(target=self._loop, name=f"{name}-dispatch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"{name}-dispatch", daemon=True)
         self._thread.start()
 
     def submit(self, lane: Lane, task: Task[T]) -> Future[T]:
         """Queue a task at the end of its lane; return at once."""
         future: Future[T] = Future()
         with self._turn:
-            if self._closed:
-                raise RequestFailedError("the engine is closed; create a new ServiceClient.", category="user")
+            self.check_open()
+            if not self._lanes:
+                self._moved_at = time.monotonic()
             lane.tasks.append((task, future))
             if lane not in self._lanes:
                 self._lanes.add(lane)
@@ -78,19 +110,46 @@ class Dispatcher:
                 self._make_ready(lane)
         return future
 
+    def check_open(self) -> None:
+        """Raise RequestFailedError after `close`, and after the thread has died."""
+        if self._death is not None:
+            raise RequestFailedError(self._death.message)  # one of its own: each raise makes its traceback longer
+        if self._closed:
+            raise RequestFailedError("the engine is closed; create a new ServiceClient.", category="user")
+
+    def liveness(self) -> Liveness:
+        """Return how it does, without waiting for anything."""
+        waiting = sum(len(lane.tasks) for lane in self._lanes.copy())
+        still_s = max(0.0, time.monotonic() - self._moved_at) if waiting else 0.0
+        return Liveness(alive=self._thread.is_alive() and self._death is None, waiting=waiting, still_s=still_s)
+
     def close(self) -> None:
         """Stop after the step in hand; tasks that have not finished fail."""
-        with self._turn:
-            self._closed = True
-            abandoned = [entry for lane in self._lanes for entry in lane.tasks]
-            self._ready.clear()
-            self._turn.notify()
+        abandoned = self._stop()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        for _, future in abandoned:
-            if not future.done():
-                future.set_exception(RequestFailedError("the engine was closed before this request was carried out."))
+        _fail(abandoned, RequestFailedError("the engine was closed before this request was carried out."))
         self.workers.shutdown(wait=False)
+
+    def _stop(self) -> list[Future[Any]]:
+        """Take no more tasks; return the futures of those that have not finished."""
+        with self._turn:
+            self._closed = True
+            self._ready.clear()
+            self._turn.notify()
+            return [future for lane in self._lanes for _, future in lane.tasks]
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            # Tasks fail on their own: this is the loop itself, and nobody would answer those who wait.
+            self._death = death = RequestFailedError(
+                f"the engine's dispatch thread died ({type(error).__name__}: {error}), and this engine does no more "
+                "work. Start the process again and go on from the last checkpoint; its log has the traceback."
+            )
+            logger.exception("the engine's dispatch thread died")
+            _fail(self._stop(), death)
 
     def _make_ready(self, lane: Lane) -> None:
         lane.ready_at = time.perf_counter()
@@ -108,7 +167,9 @@ class Dispatcher:
                     return
                 self._ready.remove(lane)
             lane.turn_began = time.perf_counter()
+            self._moved_at = time.monotonic()
             self._step(lane)
+            self._moved_at = time.monotonic()
 
     def _next(self) -> tuple[Lane | None, float | None]:
         """Return the lane whose turn it is, or None and the seconds for which those that are ready are held back.
@@ -161,6 +222,7 @@ class Dispatcher:
             resume = (True, request())
         except BaseException as error:
             resume = (False, error)
+        self._moved_at = time.monotonic()
         with self._turn:
             self._charge(lane)
             lane.resume = resume
@@ -184,3 +246,9 @@ class Dispatcher:
             else:
                 self._lanes.discard(lane)
                 self._kinds[lane.sampling].lanes -= 1
+
+
+def _fail(futures: list[Future[Any]], error: RequestFailedError) -> None:
+    for future in futures:
+        with contextlib.suppress(InvalidStateError):  # cancelled, or answered
+            future.set_exception(error)

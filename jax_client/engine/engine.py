@@ -21,7 +21,7 @@ from jax_client.engine import adapters, memory, packing, probe
 from jax_client.engine.accounting import Work
 from jax_client.engine.adapters import Adapter, Held, Snapshot
 from jax_client.engine.attention_choice import choose_attention
-from jax_client.engine.compiled import Cause, CompileRecord, enable_compilation_cache
+from jax_client.engine.compiled import Cause, CompileRecord, compiling, enable_compilation_cache
 from jax_client.engine.dispatch import Dispatcher, Lane, Task
 from jax_client.engine.faults import named_error
 from jax_client.engine.packing import Plan
@@ -49,6 +49,16 @@ T = TypeVar("T")
 MAX_SKIPPED_IN_A_ROW = 10
 # Of `Work.rates`, what the metrics of optim_step show of the step.
 STEP_RATES = ("tokens_per_second", "padding_waste", "host_share", "matmul_fraction", "limit_fraction")
+STEP_SUMS = {
+    "tokens": "input_tokens",
+    "queue_seconds": "queue_seconds",
+    "host_seconds": "host_seconds",
+    "compile_seconds": "compile_seconds",
+    "device_seconds": "device_seconds",
+}
+# Longer than any turn of the device should take; compiles are known by name and may take longer still.
+STUCK_SECONDS = 300.0
+COMPILE_SECONDS = 3600.0
 
 
 class Engine:
@@ -95,6 +105,7 @@ class Engine:
         )
         self._dispatcher = Dispatcher("jax_client")
         self._sampling_lane = Lane(sampling=True)
+        self._closed = False
 
     @property
     def max_context(self) -> int:
@@ -133,14 +144,16 @@ class Engine:
     ) -> Future[TrainResult]:
         """Add the gradient of the summed loss to the adapter's accumulated gradient."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, loss)
-        return self.submit(lane, self.trainer.forward_backward_task(adapter, sequences, loss, prepared))
+        task = self.trainer.forward_backward_task(adapter, sequences, loss, prepared)
+        return self.submit(lane, self._counting_queue(lane, adapter, task))
 
     def forward_backward_custom(
         self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: CustomLoss
     ) -> Future[TrainResult]:
         """As `forward_backward` with a loss that runs on the host, on a thread of its own."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, None)
-        return self.submit(lane, self.trainer.custom_task(adapter, sequences, loss, prepared))
+        task = self.trainer.custom_task(adapter, sequences, loss, prepared)
+        return self.submit(lane, self._counting_queue(lane, adapter, task))
 
     def optim_step(self, lane: Lane, adapter: Adapter, settings: AdamSettings) -> Future[dict[str, float]]:
         """Apply one AdamW step with the accumulated gradient, and clear it.
@@ -178,9 +191,10 @@ class Engine:
                 "learning_rate:mean": settings.learning_rate,
                 "step:max": float(adapter.step),
                 **{f"{name}:mean": rates[name] for name in STEP_RATES if name in rates},
+                **{f"{shown}:sum": rates[name] for name, shown in STEP_SUMS.items() if name in rates},
             }
 
-        return self.submit(lane, task())
+        return self.submit(lane, self._counting_queue(lane, adapter, task()))
 
     def snapshot(self, lane: Lane, adapter: Adapter) -> Future[Snapshot]:
         """Return the adapter's weights as of this place in its lane. Arrays are immutable: nothing is copied."""
@@ -241,9 +255,10 @@ class Engine:
         operations; sampling has one lane of its own. Cancelling the future frees the request's rows.
         """
         del lane
+        self._dispatcher.check_open()
         future, start = self.sampler.enqueue(snapshot, request)
         if start:
-            self.submit(self._sampling_lane, self.sampler.serve())
+            self.submit(self._sampling_lane, self.sampler.serve()).add_done_callback(self.sampler.stopped)
         return future
 
     def warmup(self, spec: LoraSpec, lengths: list[int], targets_per_position: int) -> Future[list[dict[str, Any]]]:
@@ -266,33 +281,70 @@ class Engine:
     def describe(self) -> dict[str, Any]:
         """Return the model, the mesh, every value that "auto" chose, memory by kind and the compiled programs."""
         device = self.mesh.devices.flat[0]
-        size = partial(jax.tree.reduce, lambda total, a: total + a.nbytes, initializer=0)
-        moments = [(a.mu, a.nu) for a in self._adapters]
-        limits = self.trainer.limits
-        remat = self.trainer.remat(limits.tokens)
-        sampling = self.sampler.describe()
+        limits, usage = self.trainer.limits, self.usage()
         return {
             "model": {"name": self.source.name, "path": str(self.source.path), "family": self.model.family},
             "device": {"platform": device.platform, "kind": device.device_kind, "count": self.mesh.size},
             "mesh": dict(self.mesh.shape),
             "dtype": self.dtype.name,
             "attention": self.attention.name,
-            "remat": remat,
+            "remat": self.trainer.remat(limits.tokens),
             "max_tokens_per_micro_batch": limits.tokens * limits.ways,
             "max_context": self.max_context,
+            "memory_bytes": usage["memory_bytes"],
+            "sampling": usage["sampling"],
+            "training": self.trainer.total.rates(self._matmul_rate),
+            "matmul_flops_per_second": self._matmul_rate,
+            "compiled": self.compiled(),
+        }
+
+    def usage(self) -> dict[str, Any]:
+        """Return what changes from step to step: memory by kind, what was sampled, and the sums of all training.
+
+        Waits for nothing and walks the trees of the weights once; not for the thread that launches programs.
+        """
+        size = partial(jax.tree.reduce, lambda total, a: total + a.nbytes, initializer=0)
+        known, sampling = list(self._adapters), self.sampler.describe()
+        remat = self.trainer.remat(self.trainer.limits.tokens)
+        return {
             "memory_bytes": {
                 "weights": size(self.params),
-                "adapters": size([a.weights for a in self._adapters]),
-                "optimizer": size(moments),
-                "gradients": size([a.grads for a in self._adapters if a.grads is not None]),
+                "adapters": size([a.weights for a in known]),
+                "optimizer": size([(a.mu, a.nu) for a in known]),
+                "gradients": size([grads for a in known if (grads := a.grads) is not None]),
                 "cache": sampling["cache_bytes"],
                 "activations_per_token": memory.activation_bytes_per_token(self.model, self.dtype, remat),
                 "available": self.trainer.available_bytes(),
             },
             "sampling": sampling,
-            "training": self.trainer.total.rates(self._matmul_rate),
-            "matmul_flops_per_second": self._matmul_rate,
-            "compiled": [asdict(record) for record in list(self._log)],
+            "training": asdict(self.trainer.total),
+        }
+
+    def compiled(self, since: int = 0) -> list[dict[str, Any]]:
+        """Return the compiles so far, but for the first `since`."""
+        return [asdict(record) for record in self._log[since:]]
+
+    def health(self) -> dict[str, Any]:
+        """Say whether the engine does what it was asked: idle, busy, compiling, stuck, dead or closed. Never waits.
+
+        Returns:
+            state; waiting: requests that have not finished; still_seconds: since anything moved; compiling: what is
+            being compiled, if anything.
+        """
+        found, now = self._dispatcher.liveness(), compiling(self._log)
+        if not found.alive:
+            state = "closed" if self._closed else "dead"
+        elif any(each["seconds"] < COMPILE_SECONDS for each in now):
+            state = "compiling"
+        elif found.still_s > STUCK_SECONDS:
+            state = "stuck"
+        else:
+            state = "busy" if found.waiting else "idle"
+        return {
+            "state": state,
+            "waiting": found.waiting,
+            "still_seconds": round(found.still_s, 3),
+            "compiling": now,
         }
 
     def release(self, adapter: Adapter) -> None:
@@ -302,6 +354,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the engine's threads; requests that have not finished fail."""
+        self._closed = True
         self._dispatcher.close()
         if self._background is not None:
             self._background.shutdown(wait=False, cancel_futures=True)
@@ -323,6 +376,12 @@ class Engine:
         arrays = [getattr(value, name) for name in ("weights", "mu", "nu") if hasattr(value, name)]
         yield partial(jax.block_until_ready, arrays)
         return value
+
+    def _counting_queue(self, lane: Lane, adapter: Adapter, task: Task[T]) -> Task[T]:
+        """Note at the first turn of a task how long it waited for it."""
+        adapter.work.queue_s += lane.waited_s
+        self.trainer.total.queue_s += lane.waited_s
+        return (yield from task)
 
     def _elsewhere(self, fn: Callable[..., T], *args: Any) -> Future[T]:
         return self._dispatcher.workers.submit(fn, *args)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jax_client.errors import RequestFailedError
+from jax_client.errors import DoesNotFitError
 from jax_client.losses.logprob_head import block_shape
 from jax_client.models.block import KEPT, Remat
 from jax_client.models.config import ModelConfig
@@ -138,7 +138,7 @@ def refuse_unless_fits(
     levers: str,
     make_room: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Raise RequestFailedError if the parts do not fit; nothing has been allocated yet.
+    """Raise DoesNotFitError if the parts do not fit; nothing has been allocated yet.
 
     Args:
         what: subject of the message.
@@ -151,7 +151,7 @@ def refuse_unless_fits(
     if needed <= available() or (make_room() and needed <= available()):
         return
     listed = ", ".join(f"{name} {_human(size)}" for name, size in parts.items())
-    raise RequestFailedError(
+    raise DoesNotFitError(
         f"{what} needs {_human(needed)} per device ({listed}), but {_human(available())} are free. Nothing was "
         f"allocated or changed. {levers}",
         category="user",

@@ -79,6 +79,7 @@ class Counts:
 
     prompt_tokens: int = 0
     computed_prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
     sampled_tokens: int = 0
     blocks: int = 0
     rows_run: int = 0
@@ -161,6 +162,13 @@ class Sampler:
                     self._serving = False
                     return
 
+    def stopped(self, serving: Future[None]) -> None:
+        """Fail what waits if a `serve` task failed, as when its thread died; the next request may start another."""
+        if not serving.cancelled() and (error := serving.exception()) is not None:
+            with self._lock:
+                self._serving = False
+            self.fail_waiting(error)
+
     def release_cache(self) -> bool:
         """Free the cache's memory; rows that run wait, and start again from what they have drawn.
 
@@ -186,8 +194,11 @@ class Sampler:
             "rows_waiting": self._waiting_rows,
             "prompt_tokens": counts.prompt_tokens,
             "prompt_tokens_computed": counts.computed_prompt_tokens,
+            "prompt_tokens_cached": counts.cached_prompt_tokens,
             "sampled_tokens": counts.sampled_tokens,
             "decode_blocks": counts.blocks,
+            "decode_rows": counts.rows_run,
+            "decode_row_places": counts.rows_paid,
             "occupancy": counts.rows_run / counts.rows_paid if counts.rows_paid else 0.0,
         }
 
@@ -217,6 +228,8 @@ class Sampler:
             elif row in self._returned:  # the cache went while it ran
                 self._returned.remove(row)
                 row.job.finish(row)
+            if not row.job.left:
+                self.counts.cached_prompt_tokens += row.job.cached_tokens or 0
 
     def _run(self, schedule: Schedule) -> Steps:
         spent, decoding = 0, any(row.ready and row.job.rows for row in schedule.placed)

@@ -19,7 +19,9 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
+from jax_client.runs import observe
 from jax_client.runs.keeper import Keeper
+from jax_client.runs.paths import TinkerPath
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,21 @@ def save_now(keepers: list[Keeper]) -> None:
             # Only now: until then an exit of the process would save it too, and waits for this.
             with _lock:
                 _watched.pop(keeper, None)
+
+
+def unwatch(keeper: Keeper) -> None:
+    """Save a run by itself no longer."""
+    with _lock:
+        _watched.pop(keeper, None)
+
+
+def announce(run_id: str, path: TinkerPath, step: int) -> None:
+    """Print how to go on from a run that was saved by itself."""
+    print(
+        f"jax_client saved step {step} of run {run_id}, which nobody had saved. To go on from it:\n"
+        f'  service_client.create_training_client_from_state_with_optimizer("{path}")',
+        file=sys.stderr,
+    )
 
 
 def handle_sigterm() -> None:
@@ -144,6 +161,7 @@ def _save_all() -> None:
         # Those that are forgotten, too, until they are saved.
         keepers = list(_watched)
     save_now(keepers)
+    observe.shared.flush()
     for store in {keeper.store for keeper in keepers}:
         store.flush_mirror(SIGNAL_SECONDS)
 
@@ -160,8 +178,4 @@ def _save(keeper: Keeper, *, aloud: bool) -> None:
     path, step = saved
     logger.info("run %s was saved by itself at step %d: %s", keeper.run_id, step, path)
     if aloud:
-        print(
-            f"jax_client saved step {step} of run {keeper.run_id}, which nobody had saved. To go on from it:\n"
-            f'  service_client.create_training_client_from_state_with_optimizer("{path}")',
-            file=sys.stderr,
-        )
+        announce(keeper.run_id, path, step)

@@ -25,9 +25,8 @@ logger = logging.getLogger(__name__)
 MAX_DATUMS = 65_536
 _CLIP = ("clip_low_threshold", "clip_high_threshold")
 _REFUSED_LOSSES = {
-    "gspo": "Write it as a loss over logprobs with forward_backward_custom, or use 'ppo' or 'cispo'.",
     "stable_reinforce": "Its formula is not public; use 'importance_sampling', 'ppo' or 'cispo'.",
-    "custom": "Uploaded loss graphs are not run; use forward_backward_custom with the function itself.",
+    "custom": "It stands for a loss that a server was sent, with forward_backward; use forward_backward_custom.",
 }
 
 
@@ -159,6 +158,11 @@ def _sequence(datum: types.Datum, i: int, loss: Loss, vocab_size: int, max_conte
         if required and key not in inputs:
             raise _missing(i, key, datum, loss.name)
     _check_shapes(i, tokens_T, {"target_tokens": targets, **inputs})
+    if loss.one_target and targets.ndim == 2 and targets.shape[1] > 1:
+        raise UnsupportedError(
+            f"data[{i}].loss_fn_inputs['target_tokens'] has {targets.shape[1]} targets per position; {loss.name!r} "
+            "compares the probabilities of whole sequences, so it takes one: give [N]."
+        )
     for key, value in loss.defaults.items():
         if key not in inputs:
             inputs[key] = np.full(targets.shape, value, dtype=np.float32)

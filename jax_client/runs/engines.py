@@ -6,6 +6,7 @@ One engine per (weights, engine settings), however many sessions ask for it; it 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -14,6 +15,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from jax_client.config import EngineConfig
+from jax_client.weights.progress import Progress, observed
 from jax_client.weights.source import ModelSource, resolve
 
 if TYPE_CHECKING:
@@ -48,10 +50,16 @@ class BaseModel:
 class _Entry:
     model: Future[BaseModel] = field(default_factory=Future)
     users: int = 0
+    progress: Progress = field(default_factory=lambda: Progress(stage="loading"))
+
+    def come_further(self, progress: Progress) -> None:
+        self.progress = progress
 
 
 _Key = tuple[object, ...]
 _entries: dict[_Key, _Entry] = {}
+# The same by the names that sessions use, from before it is known which files a name means.
+_named: dict[_Key, _Entry] = {}
 _lock = threading.Lock()
 # What sessions that were dropped without close() still held. A destructor may run inside any allocation, with any lock
 # held, so it only puts here (SimpleQueue.put is re-entrant); a thread of its own does the releasing.
@@ -91,25 +99,66 @@ def acquire(name: str, config: EngineConfig) -> Lease:
         NotFoundError: there is no such model.
         BadRequestError: the model or the mesh is not supported.
     """
-    source = resolve(name)
-    key = (str(source.path), *_settings(config))
+    settings, new = _settings(config), _Entry()
+    called = (name, *settings)
     _start_janitor()
     with _lock:
-        entry = _entries.get(key)
-        first = entry is None
-        if entry is None:
-            entry = _entries[key] = _Entry()
-        entry.users += 1
-    if first:
+        _named.setdefault(called, new)
+    with observed(new.come_further):
         try:
-            engine, fingerprint = open_engine(source, config)
-            entry.model.set_result(BaseModel(source, engine, fingerprint))
-        except BaseException as error:
-            # Forgotten, not cached: the next call may find the file that was missing.
+            source = resolve(name)
+        except BaseException:
             with _lock:
-                _entries.pop(key, None)
-            entry.model.set_exception(error)
+                _forget_names(new)
+            raise
+        # Links and relative names lead to one copy of the weights too.
+        key = (os.path.realpath(source.path), *settings)
+        with _lock:
+            entry = _named[called] = _entries.setdefault(key, new)
+            entry.users += 1
+        if entry is new:
+            try:
+                engine, fingerprint = open_engine(source, config)
+                entry.model.set_result(BaseModel(source, engine, fingerprint))
+            except BaseException as error:
+                # Forgotten, not cached: the next call may find the file that was missing.
+                with _lock:
+                    _entries.pop(key, None)
+                    _forget_names(entry)
+                entry.model.set_exception(error)
     return Lease(name=name, key=key, model=entry.model.result())
+
+
+def loading(name: str, config: EngineConfig) -> Progress | None:
+    """Return how far a base model is on its way here; None when it is there, or nobody asked for it."""
+    entry = _named.get((name, *_settings(config)))
+    return None if entry is None or entry.model.done() else entry.progress
+
+
+def progress(name: str, config: EngineConfig) -> str | None:
+    """Say what keeps requests of a base model waiting, such as "loading 4.1/8.0 GB" or "compiling forward (8x512)".
+
+    Takes no lock: it may be asked at any rate, by any thread.
+
+    Returns:
+        None where nothing of that kind does: the model is there, or nobody asked for it.
+    """
+    entry = _named.get((name, *_settings(config)))
+    if entry is None:
+        return None
+    if not entry.model.done():
+        return str(entry.progress)
+    if entry.model.exception() is not None:
+        return None
+    compiling = entry.model.result().engine.health()["compiling"]
+    return f"compiling {compiling[0]['program']} ({compiling[0]['shapes']})" if compiling else None
+
+
+def loaded() -> list[BaseModel]:
+    """Return the base models that are loaded in this process; waits for none that is on its way."""
+    with _lock:
+        models = [entry.model for entry in _entries.values()]
+    return [model.result() for model in models if model.done() and model.exception() is None]
 
 
 def share(lease: Lease) -> None:
@@ -128,6 +177,7 @@ def release(lease: Lease) -> None:
         if entry.users:
             return
         del _entries[lease.key]
+        _forget_names(entry)
     lease.model.engine.close()
 
 
@@ -158,6 +208,12 @@ def _tidy() -> None:
             release_all(_dropped.get())
         except Exception:
             logger.exception("an engine that nobody uses any more could not be closed")
+
+
+def _forget_names(entry: _Entry) -> None:
+    """With the lock held."""
+    for called in [called for called, each in _named.items() if each is entry]:
+        del _named[called]
 
 
 def _settings(config: EngineConfig) -> tuple[object, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from jax_client.runs.paths import Kind, TinkerPath
 if TYPE_CHECKING:
     from jax_client.checkpoint.owner import Claim
     from jax_client.checkpoint.store import CheckpointStore
+    from jax_client.engine.adapters import Held
+    from jax_client.runs.observe import Observed
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ class Keeper:
         run_id: `SESSION:train:N`.
         claim: of the run's directory, released by `end`.
         step: optimizer steps that the adapter starts with; they are saved elsewhere.
+        observed: where what is written is noted.
+        source: the checkpoint that the adapter was made from, None for a fresh one.
 
     Attributes:
         optimizer_config: the settings of the newest `optim_step`, None before the first.
@@ -53,8 +58,11 @@ class Keeper:
         run_id: str,
         claim: Claim,
         step: int,
+        observed: Observed,
+        source: TinkerPath | None = None,
     ) -> None:
         self.run_id = run_id
+        self.observed = observed
         self.store = store
         self.spec = spec
         self.optimizer_config: AdamSettings | None = None
@@ -64,7 +72,9 @@ class Keeper:
         self._adapter = adapter
         self._claim = claim
         self._saved_step = step
-        self._autosaves = 0
+        # Not over the one that this run goes on from.
+        self._autosaves = int(source is not None and source.run_id == run_id and source.name == SLOTS[0])
+        self._autosaved: tuple[TinkerPath, int] | None = None
         self._ended = False
         self._lock = threading.Lock()
 
@@ -79,6 +89,7 @@ class Keeper:
         overwrite: bool = False,
     ) -> TinkerPath:
         """Write a checkpoint; on return it is durable. Raises as `CheckpointStore.save` does."""
+        began = time.monotonic()
         self.store.save(
             run_id=self.run_id,
             kind=kind,
@@ -90,7 +101,10 @@ class Keeper:
         )
         if kind == "weights":
             self._saved_step = state.step
-        return TinkerPath(run_id=self.run_id, kind=kind, name=name)
+        path = TinkerPath(run_id=self.run_id, kind=kind, name=name)
+        event = "autosave" if name in SLOTS else "save"
+        self.observed.event(event, state.step, path=str(path), seconds=time.monotonic() - began)
+        return path
 
     def export(self, state: AdapterState, name: str, *, ttl_seconds: int | None = None) -> TinkerPath:
         """Write the adapter as peft does, as a checkpoint of kind external_weights, and check it. Raises as `write`."""
@@ -114,7 +128,9 @@ class Keeper:
             size_bytes=sum(array.nbytes for array in state.weights.values()),
             ttl_seconds=ttl_seconds,
         )
-        return TinkerPath(run_id=self.run_id, kind="external_weights", name=name)
+        path = TinkerPath(run_id=self.run_id, kind="external_weights", name=name)
+        self.observed.event("export", state.step, path=str(path))
+        return path
 
     def save_if_needed(self) -> tuple[TinkerPath, int] | None:
         """Write the adapter with its optimizer as it is now into the next slot, unless its steps are saved already.
@@ -128,9 +144,30 @@ class Keeper:
             held = self._engine.hold_state(self._engine.open_lane(), self._adapter, True).result()
             if held.step == self._saved_step:
                 return None
-            path = self.write(held.fetch(), "weights", SLOTS[self._autosaves % len(SLOTS)], overwrite=True)
-            self._autosaves += 1
-            return path, held.step
+            return self._autosave(held), held.step
+
+    def park(self) -> tuple[TinkerPath, int] | None:
+        """Make sure that the run can go on exactly from a checkpoint that no one else deletes; return it and its step.
+
+        None, and nothing is written, while the run holds gradients, of which a checkpoint has none.
+        """
+        with self._lock:
+            held = self._engine.hold_state(self._engine.open_lane(), self._adapter, True).result()
+            if held.accumulating:
+                return None
+            if self._autosaved is not None and self._autosaved[1] == held.step:
+                return self._autosaved
+            return self._autosave(held), held.step
+
+    def loaded(self) -> None:
+        """Take note that the adapter was replaced by other weights, perhaps of the same step."""
+        self._autosaved = None
+
+    def _autosave(self, held: Held) -> TinkerPath:
+        path = self.write(held.fetch(), "weights", SLOTS[self._autosaves % len(SLOTS)], overwrite=True)
+        self._autosaves += 1
+        self._autosaved = path, held.step
+        return path
 
     def end(self) -> None:
         """Give back the adapter's memory, the run and the base model; ending again does nothing."""
@@ -138,6 +175,7 @@ class Keeper:
             if self._ended:
                 return
             self._ended = True
+        self.observed.end()
         self._engine.release(self._adapter)
         self._claim.release()
         engines.release(self._lease)

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tinker import types
 
-from jax_client.engine.requests import AdapterState, CustomLoss, LoraSpec
+from jax_client.engine.requests import AdapterState, CustomLoss, LoraSpec, Sequence
 from jax_client.errors import NotFoundError
-from jax_client.runs import autosave, catalogue, convert, validation
+from jax_client.runs import autosave, catalogue, convert, observe, validation
 from jax_client.runs.engines import Lease
 from jax_client.runs.futures import then
+from jax_client.runs.graph_loss import GraphCall
 from jax_client.runs.keeper import Keeper
 from jax_client.runs.order import RequestOrder
 from jax_client.runs.paths import TinkerPath, training_path
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from jax_client.checkpoint.owner import Claim
     from jax_client.checkpoint.store import Record
     from jax_client.engine.adapters import Held
+    from jax_client.losses.graph_program import GraphProgram
 
+T = TypeVar("T")
 # The runs whose loss function is running in this context.
 _inside_loss: ContextVar[frozenset[str]] = ContextVar("jax_client_inside_loss", default=frozenset())
 
@@ -56,7 +59,7 @@ class Run:
         self._lane = lane
         self._adapter = adapter
         self._order = RequestOrder()
-        self._published = Published()
+        self.published = Published()
         weakref.finalize(self, autosave.forget, keeper).atexit = False
 
     def _request(self, start: Callable[[], Future[Any]], *, after: Future[Any] | None = None) -> Future[Any]:
@@ -80,14 +83,23 @@ class Run:
         self._check_usable()
         sequences, loss = self._training_data(data, loss_fn, loss_fn_config)
         source = self._request(lambda: self._engine.forward(self._lane, self._adapter, sequences, loss))
-        return self._answer(source, convert.training_output)
+        return self._answer(source, self._noting(convert.training_output, self._keeper.observed.scored))
 
     def forward_backward(self, data: Any, loss_fn: Any, loss_fn_config: Any) -> Future[types.ForwardBackwardOutput]:
         """Compute logprobs and the loss, and add its gradient to the accumulated ones."""
         self._check_usable()
         sequences, loss = self._training_data(data, loss_fn, loss_fn_config)
         source = self._request(lambda: self._engine.forward_backward(self._lane, self._adapter, sequences, loss))
-        return self._answer(source, convert.training_output)
+        return self._answer(source, self._noting(convert.training_output, self._keeper.observed.passed))
+
+    @staticmethod
+    def _noting(show: Callable[[Any], T], note: Callable[[Any], None]) -> Callable[[Any], T]:
+        def noted(result: Any) -> T:
+            shown: Any = show(result)
+            note(shown.metrics)
+            return shown
+
+        return noted
 
     def _training_data(self, data: Any, loss_fn: Any, loss_fn_config: Any) -> Any:
         model = self._engine.model
@@ -106,10 +118,22 @@ class Run:
             extra: the metrics of the user's own, called after the loss.
         """
         self._check_usable()
-        sequences = validation.custom_data(
+        return self._custom(self._custom_data(data), loss, extra)
+
+    def forward_backward_graph(self, data: Any, program: GraphProgram) -> Future[types.ForwardBackwardOutput]:
+        """Run an uploaded loss, as `forward_backward_custom` runs the user's function."""
+        self._check_usable()
+        sequences = self._custom_data(data)
+        return self._custom(sequences, GraphCall(program, data, sequences).run, dict)
+
+    def _custom_data(self, data: Any) -> list[Sequence]:
+        return validation.custom_data(
             data, vocab_size=self._engine.model.vocab_size, max_context=self._engine.max_context
         )
 
+    def _custom(
+        self, sequences: list[Sequence], loss: CustomLoss, extra: Callable[[], Mapping[str, float]]
+    ) -> Future[types.ForwardBackwardOutput]:
         def guarded(logprobs: Any) -> Any:
             with self._inside_loss():
                 return loss(logprobs)
@@ -122,7 +146,7 @@ class Run:
         source = self._request(
             lambda: self._engine.forward_backward_custom(self._lane, self._adapter, sequences, guarded)
         )
-        return self._answer(source, show)
+        return self._answer(source, self._noting(show, self._keeper.observed.passed))
 
     @contextlib.contextmanager
     def _inside_loss(self) -> Iterator[None]:
@@ -138,7 +162,8 @@ class Run:
         settings = validation.adam_settings(optim_params, adam_params)
         self._keeper.optimizer_config = settings
         source = self._request(lambda: self._engine.optim_step(self._lane, self._adapter, settings))
-        return self._answer(source, lambda metrics: types.OptimStepResponse(metrics=convert.metrics(metrics)))
+        show = lambda metrics: types.OptimStepResponse(metrics=convert.metrics(metrics))  # noqa: E731
+        return self._answer(source, self._noting(show, self._keeper.observed.stepped))
 
     def save(
         self,
@@ -199,9 +224,13 @@ class Run:
         source = self._request(
             lambda: self._engine.restore_state(self._lane, self._adapter, reading.result()), after=reading
         )
-        return self._answer(
-            source, lambda _: types.LoadWeightsResponse(path=str(path), model_id=self.run_id, type="load_weights")
-        )
+
+        def show(_: None) -> types.LoadWeightsResponse:
+            self._keeper.loaded()
+            self._keeper.observed.event("load", reading.result().step, path=str(path))
+            return types.LoadWeightsResponse(path=str(path), model_id=self.run_id, type="load_weights")
+
+        return self._answer(source, show)
 
     def _check_fits(self, record: Record, optimizer: bool) -> None:
         catalogue.check_adapter(record, self.lease, self.spec)
@@ -216,10 +245,28 @@ class Run:
         source = self._request(lambda: self._engine.snapshot(self._lane, self._adapter))
 
         def show(snapshot: Any) -> Sampler:
-            published = Published(snapshot) if kind == "snapshot" else self._published.publish(snapshot)
+            published = Published(snapshot) if kind == "snapshot" else self.published.publish(snapshot)
             return Sampler(self.session, self.lease, published, model_path=None, sampler_id=sampler_id)
 
         return self._answer(source, show)
+
+    def park(self, *, aloud: bool = False) -> TinkerPath | None:
+        """Save the run with its optimizer, give back its memory and return from where `resume_run` goes on exactly.
+
+        None, and the run stays, if it holds gradients. No request of it may be in flight. `aloud` prints how to go on.
+
+        Raises:
+            RequestFailedError: the disk failed; the run stays.
+        """
+        parked = self._keeper.park()
+        if parked is None:
+            return None
+        path, step = parked
+        autosave.unwatch(self._keeper)
+        self._keeper.end()
+        if aloud:
+            autosave.announce(self.run_id, path, step)
+        return path
 
     def info(self) -> types.GetInfoResponse:
         """Describe the run."""
@@ -269,7 +316,7 @@ def resume_run(
     if user_metadata is None:
         with contextlib.suppress(NotFoundError):
             user_metadata = session.store.run(path.run_id).get("user_metadata")
-    return _open(session, run_id, lease, lane, adapter, spec, user_metadata, step=state.step)
+    return _open(session, run_id, lease, lane, adapter, spec, user_metadata, step=state.step, source=path)
 
 
 def _open(
@@ -282,6 +329,7 @@ def _open(
     user_metadata: Mapping[str, str] | None,
     *,
     step: int,
+    source: TinkerPath | None = None,
 ) -> Run:
     metadata = catalogue.run_metadata(
         session_id=session.session_id,
@@ -303,6 +351,18 @@ def _open(
         return claim
 
     claim = session.on_disk(record).result()
-    keeper = Keeper(store=session.store, lease=lease, adapter=adapter, spec=spec, run_id=run_id, claim=claim, step=step)
+    observed = observe.watch(run_id, lease.model.engine, session.state_dir, step, on=session.config.record_metrics)
+    observed.event("start", step, base_model=lease.name, rank=spec.rank, origin=source and str(source))
+    keeper = Keeper(
+        store=session.store,
+        lease=lease,
+        adapter=adapter,
+        spec=spec,
+        run_id=run_id,
+        claim=claim,
+        step=step,
+        observed=observed,
+        source=source,
+    )
     session.keep(keeper)
     return Run(session, lease, lane, adapter, keeper)

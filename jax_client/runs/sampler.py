@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 from tinker import types
 
-from jax_client.engine.requests import GenerationRequest, GenerationResult
+from jax_client.engine.requests import AdapterState, GenerationRequest, GenerationResult
 from jax_client.runs import catalogue, convert, validation
 from jax_client.runs.engines import Lease
 from jax_client.runs.futures import then
@@ -23,12 +24,14 @@ class Published:
 
     def __init__(self, snapshot: Any = None) -> None:
         self._snapshot = snapshot
+        self.followed = False
         self._lock = threading.Lock()
 
     def publish(self, snapshot: Any) -> Published:
         """Make `snapshot` the newest weights, for every sampler of this holder."""
         with self._lock:
             self._snapshot = snapshot
+            self.followed = True
         return self
 
     def newest(self) -> Any:
@@ -109,6 +112,25 @@ class Sampler:
 
         return self._answer(request, show)
 
+    def park(self) -> Callable[[], Sampler] | None:
+        """Move the weights to the host and return what makes the same sampler of them again; waits for that.
+
+        None, and nothing happens, for weights that others follow too. The caller forgets the sampler, and so frees
+        its memory on the device.
+        """
+        session, base_model, sampler_id = self.session, self.lease.name, self.sampler_id
+        model_path = session.samplers[sampler_id].model_path
+        snapshot = self._published.newest()
+        if snapshot is None:
+            return lambda: base_sampler(session, base_model, sampler_id=sampler_id)
+        if self._published.followed:
+            return None
+        # Imported here: a process that only lists samplers needs no device.
+        from jax_client.engine.adapters import to_host
+
+        state = to_host(snapshot)
+        return lambda: _loaded(session, base_model, state, model_path=model_path, sampler_id=sampler_id)
+
     def _request(
         self, prompt: Any, num_samples: Any, params: Any, last_n: Any, scores: dict[str, Any], room: int = 0
     ) -> GenerationRequest:
@@ -142,6 +164,13 @@ def checkpoint_sampler(session: Session, path: TinkerPath, *, sampler_id: str | 
     lease = session.base_model(record.metadata["base_model"]).result()
     catalogue.check_base_model(record, lease)
     state, _ = session.store.load(path.run_id, path.kind, path.name)
+    return _loaded(session, lease.name, state, model_path=str(path), sampler_id=sampler_id)
+
+
+def _loaded(
+    session: Session, base_model: str, state: AdapterState, *, model_path: str | None, sampler_id: str | None
+) -> Sampler:
+    lease = session.base_model(base_model).result()
     engine = lease.model.engine
     snapshot = engine.load_snapshot(engine.open_lane(), state).result()
-    return Sampler(session, lease, Published(snapshot), model_path=str(path), sampler_id=sampler_id)
+    return Sampler(session, lease, Published(snapshot), model_path=model_path, sampler_id=sampler_id)

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import EngineConfig, default_mirror, default_state_dir
 from jax_client.errors import NotFoundError
-from jax_client.runs import autosave, engines
+from jax_client.runs import autosave, engines, observe
 from jax_client.runs.engines import Lease
 from jax_client.runs.futures import background, link, settled
 from jax_client.runs.keeper import Keeper
@@ -68,12 +68,15 @@ class Session:
     Args:
         config: engine settings.
         info: what the user said about the session.
+        session_id: of a session that goes on; None makes a new one.
     """
 
-    def __init__(self, config: EngineConfig | None = None, info: SessionInfo | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig | None = None, info: SessionInfo | None = None, session_id: str | None = None
+    ) -> None:
         self.config = config or EngineConfig()
         self.info = info or SessionInfo()
-        self.session_id = str(uuid.uuid4())
+        self.session_id = session_id or str(uuid.uuid4())
         self.samplers: dict[str, SamplerInfo] = {}
         self.loss_keys: set[str] = set()
         self._lock = threading.RLock()
@@ -84,6 +87,7 @@ class Session:
         self._closing: Future[None] | None = None
         self._store: CheckpointStore | None = None
         self._keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
+        self._at_close: list[Callable[[], None]] = []
         self._disk: ThreadPoolExecutor | None = None
         self._resources = _Resources()
         weakref.finalize(self, _drop, self._resources).atexit = False
@@ -122,10 +126,27 @@ class Session:
             self._resources.leases[name] = loading
             return loading
 
+    def let_go_of_all_but(self, used: Collection[str | None]) -> bool:
+        """Give the other base models back, which nothing of this session uses; say whether there were any.
+
+        Waits for the engines that are closed by that.
+        """
+        with self._resources.lock:
+            leases = self._resources.leases
+            unused = [name for name, lease in leases.items() if name not in used and lease.done()]
+            released = [leases.pop(name) for name in unused]
+        engines.release_all(released)
+        return bool(released)
+
     def keep(self, keeper: Keeper) -> None:
         """Save a run by itself, as often as the settings say, and when the session is closed."""
         self._keepers.add(keeper)
         autosave.watch(keeper, self.config.autosave_minutes)
+
+    def at_close(self, function: Callable[[], None]) -> None:
+        """Call `function` when the session is closed and its requests are finished."""
+        with self._lock:
+            self._at_close.append(function)
 
     def track(self, future: Future[T]) -> Future[T]:
         """Count a request as in flight until it is done; closing waits for it."""
@@ -217,12 +238,15 @@ class Session:
 
     def _finish(self, pending: list[Future[Any]]) -> None:
         wait(pending)
+        for function in self._at_close:
+            function()
         if self._disk is not None:
             self._disk.shutdown(wait=True)
         keepers = list(self._keepers)
         autosave.save_now(keepers)
         for keeper in keepers:
             keeper.end()
+        observe.shared.flush()
         if self._store is not None and not self._store.flush_mirror(MIRROR_SECONDS):
             logger.warning("not every checkpoint in %s was copied to the mirror", self.state_dir)
         engines.release_all(_take(self._resources))

@@ -1,7 +1,7 @@
 """Which routes does the protocol have, and how is each answered?
 
 Failures of a request that was accepted are an answer of its future, with status 200. Nothing is ever answered with a
-5xx status: the SDK would ask again at once, for ever.
+5xx status: the SDK would ask again at once, for ever. The health check, which the SDK does not make, is the exception.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -26,13 +25,17 @@ from tinker.types.client_config_response import ClientConfigResponse
 from tinker.types.client_dynamic_config_response import ClientDynamicConfigResponse
 from tinker.types.copy_weights_request import CopyWeightsRequest
 from tinker.types.future_retrieve_request import FutureRetrieveRequest
+from tinker.types.futures_retrieve_request import FuturesRetrieveRequest
+from tinker.types.join_sampling_session_request import JoinSamplingSessionRequest
 from tinker.types.session_heartbeat_request import SessionHeartbeatRequest
 
-from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, RequestFailedError
+from jax_client.errors import BadRequestError, JaxClientError, NotFoundError
 from jax_client.runs.session import SessionClosedError
-from jax_client.server import wire
-from jax_client.server.bodies import EncodingError, TooLargeError, read_body, read_json
+from jax_client.server import metrics, wire
+from jax_client.server.bodies import EncodingError, TooLargeError, parse, read_body, read_json
+from jax_client.server.custom_losses import MAX_GRAPH_BYTES
 from jax_client.server.guard import Guard
+from jax_client.server.health import Watchdog
 from jax_client.server.promises import Promise
 from jax_client.server.state import Server
 
@@ -42,7 +45,9 @@ Model = TypeVar("Model", bound=pydantic.BaseModel)
 API = "/api/v1"
 # The SDK's own limit is 45 s.
 POLL_SECONDS = 30.0
-PROTOBUF = "application/x-protobuf"
+# What this server has beyond the least that the SDK asks of one.
+CLIENT_CONFIG = ClientConfigResponse(sample_join_sampling_session=True, custom_loss_server_side=True)
+DYNAMIC_CONFIG = ClientDynamicConfigResponse(sample_cancel_enabled=True)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -60,7 +65,7 @@ def build_app(server: Server, *, api_key: str | None = None, hosts: Any = ()) ->
 
 def routes(server: Server) -> list[Route]:
     """Return every route."""
-    rest = server.rest
+    rest, watchdog = server.rest, Watchdog()
     promised: dict[str, tuple[Any, Callable[..., Promise]]] = {
         "create_model": (types.CreateModelRequest, server.create_model),
         "load_weights": (types.LoadWeightsRequest, server.load_weights),
@@ -70,12 +75,17 @@ def routes(server: Server) -> list[Route]:
         "save_weights_external": (types.SaveWeightsExternalRequest, server.save_weights_external),
     }
     direct: dict[str, tuple[Any, Callable[[Any], Any]]] = {
-        "client/config": (None, lambda _: ClientConfigResponse()),
-        "client/dynamic_config": (None, lambda _: ClientDynamicConfigResponse()),
+        "client/config": (None, lambda _: CLIENT_CONFIG),
+        "client/dynamic_config": (None, lambda _: DYNAMIC_CONFIG),
         "create_session": (types.CreateSessionRequest, server.create_session),
         "session_heartbeat": (SessionHeartbeatRequest, lambda r: _heartbeat(server, r.session_id)),
         "get_info": (types.GetInfoRequest, lambda r: server.run(r.model_id).info()),
         "create_sampling_session": (types.CreateSamplingSessionRequest, server.create_sampling_session),
+        "join_sampling_session": (
+            JoinSamplingSessionRequest,
+            lambda r: {"client_counter": server.join_sampling_session(r.sampling_session_id)},
+        ),
+        "cancel_future": (FutureRetrieveRequest, lambda r: server.promises.get(r.request_id).cancel()),
         "telemetry": (None, lambda _: {"status": "accepted"}),
     }
     checkpoint = "/training_runs/{run}/checkpoints/{kind}/{name}"
@@ -83,12 +93,19 @@ def routes(server: Server) -> list[Route]:
         *(_route("POST", f"/{name}", _promising(*entry)) for name, entry in promised.items()),
         *(_route("POST", f"/{name}", _answering(*entry)) for name, entry in direct.items()),
         _route("POST", "/forward_backward", _forward_backward(server)),
+        _route("POST", "/create_custom_loss", _create_custom_loss(server)),
         _route("POST", "/asample", _sample(server)),
         _route("POST", "/retrieve_future", _retrieve(server)),
+        _route("POST", "/retrieve_futures", _retrieve_many(server)),
         _route("POST", "/sessions/{session}/finish", _finish(server)),
         _route("POST", "/weights_info", _weights_info(rest)),
         _route("POST", "/copy_weights", _copy_weights(rest)),
-        _route("GET", "/healthz", _get(lambda r: {"status": "ok"})),
+        _route("GET", "/healthz", watchdog.check),
+        Route("/healthz", _named(watchdog.check), methods=["GET"]),
+        Route("/metrics", _named(metrics.show_metrics), methods=["GET"]),
+        _route("GET", "/metrics/engines", metrics.list_engines),
+        _route("GET", "/metrics/runs", metrics.list_runs(server.own.state_dir)),
+        _route("GET", "/metrics/runs/{run}", metrics.read_run(server.own.state_dir)),
         _route("GET", "/get_server_capabilities", _get(lambda r: rest.get_server_capabilities())),
         _route("GET", "/samplers/{sampler:path}", _get(lambda r: _sampler(server, r.path_params["sampler"]))),
         _route(
@@ -194,6 +211,16 @@ def _forward_backward(server: Server) -> Handler:
     return handler
 
 
+def _create_custom_loss(server: Server) -> Handler:
+    async def handler(request: Request) -> Response:
+        body = await read_body(request, MAX_GRAPH_BYTES)
+        parsed = await run_in_threadpool(parse, body, types.CreateCustomLossRequest)
+        promise = await run_in_threadpool(server.create_custom_loss, parsed, _digest(request.url.path, body))
+        return JSONResponse({"request_id": promise.request_id})
+
+    return handler
+
+
 def _sample(server: Server) -> Handler:
     async def handler(request: Request) -> Response:
         parsed, body = await read_json(request, types.SampleRequest)
@@ -207,41 +234,34 @@ def _sample(server: Server) -> Handler:
 def _retrieve(server: Server) -> Handler:
     async def handler(request: Request) -> Response:
         parsed, _ = await read_json(request, FutureRetrieveRequest)
-        promise = server.promises.get(parsed.request_id)
-        answer = asyncio.wrap_future(promise.answer)
+        promise = await run_in_threadpool(server.promises.get, parsed.request_id)
         try:
             # Shielded: that this client stops waiting is no reason to stop the work.
-            value = await asyncio.wait_for(asyncio.shield(answer), POLL_SECONDS)
+            answer = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(promise.answer)), POLL_SECONDS)
         except TimeoutError:
             if promise.answer.done():
                 return await handler(request)
-            await run_in_threadpool(server.give_up_on_gaps, promise.request_id)
-            return JSONResponse({"queue_state": "active", "queue_state_reason": "in progress"}, 408)
-        except Exception as error:
-            return JSONResponse(_failure(error))
-        return await run_in_threadpool(_answer, value)
+            reason = await run_in_threadpool(server.waiting_for, promise)
+            state = "active" if reason is None else "paused_capacity"
+            return JSONResponse({"queue_state": state, "queue_state_reason": reason or "in progress"}, 408)
+        return Response(answer.body, answer.status, media_type=answer.media_type)
 
     return handler
 
 
-def _failure(error: Exception) -> dict[str, str]:
-    if isinstance(error, RequestFailedError):
-        return {"error": error.message, "category": error.category}
-    if isinstance(error, JaxClientError | ValueError | TypeError):
-        return {"error": str(error), "category": "user"}
-    logger.error("a request failed", exc_info=error)
-    return {"error": "the server failed at this request; its log says why.", "category": "server"}
+def _retrieve_many(server: Server) -> Handler:
+    async def handler(request: Request) -> Response:
+        parsed, _ = await read_json(request, FuturesRetrieveRequest)
+        await run_in_threadpool(server.promises.retrieved, parsed.retrieved_request_ids)
+        target = parsed.target
+        seconds = POLL_SECONDS if parsed.timeout is None else min(max(parsed.timeout, 0.0), POLL_SECONDS)
+        completions, cursor = await server.completions.after(
+            target.sampling_session_id, target.cloned_sampler_id, parsed.prev_cursor, seconds
+        )
+        shown = [completion.model_dump(mode="json", exclude_none=True) for completion in completions]
+        return JSONResponse({"completions": shown, "cursor": cursor})
 
-
-def _answer(value: Any) -> Response:
-    if isinstance(value, types.ForwardBackwardOutput):
-        return Response(wire.forward_backward_answer(value), media_type=PROTOBUF)
-    if isinstance(value, types.SampleResponse):
-        return Response(wire.sample_answer(value), media_type=PROTOBUF)
-    content = value.model_dump(mode="json", exclude_none=True) if isinstance(value, pydantic.BaseModel) else value
-    if isinstance(value, types.OptimStepResponse):
-        content["metrics"] = {k: v for k, v in (value.metrics or {}).items() if math.isfinite(v)}
-    return JSONResponse(content)
+    return handler
 
 
 def _heartbeat(server: Server, session_id: str) -> dict[str, str]:

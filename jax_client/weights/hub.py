@@ -9,10 +9,12 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from jax_client.errors import NotFoundError, RequestFailedError
 from jax_client.models.registry import SUPPORTED_ARCHITECTURES
 from jax_client.weights import hf
+from jax_client.weights.progress import Counter
 
 ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 # Repositories of original checkpoints hold a second copy of the weights in a folder.
@@ -81,7 +83,12 @@ def download(name: str, near: list[str]) -> Path:
     guess = f" Did you mean {near[0]!r}?" if near else ""
     try:
         found = snapshot_download(
-            name, cache_dir=cache, allow_patterns=ALLOWED_FILES, ignore_patterns=IGNORED_FILES, etag_timeout=10
+            name,
+            cache_dir=cache,
+            allow_patterns=ALLOWED_FILES,
+            ignore_patterns=IGNORED_FILES,
+            etag_timeout=10,
+            tqdm_class=_counting_bar(),
         )
     except GatedRepoError:
         raise RequestFailedError(
@@ -108,6 +115,28 @@ def download(name: str, near: list[str]) -> Path:
             raise
         raise _unreachable(name, cache, error, guess) from error
     return Path(str(found))
+
+
+def _counting_bar() -> Any:
+    """Return huggingface_hub's own progress bar, which also counts its bytes for our observer, shown or not."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    counter = Counter("downloading")
+
+    class Bar(tqdm):
+        # There is one bar for the files, and one or two for the bytes; the library raises `total` as files begin.
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._of_bytes = kwargs.get("unit") == "B"
+            self._bytes = int(kwargs.get("initial") or 0)
+            super().__init__(*args, **kwargs)
+
+        def update(self, n: float | None = 1) -> Any:
+            if self._of_bytes:
+                self._bytes += int(n or 0)
+                counter.set(self._bytes, int(self.total or 0))
+            return super().update(n)
+
+    return Bar
 
 
 def _download_failed(name: str, cache: Path, error: OSError, guess: str) -> Exception:

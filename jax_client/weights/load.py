@@ -24,6 +24,7 @@ from jax_client.sharding import sharding_for
 from jax_client.weights import hf, safetensors
 from jax_client.weights.gguf import GgufReader, as_hf_config, read_gguf
 from jax_client.weights.names import Part, expected_tensors, leaf_parts
+from jax_client.weights.progress import Counter
 from jax_client.weights.source import ModelSource
 from jax_client.weights.tensors import TensorReader, check_tensors
 
@@ -72,11 +73,12 @@ def load_params(source: ModelSource, config: ModelConfig, dtype: Any, mesh: Mesh
     check_tensors(reader, expected_tensors(config), tied=config.tied_embeddings, where=str(source.path))
     leaves = leaf_parts(config)
     specs = param_specs(config, np.dtype(dtype))
+    counter = Counter("loading", sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(specs)))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
 
         def build(key_path: Sequence[Any], spec: ParamSpec) -> jax.Array:
             path = tuple(key.key for key in key_path)
-            return _build_leaf(".".join(path), spec, leaves[path], reader, mesh, pool, bits)
+            return _build_leaf(".".join(path), spec, leaves[path], reader, mesh, pool, bits, counter)
 
         return jax.tree_util.tree_map_with_path(build, specs)
 
@@ -111,6 +113,7 @@ def _build_leaf(
     mesh: Mesh,
     pool: ThreadPoolExecutor,
     bits: bool,
+    counter: Counter,
 ) -> jax.Array:
     sharding = sharding_for(spec.axes, spec.shape, mesh, name)
     stacked = "{layer}" in parts[0].name
@@ -133,6 +136,7 @@ def _build_leaf(
                     f"{reader.tensors[tensor_name].file}: tensor {tensor_name} holds values that are not finite in "
                     f"{spec.dtype}. {safetensors.AGAIN}"
                 )
+        counter.add(x.size * spec.dtype.itemsize)
 
     layers = range(spec.shape[0] if stacked else 1)
     # list() is what lets a worker's exception out.

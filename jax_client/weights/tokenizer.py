@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
 from jax_client.weights import hf
 from jax_client.weights.gguf import GgufFile, read_gguf
-from jax_client.weights.load import read_config
 from jax_client.weights.source import ModelSource
 
 if TYPE_CHECKING:
@@ -41,7 +40,10 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
         BadRequestError: damaged files, or a vocabulary that is larger than the embedding (both sizes).
         UnsupportedError: custom tokenizer code; a GGUF tokenizer whose splitting rule is not known here.
     """
-    tokenizer = from_gguf(read_gguf(source.path)) if source.kind == "gguf" else _from_directory(source)
+    # Imported here: processes that only read a tokenizer have no jax.
+    from jax_client.weights.load import read_config
+
+    tokenizer = read_tokenizer(source)
     largest, rows = max(tokenizer.get_vocab().values(), default=-1), read_config(source).vocab_size
     if largest >= rows:
         raise BadRequestError(
@@ -49,6 +51,11 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
             "use the tokenizer that belongs to the model, or a model whose embedding was resized with it."
         )
     return tokenizer
+
+
+def read_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
+    """Load a tokenizer as `load_tokenizer`, without comparing it with the model's embedding."""
+    return from_gguf(read_gguf(source.path)) if source.kind == "gguf" else _from_directory(source)
 
 
 def _from_directory(source: ModelSource) -> PreTrainedTokenizerFast:

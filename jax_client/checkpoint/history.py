@@ -1,0 +1,390 @@
+"""How is what happened in a run kept for later: its metrics step by step, and its events?
+
+STATE/metrics.sqlite holds points (a step's metrics) and events (a save, a compile) of every run. It is worth less than
+the training: nothing here raises for the sake of the file. One that is damaged is set aside and a new one begun, one
+that cannot be written is reported once and left alone until it can.
+
+A series, the points of one run and kind, has a bounded number of rows. Where there are too many, every second one goes,
+of those that are left from before every second one again, and so on: the whole run stays visible at one density, with
+its first point and its newest ones in full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FILE_NAME = "metrics.sqlite"
+DAMAGED = ".damaged"
+VERSION = 1
+# Only the recorder's own thread and readers wait for it.
+BUSY_SECONDS = 5.0
+# Rows of a series before it is thinned; the newest are kept in full; events of a run, of which the oldest go.
+MAX_POINTS = 10_000
+NEWEST = 1_000
+MAX_EVENTS = 2_000
+# Of one point or event: a user's own metrics may have any names.
+MAX_KEYS = 256
+MAX_TEXT = 200
+
+_TABLES = """
+CREATE TABLE series (
+    id INTEGER PRIMARY KEY, run TEXT NOT NULL, kind TEXT NOT NULL, next INTEGER NOT NULL, stride INTEGER NOT NULL,
+    rows INTEGER NOT NULL, UNIQUE (run, kind)
+);
+CREATE TABLE points (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, series INTEGER NOT NULL, number INTEGER NOT NULL, step INTEGER NOT NULL,
+    time REAL NOT NULL, metrics TEXT NOT NULL
+);
+CREATE INDEX points_of_series ON points (series, id);
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, run TEXT NOT NULL, kind TEXT NOT NULL, step INTEGER NOT NULL,
+    time REAL NOT NULL, details TEXT NOT NULL
+);
+CREATE INDEX events_of_run ON events (run, id);
+"""
+# From version N to N + 1 at place N.
+_MIGRATIONS = (_TABLES,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """The metrics of one run at one step.
+
+    Attributes:
+        run: its id.
+        kind: of the series, such as "step".
+        step: optimizer steps that the run had taken.
+        time: unix seconds.
+        metrics: finite numbers by name; others are left out.
+        id: grows from each point to the next in the file; 0 for one that is not in it.
+    """
+
+    run: str
+    kind: str
+    step: int
+    time: float
+    metrics: Mapping[str, float]
+    id: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """Something that happened in a run, such as a compile.
+
+    Attributes:
+        run, kind, step, time, id: as of a point.
+        details: numbers, texts and truth values by name.
+    """
+
+    run: str
+    kind: str
+    step: int
+    time: float
+    details: Mapping[str, Any]
+    id: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cursor:
+    """How far a reader is: the newest point and event that it has seen."""
+
+    point: int = 0
+    event: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What a run has after a cursor.
+
+    Attributes:
+        points, events: in the order in which they were recorded.
+        cursor: where to go on.
+        more: whether the limit left something out.
+    """
+
+    points: Sequence[Point] = ()
+    events: Sequence[Event] = ()
+    cursor: Cursor = field(default_factory=Cursor)
+    more: bool = False
+
+
+class History:
+    """The metrics file of one state directory. Thread-safe; any number of processes may share the file.
+
+    Args:
+        path: of the file; made when something is first added.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._reported: str | None = None
+
+    def add(self, points: Iterable[Point] = (), events: Iterable[Event] = ()) -> bool:
+        """Write points and events, and thin out what has become too much; say whether they are in the file."""
+        new_points, new_events = list(points), list(events)
+
+        def work(database: sqlite3.Connection) -> bool:
+            with _transaction(database):
+                for point in new_points:
+                    _add_point(database, point)
+                for event in new_events:
+                    row = (event.run, event.kind, event.step, event.time, _json(_plain(event.details)))
+                    database.execute("INSERT INTO events (run, kind, step, time, details) VALUES (?, ?, ?, ?, ?)", row)
+                for run, kind in {(point.run, point.kind) for point in new_points}:
+                    _thin(database, run, kind)
+                for run in {event.run for event in new_events}:
+                    _forget_old_events(database, run)
+            return True
+
+        return self._try(work, False)
+
+    def read(self, run: str, since: Cursor | None = None, *, limit: int = 1_000) -> Found:
+        """Return what a run has after a cursor, at most `limit` points and `limit` events, the oldest first."""
+        since = since or Cursor()
+
+        def work(database: sqlite3.Connection) -> Found:
+            # One after the other, and the points last: none of them is newer than an event that is not seen.
+            events = [_event(row) for row in database.execute(_EVENTS, (run, since.event, limit + 1))]
+            points = [_point(row) for row in database.execute(_POINTS, (run, since.point, limit + 1))]
+            return _found(points[:limit], events[:limit], since, more=max(len(points), len(events)) > limit)
+
+        return self._reading(work, Found(cursor=since))
+
+    def overview(self, run: str, since: Cursor | None = None, *, most: int) -> Found:
+        """Return all that a run has after a cursor, of each kind at most `most` points (2 or more), evenly spread.
+
+        Points are left out, never averaged; the first and the last of each kind are among them.
+        """
+        since = since or Cursor()
+
+        def work(database: sqlite3.Connection) -> Found:
+            events = [_event(row) for row in database.execute(_EVENTS, (run, since.event, -1))]
+            ids: dict[int, list[int]] = {}
+            for series, number in database.execute(_POINT_IDS, (run, since.point)):
+                ids.setdefault(series, []).append(number)
+            chosen = sorted(number for numbers in ids.values() for number in _spread(numbers, most))
+            points: list[Point] = []
+            for start in range(0, len(chosen), 500):  # SQLite allows so many variables, and more
+                part = chosen[start : start + 500]
+                marks = ",".join("?" * len(part))
+                query = f"{_SELECT_POINTS} WHERE points.id IN ({marks}) ORDER BY points.id"
+                points += [_point(row) for row in database.execute(query, part)]
+            return _found(points, events, since, more=False)
+
+        return self._reading(work, Found(cursor=since))
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Return the runs that have points: run, points (rows), step and time of the newest; the newest run first."""
+        query = """
+            SELECT series.run, SUM(series.rows), newest.step, MAX(newest.time) FROM series
+            JOIN points AS newest ON newest.id = (SELECT MAX(p.id) FROM points AS p WHERE p.series = series.id)
+            GROUP BY series.run ORDER BY MAX(newest.time) DESC, series.run
+        """
+        names = ("run", "points", "step", "time")
+        return self._reading(
+            lambda database: [dict(zip(names, row, strict=True)) for row in database.execute(query)], []
+        )
+
+    def _reading(self, work: Callable[[sqlite3.Connection], T], nothing: T) -> T:
+        return self._try(work, nothing) if self._path.exists() else nothing
+
+    def _try(self, work: Callable[[sqlite3.Connection], T], otherwise: T, *, again: bool = True) -> T:
+        """Do something with the file; where SQLite cannot, report it once and return `otherwise`.
+
+        A damaged file is set aside, and the work tried once more, with a new one.
+        """
+        identity = _identity(self._path)
+        try:
+            with contextlib.closing(
+                sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)
+            ) as database:
+                _prepare(database)
+                done = work(database)
+            self._reported = None
+            return done
+        except _OtherVersionError as error:
+            self._report(f"{self._path} is of version {error}, which this version does not use")
+        except (sqlite3.OperationalError, OSError) as error:
+            # No room, read-only, no directory, locked for too long: another day it may work.
+            self._report(f"metrics are not recorded: {self._path}: {error}")
+        except (sqlite3.DatabaseError, ValueError) as error:
+            if self._set_aside(identity, error) and again:
+                return self._try(work, otherwise, again=False)
+        return otherwise
+
+    def _report(self, text: str) -> None:
+        if self._reported != text:
+            self._reported = text
+            logger.warning("%s", text)
+
+    def _set_aside(self, identity: tuple[int, int] | None, error: Exception) -> bool:
+        """Move the file away, and say whether it is gone."""
+        aside = self._path.with_name(self._path.name + DAMAGED)
+        # Another process may have been first; the file that is there now is a new one.
+        if identity is None or _identity(self._path) != identity:
+            return True
+        try:
+            self._path.replace(aside)
+            for suffix in ("-wal", "-shm"):
+                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+        except OSError as problem:
+            self._report(f"metrics are not recorded: {self._path} is damaged and stays where it is: {problem}")
+            return False
+        logger.warning("%s was damaged (%s); it is kept as %s, and a new one begun", self._path, error, aside.name)
+        return True
+
+
+class _OtherVersionError(Exception):
+    pass
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _prepare(database: sqlite3.Connection) -> None:
+    # NORMAL: what the last seconds brought may be gone when the power fails; the file is whole.
+    database.execute("PRAGMA synchronous = NORMAL")
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version > VERSION:
+        raise _OtherVersionError(version)
+    if version == VERSION:
+        return
+    with contextlib.suppress(sqlite3.OperationalError):  # another process is about to do the same
+        database.execute("PRAGMA journal_mode = WAL")
+    with _transaction(database):
+        # Again, as another process may have been first.
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        for migration in _MIGRATIONS[version:]:
+            for statement in filter(str.strip, migration.split(";")):
+                database.execute(statement)
+        database.execute(f"PRAGMA user_version = {VERSION}")
+
+
+@contextlib.contextmanager
+def _transaction(database: sqlite3.Connection) -> Any:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            database.execute("ROLLBACK")
+        raise
+    database.execute("COMMIT")
+
+
+def _add_point(database: sqlite3.Connection, point: Point) -> None:
+    database.execute(
+        "INSERT INTO series (run, kind, next, stride, rows) VALUES (?, ?, 1, 1, 1) "
+        "ON CONFLICT (run, kind) DO UPDATE SET next = next + 1, rows = rows + 1",
+        (point.run, point.kind),
+    )
+    found = database.execute("SELECT id, next - 1 FROM series WHERE run = ? AND kind = ?", (point.run, point.kind))
+    series, number = found.fetchone()
+    database.execute(
+        "INSERT INTO points (series, number, step, time, metrics) VALUES (?, ?, ?, ?, ?)",
+        (series, number, point.step, point.time, _json(_finite(point.metrics))),
+    )
+
+
+def _thin(database: sqlite3.Connection, run: str, kind: str) -> None:
+    found = database.execute("SELECT id, next, stride, rows FROM series WHERE run = ? AND kind = ?", (run, kind))
+    series, following, stride, rows = found.fetchone()
+    if rows <= MAX_POINTS:
+        return
+    # First those that were new and in full; then a wider stride, if that made too little room for many more.
+    while True:
+        gone = database.execute(
+            "DELETE FROM points WHERE series = ? AND number % ? != 0 AND number < ?",
+            (series, stride, following - NEWEST),
+        ).rowcount
+        rows -= gone
+        if rows <= MAX_POINTS * 3 // 4:
+            break
+        stride *= 2
+    database.execute("UPDATE series SET stride = ?, rows = ? WHERE id = ?", (stride, rows, series))
+
+
+def _forget_old_events(database: sqlite3.Connection, run: str) -> None:
+    database.execute(
+        "DELETE FROM events WHERE run = ? AND id <= "
+        "(SELECT id FROM events WHERE run = ? ORDER BY id DESC LIMIT 1 OFFSET ?)",
+        (run, run, MAX_EVENTS),
+    )
+
+
+_SELECT_POINTS = (
+    "SELECT series.run, series.kind, points.step, points.time, points.metrics, points.id "
+    "FROM points JOIN series ON series.id = points.series"
+)
+_POINTS = f"{_SELECT_POINTS} WHERE series.run = ? AND points.id > ? ORDER BY points.id LIMIT ?"
+_POINT_IDS = (
+    "SELECT points.series, points.id FROM points JOIN series ON series.id = points.series "
+    "WHERE series.run = ? AND points.id > ? ORDER BY points.series, points.id"
+)
+_EVENTS = "SELECT run, kind, step, time, details, id FROM events WHERE run = ? AND id > ? ORDER BY id LIMIT ?"
+
+
+def _point(row: tuple[Any, ...]) -> Point:
+    run, kind, step, time, metrics, number = row
+    return Point(run=run, kind=kind, step=step, time=time, metrics=json.loads(metrics), id=number)
+
+
+def _event(row: tuple[Any, ...]) -> Event:
+    run, kind, step, time, details, number = row
+    return Event(run=run, kind=kind, step=step, time=time, details=json.loads(details), id=number)
+
+
+def _found(points: Sequence[Point], events: Sequence[Event], since: Cursor, *, more: bool) -> Found:
+    cursor = Cursor(
+        point=max([since.point, *(point.id for point in points)]),
+        event=max([since.event, *(event.id for event in events)]),
+    )
+    return Found(points=points, events=events, cursor=cursor, more=more)
+
+
+def _spread(numbers: list[int], most: int) -> Iterable[int]:
+    """Return at most `most` of the numbers, evenly spread, the first and the last among them."""
+    if len(numbers) <= most:
+        return numbers
+    last = len(numbers) - 1
+    return [numbers[i * last // (most - 1)] for i in range(most)]
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if len(found) == MAX_KEYS:
+            break
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if math.isfinite(number := float(value)):
+                found[str(name)[:MAX_TEXT]] = number
+    return found
+
+
+def _plain(details: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        str(name)[:MAX_TEXT]: value[:MAX_TEXT] if isinstance(value, str) else value
+        for name, value in list(details.items())[:MAX_KEYS]
+        if isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value))
+    }
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, separators=(",", ":"), allow_nan=False)

@@ -1,0 +1,184 @@
+"""`jax_client run -- PROGRAM`: how does a program get a server of its own, and what happens when either is stopped?
+
+The server lives in a thread of this process, the program is a child. It stays in our process group, so that it can read
+from the terminal, and what the terminal sends reaches both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from jax_client.cli import stages
+from jax_client.cli.serve import listen, opened, save, url, uvicorn_server
+from jax_client.cli.settings import print_settings, read_settings
+from jax_client.server import LOOPBACK
+
+if TYPE_CHECKING:
+    from jax_client.server.state import Server
+
+NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as shells have it
+# In click's context: the program, or that a command follows instead.
+_PROGRAM, _COMMAND = "jax_client.program", "jax_client.command"
+_TAKEN = (
+    "give another --state-dir, or let the program use that server: start it without 'jax_client run', with "
+    "TINKER_BASE_URL and TINKER_API_KEY as that server printed them"
+)
+
+
+class RunGroup(click.Group):
+    """Tells `run [OPTION]... -- PROGRAM...` from `run list` and the other commands of the group.
+
+    The group's own options belong to the first form; the second does not read them, nor what the environment has of
+    them.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Split a program off, behind the first `--`; what is before it are options."""
+        if args and args[0] in self.commands:
+            ctx.meta[_COMMAND] = True
+        elif args and args[0].startswith("-"):
+            end = args.index("--") if "--" in args else len(args)
+            ctx.meta[_PROGRAM] = args[end + 1 :]
+            # With its `--`: a group with no arguments at all shows its help.
+            args = [*args[:end], "--"]
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the options, of which `run list` has --help only."""
+        found = super().get_params(ctx)
+        return [each for each in found if each.name == "help"] if _COMMAND in ctx.meta else found
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Find a command, or say where a program's name belongs."""
+        if _COMMAND not in ctx.meta:
+            ctx.fail(f"{args[0]!r} is no command of 'run'; before a program there is --, as in 'run -- {args[0]}'.")
+        return super().resolve_command(ctx, args)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """Return both forms."""
+        return [f"[OPTIONS] -- PROGRAM [ARGUMENT]... | {' | '.join(self.commands)}"]
+
+
+def program_of(ctx: click.Context) -> list[str] | None:
+    """Return the program that `RunGroup` split off, None where a command follows."""
+    return ctx.meta.get(_PROGRAM)
+
+
+def run_program(ctx: click.Context, program: list[str]) -> None:
+    """Start the server and the program; end with the program's exit code, 128+n where signal n ended it."""
+    settings = read_settings(ctx)
+    if ctx.params["show_config"]:
+        print_settings(ctx)
+        return
+    if not program:
+        raise click.UsageError("there is no program; give it after --, as in 'run --model NAME -- python train.py'.")
+    # Before the model is loaded, which may take minutes.
+    if shutil.which(program[0]) is None:
+        _refuse(program[0], "there is no such program, or it is not executable", NOT_FOUND)
+    key = f"tml-{secrets.token_urlsafe(32)}"
+    with opened(settings, _TAKEN, remembers=False) as server:
+        child = _Child()
+        try:
+            with _served(server, key) as address:
+                stages.say(f"ready: running {program[0]} with TINKER_BASE_URL={address}")
+                own = {"TINKER_BASE_URL": address, "TINKER_API_KEY": key, "TINKER_TELEMETRY": "0"}
+                code = child.run(program, os.environ | own)
+        finally:
+            save(server, hurried=child.hurried)
+    raise click.exceptions.Exit(code)
+
+
+@contextlib.contextmanager
+def _served(server: Server, key: str) -> Iterator[str]:
+    """Answer on a free port of this machine until the body ends; yield the URL."""
+    from jax_client.server.app import build_app
+
+    listening = listen("127.0.0.1", 0)
+    http = uvicorn_server(build_app(server, api_key=key, hosts=LOOPBACK))
+    thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]}, name="jax_client-http", daemon=True)
+    thread.start()
+    while not http.started:
+        if not thread.is_alive():
+            raise click.ClickException("the server did not start; 'jax_client doctor' looks for the reason.")
+        time.sleep(0.01)
+    try:
+        yield url(*listening.getsockname()[:2])
+    finally:
+        http.should_exit = True
+        thread.join()
+
+
+class _Child:
+    """The program, and the signals that came while it ran: each is passed on to it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._received: list[int] = []
+
+    @property
+    def hurried(self) -> bool:
+        """Whether the machine may be switched off soon."""
+        return bool({signal.SIGTERM, signal.SIGHUP} & set(self._received))
+
+    def run(self, program: list[str], environment: dict[str, str]) -> int:
+        """Start the program, wait for its end, and return the exit code that a shell would give."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # What this process was started to ignore (nohup), the program ignores too.
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in heard}
+        try:
+            try:
+                self._process = subprocess.Popen(program, env=environment)
+            except OSError as error:
+                _refuse(program[0], error.strerror or str(error), NOT_EXECUTABLE)
+            for number in list(self._received):
+                self._pass_on(number)
+            code = self._process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return code if code >= 0 else 128 - code
+
+    def _handle(self, number: int, _: Any) -> None:
+        self._received.append(number)
+        if self._process is not None:
+            self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
+        process = self._process
+        if process is None:
+            return
+        if number == signal.SIGINT and self._received.count(number) > 1:
+            process.kill()
+        elif number != signal.SIGINT or not _in_foreground():
+            process.send_signal(number)
+
+
+def _in_foreground() -> bool:
+    """Say whether Ctrl-C reaches the program without us, as everything in the terminal's foreground group."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
+
+
+def _refuse(program: str, why: str, code: int) -> NoReturn:
+    click.echo(f"error: {program}: {why}.", err=True)
+    raise click.exceptions.Exit(code)

@@ -1,0 +1,59 @@
+"""How does a start look? A line when a stage begins or ends; on a terminal, one that is alive while it lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from typing import Any, TypeVar
+
+import click
+
+T = TypeVar("T")
+# How often a terminal is told, and a log.
+LIVE_SECONDS, LOG_SECONDS = 0.2, 15.0
+
+
+def say(text: str) -> None:
+    """Print a line, on stderr: stdout belongs to answers, and to the program of `jax_client run`."""
+    click.echo(text, err=True)
+
+
+def wait(future: Future[T], about: Callable[[], str]) -> T:
+    """Return what a future gives, and show until then what `about` says.
+
+    What it says is shown live on a terminal. Elsewhere its first word and each change of that is a line, and so is
+    what it says every 15 seconds.
+    """
+    with _shown() as show:
+        while not future.done():
+            show(about())
+            wait_for([future], LIVE_SECONDS)
+    return future.result()
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[Callable[[str], Any]]:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Log().show
+        return
+    with console.status("") as status:
+        # As Text, because a name may look like rich's markup.
+        yield lambda text: status.update(Text(text))
+
+
+class _Log:
+    def __init__(self) -> None:
+        self._stage, self._at = "", 0.0
+
+    def show(self, text: str) -> None:
+        stage, now = text.split()[0], time.monotonic()
+        if stage != self._stage or now - self._at > LOG_SECONDS:
+            say(text)
+            self._stage, self._at = stage, now

@@ -1,0 +1,62 @@
+"""How do the tests get a running server, and what do they ask of it?"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from pathlib import Path
+
+import uvicorn
+from tinker import types
+
+import jax_client
+from jax_client.server import LOOPBACK
+from jax_client.server.app import build_app
+from jax_client.server.state import Server
+
+from golden_cases import CASES, sequences
+
+CASE = CASES["llama_tied"]
+KEY = "tml-test"
+ADAM = types.AdamParams(learning_rate=1e-2)
+
+
+class Running:
+    """A server on a port of this process, by default a free one."""
+
+    def __init__(self, server: Server, port: int = 0) -> None:
+        self.server = server
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(("127.0.0.1", port))
+        self.port = listening.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        app = build_app(server, api_key=KEY, hosts=LOOPBACK)
+        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+        self._uvicorn = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [listening]}, daemon=True)
+        self._thread.start()
+        while not self._uvicorn.started:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self._uvicorn.should_exit = True
+        self._thread.join(30)
+        self.server.close(60)
+
+
+def config(state_dir: Path) -> jax_client.EngineConfig:
+    return jax_client.EngineConfig(
+        dtype="float32", state_dir=state_dir, compilation_cache_dir="", precompile=False, autosave_minutes=None
+    )
+
+
+def data() -> list[types.Datum]:
+    return [
+        types.Datum(
+            model_input=types.ModelInput.from_ints(s["tokens"].tolist()),
+            loss_fn_inputs={"target_tokens": s["targets"].tolist(), "weights": s["weights"].tolist()},
+        )
+        for s in sequences(CASE)
+    ]
