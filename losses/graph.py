@@ -294,7 +294,7 @@ class _Decoder:
                 raise _Refused(f"uses device {_short(content)}; leave devices out")
             return Place(kind="device", name="cpu")
         if kind in ("layout", "memory_format") and content in _SETTINGS[kind]:
-            return Place(kind=kind, name=content)
+            return Place(kind=kind, name=str(content))
         raise _Refused(f"has the argument {_short({kind: content})}, which is not known")
 
 

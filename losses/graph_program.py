@@ -108,7 +108,7 @@ def shapes_of(arrays: Sequence[np.ndarray]) -> Shapes:
 
 
 @contextmanager
-def _host() -> Iterator[jax.Device]:
+def _host() -> Iterator[Any]:
     """Compute on the host, with integers and floats of 64 bits, in this thread."""
     try:
         device = jax.local_devices(backend="cpu")[0]

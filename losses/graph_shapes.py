@@ -39,23 +39,25 @@ OPERATIONS = Table()
 @OPERATIONS.add("getattr", "builtins.getattr")
 def attribute(input: Any, name: Any) -> Any:
     """Return one of the few attributes that a loss may read."""
-    if isinstance(input, Pair) and name in ("values", "indices"):
-        return input.values if name == "values" else input.indices
-    if is_tensor(input):
+    if isinstance(input, Pair):
+        if name in ("values", "indices"):
+            return input.values if name == "values" else input.indices
+    elif is_tensor(input):
+        x = tensor(input)
         if name == "shape":
-            return input.shape
+            return x.shape
         if name == "ndim":
-            return input.ndim
+            return x.ndim
         if name == "dtype":
-            return np.dtype(input.dtype)
+            return np.dtype(x.dtype)
         if name == "device":
             return Place(kind="device", name="cpu")
         if name == "data":
-            return jax.lax.stop_gradient(input)
+            return jax.lax.stop_gradient(x)
         if name == "T":
-            return jnp.transpose(input)
-        if name == "mT" and input.ndim > 1:
-            return jnp.swapaxes(input, -1, -2)
+            return jnp.transpose(x)
+        if name == "mT" and x.ndim > 1:
+            return jnp.swapaxes(x, -1, -2)
     raise ValueError(f"there is no attribute {str(name)[:40]!r}; known are shape, ndim, dtype, device, data, T and mT")
 
 

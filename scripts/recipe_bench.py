@@ -77,13 +77,12 @@ class Bench:
         return {**os.environ, **ours}
 
     def check(
-        self, scenario: str, expectation: str, bar: str, value: float, passed: bool, *, learning: bool = False
+        self, scenario: str, expectation: str, bar: str, value: float | str, passed: bool, *, learning: bool = False
     ) -> None:
         """Note an expectation; one about learning is skipped in a shortened run."""
         verdict = None if learning and (self.steps is not None or self.small) else passed
-        self.checks.append(
-            Check(scenario=scenario, expectation=expectation, bar=bar, measured=f"{value:.4g}", passed=verdict)
-        )
+        shown = value if isinstance(value, str) else f"{value:.4g}"
+        self.checks.append(Check(scenario=scenario, expectation=expectation, bar=bar, measured=shown, passed=verdict))
 
 
 @contextmanager
@@ -208,7 +207,9 @@ def final_sampler(bench: Bench, name: str) -> str:
     records = read_lines(bench.work / "runs" / name / "checkpoints.jsonl")
     last = records[-1] if records else {}
     whole = all(str(last.get(key)).startswith("tinker://") for key in ("state_path", "sampler_path"))
-    bench.check(name, "the last checkpoint record has state and sampler", "both", 2.0 * whole, whole)
+    bench.check(
+        name, "the last checkpoint record has state and sampler", "both", "both" if whole else "not both", whole
+    )
     if not whole:
         raise RecipeError(f"runs/{name}/checkpoints.jsonl ends with {last}")
     return last["sampler_path"]

@@ -90,7 +90,7 @@ def prefix(args: argparse.Namespace) -> dict[str, float]:
 
 
 def _sample(args: argparse.Namespace, renderer: Any, prompts: list[tinker.ModelInput]) -> list[tinker.SampleResponse]:
-    client = tinker.ServiceClient().create_sampling_client(model_path=args.sampler)
+    client = tinker.ServiceClient().create_sampling_client(model_path=args.sampler).result()
     params = tinker.SamplingParams(max_tokens=args.max_tokens, temperature=1.0, stop=renderer.get_stop_sequences())
     futures = [client.sample(prompt=prompt, num_samples=1, sampling_params=params) for prompt in prompts]
     return [future.result() for future in futures]

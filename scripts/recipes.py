@@ -259,7 +259,7 @@ def main() -> int:
                 SCENARIOS[name](bench)
             except RecipeError as error:
                 console.print(str(error), markup=False, highlight=False)
-                bench.check(name, "ends without an error", "yes", 0, False)
+                bench.check(name, "ends without an error", "yes", "no", False)
             if args.plots is not None and (bench.work / "runs" / name / "metrics.jsonl").is_file():
                 plot(bench, name, args.plots)
     return 0 if report(bench, about) else 1

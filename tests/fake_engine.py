@@ -53,6 +53,9 @@ class FakeEngine:
         counts = dict.fromkeys((*sampling, "decode_rows", "decode_row_places"), 0)
         return {"memory_bytes": memory, "sampling": counts, "training": {}}
 
+    def health(self):
+        return {"state": "idle", "waiting": 0, "still_seconds": 0.0, "compiling": []}
+
     def compiled(self, since=0):
         return []
 

@@ -112,6 +112,7 @@ def main(model: str, state: str) -> None:
         "inherited": in_fork(failed, client),
         "sent": in_fork(scored_from_bytes, pickled),
         "pickled": pickled,
+        "handle": client.get_sampler_handle(),
     }
     # It has the listening socket too, and outlives this process.
     sleeper = os.fork()

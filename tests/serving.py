@@ -5,14 +5,19 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import uvicorn
 from tinker import types
+from tinker.proto.request_conv import forward_backward_request_to_proto
+from tinker.types.forward_backward_input import ForwardBackwardInput
+from tinker.types.forward_backward_request import ForwardBackwardRequest
 
 import jax_client
 from jax_client.server import LOOPBACK
 from jax_client.server.app import build_app
+from jax_client.server.connections import http_server
 from jax_client.server.state import Server
 
 from golden_cases import CASES, sequences
@@ -23,9 +28,9 @@ ADAM = types.AdamParams(learning_rate=1e-2)
 
 
 class Running:
-    """A server on a port of this process, by default a free one."""
+    """A server on a port of this process, by default a free one; `between` wraps what it serves."""
 
-    def __init__(self, server: Server, port: int = 0) -> None:
+    def __init__(self, server: Server, port: int = 0, between: Callable[[Any], Any] = lambda app: app) -> None:
         self.server = server
         listening = socket.socket()
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -33,15 +38,15 @@ class Running:
         self.port = listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         app = build_app(server, api_key=KEY, hosts=LOOPBACK)
-        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
-        self._uvicorn = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [listening]}, daemon=True)
+        self.http = http_server(between(app))
+        self.http.config.timeout_graceful_shutdown = 1
+        self._thread = threading.Thread(target=self.http.run, kwargs={"sockets": [listening]}, daemon=True)
         self._thread.start()
-        while not self._uvicorn.started:
+        while not self.http.started:
             time.sleep(0.01)
 
     def stop(self) -> None:
-        self._uvicorn.should_exit = True
+        self.http.should_exit = True
         self._thread.join(30)
         self.server.close(60)
 
@@ -50,6 +55,16 @@ def config(state_dir: Path) -> jax_client.EngineConfig:
     return jax_client.EngineConfig(
         dtype="float32", state_dir=state_dir, compilation_cache_dir="", precompile=False, autosave_minutes=None
     )
+
+
+def forward_backward_body(model_id: str, number: int, datums: list[types.Datum]) -> bytes:
+    """The SDK's own encoding of one chunk."""
+    asked = ForwardBackwardRequest(
+        model_id=model_id,
+        seq_id=number,
+        forward_backward_input=ForwardBackwardInput(data=datums, loss_fn="cross_entropy"),
+    )
+    return forward_backward_request_to_proto(asked).SerializeToString()
 
 
 def data() -> list[types.Datum]:

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import stat
@@ -199,7 +200,7 @@ def test_forks_and_the_end_of_the_process(pool: Any, model: str, tmp_path: Path)
             assert f"came from process {owner.pid} by a fork" in told["inherited"]["error"]
             assert told["sent"] == {"scores": told["here"]}
             assert pool.apply(scored_from_bytes, (told["pickled"],)) == told["sent"]
-            # One request is under way at the end of the owner, the other comes later. A fork of the owner is still there.
+            # One request is under way when the owner ends, the other comes later. A fork of the owner is still there.
             owner.send_signal(signal.SIGSTOP)
             under_way = pool.apply_async(scored_from_bytes, (told["pickled"],))
             with pytest.raises(multiprocessing.TimeoutError):
@@ -210,6 +211,8 @@ def test_forks_and_the_end_of_the_process(pool: Any, model: str, tmp_path: Path)
         finally:
             owner.kill()
             os.kill(told["sleeper"], signal.SIGKILL)
+            # Who is killed cannot.
+            shutil.rmtree(Path(handles.Handle.decode(told["handle"]).socket).parent)
     for each in after:
         assert f"process {owner.pid}, which has the weights" in each["error"] and each["seconds"] < 20
 

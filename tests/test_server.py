@@ -237,7 +237,7 @@ def test_a_small_body_does_not_become_a_large_one(running: Running, monkeypatch:
     from jax_client.server import app
 
     original = app.read_body
-    monkeypatch.setattr(app, "read_body", lambda request: original(request, 2**20))
+    monkeypatch.setattr(app, "read_body", lambda request, load: original(request, 2**20, load))
     bomb = zstandard.ZstdCompressor().compress(b"\0" * 2**28)
     headers = {"X-API-Key": KEY, "Content-Encoding": "zstd"}
     answer = httpx.post(f"{running.url}/api/v1/forward_backward", content=bomb, headers=headers, timeout=30)

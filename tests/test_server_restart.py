@@ -22,7 +22,7 @@ from jax_client.errors import DoesNotFitError
 from jax_client.runs import engines
 from jax_client.runs import run as runs
 from jax_client.runs.session import Session
-from jax_client.server import app, state
+from jax_client.server import app, holdings, state
 from jax_client.server.answers import Answer
 from jax_client.server.journal import FILE, Journal
 from jax_client.server.promises import Promises
@@ -150,7 +150,7 @@ def serve(home: Path, port: int) -> subprocess.Popen[bytes]:
 def test_idle_models_make_room_and_come_back_as_they_were(
     model: str, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(holdings, "IDLE_SECONDS", 0.0)
     service = tinker.ServiceClient(base_url=running.url, api_key=KEY)
     whole = service.create_lora_training_client(base_model=model, rank=4, seed=11).result()
     expected = [step(whole), step(whole)]
@@ -184,7 +184,7 @@ def test_idle_models_make_room_and_come_back_as_they_were(
 def test_a_base_model_that_nobody_uses_makes_room(
     model: str, running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(holdings, "IDLE_SECONDS", 0.0)
     other = shutil.copytree(model, tmp_path / "other")
     service = tinker.ServiceClient(base_url=running.url, api_key=KEY)
     sampler = service.create_sampling_client(base_model=str(other))
@@ -217,8 +217,8 @@ def test_a_request_that_does_not_fit_with_nothing_idle_is_refused(
 def test_superseded_samplers_leave_the_device_and_still_answer(
     model: str, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "ON_DEVICE", 1)
-    monkeypatch.setattr(state, "IN_MEMORY", 3)
+    monkeypatch.setattr(holdings, "ON_DEVICE", 1)
+    monkeypatch.setattr(holdings, "IN_MEMORY", 3)
     client = tinker.ServiceClient(base_url=running.url, api_key=KEY).create_lora_training_client(model, 4, 1).result()
     samplers, first = [], []
     for _ in range(4):

@@ -116,13 +116,10 @@ def url(host: str, port: int) -> str:
 
 def uvicorn_server(app: Any) -> Any:
     """Return the HTTP server, which has not begun."""
-    import uvicorn
+    from jax_client.server.connections import allow_many_files, http_server
 
-    # Long polls end when the server does: their clients ask again, and see that it is gone.
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off", server_header=False
-    )
-    return uvicorn.Server(config)
+    allow_many_files()
+    return http_server(app)
 
 
 def save(server: Server, *, hurried: bool) -> None:

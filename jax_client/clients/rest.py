@@ -421,6 +421,7 @@ def _check_page(limit: Any, offset: Any) -> None:
             raise BadRequestError(f"{field} is {value!r}; give an integer of at least {least}.")
 
 
+# In-process and on a server; the SDK answers `whoami` itself.
 _REFUSED = {
     "export_session_trace": "sessions are not traced",
     "search_sessions": "use list_sessions",
@@ -434,7 +435,7 @@ _REFUSED = {
 def _refusal(name: str, reason: str) -> Callable[..., Any]:
     """Return a method with the SDK's signature that raises UnsupportedError."""
     template = getattr(tinker.RestClient, name)
-    message = f"RestClient.{name} is not served in-process: {reason}."
+    message = f"{name} is not served: {reason}."
 
     def refuse(self: RestClient, *args: Any, **kwargs: Any) -> Any:
         raise bind(UnsupportedError(message))

@@ -73,9 +73,7 @@ class TrainPrograms:
             shards=self._shards,
             with_backward=remat is not None,
         )
-        g_BTC, sums = registry.apply_loss(
-            loss, logprobs_BTC, batch["inputs"], batch["real_BTC"], batch["segments_BT"]
-        )
+        g_BTC, sums = registry.apply_loss(loss, logprobs_BTC, batch["inputs"], batch["real_BTC"], batch["segments_BT"])
         return logprobs_BTC, g_BTC, sums, (saved, head_saved)
 
     def _backward(

@@ -146,8 +146,11 @@ class Keeper:
                 return None
             return self._autosave(held), held.step
 
-    def park(self) -> tuple[TinkerPath, int] | None:
-        """Make sure that the run can go on exactly from a checkpoint that no one else deletes; return it and its step.
+    def park(self) -> tuple[TinkerPath, int | None] | None:
+        """Make sure that the run can go on exactly from a checkpoint that no one else deletes.
+
+        Returns:
+            The checkpoint, and the step if nobody had saved it before.
 
         None, and nothing is written, while the run holds gradients, of which a checkpoint has none.
         """
@@ -155,9 +158,10 @@ class Keeper:
             held = self._engine.hold_state(self._engine.open_lane(), self._adapter, True).result()
             if held.accumulating:
                 return None
+            new = held.step if held.step != self._saved_step else None
             if self._autosaved is not None and self._autosaved[1] == held.step:
-                return self._autosaved
-            return self._autosave(held), held.step
+                return self._autosaved[0], new
+            return self._autosave(held), new
 
     def loaded(self) -> None:
         """Take note that the adapter was replaced by other weights, perhaps of the same step."""

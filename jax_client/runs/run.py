@@ -253,7 +253,8 @@ class Run:
     def park(self, *, aloud: bool = False) -> TinkerPath | None:
         """Save the run with its optimizer, give back its memory and return from where `resume_run` goes on exactly.
 
-        None, and the run stays, if it holds gradients. No request of it may be in flight. `aloud` prints how to go on.
+        None, and the run stays, if it holds gradients. No request of it may be in flight. `aloud` prints how to go on
+        from what nobody had saved.
 
         Raises:
             RequestFailedError: the disk failed; the run stays.
@@ -264,7 +265,7 @@ class Run:
         path, step = parked
         autosave.unwatch(self._keeper)
         self._keeper.end()
-        if aloud:
+        if aloud and step is not None:
             autosave.announce(self.run_id, path, step)
         return path
 

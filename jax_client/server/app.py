@@ -7,10 +7,12 @@ Failures of a request that was accepted are an answer of its future, with status
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import pydantic
@@ -31,8 +33,19 @@ from tinker.types.session_heartbeat_request import SessionHeartbeatRequest
 
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError
 from jax_client.runs.session import SessionClosedError
-from jax_client.server import metrics, wire
-from jax_client.server.bodies import EncodingError, TooLargeError, parse, read_body, read_json
+from jax_client.server import answers, metrics, wire
+from jax_client.server.answers import Answer
+from jax_client.server.backpressure import MAX_SAMPLES, RETRY_SECONDS, BusyError, Load
+from jax_client.server.bodies import (
+    MAX_JSON_BYTES,
+    SMALL,
+    EncodingError,
+    StalledError,
+    TooLargeError,
+    parse,
+    read_body,
+    read_json,
+)
 from jax_client.server.custom_losses import MAX_GRAPH_BYTES
 from jax_client.server.guard import Guard
 from jax_client.server.health import Watchdog
@@ -45,6 +58,17 @@ Model = TypeVar("Model", bound=pydantic.BaseModel)
 API = "/api/v1"
 # The SDK's own limit is 45 s.
 POLL_SECONDS = 30.0
+MOST_ASKED = 3
+# Of bodies that are a few fields.
+SMALL_LIMIT = 2**20
+# What only a hosted service has, by the method that asks for it and says why not.
+REFUSED = {
+    ("GET", "/sessions/{session}/trace_export"): "export_session_trace",
+    ("POST", "/sessions/search"): "search_sessions",
+    ("GET", "/audit"): "get_audit_log",
+    ("GET", "/billing/usage/events"): "get_billing_usage",
+    ("GET", "/billing/usage/checkpoints/current"): "get_current_checkpoint_storage_usage",
+}
 # What this server has beyond the least that the SDK asks of one.
 CLIENT_CONFIG = ClientConfigResponse(sample_join_sampling_session=True, custom_loss_server_side=True)
 DYNAMIC_CONFIG = ClientDynamicConfigResponse(sample_cancel_enabled=True)
@@ -60,7 +84,27 @@ def build_app(server: Server, *, api_key: str | None = None, hosts: Any = ()) ->
         api_key: that requests must carry, None for none.
         hosts: names under which it may be called.
     """
-    return Guard(Starlette(routes=routes(server)), api_key=api_key, hosts=hosts)
+    all_routes = routes(server)
+    return Guard(_Shortcut(all_routes[:MOST_ASKED], Starlette(routes=all_routes)), api_key=api_key, hosts=hosts)
+
+
+class _Shortcut:
+    """ASGI application that answers a few routes itself, and leaves the others, and wrong methods, to the next one.
+
+    Of the time that the event loop spends on a small request, the general router and its layers take a third.
+    """
+
+    def __init__(self, few: list[Route], app: Any) -> None:
+        self._endpoints: dict[str, Handler] = {route.path: route.endpoint for route in few}
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        endpoint = self._endpoints.get(scope.get("path", "")) if scope.get("method") == "POST" else None
+        if endpoint is None:
+            await self._app(scope, receive, send)
+        else:
+            response = await endpoint(Request(scope, receive, send))
+            await response(scope, receive, send)
 
 
 def routes(server: Server) -> list[Route]:
@@ -90,12 +134,13 @@ def routes(server: Server) -> list[Route]:
     }
     checkpoint = "/training_runs/{run}/checkpoints/{kind}/{name}"
     routes = [
-        *(_route("POST", f"/{name}", _promising(*entry)) for name, entry in promised.items()),
-        *(_route("POST", f"/{name}", _answering(*entry)) for name, entry in direct.items()),
-        _route("POST", "/forward_backward", _forward_backward(server)),
-        _route("POST", "/create_custom_loss", _create_custom_loss(server)),
-        _route("POST", "/asample", _sample(server)),
+        # Those that are asked most, MOST_ASKED of them.
         _route("POST", "/retrieve_future", _retrieve(server)),
+        _route("POST", "/asample", _sample(server)),
+        _route("POST", "/forward_backward", _forward_backward(server)),
+        *(_route("POST", f"/{name}", _promising(server, *entry)) for name, entry in promised.items()),
+        *(_route("POST", f"/{name}", _answering(*entry)) for name, entry in direct.items()),
+        _route("POST", "/create_custom_loss", _create_custom_loss(server)),
         _route("POST", "/retrieve_futures", _retrieve_many(server)),
         _route("POST", "/sessions/{session}/finish", _finish(server)),
         _route("POST", "/weights_info", _weights_info(rest)),
@@ -124,6 +169,7 @@ def routes(server: Server) -> list[Route]:
         _route("GET", "/sessions", _get(lambda r: rest.list_sessions(*_page(r, 20)))),
         _route("GET", "/sessions/{session}", _get(lambda r: rest.get_session(r.path_params["session"]))),
         _route("PUT", "/sessions/{session}/project", _project(rest)),
+        *(_route(method, path, _refuse(getattr(rest, name))) for (method, path), name in REFUSED.items()),
     ]
     return routes
 
@@ -141,7 +187,7 @@ def _named(handler: Handler) -> Handler:
         except HTTPException:
             raise
         except JaxClientError as error:
-            return JSONResponse({"detail": str(error)}, _status(error))
+            return JSONResponse({"detail": str(error)}, _status(error), _headers(error))
         except Exception:
             logger.exception("%s %s failed", request.method, request.url.path)
             return JSONResponse({"detail": "the server failed at this request; its log says why."}, 422)
@@ -149,8 +195,17 @@ def _named(handler: Handler) -> Handler:
     return named
 
 
+def _headers(error: JaxClientError) -> dict[str, str] | None:
+    if isinstance(error, BusyError):
+        return {"Retry-After": str(RETRY_SECONDS)}
+    # The rest of the body is not read.
+    return {"Connection": "close"} if isinstance(error, StalledError | TooLargeError) else None
+
+
 def _status(error: JaxClientError) -> int:
     for kind, status in (
+        (BusyError, 429),
+        (StalledError, 408),
         (TooLargeError, 413),
         (EncodingError, 415),
         (SessionClosedError, 410),
@@ -166,11 +221,21 @@ def _digest(path: str, body: bytes) -> bytes:
     return hashlib.sha256(path.encode() + b"\0" + body).digest()
 
 
-def _promising(model: type[Model], make: Callable[[Model, bytes], Promise]) -> Handler:
+def _promising(server: Server, model: type[Model], make: Callable[[Model, bytes], Promise]) -> Handler:
     async def handler(request: Request) -> Response:
-        parsed, body = await read_json(request, model)
-        promise = await run_in_threadpool(make, parsed, _digest(request.url.path, body))
+        with Load(server.room) as load:
+            body = await read_body(request, MAX_JSON_BYTES, load)
+            parsed, promise = await run_in_threadpool(accept, body, _digest(request.url.path, body))
+            load.keep(promise.request_id, promise.answer)
         return JSONResponse({"request_id": promise.request_id, "model_id": getattr(parsed, "model_id", None)})
+
+    def accept(body: bytes, digest: bytes) -> tuple[Model, Promise]:
+        try:
+            parsed = parse(body, model)
+        except BadRequestError as error:
+            server.refuse(body, digest, error)
+            raise
+        return parsed, make(parsed, digest)
 
     return handler
 
@@ -178,9 +243,9 @@ def _promising(model: type[Model], make: Callable[[Model, bytes], Promise]) -> H
 def _answering(model: type[Model] | None, answer: Callable[[Any], Any]) -> Handler:
     async def handler(request: Request) -> Response:
         if model is None:
-            await read_body(request, 2**20)
+            await read_body(request, SMALL_LIMIT)
             return _shown(answer(None))
-        parsed, _ = await read_json(request, model)
+        parsed, _ = await read_json(request, model, limit=SMALL_LIMIT)
         return _shown(await run_in_threadpool(answer, parsed))
 
     return handler
@@ -203,19 +268,26 @@ def _shown(value: Any) -> Response:
 
 def _forward_backward(server: Server) -> Handler:
     async def handler(request: Request) -> Response:
-        body = await read_body(request)
-        message = await run_in_threadpool(wire.read_forward_backward, body)
-        promise = await run_in_threadpool(server.forward_backward, message, _digest(request.url.path, body))
-        return JSONResponse({"request_id": promise.request_id, "model_id": message.model_id})
+        with Load(server.room) as load:
+            body = await read_body(request, load=load)
+            promise, model_id = await run_in_threadpool(read, body, request.url.path)
+            load.keep(promise.request_id, promise.answer)
+        return JSONResponse({"request_id": promise.request_id, "model_id": model_id})
+
+    def read(body: bytes, path: str) -> tuple[Promise, str]:
+        message = wire.read_forward_backward(body)
+        return server.forward_backward(message, _digest(path, body)), message.model_id
 
     return handler
 
 
 def _create_custom_loss(server: Server) -> Handler:
     async def handler(request: Request) -> Response:
-        body = await read_body(request, MAX_GRAPH_BYTES)
-        parsed = await run_in_threadpool(parse, body, types.CreateCustomLossRequest)
-        promise = await run_in_threadpool(server.create_custom_loss, parsed, _digest(request.url.path, body))
+        with Load(server.room) as load:
+            body = await read_body(request, MAX_GRAPH_BYTES, load)
+            parsed = await run_in_threadpool(parse, body, types.CreateCustomLossRequest)
+            promise = await run_in_threadpool(server.create_custom_loss, parsed, _digest(request.url.path, body))
+            load.keep(promise.request_id, promise.answer)
         return JSONResponse({"request_id": promise.request_id})
 
     return handler
@@ -223,9 +295,17 @@ def _create_custom_loss(server: Server) -> Handler:
 
 def _sample(server: Server) -> Handler:
     async def handler(request: Request) -> Response:
-        parsed, body = await read_json(request, types.SampleRequest)
-        promise = await run_in_threadpool(server.sample, parsed, _digest(request.url.path, body))
-        names = [f"{promise.request_id}:{i}" for i in range(parsed.num_samples)]
+        with Load(server.room) as load:
+            parsed, body = await read_json(request, types.SampleRequest, load)
+            samples = min(max(parsed.num_samples, 1), MAX_SAMPLES)
+            server.room.check_samples(samples)
+            digest = _digest(request.url.path, body)
+            if len(body) <= SMALL and server.samples_at_once(parsed.sampling_session_id):
+                promise = server.sample(parsed, digest)
+            else:
+                promise = await run_in_threadpool(server.sample, parsed, digest)
+            load.keep(promise.request_id, promise.answer, samples)
+        names = [f"{promise.request_id}:{i}" for i in range(samples)]
         return JSONResponse({"request_id": promise.request_id, "sample_sequence_ids": names})
 
     return handler
@@ -233,20 +313,51 @@ def _sample(server: Server) -> Handler:
 
 def _retrieve(server: Server) -> Handler:
     async def handler(request: Request) -> Response:
-        parsed, _ = await read_json(request, FutureRetrieveRequest)
-        promise = await run_in_threadpool(server.promises.get, parsed.request_id)
-        try:
-            # Shielded: that this client stops waiting is no reason to stop the work.
-            answer = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(promise.answer)), POLL_SECONDS)
-        except TimeoutError:
+        parsed, _ = await read_json(request, FutureRetrieveRequest, limit=SMALL_LIMIT)
+        promise = server.promises.in_memory(parsed.request_id)
+        if promise is None:
+            promise = await run_in_threadpool(_kept, server, parsed.request_id)
+        answer = await _within(promise.answer, POLL_SECONDS)
+        if answer is None:
+            reason = await run_in_threadpool(server.waiting_for, promise)
             if promise.answer.done():
                 return await handler(request)
-            reason = await run_in_threadpool(server.waiting_for, promise)
             state = "active" if reason is None else "paused_capacity"
             return JSONResponse({"queue_state": state, "queue_state_reason": reason or "in progress"}, 408)
         return Response(answer.body, answer.status, media_type=answer.media_type)
 
     return handler
+
+
+def _kept(server: Server, request_id: str) -> Promise:
+    try:
+        return server.promises.get(request_id)
+    except NotFoundError:
+        if not server.may_have_lost(request_id):
+            raise
+        promise = Promise(request_id, b"", "sample")
+        promise.settle(answers.again("the server does not know this request any more; send it again."))
+        return promise
+
+
+async def _within(answer: Future[Answer], seconds: float) -> Answer | None:
+    """Return an answer, or None when it is not there in time. A client that stops waiting does not stop the work."""
+    if not answer.done():
+        loop = asyncio.get_running_loop()
+        woken = asyncio.Event()
+
+        def wake(_: Any) -> None:
+            # The loop is closed when the server has stopped without this answer.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(woken.set)
+
+        answer.add_done_callback(wake)
+        timer = loop.call_later(seconds, woken.set)
+        try:
+            await woken.wait()
+        finally:
+            timer.cancel()
+    return answer.result() if answer.done() else None
 
 
 def _retrieve_many(server: Server) -> Handler:
@@ -282,7 +393,7 @@ def _sampler(server: Server, sampler_id: str) -> Any:
 
 async def _json(request: Request) -> dict[str, Any]:
     try:
-        found = json.loads(await read_body(request, 2**20))
+        found = json.loads(await read_body(request, SMALL_LIMIT))
     except ValueError:
         raise BadRequestError("the body is no JSON.") from None
     if not isinstance(found, dict):
@@ -316,6 +427,14 @@ def _copy_weights(rest: Any) -> Handler:
         project = parsed.destination_project_id
         path = await rest.copy_weights(parsed.source_path, project, ttl_seconds=parsed.ttl_seconds)
         return JSONResponse({"tinker_path": path})
+
+    return handler
+
+
+def _refuse(method: Callable[[], Any]) -> Handler:
+    async def handler(request: Request) -> Response:
+        await read_body(request, SMALL_LIMIT)
+        return _shown(method())
 
     return handler
 

@@ -32,6 +32,8 @@ _PRUNE_EVERY = 1_000
 # A session that nobody ended, such as one whose client was killed.
 FORGOTTEN_SECONDS = 30 * 24 * 3600.0
 _BATCH = 512
+# How long the thread lets a batch grow.
+_LINGER_SECONDS = 0.003
 
 _SCHEMA = """
 CREATE TABLE things (kind TEXT, id TEXT, about TEXT NOT NULL, written REAL NOT NULL, PRIMARY KEY (kind, id));
@@ -39,6 +41,12 @@ CREATE TABLE promises (
     number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, digest BLOB NOT NULL, kind TEXT NOT NULL,
     body BLOB, media_type TEXT, status INTEGER, failed INTEGER
 );
+"""
+
+_ANSWERED = """
+INSERT INTO promises (id, digest, kind, body, media_type, status, failed) VALUES (?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET
+    body = excluded.body, media_type = excluded.media_type, status = excluded.status, failed = excluded.failed
 """
 
 
@@ -65,7 +73,8 @@ class Journal:
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / FILE
-        self._queue: SimpleQueue[tuple[_Write, Future[None] | None] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[_Write, Callable[[], None] | None] | None] = SimpleQueue()
+        self._hurry = threading.Event()
         self._ahead: dict[str, Entry] = {}
         self._lock = threading.Lock()
         self._failed = False
@@ -75,6 +84,8 @@ class Journal:
         newest = "(SELECT max(number) FROM promises)"
         connection.execute(f"DELETE FROM promises WHERE body IS NULL AND number < {newest} - ?", (MAX_ANSWERS,))
         connection.commit()
+        # Nearly every request is new: it costs no look at the file.
+        self._ids = {row[0] for row in connection.execute("SELECT id FROM promises")}
         connection.close()
         self._reading = threading.local()
         self._thread = threading.Thread(target=self._write, name="jax_client-journal", daemon=True)
@@ -99,24 +110,34 @@ class Journal:
         """Write a request that was accepted, soon."""
         with self._lock:
             self._ahead[request_id] = Entry(digest=digest, kind=kind, answer=None)
+            self._ids.add(request_id)
         row = request_id, digest, kind
-        self._later(lambda c: c.execute("INSERT OR IGNORE INTO promises (id, digest, kind) VALUES (?, ?, ?)", row))
+
+        def write(connection: sqlite3.Connection) -> None:
+            with self._lock:
+                ahead = self._ahead.get(request_id)
+            # Answered meanwhile: what comes next writes all of it.
+            if ahead is None or ahead.answer is None:
+                connection.execute("INSERT OR IGNORE INTO promises (id, digest, kind) VALUES (?, ?, ?)", row)
+
+        self._later(write)
 
     def answered(self, request_id: str, digest: bytes, kind: str, answer: Answer) -> None:
         """Write the answer of a request, soon."""
         entry = Entry(digest=digest, kind=kind, answer=answer)
         with self._lock:
             self._ahead[request_id] = entry
-        row = answer.body, answer.media_type, answer.status, answer.failed, request_id
+        row = request_id, digest, kind, answer.body, answer.media_type, answer.status, answer.failed
 
         def write(connection: sqlite3.Connection) -> None:
-            connection.execute("UPDATE promises SET body = ?, media_type = ?, status = ?, failed = ? WHERE id = ?", row)
+            connection.execute(_ANSWERED, row)
             self._answers += 1
             if self._answers % _PRUNE_EVERY == 0:
-                _prune(connection)
+                pruned = _prune(connection)
+                with self._lock:
+                    self._ids.difference_update(pruned)
 
-        self._later(write)
-        self._later(lambda _: self._settled(request_id, entry))
+        self._later(write, lambda: self._settled(request_id, entry))
 
     def _settled(self, request_id: str, entry: Entry) -> None:
         with self._lock:
@@ -127,7 +148,8 @@ class Journal:
         """Return a promise with its answer, None if it is not known, or not any more."""
         with self._lock:
             ahead = self._ahead.get(request_id)
-        if ahead is not None:
+            known = request_id in self._ids
+        if ahead is not None or not known:
             return ahead
         columns = "digest, kind, body, media_type, status, failed"
         row = self._read(f"SELECT {columns} FROM promises WHERE id = ?", (request_id,))
@@ -145,6 +167,7 @@ class Journal:
 
     def close(self) -> None:
         """Write what is still to be written."""
+        self._hurry.set()
         self._queue.put(None)
         self._thread.join()
 
@@ -164,17 +187,21 @@ class Journal:
 
     def _now(self, write: _Write) -> None:
         done: Future[None] = Future()
-        self._queue.put((write, done))
+        self._hurry.set()
+        self._queue.put((write, lambda: done.set_result(None)))
         done.result()
 
-    def _later(self, write: _Write) -> None:
-        self._queue.put((write, None))
+    def _later(self, write: _Write, then: Callable[[], None] | None = None) -> None:
+        self._queue.put((write, then))
 
     def _write(self) -> None:
         connection = _connect(self._path)
         stopped = False
         while not stopped:
             batch = [self._queue.get()]
+            # A thread that wakes for every request takes the interpreter from those who answer them.
+            self._hurry.wait(_LINGER_SECONDS)
+            self._hurry.clear()
             while len(batch) < _BATCH and not self._queue.empty():
                 batch.append(self._queue.get())
             stopped = None in batch
@@ -188,9 +215,9 @@ class Journal:
                 # A disk that takes nothing must not fill the memory.
                 with self._lock:
                     self._ahead.clear()
-            for _, done in writes:
-                if done is not None:
-                    done.set_result(None)
+            for _, then in writes:
+                if then is not None:
+                    then()
         connection.close()
 
     def _report(self, error: sqlite3.Error) -> None:
@@ -233,11 +260,12 @@ def _opened(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _prune(connection: sqlite3.Connection) -> None:
-    """Delete the oldest answers beyond the limits; requests without an answer stay."""
-    connection.execute(
+def _prune(connection: sqlite3.Connection) -> list[str]:
+    """Delete the oldest answers beyond the limits and return their ids; requests without an answer stay."""
+    found = connection.execute(
         "DELETE FROM promises WHERE body IS NOT NULL AND number IN (SELECT number FROM (SELECT number, "
         "sum(length(body)) OVER w AS bytes, row_number() OVER w AS place FROM promises WHERE body IS NOT NULL "
-        "WINDOW w AS (ORDER BY number DESC)) WHERE bytes > ? OR place > ?)",
+        "WINDOW w AS (ORDER BY number DESC)) WHERE bytes > ? OR place > ?) RETURNING id",
         (MAX_BYTES, MAX_ANSWERS),
     )
+    return [row[0] for row in found.fetchall()]

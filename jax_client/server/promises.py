@@ -127,14 +127,19 @@ class Promises:
                 return promise, True
             with self._lock:
                 del self._open[request_id]
+            # A twin that came in between may hold it.
+            promise.settle(known.answer.result())
         return _same(known, digest), False
 
     def find(self, request_id: str, digest: bytes) -> Promise | None:
         """Return the promise of a request that was sent before, None if it is new. Raises as `make`."""
-        with self._lock:
-            known = self._open.get(request_id) or self._answered.get(request_id)
-        known = known or self._of_journal(request_id)
+        known = self.in_memory(request_id) or self._of_journal(request_id)
         return None if known is None else _same(known, digest)
+
+    def in_memory(self, request_id: str) -> Promise | None:
+        """Return a promise that is in memory, without a look at the disk."""
+        with self._lock:
+            return self._open.get(request_id) or self._answered.get(request_id)
 
     def get(self, request_id: str) -> Promise:
         """Return a promise.
@@ -142,9 +147,7 @@ class Promises:
         Raises:
             NotFoundError: it is not known, or not any more.
         """
-        with self._lock:
-            promise = self._open.get(request_id) or self._answered.get(request_id)
-        promise = promise or self._of_journal(request_id)
+        promise = self.in_memory(request_id) or self._of_journal(request_id)
         if promise is None:
             raise NotFoundError(
                 f"request {request_id!r} is unknown or expired; the newest answers are kept. Send it again."
@@ -241,8 +244,20 @@ class Sequence:
         self._lock = threading.RLock()
 
     def submit(self, number: int, promise: Promise, start: Start) -> None:
-        """Start a request when its turn has come; what `start` raises fails the promise, and its turn is over."""
+        """Start a request when its turn has come; what `start` raises fails the promise, and its turn is over.
+
+        One whose turn is over fails: others went on without it.
+        """
         with self._lock:
+            if number < self.following:
+                promise.settle(
+                    answers.refusal(
+                        f"request {promise.request_id} was not carried out: it came after request {self.following - 1} "
+                        "of this model had been given up for it. Go on from a checkpoint with a new client.",
+                        "user",
+                    )
+                )
+                return
             self._waiting[number] = promise, start
             self._go_on()
 

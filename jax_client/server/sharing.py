@@ -27,8 +27,9 @@ from jax_client.runs.futures import settled
 from jax_client.runs.sampler import Sampler
 from jax_client.runs.session import Session, live_sessions
 from jax_client.server.app import CLIENT_CONFIG, DYNAMIC_CONFIG, build_app
+from jax_client.server.holdings import IN_MEMORY, Sampling
 from jax_client.server.resident import Resident
-from jax_client.server.state import IN_MEMORY, Sampling, Server
+from jax_client.server.state import Server
 
 # In each process that samples: every request in flight holds a connection, and a process may often have only 1,024.
 MAX_CONCURRENT = 64

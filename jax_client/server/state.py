@@ -1,82 +1,40 @@
-"""What does a server hold, and how does a request of the protocol become one of a session, a run or a sampler?"""
+"""How does a request of the protocol become one of a session, a run or a sampler?"""
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from tinker import types
 from tinker.proto import tinker_public_pb2 as pb
 
 from jax_client.clients.rest import RestClient
 from jax_client.config import EngineConfig
-from jax_client.errors import BadRequestError, DoesNotFitError, NotFoundError, UnsupportedError
+from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, UnsupportedError
 from jax_client.losses.graph_program import GraphProgram
 from jax_client.runs import engines, validation
 from jax_client.runs.futures import settled, then
-from jax_client.runs.paths import TinkerPath, sampler_path, training_path
+from jax_client.runs.paths import training_path
 from jax_client.runs.run import Run, create_run, resume_run
-from jax_client.runs.sampler import Sampler, base_sampler, checkpoint_sampler
+from jax_client.runs.sampler import Sampler
 from jax_client.runs.session import Session, SessionInfo
 from jax_client.server import answers, custom_losses, wire
 from jax_client.server.answers import Answer
+from jax_client.server.backpressure import Room
 from jax_client.server.completions import Completions
+from jax_client.server.holdings import Holdings, Model, Sampling
 from jax_client.server.journal import Entry, Journal
-from jax_client.server.promises import Promise, Promises, Sequence, Start
+from jax_client.server.promises import Promise, Promises, Start
 from jax_client.server.resident import Resident
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-R = TypeVar("R", Run, Sampler)
-
-# What was not used for so long may be unloaded when something else needs its memory.
-IDLE_SECONDS = 60.0
-# Of the samplers that a session made of weights in memory: so many of the newest stay on the device, and so many are
-# kept at all. A loop makes one with every step, and uses the newest few.
-ON_DEVICE, IN_MEMORY = 4, 16
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Served(Generic[R]):
-    """A run or a sampler that is in memory, or can be again.
-
-    Attributes:
-        base_model: as its session calls it, as far as the request told.
-    """
-
-    session_id: str
-    resident: Resident[R]
-    base_model: str | None
-
-    @property
-    def name(self) -> str | None:
-        """What its session calls the base model."""
-        there = self.resident.there
-        return self.base_model if there is None else there.lease.name
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Model(_Served[Run]):
-    """A run, and the order of its requests."""
-
-    order: Sequence = field(default_factory=Sequence)
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Sampling(_Served[Sampler]):
-    """A sampler. Weights that were never saved are ephemeral: they end with the server."""
-
-    ephemeral: bool = False
-
-
-class Server:
-    """The sessions, models and samplers of a server. Thread-safe; every method returns without waiting for a device.
+class Server(Holdings):
+    """A server without its HTTP. Thread-safe; every method returns without waiting for a device.
 
     Args:
         config: engine settings, of every session.
@@ -87,19 +45,13 @@ class Server:
     def __init__(
         self, config: EngineConfig, aliases: Mapping[str, str] | None = None, journal: Journal | None = None
     ) -> None:
-        self.config = config
+        super().__init__(config, journal)
         self.promises = Promises(journal, self._lost)
+        self.room = Room(self._give_up_gaps)
         self.completions = Completions(self.promises.answered_of)
-        self.own = Session(config)
         self.rest = RestClient(self.own)
-        self._journal = journal
         self._aliases = dict(aliases or {})
-        self._sessions: dict[str, Session] = {}
-        self._models: dict[str, Model] = {}
-        self._samplers: dict[str, Sampling] = {}
-        self._losses: dict[str, custom_losses.CustomLoss] = {}
         self._clones: dict[str, int] = {}
-        self._lock = threading.RLock()
 
     def model_name(self, name: str) -> str:
         """Return what a name stands for."""
@@ -119,32 +71,12 @@ class Server:
         )
         return types.CreateSessionResponse(session_id=session.session_id)
 
-    def session(self, session_id: str) -> Session:
-        """Return a session; one of an earlier server goes on.
-
-        Raises:
-            NotFoundError: there is none of this id.
-        """
-
-        def again(about: dict[str, Any]) -> Session:
-            return Session(self.config, SessionInfo(**about), session_id)
-
-        return self._known(self._sessions, "session", session_id, again, "; make a new ServiceClient.")
-
     def finish_session(self, session_id: str, reason: str, detail: str | None) -> None:
         """End a session; what it holds is saved and given back in the background."""
         status = reason if reason in ("success", "errored", "interrupted") else "success"
         closing = self.session(session_id).close(status, detail)
         closing.add_done_callback(lambda _: self._forget(session_id))
-
-    def _forget(self, session_id: str) -> None:
-        with self._lock:
-            for table in (self._models, self._samplers, self._losses):
-                for key in [key for key, each in table.items() if each.session_id == session_id]:
-                    del table[key]
-        self.completions.forget(session_id)
-        if self._journal is not None:
-            self._journal.forget_session(session_id)
+        closing.add_done_callback(lambda _: self.completions.forget(session_id))
 
     def create_model(self, request: types.CreateModelRequest, digest: bytes) -> Promise:
         """Make a fresh adapter."""
@@ -297,11 +229,14 @@ class Server:
 
     def save_weights_external(self, request: types.SaveWeightsExternalRequest, digest: bytes) -> Promise:
         """Save the adapter as peft does."""
-        if request.age_encryption_recipients is not None:
-            raise UnsupportedError("age_encryption_recipients is not supported, exports are not encrypted.")
-        return self._on_model(
-            request.model_id, request.seq_id, digest, lambda run: run.export(request.path, request.ttl_seconds)
-        )
+
+        def work(run: Run) -> Future[Any]:
+            # Refused in its turn: the requests after it wait for its number.
+            if request.age_encryption_recipients is not None:
+                raise UnsupportedError("age_encryption_recipients is not supported, exports are not encrypted.")
+            return run.export(request.path, request.ttl_seconds)
+
+        return self._on_model(request.model_id, request.seq_id, digest, work)
 
     def _on_model(
         self, model_id: str | None, number: int | None, digest: bytes, work: Callable[[Run], Future[Any]]
@@ -321,73 +256,20 @@ class Server:
             made.add_done_callback(lambda _: model.order.submit(number, promise, start))
         return promise
 
-    def _model(self, model_id: str) -> Model:
-        def again(about: dict[str, Any]) -> Model:
-            if about["path"] is None:
-                raise NotFoundError(
-                    f"model {model_id!r} is not in memory, the server was restarted. {self._way_on(model_id)}"
-                )
-            path = TinkerPath.parse(about["path"])
-            resident = Resident(lambda: self._with_room(lambda: self._revive(model_id, about, path)), "resume")
-            return Model(
-                session_id=about["session_id"],
-                resident=resident,
-                base_model=about["base_model"],
-                order=Sequence(about["following"]),
-            )
-
-        advice = ". Make one, or go on from a checkpoint of its run."
-        return self._known(self._models, "model", model_id, again, advice)
-
-    def _revive(self, run_id: str, about: dict[str, Any], path: TinkerPath) -> Run:
-        session = self.session(about["session_id"])
-        run = resume_run(session, run_id, path, about["base_model"], None, optimizer=True)
-        # From now on the checkpoint is not all that there is.
-        self._note("model", run_id, {"session_id": about["session_id"], "path": None})
-        return run
-
-    def _park(self, run_id: str, model: Model, aloud: bool, run: Run) -> Callable[[], Run] | None:
-        path = run.park(aloud=aloud)
-        if path is None:
-            return None
-        about = {
-            "session_id": model.session_id,
-            "path": str(path),
-            "base_model": run.lease.name,
-            "following": model.order.following,
-        }
-        self._note("model", run_id, about)
-        published = run.published
-
-        def again() -> Run:
-            revived = self._revive(run_id, about, path)
-            revived.published = published
-            return revived
-
-        return lambda: self._with_room(again)
-
-    def _lost(self, request_id: str, entry: Entry) -> Answer:
-        if entry.kind == "sample":
-            return answers.again("the server was restarted before it answered; send the request again.")
-        owner, _, number = request_id.rpartition(":")
-        if owner.endswith(":train"):
-            owner, number = request_id, "that makes it"
-        return answers.refusal(
-            f"the server was restarted before request {number} of {owner} was answered. {self._way_on(owner)}", "server"
-        )
-
-    def _way_on(self, run_id: str) -> str:
-        """Say from which checkpoint a run that is gone can be continued."""
+    def refuse(self, body: bytes, digest: bytes, error: JaxClientError) -> None:
+        """Take the number of a request that is refused for its form: else the next ones of its model wait for it."""
         try:
-            saved = [record for record in self.own.store.list(run_id) if record.kind == "weights"]
-        except Exception:
-            logger.warning("the checkpoints of %s could not be listed", run_id, exc_info=True)
-            saved = []
-        if not saved:
-            return "Its run has no checkpoint; begin again."
-        newest = max(saved, key=lambda record: (record.step, record.created))
-        path = TinkerPath(run_id=run_id, kind="weights", name=newest.name)
-        return f'Go on from step {newest.step}: create_training_client_from_state_with_optimizer("{path}").'
+            asked = json.loads(body)
+        except (ValueError, RecursionError):
+            return
+        model_id, number = (asked.get(key) for key in ("model_id", "seq_id")) if isinstance(asked, dict) else (0, 0)
+        if isinstance(model_id, str) and type(number) is int:
+
+            def work(_: Run) -> Future[Any]:
+                raise error
+
+            with contextlib.suppress(JaxClientError):
+                self._on_model(model_id, number, digest, work)
 
     def create_sampling_session(
         self, request: types.CreateSamplingSessionRequest
@@ -410,49 +292,6 @@ class Server:
             self._note("sampler", sampler_id, about)
             sampling.resident.use()
         return types.CreateSamplingSessionResponse(sampling_session_id=sampler_id)
-
-    def _sampling(self, sampler_id: str, about: dict[str, Any]) -> Sampling:
-        if "of" in about:
-            raise NotFoundError(
-                f"sampler {sampler_id!r} had weights of {about['of']} that were never saved, and the server was "
-                "restarted. Make a sampler of the model as it is now, or of a checkpoint."
-            )
-        session, base_model, model_path = self.session(about["session_id"]), about["base_model"], about["model_path"]
-        if (base_model is None) == (model_path is None):
-            raise BadRequestError("give one of base_model and model_path.")
-        if model_path is None:
-            make = lambda: base_sampler(session, base_model, sampler_id=sampler_id)  # noqa: E731
-        else:
-            path = sampler_path(model_path, "create_sampling_client")
-            # Now, so that a wrong path fails the call that gave it.
-            base_model = session.store.record(path.run_id, path.kind, path.name).metadata["base_model"]
-            make = lambda: checkpoint_sampler(session, path, sampler_id=sampler_id)  # noqa: E731
-        resident = Resident(lambda: self._with_room(make), "sampler")
-        return Sampling(session_id=session.session_id, resident=resident, base_model=base_model)
-
-    def adopt(self, sampler: Sampler) -> None:
-        """Serve a sampler of this process."""
-        resident = Resident(lambda: sampler, "sampler", settled(sampler))
-        with self._lock:
-            self._samplers[sampler.sampler_id] = Sampling(
-                session_id=sampler.session.session_id,
-                resident=resident,
-                base_model=sampler.lease.name,
-                ephemeral=True,
-            )
-
-    def sampler(self, sampler_id: str) -> Future[Sampler]:
-        """Return a sampler that is there or on its way.
-
-        Raises:
-            NotFoundError: there is none of this id.
-        """
-        return self.sampling(sampler_id).resident.use()
-
-    def sampling(self, sampler_id: str) -> Sampling:
-        """Return a sampler that can be used. Raises as `sampler`."""
-        again = lambda about: self._sampling(sampler_id, about)  # noqa: E731
-        return self._known(self._samplers, "sampler", sampler_id, again, "; make one again.")
 
     def join_sampling_session(self, sampler_id: str) -> int:
         """Return a number that no other client of this sampler has."""
@@ -497,6 +336,30 @@ class Server:
         made.add_done_callback(lambda done: promise.begin(lambda: start(done.result())))
         return promise
 
+    def samples_at_once(self, sampler_id: str | None) -> bool:
+        """Say whether `sample` has nothing to wait for: no disk, no model on its way."""
+        with self._lock:
+            found = self._samplers.get(sampler_id or "")
+        return found is not None and found.resident.there is not None
+
+    def may_have_lost(self, request_id: str) -> bool:
+        """Say whether an unknown id can be that of a request that a killed server had accepted and not yet noted."""
+        owner, _, number = request_id.rpartition(":")
+        if not (number.isascii() and number.isdigit()):
+            return False
+        try:
+            self.sampling(owner)
+        except JaxClientError:
+            return False
+        return True
+
+    def _give_up_gaps(self) -> None:
+        """End what waits too long for an earlier request: nobody may be polling for it."""
+        with self._lock:
+            models = list(self._models.values())
+        for model in models:
+            model.order.give_up()
+
     def _sampler_id(self, session_id: str, number: int | None) -> str:
         if number is None or number < 0:
             raise BadRequestError(f"sampling_session_seq_id is {number!r}; give a number from 0 on.")
@@ -523,81 +386,15 @@ class Server:
         ahead = self.promises.ahead_of(promise)
         return doing or (f"{ahead} requests ahead" if ahead else None)
 
-    def _with_room(self, make: Callable[[], T]) -> T:
-        """Make something, unloading what nobody used for a while as long as there is no room for it."""
-        while True:
-            try:
-                return make()
-            except DoesNotFitError:
-                if not self.unload_idlest():
-                    raise
-
-    def unload_idlest(self) -> bool:
-        """Unload the model or sampler that was not used for the longest time; say whether anything was freed."""
-        with self._lock:
-            models, samplings = dict(self._models), list(self._samplers.values())
-        idle: list[tuple[float, Callable[[], bool]]] = []
-        for run_id, model in models.items():
-            if (since := model.resident.idle_since()) is not None:
-                idle.append((since, partial(self._unload_model, run_id, model)))
-        for sampling in samplings:
-            if (since := sampling.resident.idle_since()) is not None:
-                idle.append((since, partial(sampling.resident.unload, Sampler.park)))
-        idle.sort(key=lambda each: each[0])
-        for since, unload in idle:
-            if time.monotonic() - since >= IDLE_SECONDS and unload():
-                self._let_go()
-                return True
-        return self._let_go()
-
-    def _unload_model(self, run_id: str, model: Model, aloud: bool = False) -> bool:
-        try:
-            return model.resident.unload(partial(self._park, run_id, model, aloud))
-        except Exception as error:
-            logger.warning("model %s could not be saved, so it stays in memory: %s", run_id, error)
-            return False
-
-    def _let_go(self) -> bool:
-        """Give back the base models that sessions, and the server itself, hold and do not use."""
-        with self._lock:
-            served = [*self._models.values(), *self._samplers.values()]
-            sessions = {**self._sessions, "": self.own}
-        freed = False
-        for session_id, session in sessions.items():
-            used = {each.name for each in served if each.session_id == session_id and each.resident.wanted}
-            # None: something is on its way there, of which only its checkpoint tells what it needs.
-            if None not in used:
-                freed |= session.let_go_of_all_but(used)
-        return freed
-
-    def _tidy(self, session_id: str) -> None:
-        """Move superseded samplers of unsaved weights off the device, and forget the oldest."""
-        with self._lock:
-            own = [(k, s) for k, s in self._samplers.items() if s.session_id == session_id and s.ephemeral]
-        for _, sampling in own[:-ON_DEVICE]:
-            sampling.resident.unload(Sampler.park)
-        for key, sampling in own[:-IN_MEMORY]:
-            if not sampling.resident.busy:
-                with self._lock:
-                    self._samplers.pop(key, None)
-
-    def _known(self, table: dict[str, T], what: str, key: str, again: Callable[[dict[str, Any]], T], advice: str) -> T:
-        """Return an entry of a table, or make it again from the journal."""
-        with self._lock:
-            found = table.get(key)
-        if found is None and self._journal is not None:
-            about = self._journal.get(what, key)
-            if about is not None:
-                made = again(about)
-                with self._lock:
-                    found = table.setdefault(key, made)
-        if found is None:
-            raise NotFoundError(f"there is no {what} {key!r} on this server{advice}")
-        return found
-
-    def _note(self, what: str, key: str, about: dict[str, Any]) -> None:
-        if self._journal is not None:
-            self._journal.put(what, key, about)
+    def _lost(self, request_id: str, entry: Entry) -> Answer:
+        if entry.kind == "sample":
+            return answers.again("the server was restarted before it answered; send the request again.")
+        owner, _, number = request_id.rpartition(":")
+        if owner.endswith(":train"):
+            owner, number = request_id, "that makes it"
+        return answers.refusal(
+            f"the server was restarted before request {number} of {owner} was answered. {self._way_on(owner)}", "server"
+        )
 
     def close(self, seconds: float) -> None:
         """Finish what has begun, save every model, and end. Models that were idle by then can go on in a next server.
