@@ -471,7 +471,8 @@ def _image() -> types.ModelInput:
 
 @probe(ARGUMENTS, "`forward_backward` of an image", in_process=BAD, served=FAILED)
 def image_training(w: World, ask: Ask) -> None:
-    datum = types.Datum(model_input=_image(), loss_fn_inputs={"target_tokens": [1, 4, 1, 5]})
+    targets: Any = {"target_tokens": [1, 4, 1, 5]}
+    datum = types.Datum(model_input=_image(), loss_fn_inputs=targets)
     with _still_trains(w):
         ask.of(lambda: w.training.forward_backward([datum], "cross_entropy"))
 
@@ -479,6 +480,12 @@ def image_training(w: World, ask: Ask) -> None:
 @probe(ARGUMENTS, "`sample` after an image", in_process=BAD, served=FAILED)
 def image_sampling(w: World, ask: Ask) -> None:
     ask.of(lambda: w.sampler.sample(_image(), 1, types.SamplingParams(max_tokens=1)))
+
+
+@probe(ARGUMENTS, "`sample` after audio", in_process=BAD, served=FAILED)
+def audio_sampling(w: World, ask: Ask) -> None:
+    prompt = types.ModelInput(chunks=[types.EncodedTextChunk(tokens=[3, 1]), types.DmelChunk(dmel=b"\0" * 16)])
+    ask.of(lambda: w.sampler.sample(prompt, 1, types.SamplingParams(max_tokens=1)))
 
 
 @probe(ARGUMENTS, "`forward_backward` with `stable_reinforce`", in_process=BAD, served=FAILED)

@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,9 @@ def running_server(config: Any) -> Iterator[str]:
         server.close(30)
 
 
-def limited(work: Any, seconds: float = LIMIT_SECONDS) -> str | None:
-    """Run something for so long at most; return what went wrong."""
+def limited(work: Callable[[], object], seconds: float | None = None) -> str | None:
+    """Run something for so long at most, LIMIT_SECONDS if not told; return what went wrong."""
+    seconds = LIMIT_SECONDS if seconds is None else seconds
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -189,7 +190,8 @@ def shown(error: BaseException) -> str:
     """Return the class and the first sentence of an error, without what the SDK puts around a server's words."""
     body = getattr(error, "body", None)
     said = body["detail"] if isinstance(body, dict) and "detail" in body else getattr(error, "message", str(error))
-    sentence = re.split(r"(?<=[.;])\s", " ".join(said.split()), maxsplit=1)[0].rstrip(".;")
+    said = " ".join(said.split()).removeprefix("Request failed: ")
+    sentence = re.split(r"(?<=[.;])\s", said, maxsplit=1)[0].rstrip(".;")
     return f"`{type(error).__name__}`: {sentence}".replace("|", "\\|")
 
 
@@ -231,6 +233,12 @@ def probe_all() -> tuple[dict[str, dict[str, dict[str, str]]], list[str]]:
                 found.setdefault(probe.client, {}).setdefault(probe.method, {})[side] = text
                 if bad is not None:
                     wrong.append(f"{side}: {probe.client}.{probe.method}: {bad}")
+            futures = worlds[-1].with_futures()
+            for probe in PROBES:
+                if probe.client in ("TrainingClient", "SamplingClient"):
+                    text, bad = outcome(probe, futures)
+                    if bad is not None or text != found[probe.client][probe.method][side]:
+                        wrong.append(f"{side}: {probe.client}.{probe.method} of a future of the client: {bad or text}")
             print(f"{side}: {len(PROBES)} probes in {time.monotonic() - start:.0f} s", file=sys.stderr)
         for world in worlds:
             limited(world.service.close("success").result)
@@ -239,21 +247,18 @@ def probe_all() -> tuple[dict[str, dict[str, dict[str, str]]], list[str]]:
 
 
 def tables(found: dict[str, dict[str, dict[str, str]]]) -> str:
-    """Return a Markdown table for each client; neighbours that say the same share a row."""
+    """Return a Markdown table for each client; a method and its `_async` twin share a row if they say the same."""
     from probing import ARGUMENTS
 
     parts = []
     for client in (*CLIENTS, ARGUMENTS):
-        heading = "argument" if client == ARGUMENTS else "method"
-        lines = [f"### {client}", "", f"| {heading} | in-process | served |", "|---|---|---|"]
         rows: dict[tuple[str, ...], list[str]] = {}
-        for method in sorted(found[client]):
-            said = tuple(found[client][method][side] for side in SIDES)
-            # A method and its twin; and all that simply works.
-            key = said if set(said) == {"works"} else (*said, method.removesuffix("_async"))
-            rows.setdefault(key, []).append(method if client == ARGUMENTS else f"`{method}`")
-        for (ours, theirs, *_), methods in sorted(rows.items(), key=lambda item: (len(item[0]) > 2, item[1])):
-            lines.append(f"| {', '.join(methods)} | {ours} | {theirs} |")
+        for method, said in sorted(found[client].items()):
+            shown_as = method if client == ARGUMENTS else f"`{method}`"
+            rows.setdefault((method.removesuffix("_async"), *(said[side] for side in SIDES)), []).append(shown_as)
+        heading = "argument" if client == ARGUMENTS else "method"
+        lines = [f"### {client}", "", f"| {heading} | {' | '.join(SIDES)} |", "|---|---|---|"]
+        lines += [f"| {', '.join(methods)} | {' | '.join(said)} |" for (_, *said), methods in rows.items()]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -272,6 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in [name for name in os.environ if name.startswith(("TINKER_", "JAX_CLIENT_"))]:
         del os.environ[name]
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # All that is needed is here; transformers would ask the hub about a directory too.
+    os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
     # The SDK logs what it is asked to do that is deprecated, and that is most of it.
     logging.disable(logging.ERROR)

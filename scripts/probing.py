@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import math
@@ -142,6 +143,14 @@ class World:
         output = training.forward(self.data, "cross_entropy").result().loss_fn_outputs[0]
         return [None, *output["logprobs"].to_numpy().tolist()]
 
+    def with_futures(self) -> World:
+        """Return the same with clients that are futures, which the SDK lets callers use as the clients themselves."""
+        other = copy.copy(self)
+        other.training = self.service.create_training_client_from_state_with_optimizer(self.state)
+        other.sampler = self.service.create_sampling_client(model_path=self.saved)
+        other.run_id = other.training.model_id
+        return other
+
     def checkpoint(self, path: str) -> types.Checkpoint | None:
         """Return what is listed of a checkpoint, None if nothing."""
         run = types.ParsedCheckpointTinkerPath.from_tinker_path(path).training_run_id
@@ -201,7 +210,5 @@ def negative_sum(logprobs: Any, weights: Any) -> Any:
 
 
 def _datum(tokens: list[int]) -> types.Datum:
-    return types.Datum(
-        model_input=types.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)},
-    )
+    inputs: Any = {"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)}
+    return types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)

@@ -5,6 +5,9 @@ Both take minutes and say nothing new on most changes.
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +15,13 @@ import numpy as np
 import pytest
 
 from jax_client.runs import autosave
+
+# Many files compile the same small programs: what one process of this run has compiled, the others find. Before jax is
+# imported, which reads it then; child processes inherit it.
+if CACHE_MADE := "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_client-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # Its failed assertions say what they compared, as those of the tests do.
 pytest.register_assert_rewrite("fault_history")
@@ -36,6 +46,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TALLY] = Counter()
+
+
+def pytest_unconfigure() -> None:
+    if CACHE_MADE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -144,7 +144,7 @@ class FakeEngine:
         def work():
             moments = {"mu": array(adapter.moment), "nu": array(0)} if optimizer else {}
             state = AdapterState(spec=adapter.spec, step=adapter.step, weights=array(adapter.weight), **moments)
-            return SimpleNamespace(step=state.step, fetch=lambda: state)
+            return SimpleNamespace(step=state.step, accumulating=adapter.passes > 0, fetch=lambda: state)
 
         return self._run("hold_state", work)
 
@@ -176,6 +176,10 @@ class FakeEngine:
 @pytest.fixture
 def loaded(monkeypatch):
     """Replace loading; returns the engines that were opened."""
+    return replace_loading(monkeypatch)
+
+
+def replace_loading(monkeypatch):
     opened = []
 
     def resolve(name):

@@ -131,6 +131,8 @@ def test_wrong_requests_are_refused_by_name(service: Any, model: str) -> None:
     bad = [types.Datum(model_input=types.ModelInput.from_ints([1, 2]), loss_fn_inputs={"target_tokens": [2, 10**6]})]
     with pytest.raises(tinker.RequestFailedError, match="1000000"):
         client.forward_backward(bad, "cross_entropy").result()
+    with pytest.raises(tinker.TinkerError, match="age_encryption_recipients is not supported"):
+        client.save_weights_external("x", age_encryption_recipients=["age1x"]).result()
     assert client.forward_backward(data(), "cross_entropy").result().metrics["loss:sum"] > 0, "and goes on"
     client.optim_step(ADAM).result()
     sampler = service.create_sampling_client(base_model=model)
@@ -138,6 +140,18 @@ def test_wrong_requests_are_refused_by_name(service: Any, model: str) -> None:
         sampler.sample(types.ModelInput.from_ints([1]), 1, types.SamplingParams(max_tokens=-1)).result()
     with pytest.raises(tinker.NotFoundError, match="has no checkpoint"):
         service.create_sampling_client(model_path=f"tinker://{client.model_id}/sampler_weights/none").result()
+
+
+def test_what_only_a_hosted_service_has_is_refused_by_name(running: Running) -> None:
+    admin = tinker.AdminClient(base_url=running.url, api_key=KEY)
+    for call, text in (
+        (admin.get_audit_log, "get_audit_log is not served: there is no organisation"),
+        (admin.get_current_checkpoint_storage_usage, "use list_user_checkpoints"),
+        (lambda: admin.get_billing_usage("2026-07-13T00:00:00Z", "2026-07-14T00:00:00Z"), "nothing is billed"),
+        (lambda: tinker.RestClient(base_url=running.url, api_key=KEY).export_session_trace("s"), "not traced"),
+    ):
+        with pytest.raises(tinker.BadRequestError, match=text):
+            call().result()
 
 
 def test_requests_start_in_order_and_once(running: Running, service: Any, model: str) -> None:

@@ -435,7 +435,7 @@ _REFUSED = {
 def _refusal(name: str, reason: str) -> Callable[..., Any]:
     """Return a method with the SDK's signature that raises UnsupportedError."""
     template = getattr(tinker.RestClient, name)
-    message = f"{name} is not served: {reason}."
+    message = f"{name.removesuffix('_async')} is not served: {reason}."
 
     def refuse(self: RestClient, *args: Any, **kwargs: Any) -> Any:
         raise bind(UnsupportedError(message))

@@ -232,10 +232,10 @@ def _promising(server: Server, model: type[Model], make: Callable[[Model, bytes]
     def accept(body: bytes, digest: bytes) -> tuple[Model, Promise]:
         try:
             parsed = parse(body, model)
+            return parsed, make(parsed, digest)
         except BadRequestError as error:
             server.refuse(body, digest, error)
             raise
-        return parsed, make(parsed, digest)
 
     return handler
 
@@ -320,10 +320,10 @@ def _retrieve(server: Server) -> Handler:
         answer = await _within(promise.answer, POLL_SECONDS)
         if answer is None:
             reason = await run_in_threadpool(server.waiting_for, promise)
-            if promise.answer.done():
-                return await handler(request)
-            state = "active" if reason is None else "paused_capacity"
-            return JSONResponse({"queue_state": state, "queue_state_reason": reason or "in progress"}, 408)
+            if not promise.answer.done():
+                state = "active" if reason is None else "paused_capacity"
+                return JSONResponse({"queue_state": state, "queue_state_reason": reason or "in progress"}, 408)
+            answer = promise.answer.result()
         return Response(answer.body, answer.status, media_type=answer.media_type)
 
     return handler

@@ -40,12 +40,12 @@ class StalledError(JaxClientError):
     """The rest of a body does not come."""
 
 
-async def read_body(request: Request, limit: int = MAX_BYTES, load: Load | None = None) -> bytes:
+async def read_body(request: Request, limit: int | None = None, load: Load | None = None) -> bytes:
     """Read a body, decompressed if it is zstd, as far as the limit.
 
     Args:
         request: whose body.
-        limit: most bytes, sent or decompressed.
+        limit: most bytes, sent or decompressed; None is MAX_BYTES.
         load: is told of every piece that is held.
 
     Raises:
@@ -59,6 +59,7 @@ async def read_body(request: Request, limit: int = MAX_BYTES, load: Load | None 
     if encoding not in ("identity", "zstd"):
         raise EncodingError(f"content-encoding is {encoding!r}; send zstd or no compression.")
     chunks: list[bytes] = []
+    limit = MAX_BYTES if limit is None else limit
     left = limit
     decompressor = zstandard.ZstdDecompressor().decompressobj() if encoding == "zstd" else None
     busy: BusyError | None = None

@@ -280,8 +280,9 @@ class Sequence:
                 late.settle(
                     answers.failure(
                         RequestFailedError(
-                            f"request {late.request_id} was not carried out: {missing} of this model did not come "
-                            f"within {GAP_SECONDS:.0f} s. Go on from a checkpoint with a new client.",
+                            f"request {late.request_id} was not carried out: number {missing} of this model did "
+                            f"not come within {GAP_SECONDS:g} s. Go on from a checkpoint with a new client.",
+                            category="user",
                         )
                     )
                 )
