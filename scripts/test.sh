@@ -49,7 +49,7 @@ if python_for 3.12 >/dev/null && [ ${#select[@]} = 0 ]; then
   make_venv "$venv" 3.12
   install_model "$venv"
   install "$venv" -e . "${tools[@]}" "pytest>=9" "pytest-xdist>=3.8" "hypothesis>=6"
-  computing=(golden gradients attention_kernels sharding sampler continuous_batching checkpoint resume)
+  computing=(golden attention_kernels sharding sampler checkpoint server)
   files=("${computing[@]/#/tests/test_}")
   files=("${files[@]/%/.py}")
   "$venv/bin/pytest" "${workers[@]}" -m "not torch" "${files[@]}" "$@"

@@ -5,6 +5,7 @@ Both take minutes and say nothing new on most changes.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -22,6 +23,9 @@ if CACHE_MADE := "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_client-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# Sessions of the SDK whose servers are gone complain as long as the process lives, in other tests' logs.
+logging.getLogger("tinker.lib.internal_client_holder").setLevel(logging.ERROR)
 
 # Its failed assertions say what they compared, as those of the tests do.
 pytest.register_assert_rewrite("fault_history")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from golden_cases import CASES, sequences
 
 CASE = CASES["llama_tied"]
 KEY = "tml-test"
+API = "/api/v1"
 ADAM = types.AdamParams(learning_rate=1e-2)
 
 
@@ -49,6 +52,47 @@ class Running:
         self.http.should_exit = True
         self._thread.join(30)
         self.server.close(60)
+
+
+class Between:
+    """ASGI middleware of a test: counts requests, and does to them what `act` says."""
+
+    def __init__(self, act: Callable[..., Any] | None = None) -> None:
+        self.counts: Counter[str] = Counter()
+        self.act = act
+
+    def __call__(self, served: Any) -> Any:
+        async def middle(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "http":
+                self.counts[scope["path"].removeprefix(API + "/")] += 1
+            if scope["type"] == "http" and self.act is not None:
+                await self.act(served, scope, receive, send)
+            else:
+                await served(scope, receive, send)
+
+        return middle
+
+
+async def body_of(receive: Any) -> bytes:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return body
+
+
+def whole_body(body: bytes) -> Callable[[], Any]:
+    sent = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Any:
+        return sent.pop() if sent else await asyncio.Event().wait()
+
+    return receive
+
+
+async def nowhere(message: Any) -> None:
+    pass
 
 
 def config(state_dir: Path) -> jax_client.EngineConfig:

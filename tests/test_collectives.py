@@ -152,7 +152,7 @@ def collectives(hlo: str) -> Iterator[Collective]:
             todo += [(other, inside) for other in called]
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=str)
+@pytest.fixture(scope="module", params=[pytest.param(MESHES[0], marks=pytest.mark.full), *MESHES[1:]], ids=str)
 def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Step:
     mesh, directory = request.param, tmp_path_factory.mktemp("mesh")
     env = os.environ | {

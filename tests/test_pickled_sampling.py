@@ -30,7 +30,8 @@ import jax_client
 from jax_client.clients import handles
 from jax_client.server import LOOPBACK, sharing
 from jax_client.server.app import build_app
-from jax_client.server.state import IN_MEMORY, Server
+from jax_client.server.holdings import IN_MEMORY
+from jax_client.server.state import Server
 
 import fake_engine
 from fake_engine import MODEL

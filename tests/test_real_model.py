@@ -72,6 +72,7 @@ def test_logprobs_equal_transformers(engine: Engine, tokenizer: Any, reference: 
     np.testing.assert_allclose(got[1:], expected, atol=1e-3)
 
 
+@pytest.mark.full
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 def test_greedy_equals_transformers(engine: Engine, tokenizer: Any, reference: Any) -> None:

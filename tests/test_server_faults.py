@@ -8,7 +8,6 @@ import os
 import random
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,55 +31,24 @@ from jax_client.server.state import Server
 import fake_engine
 from fake_engine import ADAM, DATA, MODEL, PARAMS, PROMPT, datum
 from golden_cases import base_values
-from serving import CASE, KEY, Running, config, forward_backward_body
+from serving import (
+    API,
+    CASE,
+    KEY,
+    Between,
+    Running,
+    body_of,
+    config,
+    forward_backward_body,
+    nowhere,
+    whole_body,
+)
 from weight_files import write_hf
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 loaded = fake_engine.loaded
 # What the SDK may take for its reaction; a hang is a failure.
 LIMIT = 60
-API = "/api/v1"
-
-
-class Between:
-    """ASGI middleware of a test: counts requests, and does to them what `act` says."""
-
-    def __init__(self, act: Callable[..., Any] | None = None) -> None:
-        self.counts: Counter[str] = Counter()
-        self.act = act
-
-    def __call__(self, served: Any) -> Any:
-        async def middle(scope: Any, receive: Any, send: Any) -> None:
-            if scope["type"] == "http":
-                self.counts[scope["path"].removeprefix(API + "/")] += 1
-            if scope["type"] == "http" and self.act is not None:
-                await self.act(served, scope, receive, send)
-            else:
-                await served(scope, receive, send)
-
-        return middle
-
-
-async def body_of(receive: Any) -> bytes:
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return body
-
-
-def whole_body(body: bytes) -> Callable[[], Any]:
-    sent = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Any:
-        return sent.pop() if sent else await asyncio.Event().wait()
-
-    return receive
-
-
-async def nowhere(message: Any) -> None:
-    pass
 
 
 @pytest.fixture
@@ -187,7 +155,7 @@ def test_chunks_in_any_order_give_the_same_weights(tmp_path: Path, monkeypatch: 
         path = TinkerPath.parse(client.save_state("end").result(LIMIT).path)
         state, _ = CheckpointStore(state_dir).load(path.run_id, path.kind, path.name)
         logprobs = [datum["logprobs"].to_numpy().tobytes() for datum in output.loss_fn_outputs]
-        return output.metrics, logprobs, state.weights
+        return output.metrics, logprobs, dict(state.weights)
 
     plain = train(parallel=False)
     between.act = shuffle
@@ -466,7 +434,18 @@ def test_slow_and_lying_clients_are_cut_off(start: Any, monkeypatch: pytest.Monk
         for _ in range(1_000):
             large.sendall(b"X-Large: " + b"x" * 10_000)
     large.close()
-    smuggled = received(sent(running, f"{post}\r\nContent-Length: 1", b"\r\nxGET /evil HTTP/1.1\r\n\r\n"))
+    for start_line in (
+        "GET http://[::1 HTTP/1.1",
+        "GET * HTTP/1.1",
+        "G\0T / HTTP/1.1",
+        "GET /%ff%00 HTTP/9.9",
+        "\x16\x03\x01",
+    ):
+        with sent(running, start_line, b"Connection: close\r\n\r\n") as odd:
+            assert odd.recv(13)[9:10] == b"4", start_line
+    smuggled = received(
+        sent(running, f"{post}\r\nContent-Length: 1", b"\r\nxGET /evil HTTP/1.1\r\nConnection: close\r\n\r\n")
+    )
     assert smuggled.count(b"HTTP/1.1 4") == 2, "a body, and a request without a host"
     wait_for(lambda: in_use(running) == (0, 0, 0, 0))
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-MESHES: list[dict[str, int]] = [
+MESHES = [
     {"fsdp": 8},
-    {"tensor": 2, "fsdp": 4},
+    pytest.param({"tensor": 2, "fsdp": 4}, marks=pytest.mark.full),
     {"data": 2, "fsdp": 2, "tensor": 2},
 ]
 CHILD = """

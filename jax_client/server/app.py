@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -43,6 +42,7 @@ from jax_client.server.bodies import (
     StalledError,
     TooLargeError,
     parse,
+    parse_json,
     read_body,
     read_json,
 )
@@ -225,7 +225,7 @@ def _promising(server: Server, model: type[Model], make: Callable[[Model, bytes]
     async def handler(request: Request) -> Response:
         with Load(server.room) as load:
             body = await read_body(request, MAX_JSON_BYTES, load)
-            parsed, promise = await run_in_threadpool(accept, body, _digest(request.url.path, body))
+            parsed, promise = await run_in_threadpool(accept, body, _digest(request.scope["path"], body))
             load.keep(promise.request_id, promise.answer)
         return JSONResponse({"request_id": promise.request_id, "model_id": getattr(parsed, "model_id", None)})
 
@@ -270,7 +270,7 @@ def _forward_backward(server: Server) -> Handler:
     async def handler(request: Request) -> Response:
         with Load(server.room) as load:
             body = await read_body(request, load=load)
-            promise, model_id = await run_in_threadpool(read, body, request.url.path)
+            promise, model_id = await run_in_threadpool(read, body, request.scope["path"])
             load.keep(promise.request_id, promise.answer)
         return JSONResponse({"request_id": promise.request_id, "model_id": model_id})
 
@@ -286,7 +286,7 @@ def _create_custom_loss(server: Server) -> Handler:
         with Load(server.room) as load:
             body = await read_body(request, MAX_GRAPH_BYTES, load)
             parsed = await run_in_threadpool(parse, body, types.CreateCustomLossRequest)
-            promise = await run_in_threadpool(server.create_custom_loss, parsed, _digest(request.url.path, body))
+            promise = await run_in_threadpool(server.create_custom_loss, parsed, _digest(request.scope["path"], body))
             load.keep(promise.request_id, promise.answer)
         return JSONResponse({"request_id": promise.request_id})
 
@@ -299,7 +299,7 @@ def _sample(server: Server) -> Handler:
             parsed, body = await read_json(request, types.SampleRequest, load)
             samples = min(max(parsed.num_samples, 1), MAX_SAMPLES)
             server.room.check_samples(samples)
-            digest = _digest(request.url.path, body)
+            digest = _digest(request.scope["path"], body)
             if len(body) <= SMALL and server.samples_at_once(parsed.sampling_session_id):
                 promise = server.sample(parsed, digest)
             else:
@@ -392,10 +392,7 @@ def _sampler(server: Server, sampler_id: str) -> Any:
 
 
 async def _json(request: Request) -> dict[str, Any]:
-    try:
-        found = json.loads(await read_body(request, SMALL_LIMIT))
-    except ValueError:
-        raise BadRequestError("the body is no JSON.") from None
+    found = parse_json(await read_body(request, SMALL_LIMIT))
     if not isinstance(found, dict):
         raise BadRequestError("the body is no JSON object.")
     return found

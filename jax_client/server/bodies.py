@@ -112,12 +112,19 @@ async def read_json(
 
 def parse(body: bytes, model: type[Model]) -> Model:
     """Parse JSON into a request type. Raises BadRequestError."""
+    value = parse_json(body)
+    try:
+        return model.model_validate(value)
+    except pydantic.ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))[:200] or 'body'}: {e['msg']}" for e in error.errors()[:5])
+        raise BadRequestError(f"{model.__name__}: {found[:2_000]}.") from None
+
+
+def parse_json(body: bytes) -> Any:
+    """Parse JSON, which has no NaN and is not nested deeply. Raises BadRequestError."""
     _refuse_nesting(body)
     try:
-        return model.model_validate(json.loads(body, parse_constant=_refuse_constant))
-    except pydantic.ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors()[:5])
-        raise BadRequestError(f"{model.__name__}: {found}.") from None
+        return json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise BadRequestError(f"the body is no JSON ({type(error).__name__}).") from None
 

@@ -8,20 +8,24 @@ import sys
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# From a connection, or a first byte, to the end of a request's headers. The headers may have 16 KiB (h11's limit).
+# h11, which is written in Python, costs as much of a small request as all that this package does with it.
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+# From a connection, or a first byte, to the end of a request's headers; and how many bytes they may have.
 HEADER_SECONDS = 20.0
+HEADER_BYTES = 64 * 2**10
 # Longer than the SDK keeps an idle connection: else it would sometimes write into one that was just closed.
 KEEPALIVE_SECONDS = 75
 # Every request of the SDK that waits for its answer holds a connection, and a client may have 2,000.
 MAX_FILES = 65_536
 
 
-class Connection(H11Protocol):
-    """HTTP/1.1 for clients that send their headers in time; others are cut off."""
+class Connection(HttpToolsProtocol):
+    """HTTP/1.1 for clients that send their headers in time, and not too many; others are cut off."""
 
     _late: asyncio.TimerHandle | None = None
+    _unfinished = 0
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for a request."""
@@ -33,6 +37,11 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
+            return
+        # Also the rest of a body that was refused unread.
+        self._unfinished += len(data)
+        if self._unfinished > HEADER_BYTES:
+            self.transport.close()
         elif self._late is None:
             self._wait()
 
@@ -48,6 +57,7 @@ class Connection(H11Protocol):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+        self._unfinished = 0
 
     def _cut_off(self) -> None:
         self._late = None
@@ -60,12 +70,14 @@ def http_server(app: Any) -> uvicorn.Server:
     settings = uvicorn.Config(
         app,
         http=Connection,
+        ws="none",
         log_level="warning",
         access_log=False,
         # Long polls end when the server does: their clients ask again, and see that it is gone.
         timeout_graceful_shutdown=2,
         timeout_keep_alive=KEEPALIVE_SECONDS,
         lifespan="off",
+        proxy_headers=False,
         server_header=False,
     )
     return uvicorn.Server(settings)

@@ -6,6 +6,7 @@ reached are a list, and requests that come from a page are refused.
 
 from __future__ import annotations
 
+import functools
 import hmac
 from collections.abc import Iterable
 from typing import Any
@@ -56,6 +57,7 @@ class Guard:
         return None
 
 
+@functools.lru_cache(maxsize=64)
 def _name(url: str) -> str | None:
     try:
         return urlsplit(url).hostname

@@ -316,11 +316,8 @@ class Server(Holdings):
         if not new:
             return promise
 
-        # What was parsed from JSON is a class of its own with the same fields.
-        parsed = request.target_prompt_logprobs
-        targets = None if parsed is None else types.TensorData(**parsed.model_dump())
-
         def start(sampler: Sampler) -> Future[types.SampleResponse]:
+            targets = _targets(request)
             return sampler.sample(
                 request.prompt,
                 request.num_samples,
@@ -417,3 +414,14 @@ class Server(Holdings):
             logger.warning("not everything had ended after %.0f s", seconds)
         if self._journal is not None:
             self._journal.close()
+
+
+def _targets(request: types.SampleRequest) -> types.TensorData | None:
+    """Return the targets; what was parsed from JSON is a class of its own with the same fields."""
+    parsed = request.target_prompt_logprobs
+    if parsed is None:
+        return None
+    try:
+        return types.TensorData(**parsed.model_dump())
+    except (OverflowError, ValueError, TypeError) as error:
+        raise BadRequestError(f"target_prompt_logprobs is no {parsed.dtype} tensor: {str(error)[:200]}.") from None
