@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv-test and run every check that a change has to pass: lint, format, types, tests; then, where a Python 3.12
 # exists, whose jax and flax are other versions, the tests that compute something and need no torch.
-# With --faults instead only the tests of kills, power failures, refused calls and damage, at every point: a quarter of
+# With --faults instead only the tests of kills, power failures, refused calls, damage and wrong requests, at every point: a quarter of
 # an hour, twice that beside other work.
 # Arguments go to pytest. On Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets a torch without CUDA.
 set -euo pipefail
@@ -24,7 +24,7 @@ install "$venv" -e ".[dev]" "${tools[@]}"
 PATH=$venv/bin:$PATH
 
 if [ "${1:-}" = --faults ]; then
-  exec pytest --faults -k "not short" tests/test_faults.py tests/test_damage.py "${@:2}"
+  exec pytest --faults -k "not short" tests/test_faults.py tests/test_damage.py tests/test_server_fuzz.py "${@:2}"
 fi
 
 ruff check .

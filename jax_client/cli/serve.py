@@ -116,9 +116,10 @@ def url(host: str, port: int) -> str:
 
 def uvicorn_server(app: Any) -> Any:
     """Return the HTTP server, which has not begun."""
-    from jax_client.server.connections import allow_many_files, http_server
+    from jax_client.server.connections import allow_many_files, collect_rarely, http_server
 
     allow_many_files()
+    collect_rarely()
     return http_server(app)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import sys
 from typing import Any
 
@@ -81,6 +82,14 @@ def http_server(app: Any) -> uvicorn.Server:
         server_header=False,
     )
     return uvicorn.Server(settings)
+
+
+def collect_rarely() -> None:
+    """Have the collector of cycles look less often: with answers and programs in memory, each look stops all threads.
+
+    A model that goes makes it look at once (`Holdings`).
+    """
+    gc.set_threshold(10_000, 20, 20)
 
 
 def allow_many_files() -> None:

@@ -6,6 +6,7 @@ tells how to make it again.
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -218,6 +219,8 @@ class Holdings:
             except DoesNotFitError:
                 if not self.unload_idlest():
                     raise
+                # What is left of it may hang together in cycles.
+                gc.collect()
 
     def unload_idlest(self) -> bool:
         """Unload the model or sampler that was not used for the longest time; say whether anything was freed."""
