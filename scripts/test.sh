@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Set up .venv-test and run every check that a change has to pass: lint, format, types, tests; then, where a Python 3.12
 # exists, whose jax and flax are other versions, the tests that compute something and need no torch.
-# With --faults instead only the tests of kills, power failures, refused calls, damage and wrong requests, at every point: a quarter of
-# an hour, twice that beside other work.
+# With --faults instead only the tests of kills, power failures, refused calls, damage and wrong requests, at every
+# point: a quarter of an hour, twice that beside other work.
 # Arguments go to pytest. On Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets a torch without CUDA.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
