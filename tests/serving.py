@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,34 @@ from tinker.types.forward_backward_input import ForwardBackwardInput
 from tinker.types.forward_backward_request import ForwardBackwardRequest
 
 import jax_client
+from jax_client.runs.session import Session
 from jax_client.server import LOOPBACK
 from jax_client.server.app import build_app
 from jax_client.server.connections import http_server
 from jax_client.server.state import Server
 
-from golden_cases import CASES, sequences
+from golden_cases import CASES, base_values, sequences
+from weight_files import write_hf
 
 CASE = CASES["llama_tied"]
 KEY = "tml-test"
 API = "/api/v1"
 ADAM = types.AdamParams(learning_rate=1e-2)
+
+
+def write_model(directory: Path) -> str:
+    """Write the model of these tests; return its name."""
+    return str(write_hf(directory / "m", CASE, base_values(CASE)))
+
+
+@contextlib.contextmanager
+def held_model(directory: Path) -> Iterator[str]:
+    """Write the model and keep its engine, so that its programs are compiled once for all tests of a file."""
+    name = write_model(directory)
+    holder = Session(config(directory / "holder"))
+    holder.base_model(name).result()
+    yield name
+    holder.close("success", None).result()
 
 
 class Running:
@@ -95,10 +113,9 @@ async def nowhere(message: Any) -> None:
     pass
 
 
-def config(state_dir: Path) -> jax_client.EngineConfig:
-    return jax_client.EngineConfig(
-        dtype="float32", state_dir=state_dir, compilation_cache_dir="", precompile=False, autosave_minutes=None
-    )
+def config(state_dir: Path, **more: Any) -> jax_client.EngineConfig:
+    settings: dict[str, Any] = {"dtype": "float32", "compilation_cache_dir": "", "precompile": False}
+    return jax_client.EngineConfig(**settings, state_dir=state_dir, autosave_minutes=None, **more)
 
 
 def forward_backward_body(model_id: str, number: int, datums: list[types.Datum]) -> bytes:

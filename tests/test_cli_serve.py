@@ -25,10 +25,8 @@ from jax_client.runs.futures import background
 from jax_client.weights import hub
 from jax_client.weights.progress import Counter, Progress, observed
 
-from golden_cases import CASES, base_values
-from weight_files import write_hf
+from serving import write_model
 
-CASE = CASES["llama_tied"]
 KEY = "tml-not-to-be-seen"
 # As an installation without torch: importing it fails.
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from jax_client.cli import main; sys.exit(main())"
@@ -55,7 +53,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_hf(tmp_path_factory.mktemp("model") / "m", CASE, base_values(CASE)))
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 class Shown:

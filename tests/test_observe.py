@@ -32,17 +32,14 @@ from jax_client.engine.requests import LoraSpec
 from jax_client.errors import BadRequestError, RequestFailedError
 from jax_client.runs import engines, observe
 from jax_client.runs.observe import Observed, Recorder, merged
-from jax_client.runs.session import Session
 from jax_client.server.app import build_app, routes
 from jax_client.server.prometheus import Family, render
 from jax_client.server.state import Server
 
-from golden_cases import CASES, base_values, sequences
-from weight_files import write_hf
+from golden_cases import sequences
+from serving import CASE, KEY, config, held_model
 
-CASE = CASES["llama_tied"]
 ADAM = types.AdamParams(learning_rate=1e-2)
-KEY = "tml-test"
 
 
 # The recorder.
@@ -178,17 +175,8 @@ def test_pending_points_are_there_after_the_process_has_ended(tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A model whose engine stays, so that its programs are compiled once for all tests."""
-    path = str(write_hf(tmp_path_factory.mktemp("model") / "m", CASE, base_values(CASE)))
-    holder = Session(config(tmp_path_factory.mktemp("holder")))
-    holder.base_model(path).result()
-    yield path
-    holder.close("success", None).result()
-
-
-def config(state_dir: Path, **more: Any) -> jax_client.EngineConfig:
-    settings: dict[str, Any] = {"dtype": "float32", "compilation_cache_dir": "", "precompile": False}
-    return jax_client.EngineConfig(**settings, state_dir=state_dir, autosave_minutes=None, **more)
+    with held_model(tmp_path_factory.mktemp("model")) as name:
+        yield name
 
 
 def data(sampled: bool = False) -> list[types.Datum]:

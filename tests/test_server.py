@@ -22,9 +22,7 @@ from jax_client.checkpoint.store import CheckpointStore
 from jax_client.cli import main
 from jax_client.server.state import Server
 
-from golden_cases import base_values
-from serving import ADAM, CASE, KEY, Running, config, data
-from weight_files import write_hf
+from serving import ADAM, KEY, Running, config, data, write_model
 
 # The SDK's own HTTP stack and pydantic warn in ways that are not this package's to fix.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -32,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_hf(tmp_path_factory.mktemp("model") / "m", CASE, base_values(CASE)))
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

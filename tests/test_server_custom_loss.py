@@ -17,9 +17,8 @@ from jax_client.server import custom_losses
 from jax_client.server.journal import Journal
 from jax_client.server.state import Server
 
-from golden_cases import base_values, sequences
-from serving import ADAM, CASE, KEY, Running, config
-from weight_files import write_hf
+from golden_cases import sequences
+from serving import ADAM, CASE, KEY, Running, config, write_model
 
 torch = pytest.importorskip("torch")
 # The SDK's own HTTP stack and pydantic warn in ways that are not this package's to fix.
@@ -42,7 +41,7 @@ def mixed(logprobs):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_hf(tmp_path_factory.mktemp("model") / "m", CASE, base_values(CASE)))
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -30,10 +30,8 @@ from jax_client.server.state import Server
 
 import fake_engine
 from fake_engine import ADAM, DATA, MODEL, PARAMS, PROMPT, datum
-from golden_cases import base_values
 from serving import (
     API,
-    CASE,
     KEY,
     Between,
     Running,
@@ -42,8 +40,8 @@ from serving import (
     forward_backward_body,
     nowhere,
     whole_body,
+    write_model,
 )
-from weight_files import write_hf
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 loaded = fake_engine.loaded
@@ -134,7 +132,7 @@ class Shuffled(Between):
 
 
 def test_chunks_in_any_order_give_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = str(write_hf(tmp_path / "m", CASE, base_values(CASE)))
+    model = write_model(tmp_path)
     rng = np.random.default_rng(0)
     datums = []
     for _ in range(2_000):

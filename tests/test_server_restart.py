@@ -21,16 +21,13 @@ from tinker import types
 from jax_client.errors import DoesNotFitError
 from jax_client.runs import engines
 from jax_client.runs import run as runs
-from jax_client.runs.session import Session
 from jax_client.server import app, holdings, state
 from jax_client.server.answers import Answer
 from jax_client.server.journal import FILE, Journal
 from jax_client.server.promises import Promises
 from jax_client.server.state import Server
 
-from golden_cases import base_values
-from serving import ADAM, CASE, KEY, Running, config, data
-from weight_files import write_hf
+from serving import ADAM, CASE, KEY, Running, config, data, held_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPT = types.ModelInput.from_ints([3, 1, 4, 1, 5])
@@ -38,12 +35,8 @@ PROMPT = types.ModelInput.from_ints([3, 1, 4, 1, 5])
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    found = str(write_hf(tmp_path_factory.mktemp("model") / "m", CASE, base_values(CASE)))
-    # Somebody else uses the model too, so that its programs are compiled once for all tests.
-    other = Session(config(tmp_path_factory.mktemp("state")))
-    other.base_model(found).result()
-    yield found
-    other.close("success", None).result()
+    with held_model(tmp_path_factory.mktemp("model")) as name:
+        yield name
 
 
 @pytest.fixture

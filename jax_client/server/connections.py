@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import gc
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 
@@ -66,11 +66,20 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
 
-def http_server(app: Any) -> uvicorn.Server:
-    """Return the HTTP server of an application, which has not begun."""
+def http_server(
+    app: Any, protocol: type[Connection] = Connection, *, loop: Literal["auto", "asyncio"] = "auto"
+) -> uvicorn.Server:
+    """Return the HTTP server of an application, which has not begun.
+
+    Args:
+        app: the application.
+        protocol: of its connections.
+        loop: "asyncio" where a connection's socket itself is needed.
+    """
     settings = uvicorn.Config(
         app,
-        http=Connection,
+        http=protocol,
+        loop=loop,
         ws="none",
         log_level="warning",
         access_log=False,

@@ -71,6 +71,16 @@ class Sampling(_Served[Sampler]):
 
     ephemeral: bool = False
 
+    @classmethod
+    def of(cls, sampler: Sampler) -> Sampling:
+        """Return a sampler of this process as one that is served."""
+        return cls(
+            session_id=sampler.session.session_id,
+            resident=Resident(lambda: sampler, "sampler", settled(sampler)),
+            base_model=sampler.lease.name,
+            ephemeral=True,
+        )
+
 
 class Holdings:
     """The sessions, models and samplers of a server. Thread-safe.
@@ -202,14 +212,8 @@ class Holdings:
 
     def adopt(self, sampler: Sampler) -> None:
         """Serve a sampler of this process."""
-        resident = Resident(lambda: sampler, "sampler", settled(sampler))
         with self._lock:
-            self._samplers[sampler.sampler_id] = Sampling(
-                session_id=sampler.session.session_id,
-                resident=resident,
-                base_model=sampler.lease.name,
-                ephemeral=True,
-            )
+            self._samplers[sampler.sampler_id] = Sampling.of(sampler)
 
     def _with_room(self, make: Callable[[], T]) -> T:
         """Make something, unloading what nobody used for a while as long as there is no room for it."""

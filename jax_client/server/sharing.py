@@ -17,24 +17,18 @@ import weakref
 from functools import partial
 from typing import Any
 
-import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
-
 from jax_client.clients.handles import Handle
 from jax_client.config import EngineConfig
 from jax_client.errors import NotFoundError
-from jax_client.runs.futures import settled
 from jax_client.runs.sampler import Sampler
 from jax_client.runs.session import Session, live_sessions
 from jax_client.server.app import CLIENT_CONFIG, DYNAMIC_CONFIG, build_app
+from jax_client.server.connections import Connection, http_server
 from jax_client.server.holdings import IN_MEMORY, Sampling
-from jax_client.server.resident import Resident
 from jax_client.server.state import Server
 
 # In each process that samples: every request in flight holds a connection, and a process may often have only 1,024.
 MAX_CONCURRENT = 64
-# Longer than the client's.
-KEEPALIVE_SECONDS = 60
 # The address holds 108 bytes on Linux and 104 on macOS, its end included.
 MAX_PATH = 100
 
@@ -80,9 +74,7 @@ class SharedSamplers(Server):
         """
         alive = self._alive.get(sampler_id)
         if alive is not None:
-            resident = Resident(lambda: alive, "sampler", settled(alive))
-            session_id, base_model = alive.session.session_id, alive.lease.name
-            return Sampling(session_id=session_id, resident=resident, base_model=base_model, ephemeral=True)
+            return Sampling.of(alive)
         try:
             return super().sampling(sampler_id)
         except NotFoundError:
@@ -93,7 +85,7 @@ class SharedSamplers(Server):
             ) from None
 
 
-class SameUser(H11Protocol):
+class SameUser(Connection):
     """HTTP for connections of this process's user; others are dropped unread."""
 
     def connection_made(self, transport: Any) -> None:
@@ -140,17 +132,8 @@ class Sharing:
         os.chmod(self.path, 0o600)
         # From here on a connection is accepted, and waits until the thread is ready.
         self._listening.listen()
-        settings = uvicorn.Config(
-            build_app(self.samplers),
-            http=SameUser,
-            loop="asyncio",
-            lifespan="off",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEPALIVE_SECONDS,
-        )
-        serve = partial(uvicorn.Server(settings).run, sockets=[self._listening])
+        http = http_server(build_app(self.samplers), SameUser, loop="asyncio")
+        serve = partial(http.run, sockets=[self._listening])
         threading.Thread(target=serve, name="jax_client-sharing", daemon=True).start()
 
     def leave(self) -> None:

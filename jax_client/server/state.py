@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
+from dataclasses import asdict
 from typing import Any
 
 from tinker import types
@@ -66,11 +67,7 @@ class Server(Holdings):
         session = Session(self.config, info)
         with self._lock:
             self._sessions[session.session_id] = session
-        self._note(
-            "session",
-            session.session_id,
-            {"user_metadata": about, "project_id": info.project_id, "display_name": info.display_name},
-        )
+        self._note("session", session.session_id, asdict(info))
         return types.CreateSessionResponse(session_id=session.session_id)
 
     def finish_session(self, session_id: str, reason: str, detail: str | None) -> None:
@@ -78,7 +75,11 @@ class Server(Holdings):
         status = reason if reason in ("success", "errored", "interrupted") else "success"
         closing = self.session(session_id).close(status, detail)
         closing.add_done_callback(lambda _: self._forget(session_id))
-        closing.add_done_callback(lambda _: self.completions.forget(session_id))
+
+    def _forget(self, session_id: str) -> None:
+        super()._forget(session_id)
+        # Not the clones: a number that was given once would lead a new client to the answers of an old one.
+        self.completions.forget(session_id)
 
     def create_model(self, request: types.CreateModelRequest, digest: bytes) -> Promise:
         """Make a fresh adapter."""
