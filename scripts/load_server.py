@@ -55,7 +55,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=MODEL, help="what the server trains and samples")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--vocabulary", type=int, default=49_000, help="token ids are below it")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a sequence of the parts clients and slow")
+    parser.add_argument(
+        "--length", type=int, default=64, help="tokens of a sequence of the parts clients, slow and watched"
+    )
     parser.add_argument("--pairs", type=int, default=20_000, help="asample + retrieve pairs of the part pairs")
     parser.add_argument("--connections", type=int, default=64, help="of the part pairs")
     parser.add_argument("--batch", type=int, nargs=2, default=(64, 512), help="sequences and tokens of the part passes")
@@ -65,6 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=8, help="of the part clients")
     parser.add_argument("--steps", type=int, default=12, help="of each client of the part clients")
     parser.add_argument("--slow-seconds", type=float, default=30.0, help="how long the slow clients send")
+    parser.add_argument("--rounds", type=int, default=15, help="of the part watched, 12 steps each")
     parser.add_argument("--flood", type=int, default=10_000, help="requests that fill the queue")
     parser.add_argument("--json", type=Path, help="write conditions and every figure")
     parser.add_argument("--child", choices=("instant", "held"), help=argparse.SUPPRESS)
@@ -83,8 +86,8 @@ def stand_in(kind: str) -> Iterator[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def served(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
-    """The real server, as the command line starts it; yields port and process id."""
+def served(args: argparse.Namespace) -> Iterator[tuple[int, int, Path]]:
+    """The real server, as the command line starts it; yields port, process id and state directory."""
     with tempfile.TemporaryDirectory() as home:
         serve_it = "import sys; from jax_client.cli import main; sys.exit(main())"
         command = [sys.executable, "-c", serve_it, "--state-dir", home, "serve", "--port", "0", "--api-key", KEY]
@@ -97,7 +100,7 @@ def served(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
         # Read on, so that it never waits for a full pipe.
         threading.Thread(target=said.read, daemon=True).start()
         try:
-            yield int(ready.split()[1].rsplit(":", 1)[1]), process.pid
+            yield int(ready.split()[1].rsplit(":", 1)[1]), process.pid, Path(home)
         finally:
             process.terminate()
             process.wait(120)
@@ -223,7 +226,7 @@ def passes(args: argparse.Namespace, report: Report) -> None:
     from tinker.types.forward_backward_request import ForwardBackwardRequest
 
     count, length = args.batch
-    with served(args) as (port, _):
+    with served(args) as (port, *_):
         client = connect(port).create_lora_training_client(base_model=args.model, rank=32).result()
         data = datums(args, random.Random(0), count, length)
         client.forward_backward(data, "cross_entropy").result()
@@ -266,7 +269,7 @@ def samples(args: argparse.Namespace, report: Report) -> None:
     """L2: very many samples at once, and health checks meanwhile."""
     from tinker import types
 
-    with served(args) as (port, _):
+    with served(args) as (port, *_):
         sampler = connect(port).create_sampling_client(base_model=args.model).result()
         source = random.Random(0)
         prompts = [[source.randrange(args.vocabulary) for _ in range(16)] for _ in range(args.samples)]
@@ -307,7 +310,7 @@ def clients(args: argparse.Namespace, report: Report) -> None:
             done[seed] += 1
         return losses
 
-    with served(args) as (port, _):
+    with served(args) as (port, *_):
         service = connect(port)
         alone = [run(service, seed, [0] * args.clients) for seed in range(args.clients)]
         done, shares = [0] * args.clients, []
@@ -357,7 +360,7 @@ def slow(args: argparse.Namespace, report: Report) -> None:
     from tinker import types
     from tinker.proto import tinker_public_pb2 as pb
 
-    with served(args) as (port, process):
+    with served(args) as (port, process, _):
         service = connect(port)
         client = service.create_lora_training_client(base_model=args.model, rank=8).result()
         source = random.Random(0)
@@ -397,6 +400,81 @@ def slow(args: argparse.Namespace, report: Report) -> None:
         report.add(
             "slow", "a step of another client, over alone", statistics.median(step() for _ in range(10)) / alone, 1.2
         )
+
+
+@contextlib.contextmanager
+def dashboards(port: int, run: str, cursors: list[str]) -> Iterator[list[int]]:
+    """Follow a run as dashboards do, looking once a second, from where each stands; yields the answers' statuses."""
+    statuses: list[int] = []
+    stop = threading.Event()
+
+    async def look(one: int) -> None:
+        wire = Wire(port)
+        while not stop.is_set():
+            status, answer = await wire.ask(f"{API}/metrics/runs/{run}?points=500&since={cursors[one]}", method="GET")
+            cursors[one] = json.loads(answer)["next"]
+            statuses.append(status)
+            for path in ("metrics/runs", "metrics/engines"):
+                statuses.append((await wire.ask(f"{API}/{path}", method="GET"))[0])
+            await asyncio.sleep(1)
+        wire.close()
+
+    async def look_all() -> None:
+        await asyncio.gather(*map(look, range(len(cursors))))
+
+    thread = threading.Thread(target=lambda: asyncio.run(look_all()), daemon=True)
+    thread.start()
+    try:
+        yield statuses
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def metrics_cannot_be_written(state_dir: Path) -> Iterator[None]:
+    """Put a directory where the metrics file is."""
+    file, aside = state_dir / "metrics.sqlite", state_dir / "aside"
+    file.rename(aside)
+    file.mkdir()
+    try:
+        yield
+    finally:
+        file.rmdir()
+        aside.rename(file)
+
+
+def watched(args: argparse.Namespace, report: Report) -> None:
+    """A step while its metrics are read all the time, or cannot be written, over one just before it."""
+    from tinker import types
+
+    with served(args) as (port, _, state_dir):
+        client = connect(port).create_lora_training_client(base_model=args.model, rank=32).result()
+        data = datums(args, random.Random(0), 4, args.length)
+
+        def step() -> float:
+            began = time.perf_counter()
+            client.forward_backward(data, "cross_entropy")
+            client.optim_step(types.AdamParams(learning_rate=1e-3)).result()
+            return time.perf_counter() - began
+
+        def steps() -> float:
+            return statistics.median(step() for _ in range(3))
+
+        for _ in range(5):
+            step()
+        read, broken, statuses, cursors = [], [], [], ["0-0"] * 5
+        for _ in range(args.rounds):
+            alone = steps()
+            with dashboards(port, client.model_id, cursors) as found:
+                read.append(steps() / alone)
+            statuses += found
+            alone = steps()
+            with metrics_cannot_be_written(state_dir):
+                broken.append(steps() / alone)
+        report.add("watched", "a step beside five dashboards, over alone", statistics.median(read), 1.02)
+        report.add("watched", "a step whose metrics cannot be written, over alone", statistics.median(broken), 1.02)
+        report.add("watched", f"of {len(statuses)} answers, refused", sum(s != 200 for s in statuses), 0)
 
 
 async def _flood(port: int, sampler_id: str, requests: int) -> tuple[int, list[float]]:
@@ -450,6 +528,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Report], None]] = {
     "samples": samples,
     "clients": clients,
     "slow": slow,
+    "watched": watched,
     "full": full,
 }
 

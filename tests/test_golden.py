@@ -20,6 +20,9 @@ from jax_client.models.transformer import context, forward_pass
 from golden_cases import CASES, GOLDENS, lora_values
 from golden_engine import data, open_engine, to_ours, train
 
+# Of each architecture one, tied or not; the rest differ from these in nothing but that.
+USUAL = ("llama_tied", "qwen2_untied", "qwen3_tied")
+EACH = [case if case in USUAL else pytest.param(case, marks=pytest.mark.full) for case in CASES]
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_goldens.py"
 
 

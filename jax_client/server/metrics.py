@@ -6,7 +6,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +240,8 @@ def _of_recorder(recorder: Recorder) -> Iterable[Family]:
 
 
 def _shown(row: Any) -> dict[str, Any]:
-    return {name: value for name, value in asdict(row).items() if name != "run"}
+    # Not asdict, which copies every metric.
+    return {field.name: getattr(row, field.name) for field in fields(row) if field.name != "run"}
 
 
 def _cursor(request: Request) -> Cursor:
