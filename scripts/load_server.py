@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=8, help="of the part clients")
     parser.add_argument("--steps", type=int, default=12, help="of each client of the part clients")
     parser.add_argument("--slow-seconds", type=float, default=30.0, help="how long the slow clients send")
-    parser.add_argument("--rounds", type=int, default=15, help="of the part watched, 12 steps each")
+    parser.add_argument("--rounds", type=int, default=25, help="of the part watched, 12 steps each")
     parser.add_argument("--flood", type=int, default=10_000, help="requests that fill the queue")
     parser.add_argument("--json", type=Path, help="write conditions and every figure")
     parser.add_argument("--child", choices=("instant", "held"), help=argparse.SUPPRESS)
