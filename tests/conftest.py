@@ -25,7 +25,8 @@ if CACHE_MADE := "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # Sessions of the SDK whose servers are gone complain as long as the process lives, in other tests' logs.
-logging.getLogger("tinker.lib.internal_client_holder").setLevel(logging.ERROR)
+for name in ("internal_client_holder", "telemetry"):
+    logging.getLogger(f"tinker.lib.{name}").setLevel(logging.ERROR)
 
 # Its failed assertions say what they compared, as those of the tests do.
 pytest.register_assert_rewrite("fault_history")

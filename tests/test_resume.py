@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -179,11 +180,16 @@ def on_a_mesh(mesh: dict[str, int], *args: object) -> tuple[np.ndarray, np.ndarr
     return np.array(loaded), np.array(saved)
 
 
-def test_a_run_goes_on_on_another_mesh(tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    fresh, eight = on_a_mesh({"fsdp": 8}, tmp_path / "a", state, "", "on-8")
-    one, later = on_a_mesh({"data": 1}, tmp_path / "b", state, "on-8", "on-1")
-    both, _ = on_a_mesh({"tensor": 2, "fsdp": 4}, tmp_path / "c", state, "on-1", "on-2x4")
-    np.testing.assert_allclose(one, eight, atol=1e-5)
-    np.testing.assert_allclose(both, later, atol=1e-5)
-    assert np.abs(eight - fresh).max() > 1e-2, "there was something to lose"
+WIDE, ONE, BOTH = {"fsdp": 8}, {"data": 1}, {"tensor": 2, "fsdp": 4}
+
+
+@pytest.mark.parametrize("meshes", [(WIDE, BOTH), pytest.param((WIDE, ONE, BOTH), marks=pytest.mark.full)], ids=len)
+def test_a_run_goes_on_on_another_mesh(meshes: tuple[dict[str, int], ...], tmp_path: Path) -> None:
+    runs = [
+        on_a_mesh(mesh, tmp_path / f"model-{i}", tmp_path / "state", f"of-{i - 1}" if i else "", f"of-{i}")
+        for i, mesh in enumerate(meshes)
+    ]
+    for (_, saved), (loaded, _) in itertools.pairwise(runs):
+        np.testing.assert_allclose(loaded, saved, atol=1e-5)
+    fresh, trained = runs[0]
+    assert np.abs(trained - fresh).max() > 1e-2, "there was something to lose"

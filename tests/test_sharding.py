@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 MESHES = [
-    {"fsdp": 8},
+    pytest.param({"fsdp": 8}, marks=pytest.mark.full),
     pytest.param({"tensor": 2, "fsdp": 4}, marks=pytest.mark.full),
     {"data": 2, "fsdp": 2, "tensor": 2},
 ]

@@ -485,6 +485,7 @@ def test_the_embedded_model_loads() -> None:
     assert sum(x.size for x in jax.tree.leaves(params)) == 134_515_008
 
 
+@pytest.mark.full
 @pytest.mark.real
 @pytest.mark.torch
 def test_the_embedded_model_equals_transformers() -> None:
