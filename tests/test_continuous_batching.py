@@ -101,6 +101,19 @@ def test_the_same_programs_give_the_same_bits(engine: Engine) -> None:
         future.result()
 
 
+def test_the_length_of_a_block_changes_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow platform runs fewer steps in a block than a fast one."""
+    results, blocks = [], []
+    send(engine).result()  # so that it is known what a step takes
+    for seconds in (1e9, 0.0):
+        monkeypatch.setattr(sampler_module, "BLOCK_S", seconds)
+        before = engine.describe()["sampling"]["decode_blocks"]
+        results.append(send(engine, tokens_T=prompt(21, 70), max_tokens=60, num_samples=3).result())
+        blocks.append(engine.describe()["sampling"]["decode_blocks"] - before)
+    same(*results, atol=0)
+    assert blocks == [2, 15]
+
+
 def test_identical_prompts_are_computed_once(engine: Engine, snapshots: list[Any]) -> None:
     """The load of group sampling: every prompt comes many times at once, and its tail is not a whole page."""
     shared = [prompt(100 + PAGE // 2, seed) for seed in range(100, 104)]

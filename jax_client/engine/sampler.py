@@ -8,6 +8,7 @@ max_tokens, temperature, top_k, top_p, seeds and stop sets are data, so none of 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -49,6 +50,10 @@ MAX_WAITING = 65_536  # rows
 TILES = (2, 16)
 PREFILL_TOKENS = 2048  # of prompts, at most, between two decode blocks
 LINGER_S = 0.003
+# What a block of decode steps should take: who comes meanwhile waits for its end. An accelerator does all `BLOCK_STEPS`
+# in less; a CPU, which takes tens of milliseconds a step, does fewer.
+BLOCK_S = 0.5
+FEWEST_STEPS = 4
 CACHE_SHARE = 0.4  # of the free memory that the pages may take
 Steps = Generator[Any, Any, Any]
 
@@ -114,6 +119,7 @@ class Sampler:
         self._returned: deque[Row] = deque()  # rows that wait for a cache
         self._waiting_rows = 0
         self._serving = False
+        self._step_s: dict[int, float] = {}  # of a decode step, by rows
         self.counts = Counts()
 
     def enqueue(self, snapshot: Snapshot | None, request: GenerationRequest) -> tuple[Future[GenerationResult], bool]:
@@ -361,7 +367,7 @@ class Sampler:
         # One adapter, or a fixed number of them: those beyond the ones in use are the first again, which no row uses.
         versions = snapshots if len(snapshots) < 2 else [*snapshots, *[snapshots[0]] * (MAX_VERSIONS - len(snapshots))]
         loras = tuple(snapshot.weights for snapshot in versions)
-        batch = self._row_batch(rows, R, versions)
+        batch = self._row_batch(rows, R, versions) | {"steps": self._steps(R)}
         self._pool, out = self._programs.decode(self._params, loras, self._take_pool(), self._put(batch))
         for row in (row for way in rows for row in way):
             schedule.copied(row)
@@ -369,9 +375,22 @@ class Sampler:
         counts.blocks += 1
         counts.rows_run += sum(map(len, rows))
         counts.rows_paid += self._ways * R
+        launched = time.perf_counter()
         host = yield partial(jax.device_get, out)
         counts.sampled_tokens += int(host["new"].sum())
+        self._note_time(R, time.perf_counter() - launched, int(host["new"].max()))
         yield partial(_extend, rows, host)
+
+    def _steps(self, rows: int) -> np.ndarray:
+        """Return how many steps a block of so many rows may run."""
+        known = self._step_s.get(rows)
+        steps = FEWEST_STEPS if known is None else int(BLOCK_S / known)
+        return np.asarray(min(max(steps, FEWEST_STEPS), BLOCK_STEPS), np.int32)
+
+    def _note_time(self, rows: int, seconds: float, steps: int) -> None:
+        """Learn from a block what a step takes: the least of late, for other work may have run before the block."""
+        if steps:
+            self._step_s[rows] = min(seconds / steps, 1.1 * self._step_s.get(rows, math.inf))
 
     def _row_batch(self, rows: list[list[Row]], R: int, versions: list[Snapshot]) -> dict[str, np.ndarray]:
         W = self._ways
@@ -414,7 +433,7 @@ class Sampler:
 
     def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Put a batch on the mesh, split by way; what every way sees is whole everywhere."""
-        put = dict.fromkeys(batch, put_rows) | {"wanted": put_whole}
+        put = dict.fromkeys(batch, put_rows) | {"wanted": put_whole, "steps": put_whole}
         return {name: put[name](array, self._mesh) for name, array in batch.items()}
 
     def _take_pool(self) -> Pool:
