@@ -28,7 +28,7 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "make_goldens.py"
 
 @pytest.mark.parametrize("case", EACH)
 def test_training_equals_peft(case: str, tmp_path: Path) -> None:
-    remat = "full" if case == "qwen3_tied" else "none"
+    remat = "full" if case == "qwen3_tied" else "none"  # one of them computes its layers again
     config, golden = CASES[case], np.load(GOLDENS / f"{case}.npz")
     engine = open_engine(tmp_path / case, config, remat=remat)
     first, grads, trained = train(engine, config)

@@ -404,6 +404,7 @@ def test_clients_that_go_away_leave_nothing_behind(start: Any, loaded: Any, monk
 def test_slow_and_lying_clients_are_cut_off(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
     monkeypatch.setattr(bodies, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "MAX_BYTES", 10_000)
     running = start()
     post = f"POST {API}/forward_backward HTTP/1.1"
     silent = socket.create_connection(("127.0.0.1", running.port), timeout=LIMIT)
@@ -413,7 +414,6 @@ def test_slow_and_lying_clients_are_cut_off(start: Any, monkeypatch: pytest.Monk
         b" 400 ": sent(running, f"{post}\r\nContent-Length: -1", b"\r\n"),
         b" 413 ": sent(running, f"{post}\r\nTransfer-Encoding: chunked", b"\r\n"),
     }
-    monkeypatch.setattr(bodies, "MAX_BYTES", 10_000)
     with pytest.raises(OSError):
         for _ in range(10_000):
             cases[b" 413 "].sendall(b"1000\r\n" + b"x" * 4096 + b"\r\n")
