@@ -19,11 +19,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from jax_client.checkpoint.history import FILE_NAME
 
 from bench_rows import machine
 from load_wire import API, KEY, Wire, sample_body, serve
@@ -139,27 +142,41 @@ def percentile(values: list[float], part: float) -> float:
 
 
 @contextlib.contextmanager
-def health_checks(port: int) -> Iterator[list[float]]:
-    """Ask for the health ten times a second; yields the list that the latencies come into."""
-    found: list[float] = []
+def beside(port: int, looks: list[Callable[[Wire], Awaitable[None]]], seconds: float) -> Iterator[None]:
+    """Let each of `looks` ask over a connection of its own, again and again with a pause of so many seconds."""
     stop = threading.Event()
 
-    async def check() -> None:
+    async def repeat(look: Callable[[Wire], Awaitable[None]]) -> None:
         wire = Wire(port)
         while not stop.is_set():
-            began = time.perf_counter()
-            status, _ = await wire.ask(f"{API}/healthz", method="GET")
-            found.append(time.perf_counter() - began if status == 200 else float("inf"))
-            await asyncio.sleep(0.1)
+            await look(wire)
+            await asyncio.sleep(seconds)
         wire.close()
 
-    thread = threading.Thread(target=lambda: asyncio.run(check()), daemon=True)
+    async def repeat_all() -> None:
+        await asyncio.gather(*map(repeat, looks))
+
+    thread = threading.Thread(target=lambda: asyncio.run(repeat_all()), daemon=True)
     thread.start()
     try:
-        yield found
+        yield
     finally:
         stop.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def health_checks(port: int) -> Iterator[list[float]]:
+    """Ask for the health ten times a second; yields the list that the latencies come into."""
+    found: list[float] = []
+
+    async def check(wire: Wire) -> None:
+        began = time.perf_counter()
+        status, _ = await wire.ask(f"{API}/healthz", method="GET")
+        found.append(time.perf_counter() - began if status == 200 else float("inf"))
+
+    with beside(port, [check], 0.1):
+        yield found
 
 
 async def _pairs(port: int, pairs: int, connections: int) -> tuple[float, list[float]]:
@@ -376,13 +393,13 @@ def slow(args: argparse.Namespace, report: Report) -> None:
         alone, before = statistics.median(step() for _ in range(10)), rss(process)
         with ThreadPoolExecutor(1) as pool, health_checks(port) as health:
             slowly = pool.submit(lambda: asyncio.run(_slow(port, args.slow_seconds)))
-            beside, most = [], 0
+            times, most = [], 0
             while not slowly.done():
-                beside.append(step())
+                times.append(step())
                 most = max(most, rss(process) - before)
         what = f"memory for {CHUNKS} bodies of 5 MB at 10 kB/s"
         report.add("slow", what, most / 1e6, CHUNKS * CHUNK_BYTES / 1e6, unit="MB")
-        report.add("slow", "a step of another client, over alone", statistics.median(beside) / alone, 1.2)
+        report.add("slow", "a step of another client, over alone", statistics.median(times) / alone, 1.2)
         report.add("slow", "slowest health check meanwhile", max(health), 0.2, unit="s")
 
         # They wait for a first chunk that never comes.
@@ -406,35 +423,22 @@ def slow(args: argparse.Namespace, report: Report) -> None:
 def dashboards(port: int, run: str, cursors: list[str]) -> Iterator[list[int]]:
     """Follow a run as dashboards do, looking once a second, from where each stands; yields the answers' statuses."""
     statuses: list[int] = []
-    stop = threading.Event()
 
-    async def look(one: int) -> None:
-        wire = Wire(port)
-        while not stop.is_set():
-            status, answer = await wire.ask(f"{API}/metrics/runs/{run}?points=500&since={cursors[one]}", method="GET")
-            cursors[one] = json.loads(answer)["next"]
-            statuses.append(status)
-            for path in ("metrics/runs", "metrics/engines"):
-                statuses.append((await wire.ask(f"{API}/{path}", method="GET"))[0])
-            await asyncio.sleep(1)
-        wire.close()
+    async def look(one: int, wire: Wire) -> None:
+        status, answer = await wire.ask(f"{API}/metrics/runs/{run}?points=500&since={cursors[one]}", method="GET")
+        cursors[one] = json.loads(answer)["next"]
+        statuses.append(status)
+        for path in ("metrics/runs", "metrics/engines"):
+            statuses.append((await wire.ask(f"{API}/{path}", method="GET"))[0])
 
-    async def look_all() -> None:
-        await asyncio.gather(*map(look, range(len(cursors))))
-
-    thread = threading.Thread(target=lambda: asyncio.run(look_all()), daemon=True)
-    thread.start()
-    try:
+    with beside(port, [partial(look, one) for one in range(len(cursors))], 1.0):
         yield statuses
-    finally:
-        stop.set()
-        thread.join()
 
 
 @contextlib.contextmanager
 def metrics_cannot_be_written(state_dir: Path) -> Iterator[None]:
     """Put a directory where the metrics file is."""
-    file, aside = state_dir / "metrics.sqlite", state_dir / "aside"
+    file, aside = state_dir / FILE_NAME, state_dir / "aside"
     file.rename(aside)
     file.mkdir()
     try:
