@@ -581,6 +581,7 @@ def test_out_of_memory_in_a_step(bench: Bench, monkeypatch: pytest.MonkeyPatch, 
 def test_out_of_memory_names_a_batch_that_is_smaller(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     long = [datum([1] * 100, (1,) * 100)] * 8
     with monkeypatch.context() as patch:
+        patch.setattr(bench.engine.trainer, "limits", packing.Limits(ways=1, tokens=2048))
         patch.setattr(bench.engine.trainer.programs, "forward", out_of_memory)
         with pytest.raises(FAILED, match="in a micro-batch of 1 x 512 tokens") as caught:
             bench.train(long).result(30)

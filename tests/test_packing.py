@@ -25,6 +25,7 @@ LIMITS = st.sampled_from(
         Limits(ways=1, tokens=16384, row_length=4096, segments=3),
         Limits(ways=2, tokens=8192, row_length=2048),
         Limits(ways=1, tokens=100),
+        Limits(ways=1, tokens=2048, at_once=2),
     ]
 )
 
@@ -33,7 +34,13 @@ LIMITS = st.sampled_from(
 @given(lengths=st.one_of(LENGTHS, SHORT), limits=LIMITS)
 def test_every_sequence_lies_once_and_apart(lengths: list[int], limits: Limits) -> None:
     seen: list[int] = []
-    for plan in plan_call(lengths, limits):
+    plans = plan_call(lengths, limits)
+    rounds = packing.side_by_side(plans, limits)
+    assert sorted(map(id, plans)) == sorted(id(plan) for together in rounds for plan in together)
+    for together in rounds:
+        assert len(together) <= limits.at_once
+        assert len(together) == 1 or all(p.rows * p.length <= limits.ways * limits.tokens for p in together)
+    for plan in plans:
         taken = np.zeros((plan.rows, plan.length), int)
         assert plan.rows % limits.ways == 0
         longest = max(slot.length for slot in plan.slots)
@@ -80,11 +87,20 @@ def test_ladder() -> None:
     assert [packing.row_length(n) for n in (1, 257, 2049, 8192, 8193, 17000)] == [256, 512, 3072, 8192, 16384, 24576]
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize(("count", "most"), [(16, 0.15), (256, 0.1)])
-def test_little_padding_on_ragged_batches(count: int, most: float, seed: int) -> None:
+def test_little_padding_on_ragged_batches(count: int, most: float, seed: int, at_once: int) -> None:
     lengths = [int(n) for n in np.random.default_rng(seed).integers(32, 513, count)]
-    assert padding_waste(plan_call(lengths, Limits(ways=1, tokens=2048))) < most
+    assert padding_waste(plan_call(lengths, Limits(ways=1, tokens=2048, at_once=at_once))) < most
+
+
+def test_a_call_is_shared_out_to_what_runs_at_once() -> None:
+    """Two halves rather than a whole, without a round for which little is left."""
+    limits = Limits(ways=1, tokens=2048, at_once=2)
+    for lengths, rounds in (([256] * 8, [[1024, 1024]]), ([1024] * 4, [[2048, 2048]]), ([300], [[512]])):
+        plans = packing.side_by_side(plan_call(lengths, limits), limits)
+        assert [[plan.length for plan in together] for together in plans] == rounds
 
 
 @pytest.mark.parametrize("tokens", [2048, 16384])
@@ -99,6 +115,7 @@ def test_little_padding_on_a_long_tailed_batch(seed: int, tokens: int) -> None:
     "limits",
     [
         Limits(ways=1, tokens=2048),
+        Limits(ways=1, tokens=2048, at_once=2),
         Limits(ways=8, tokens=2048, row_length=2048),
         Limits(ways=1, tokens=16384, row_length=4096),
         Limits(ways=4, tokens=8192, row_length=2048),

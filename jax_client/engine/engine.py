@@ -93,9 +93,11 @@ class Engine:
         self.attention = choose_attention(self.mesh, self.model, self.dtype)
         shared = self.params, self.model, self.dtype, self.mesh, self.attention, self._log
         self.sampler = Sampler(*shared, settings.memory_fraction)
+        at_once = memory.choose_at_once(self.mesh)
         self.trainer = Trainer(
             *shared,
-            max_tokens=settings.max_tokens_per_micro_batch or memory.choose_micro_batch_tokens(device, ways),
+            max_tokens=settings.max_tokens_per_micro_batch or at_once * memory.choose_micro_batch_tokens(device, ways),
+            at_once=at_once,
             remat=settings.remat,
             memory_fraction=settings.memory_fraction,
             make_room=self.sampler.release_cache,
@@ -288,8 +290,9 @@ class Engine:
             "mesh": dict(self.mesh.shape),
             "dtype": self.dtype.name,
             "attention": self.attention.name,
-            "remat": self.trainer.remat(limits.tokens),
-            "max_tokens_per_micro_batch": limits.tokens * limits.ways,
+            "remat": self.trainer.remat(limits.tokens * limits.at_once),
+            "max_tokens_per_micro_batch": limits.tokens * limits.ways * limits.at_once,
+            "micro_batches_at_once": limits.at_once,
             "max_context": self.max_context,
             "memory_bytes": usage["memory_bytes"],
             "sampling": usage["sampling"],
@@ -305,7 +308,8 @@ class Engine:
         """
         size = partial(jax.tree.reduce, lambda total, a: total + a.nbytes, initializer=0)
         known, sampling = list(self._adapters), self.sampler.describe()
-        remat = self.trainer.remat(self.trainer.limits.tokens)
+        limits = self.trainer.limits
+        remat = self.trainer.remat(limits.tokens * limits.at_once)
         return {
             "memory_bytes": {
                 "weights": size(self.params),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
-from jax_client.engine.packing import MicroBatch, row_length
+from jax_client.engine.packing import Limits, MicroBatch, row_length
 from jax_client.errors import JaxClientError, RequestFailedError
 
 
@@ -16,13 +16,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in first_line
 
 
-def named_error(error: BaseException, batches: Sequence[MicroBatch] = (), row_multiple: int = 1) -> BaseException:
+def named_error(error: BaseException, batches: Sequence[MicroBatch] = (), limits: Limits | None = None) -> BaseException:
     """Return the error that a future shows: device trouble by name with what to do, anything else as it is.
 
     Args:
         error: what the task raised.
         batches: the micro-batches of the training call that failed; empty for other requests.
-        row_multiple: rows of a micro-batch come in multiples of this.
+        limits: under which they were laid out.
     """
     if isinstance(error, JaxClientError) or not isinstance(error, jax.errors.JaxRuntimeError):
         return error
@@ -30,21 +30,21 @@ def named_error(error: BaseException, batches: Sequence[MicroBatch] = (), row_mu
     if not is_out_of_memory(error):
         return RequestFailedError(f"the device failed; the client's state is intact. {first_line}")
     where, remedy = "", "Send less at a time (fewer samples, shorter prompts), or close clients that are not used."
-    if batches:
-        where, remedy = _shape_and_remedy(batches, row_multiple)
+    if batches and limits is not None:
+        where, remedy = _shape_and_remedy(batches, limits)
     return RequestFailedError(
         f"the device ran out of memory{where}; the client's state is intact. {first_line.rstrip('.')}. {remedy}"
     )
 
 
-def _shape_and_remedy(batches: Sequence[MicroBatch], row_multiple: int) -> tuple[str, str]:
+def _shape_and_remedy(batches: Sequence[MicroBatch], limits: Limits) -> tuple[str, str]:
     largest = max(batches, key=lambda batch: batch.tokens_BT.size)
     B, T = largest.tokens_BT.shape
     longest = max(slot.length for slot in largest.plan.slots)
     # No setting makes a micro-batch smaller than its longest sequence's row.
-    smallest = row_multiple * row_length(longest)
+    smallest = limits.ways * row_length(longest)
     where = f" in a micro-batch of {B} x {T} tokens"
     if smallest < B * T:
-        fits = max(smallest, B * T // 2)
+        fits = max(smallest, B * T // 2) * limits.at_once
         return where, f"Set EngineConfig.max_tokens_per_micro_batch to {fits}, or set remat='full'."
     return where, f"A smaller one cannot hold a sequence of {longest} tokens: send shorter ones, or set remat='full'."

@@ -113,6 +113,17 @@ def step_bytes(c: ModelConfig, dtype: jnp.dtype, remat: Remat, tokens: int, adap
     }
 
 
+def choose_at_once(mesh: Mesh) -> int:
+    """Return how many micro-batches run side by side: two on a CPU of several cores, else one.
+
+    Between large matmuls, most of what XLA runs on a CPU keeps one core busy.
+    """
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 2)
+
+
 def choose_micro_batch_tokens(device: Device, ways: int) -> int:
     """Return the token ceiling of a micro-batch: enough to fill the matmuls, small enough for the caches of a CPU."""
     return ways * (2048 if device.platform == "cpu" else 16384 if device.platform == "gpu" else 8192)

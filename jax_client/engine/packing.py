@@ -21,7 +21,8 @@ from jax_client.engine.requests import Sequence
 ROW_LENGTHS = (256, 512, 1024, 2048, 3072, 4096, 6144, 8192)
 # What a micro-batch costs beside its tokens, in tokens: streaming the weights, adding up the gradients.
 MICRO_BATCH_COST = 64
-TAIL_MICRO_BATCHES = 3
+# What one costs that runs beside another, of what it costs alone: measured, see docs/design.md.
+SIDE_BY_SIDE_COST = 0.75
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +54,14 @@ class Limits:
         row_length: longest row that several sequences are packed into, where attention costs by the row; None where it
             costs by the segment, so that one row per way is best.
         segments: most sequences of a row; None for any number.
+        at_once: micro-batches that run side by side, see `side_by_side`.
     """
 
     ways: int
     tokens: int
     row_length: int | None = None
     segments: int | None = None
+    at_once: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,8 +136,9 @@ def plan_call(lengths: Seq[int], limits: Limits) -> list[Plan]:
     for length in sorted(set(bins.lengths), reverse=True):
         rows = [members for members, own in zip(bins.members, bins.lengths, strict=True) if own == length]
         most = limits.ways * max(1, ceiling // length)
-        # The fullest rows come first; up to two micro-batches are held back, since the last one is seldom full.
-        keep = max(0, (len(rows) - 1) // most - 1) * most if length == usual else len(rows)
+        # The fullest rows come first; up to two rounds of micro-batches are held back: the last one is seldom full.
+        turn = most * limits.at_once
+        keep = max(0, (len(rows) - 1) // turn - 1) * turn if length == usual else len(rows)
         plans += [_plan(rows[i : i + most], most, length, lengths) for i in range(0, keep, most)]
         rest += [index for members in rows[keep:] for index in members]
     return plans + _plan_tail(rest, lengths, limits, ceiling)
@@ -147,9 +151,10 @@ def _plan_tail(indices: list[int], lengths: Seq[int], limits: Limits, ceiling: i
     indices = sorted(indices, key=lambda i: -lengths[i])
     rungs = [rung for rung in ROW_LENGTHS if rung <= ceiling] or [ceiling]
     total = sum(lengths[i] for i in indices)
-    choices = [c for n in range(1, TAIL_MICRO_BATCHES + 1) for c in combinations_with_replacement(rungs, n)]
+    most = 2 * limits.at_once + 1
+    choices = [c for n in range(1, most + 1) for c in combinations_with_replacement(rungs, n)]
     choices = [c for c in choices if sum(c) * limits.ways >= total and c[-1] >= lengths[indices[0]]]
-    for choice in sorted(choices, key=lambda c: (sum(c) + MICRO_BATCH_COST * len(c) / limits.ways, len(c))):
+    for choice in sorted(choices, key=lambda c: (_cost(c, limits), len(c))):
         bins = _Bins(lengths, limits.segments)
         for length in sorted(choice):
             for _ in range(limits.ways):
@@ -160,6 +165,23 @@ def _plan_tail(indices: list[int], lengths: Seq[int], limits: Limits, ceiling: i
             return [_plan(r, ways, length, lengths) for r, length in zip(rows, sorted(choice), strict=True)]
     half = len(indices) // 2  # a row may not have so many segments
     return [plan for part in (indices[:half], indices[half:]) for plan in _plan_tail(part, lengths, limits, ceiling)]
+
+
+def _cost(choice: Seq[int], limits: Limits) -> float:
+    """Return what micro-batches of one row per way, of these lengths in ascending order, cost, in tokens of a way."""
+    costs = [length + MICRO_BATCH_COST / limits.ways for length in reversed(choice)]
+    return sum(cost * (SIDE_BY_SIDE_COST if i % limits.at_once else 1) for i, cost in enumerate(costs))
+
+
+def side_by_side(plans: Iterable[Plan], limits: Limits) -> list[list[Plan]]:
+    """Return the plans in rounds of up to `limits.at_once` that run at the same time, the largest first.
+
+    One above the usual ceiling runs alone, so that its size is all that is in memory.
+    """
+    ordered = sorted(plans, key=lambda plan: -plan.rows * plan.length)
+    large = [plan for plan in ordered if plan.rows * plan.length > limits.ways * limits.tokens]
+    usual, n = ordered[len(large) :], limits.at_once
+    return [[plan] for plan in large] + [usual[i : i + n] for i in range(0, len(usual), n)]
 
 
 class _Bins:

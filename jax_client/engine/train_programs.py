@@ -46,6 +46,7 @@ class TrainPrograms:
         place = lambda *args: (None, args[2]["targets_BTC"].sharding, None, None)  # noqa: E731
         self.forward = Program("forward", self._forward, log, place, size)
         self.backward = Program("backward", self._backward, log, lambda *args: same_place(args[-1]), size)
+        self.add = Program("add", _add, log, lambda total, _: same_place(total))
         self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*same_place(args[:3]), None))
 
     def _forward(
@@ -93,7 +94,11 @@ class TrainPrograms:
             shards=self._shards,
         )
         layers = backward_pass(params, weights["layers"], batch["segments_BT"], layers_saved, dh_BTD, c)
-        return jax.tree.map(jnp.add, accumulated, {"layers": layers, "unembed": unembed})
+        return _add(accumulated, {"layers": layers, "unembed": unembed})
+
+
+def _add(total: Weights, part: Weights) -> Weights:
+    return jax.tree.map(jnp.add, total, part)
 
 
 def _order(batch: dict[str, Any]) -> Order:

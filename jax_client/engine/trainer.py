@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,21 +34,29 @@ from jax_client.models.config import ModelConfig
 from jax_client.sharding import put_rows, put_whole
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packed:
-    """A call laid out on the host."""
+    """A call laid out on the host: rounds of micro-batches that run at the same time."""
 
-    batches: list[MicroBatch]
+    rounds: list[list[MicroBatch]]
     seconds: float
+
+    @property
+    def batches(self) -> list[MicroBatch]:
+        """Return the micro-batches of all rounds."""
+        return [batch for batch_round in self.rounds for batch in batch_round]
 
 
 class Trainer:
     """Runs training calls with the engine's weights. Its tasks run on the engine's dispatch thread.
 
     Args:
-        max_tokens: ceiling of the tokens of a micro-batch, all devices together.
+        max_tokens: ceiling of the tokens that are computed at once, all devices together.
+        at_once: micro-batches that run side by side, launched by a thread each; more than one only where a program has
+            no collectives. One program alone leaves a CPU's cores idle at times.
         remat: what the backward pass recomputes; "auto" decides by the size of the micro-batch.
         memory_fraction: of a device's memory that may be filled.
         make_room: frees memory that can be done without, and says whether there was any; called before a request is
@@ -64,6 +73,7 @@ class Trainer:
         log: list[CompileRecord],
         *,
         max_tokens: int,
+        at_once: int,
         remat: str,
         memory_fraction: float,
         make_room: Callable[[], bool],
@@ -79,9 +89,11 @@ class Trainer:
         self._memory_fraction = memory_fraction
         self._make_room = make_room
         self._free_at_start = self.available_bytes()
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self.limits = packing.Limits(
-            ways=mesh.shape["data"] * mesh.shape["fsdp"],
-            tokens=max(1, max_tokens // (mesh.shape["data"] * mesh.shape["fsdp"])),
+            ways=ways,
+            tokens=max(1, max_tokens // (ways * at_once)),
+            at_once=at_once,
             row_length=attention.row_length,
             segments=attention.max_segments,
         )
@@ -91,7 +103,7 @@ class Trainer:
         return memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction)
 
     def remat(self, tokens: int) -> Remat:
-        """Return what the backward pass recomputes for a micro-batch of so many tokens per way."""
+        """Return what the backward pass recomputes where so many tokens per way are computed at once."""
         if self._remat != "auto":
             return self._remat  # type: ignore[return-value]
         return memory.choose_remat(self._model, self._dtype, tokens, self._free_at_start)
@@ -105,8 +117,9 @@ class Trainer:
             defaults |= {**known.defaults, **known.config, **loss.config}
             gradient_input = None if known.masked_has_gradient else known.mask
         plans = packing.plan_call([len(s.tokens_T) for s in sequences], self.limits)
-        batches = [packing.fill(plan, sequences, defaults, gradient_input) for plan in plans]
-        return Packed(batches=batches, seconds=time.perf_counter() - start)
+        rounds = packing.side_by_side(plans, self.limits)
+        filled = [[packing.fill(plan, sequences, defaults, gradient_input) for plan in plans] for plans in rounds]
+        return Packed(rounds=filled, seconds=time.perf_counter() - start)
 
     def forward_task(
         self, adapter: Adapter | None, sequences: list[Sequence], loss: LossSpec, prepared: Future[Packed]
@@ -116,9 +129,15 @@ class Trainer:
 
         def run(packed: Packed) -> Task[TrainResult]:
             out = Answers(sequences)
-            for batch in packed.batches:
+
+            def launch(batch: MicroBatch) -> Any:
                 logprobs_BTC, _, sums, _ = self._forward(weights, self._put(batch), loss, remat=None)
-                yield from out.add(batch, logprobs_BTC, sums)
+                return logprobs_BTC, sums
+
+            for batches in packed.rounds:
+                launched = yield from _side_by_side(launch, batches)
+                for batch, (logprobs_BTC, sums) in zip(batches, launched, strict=True):
+                    yield from out.add(batch, logprobs_BTC, sums)
             yield from out.drain()
             return out.result(loss)
 
@@ -131,16 +150,21 @@ class Trainer:
 
         def run(packed: Packed) -> Task[TrainResult]:
             self._refuse_what_does_not_fit(adapter, packed)
-            out, grads, work = Answers(sequences), self._accumulated(adapter), self._work(adapter, packed)
+            out, work, totals = Answers(sequences), self._work(adapter, packed), self._accumulators(adapter, packed)
+
+            def launch(batch: MicroBatch, total: Weights) -> Any:
+                device, remat = self._put(batch), self._remat_of(batch.plan)
+                logprobs_BTC, g_BTC, sums, saved = self._forward(adapter.weights, device, loss, remat=remat)
+                return self._backward(adapter, device, saved, g_BTC, total), logprobs_BTC, sums
+
             with self._clock(work):
-                for batch in packed.batches:
-                    device, remat = self._put(batch), self._remat_of(batch.plan)
-                    logprobs_BTC, g_BTC, sums, saved = self._forward(adapter.weights, device, loss, remat=remat)
-                    grads = self._backward(adapter, device, saved, g_BTC, grads)
-                    del saved
-                    yield from out.add(batch, logprobs_BTC, sums)
+                for batches in packed.rounds:
+                    launched = yield from _side_by_side(launch, batches, totals)
+                    totals[: len(launched)] = [grads for grads, _, _ in launched]
+                    for batch, (_, logprobs_BTC, sums) in zip(batches, launched, strict=True):
+                        yield from out.add(batch, logprobs_BTC, sums)
                 yield from out.drain()
-                yield partial(jax.block_until_ready, grads)
+                grads = yield partial(jax.block_until_ready, self._sum(totals))
             adapter.grads = grads
             self._account(adapter, work, out)
             return out.result(loss)
@@ -158,31 +182,44 @@ class Trainer:
 
         def run(packed: Packed) -> Task[TrainResult]:
             self._refuse_what_does_not_fit(adapter, packed)
-            out, work, kept = Answers(sequences), self._work(adapter, packed), []
+            out, work, kept = Answers(sequences), self._work(adapter, packed), list[list[Any]]()
             room = memory.ACTIVATION_SHARE * self.available_bytes()
+
+            def forward(batch: MicroBatch, keep: bool) -> Any:
+                device, remat = self._put(batch), self._remat_of(batch.plan)
+                logprobs_BTC, _, _, saved = self._forward(adapter.weights, device, None, remat=remat)
+                return logprobs_BTC, (device, saved if keep else None)
+
+            def backward(batch: MicroBatch, forwarded: list[Any], total: Weights) -> Weights:
+                device, saved = forwarded.pop()  # popped, so that what was saved is freed as soon as it was used
+                if saved is None:
+                    *_, saved = self._forward(adapter.weights, device, None, remat=self._remat_of(batch.plan))
+                g_BTC = put_rows(packing.scatter(batch.plan, sequences, cotangents), self._mesh)
+                return self._backward(adapter, device, saved, g_BTC, total)
+
             with self._clock(work):
-                for batch in packed.batches:
-                    device, remat = self._put(batch), self._remat_of(batch.plan)
-                    room -= memory.activation_bytes_per_token(self._model, self._dtype, remat) * self._tokens(
-                        batch.plan
-                    )
-                    logprobs_BTC, _, _, saved = self._forward(adapter.weights, device, None, remat=remat)
-                    kept.append((device, saved if room >= 0 else None))
-                    del saved
-                    yield from out.add(batch, logprobs_BTC, {})
+                for batches in packed.rounds:
+                    keep = []
+                    for batch in batches:
+                        room -= self._tokens(batch.plan) * memory.activation_bytes_per_token(
+                            self._model, self._dtype, self._remat_of(batch.plan)
+                        )
+                        keep.append(room >= 0)
+                    launched = yield from _side_by_side(forward, batches, keep)
+                    for batch, (logprobs_BTC, forwarded) in zip(batches, launched, strict=True):
+                        kept.append([forwarded])
+                        yield from out.add(batch, logprobs_BTC, {})
+                    del launched, forwarded
                 yield from out.drain()
             value, cotangents, metrics = yield partial(loss, out.logprobs())
 
-            grads = self._accumulated(adapter)
+            totals, waiting = self._accumulators(adapter, packed), iter(kept)
             with self._clock(work):
-                for batch, (device, saved) in zip(packed.batches, kept, strict=True):
-                    if saved is None:
-                        remat = self._remat_of(batch.plan)
-                        *_, saved = self._forward(adapter.weights, device, None, remat=remat)
-                    g_BTC = put_rows(packing.scatter(batch.plan, sequences, cotangents), self._mesh)
-                    grads = self._backward(adapter, device, saved, g_BTC, grads)
-                    del saved
-                    yield partial(jax.block_until_ready, grads)
+                for batches in packed.rounds:
+                    launched = yield from _side_by_side(backward, batches, waiting, totals)
+                    totals[: len(launched)] = launched
+                    yield partial(jax.block_until_ready, launched)
+                grads = yield partial(jax.block_until_ready, self._sum(totals))
             adapter.grads = grads
             self._account(adapter, work, out)
             return TrainResult(logprobs=out.logprobs(), metrics={**metrics, "loss:sum": value})
@@ -224,6 +261,8 @@ class Trainer:
         forward, backward = self.programs.forward, self.programs.backward
         _, g_BTC, _, saved = forward.prepare(self._params, weights, batch, number, remat=remat, cause=cause)
         backward.prepare(self._params, weights, batch, saved, g_BTC, weights, cause=cause)
+        if self.limits.at_once > 1:
+            self.programs.add.prepare(weights, weights, cause=cause)
         hyper = {field.name: put_whole(np.float32(0), self._mesh) for field in fields(AdamSettings)}
         step = put_whole(np.int32(0), self._mesh)
         self.programs.optim_step.prepare(weights, weights, weights, weights, step, hyper, cause=cause)
@@ -251,18 +290,19 @@ class Trainer:
         except jax.errors.JaxRuntimeError as error:
             smaller = self._halved(packed)
             if smaller is None or not is_out_of_memory(error):
-                raise named_error(error, packed.batches, before.ways) from error
+                raise named_error(error, packed.batches, before) from error
         self.limits = smaller
         packed = yield partial(self.prepare, sequences, loss)
         try:
             result = yield from run(packed)
         except BaseException as error:
             self.limits = before
-            named = named_error(error, packed.batches, before.ways)
+            named = named_error(error, packed.batches, before)
             if named is error:
                 raise
             raise named from error
-        logger.warning("out of memory: micro-batches have at most %d tokens from now on", smaller.tokens * before.ways)
+        at_once = smaller.tokens * before.ways * before.at_once
+        logger.warning("out of memory: at most %d tokens are computed at once from now on", at_once)
         return result
 
     def _halved(self, packed: Packed) -> packing.Limits | None:
@@ -277,11 +317,14 @@ class Trainer:
 
     def _refuse_what_does_not_fit(self, adapter: Adapter, packed: Packed) -> None:
         adapter_bytes = memory.tree_bytes(adapters.param_specs(self._model, adapter.spec), self._mesh)
-        for rows, length in {(batch.plan.rows, batch.plan.length) for batch in packed.batches}:
-            plan = Plan(rows=rows, length=length, slots=())
-            parts = memory.step_bytes(self._model, self._dtype, self._remat_of(plan), self._tokens(plan), adapter_bytes)
+        shapes = {tuple((batch.plan.rows, batch.plan.length) for batch in batches) for batches in packed.rounds}
+        for plans in ([Plan(rows=rows, length=length, slots=()) for rows, length in shape] for shape in shapes):
+            parts = Counter[str]()
+            for plan in plans:
+                remat, tokens = self._remat_of(plan), self._tokens(plan)
+                parts.update(memory.step_bytes(self._model, self._dtype, remat, tokens, adapter_bytes))
             memory.refuse_unless_fits(
-                f"a micro-batch of {rows} x {length} tokens",
+                "a micro-batch of " + " beside one of ".join(f"{plan.rows} x {plan.length} tokens" for plan in plans),
                 parts,
                 self.available_bytes,
                 "Lower EngineConfig.max_tokens_per_micro_batch, set remat='full', send shorter sequences, lower the "
@@ -293,7 +336,8 @@ class Trainer:
         return plan.rows * plan.length // self.limits.ways
 
     def _remat_of(self, plan: Plan) -> Remat:
-        return self.remat(self._tokens(plan))
+        tokens = self._tokens(plan)
+        return self.remat(tokens if tokens > self.limits.tokens else tokens * self.limits.at_once)
 
     def _work(self, adapter: Adapter, packed: Packed) -> Work:
         work = Work(host_s=packed.seconds)
@@ -317,8 +361,13 @@ class Trainer:
         work.compile_s += compile_s
         work.device_s += max(0.0, time.perf_counter() - start - compile_s)
 
-    def _accumulated(self, adapter: Adapter) -> Weights:
-        return jax.tree.map(jnp.zeros_like, adapter.weights) if adapter.grads is None else adapter.grads
+    def _accumulators(self, adapter: Adapter, packed: Packed) -> list[Weights]:
+        """Return what the gradients are added to: the adapter's, and zeros for each further one that runs at once."""
+        zeros = [jax.tree.map(jnp.zeros_like, adapter.weights) for _ in range(max(map(len, packed.rounds)))]
+        return zeros if adapter.grads is None else [adapter.grads, *zeros[1:]]
+
+    def _sum(self, totals: list[Weights]) -> Weights:
+        return reduce(self.programs.add, totals)
 
     def _forward(self, weights: Weights, device: dict[str, Any], loss: LossSpec | None, *, remat: Remat | None) -> Any:
         number = registry.NO_LOSS if loss is None else registry.loss_number(loss.name)
@@ -336,3 +385,20 @@ class Trainer:
         out: dict[str, Any] = {name: put_rows(getattr(batch, name), self._mesh) for name in rows}
         out["inputs"] = {name: put_rows(array, self._mesh) for name, array in batch.inputs.items()}
         return out | {name: put_whole(getattr(batch, name), self._mesh) for name in ("with_gradient", "scored")}
+
+
+def _side_by_side(launch: Callable[..., T], *each: Iterable[Any]) -> Task[list[T]]:
+    """Yield-from: launch(*...) for the first of each, the second of each, and so on; return what they return.
+
+    A single one is launched here, as on any device. Several have a thread each, on which their programs really run at
+    the same time, and have ended when this returns: even if one fails, none is left that would still use memory.
+    """
+    launches = [partial(launch, *arguments) for arguments in zip(*each, strict=False)]
+    if len(launches) == 1:
+        return [launches[0]()]
+
+    def run() -> list[T]:
+        with ThreadPoolExecutor(len(launches), thread_name_prefix="jax_client-train") as pool:
+            return list(pool.map(lambda each: jax.block_until_ready(each()), launches))
+
+    return (yield run)
