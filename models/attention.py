@@ -44,10 +44,10 @@ def blockwise(one_cpu: bool) -> Attention:
     """Return the attention that runs everywhere, in plain JAX; `one_cpu` as `head_by_head` of its functions."""
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: jnp.dtype) -> Any:
-        return blockwise_forward(q, k, v, segments, dtype, head_by_head=one_cpu)
+        return blockwise_forward(q, k, v, segments, dtype, one_cpu=one_cpu)
 
     def backward(*args: Any) -> Any:
-        return blockwise_backward(*args, head_by_head=one_cpu)
+        return blockwise_backward(*args, one_cpu=one_cpu)
 
     return Attention(name="blockwise", forward=forward, backward=backward, row_length=None if one_cpu else 2048)
 

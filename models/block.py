@@ -60,11 +60,27 @@ class Context:
 
 def _heads(qkv_BTKJH: jax.Array, w: dict[str, jax.Array], c: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Split the fused projection; normalise (Qwen3) and rotate the queries and keys. Cheap: no matmul."""
-    group = c.config.group
-    q, k, v = qkv_BTKJH[..., :group, :], qkv_BTKJH[..., group, :], qkv_BTKJH[..., group + 1, :]
+    q, k, v = _split(qkv_BTKJH)
     if c.config.qk_norm:
         q, k = rms_norm(q, w["q_norm_LH"], c.config.norm_eps), rms_norm(k, w["k_norm_LH"], c.config.norm_eps)
     return rotate(q, c.cos_BTH, c.sin_BTH), rotate(k, c.cos_BTH, c.sin_BTH), v
+
+
+def _heads_backward(
+    dqkv: tuple[jax.Array, jax.Array, jax.Array], qkv_BTKJH: jax.Array, w: dict[str, jax.Array], c: Context
+) -> jax.Array:
+    """Return the cotangent of the fused projection for those of `_heads`' results."""
+    dq, dk = (rotate(x, c.cos_BTH, -c.sin_BTH) for x in dqkv[:2])
+    if c.config.qk_norm:
+        q, k, _ = _split(qkv_BTKJH)
+        dq = rms_norm_backward(q, w["q_norm_LH"], c.config.norm_eps, dq)
+        dk = rms_norm_backward(k, w["k_norm_LH"], c.config.norm_eps, dk)
+    return jnp.concatenate([dq, dk[..., None, :], dqkv[2][..., None, :]], axis=-2)
+
+
+def _split(qkv_BTKJH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return q_BTKGH, k_BTKH and v_BTKH, J = G + 2."""
+    return qkv_BTKJH[..., :-2, :], qkv_BTKJH[..., -2, :], qkv_BTKJH[..., -1, :]
 
 
 def layer_forward(
@@ -135,10 +151,10 @@ def layer_backward(
     do_MI = linears.backward("o", [dx2_MD], saved["o"], w["o_LKGHD"].reshape(-1, D))
     heads = (*rows, *w["o_LKGHD"].shape[:-1])
     qkv_BTKJH = saved["qkv"].reshape(*rows, *w["qkv_LDKJH"].shape[1:]).astype(jnp.float32)
-    (q, k, v), split_vjp = jax.vjp(lambda qkv: _heads(qkv, w, c), qkv_BTKJH)
+    q, k, v = _heads(qkv_BTKJH, w, c)
     o, do = saved["o"].reshape(heads), do_MI.reshape(heads)
     dqkv = c.attention.backward(q, k, v, segments_BT, o, saved["attention"], do, c.dtype)
-    dqkv_MO = split_vjp(dqkv)[0].reshape(len(dy_MD), -1)
+    dqkv_MO = _heads_backward(dqkv, qkv_BTKJH, w, c).reshape(len(dy_MD), -1)
     h_MD = rms_norm(saved["x"], w["attn_norm_LD"], eps)
     dh_MD = linears.backward("qkv", [dqkv_MO], h_MD, w["qkv_LDKJH"].reshape(D, -1))
     dx_MD = dx2_MD + rms_norm_backward(saved["x"], w["attn_norm_LD"], eps, dh_MD)
