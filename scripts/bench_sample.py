@@ -86,12 +86,8 @@ class Ours:
     def state(self) -> dict[str, Any]:
         return self.service.describe()["sampling"]
 
-    def rate(self, step: Callable[[list[list[int]]], None], count: int, length: int) -> dict[str, Any]:
-        """Return the median new tokens/s of a step over fresh prompts."""
-        return rate(lambda: step(prompts(self.random, count, length)), count * NEW_TOKENS, self.args)
-
     def generate(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The prompts of torch's rows, sent at once, from threads and from asyncio."""
+        """The prompts of torch's rows, sent at once; then the 32 also from threads and from asyncio, in turns."""
 
         def at_once(batch: list[list[int]]) -> None:
             for future in [self.send(prompt) for prompt in batch]:
@@ -107,10 +103,16 @@ class Ours:
 
             asyncio.run(run())
 
-        yield "generate8", self.rate(at_once, 8, 32)
-        yield "generate32", self.rate(at_once, 32, 32)
-        yield "generate32, 32 threads", self.rate(threads, 32, 32)
-        yield "generate32, asyncio", self.rate(tasks, 32, 32)
+        yield "generate8", rate(lambda: at_once(prompts(self.random, 8, 32)), 8 * NEW_TOKENS, self.args)
+        ways = {"generate32": at_once, "generate32, 32 threads": threads, "generate32, asyncio": tasks}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(2 + self.args.steps):
+            for name, way in ways.items():
+                batch = prompts(self.random, 32, 32)
+                times[name].append(seconds(lambda way=way, batch=batch: way(batch)))
+        for name, found in times.items():
+            step_s = statistics.median(found[2:])
+            yield name, {"tokens_per_s": 32 * NEW_TOKENS / step_s, "step_s": step_s, "steps": self.args.steps}
 
     def group(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """64 requests of one sample: 8 for each of 8 prompts of 512 tokens, then 64 prompts of their own."""

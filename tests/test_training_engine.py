@@ -159,9 +159,7 @@ def test_out_of_memory_halves_the_micro_batch_once(
     engine.close()
 
 
-def test_two_micro_batches_at_once_are_two_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_micro_batches_at_once_are_two_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, results = data(12, 200), []
     for at_once, tokens in ((1, 512), (2, 1024)):
         monkeypatch.setattr(memory, "choose_at_once", lambda mesh, at_once=at_once: at_once)
@@ -174,9 +172,9 @@ def test_two_micro_batches_at_once_are_two_one_after_the_other(
                 engine.forward_backward(lane, adapter, batch, CROSS_ENTROPY).result()
         for name, array in gradients(built_in).items():
             np.testing.assert_array_equal(array, gradients(twin)[name])
-        minus_one = [np.full(len(sequence.tokens_T), -1.0, np.float32) for sequence in batch]
-        loss = lambda logprobs: (0.0, minus_one, {})  # noqa: E731
-        engine.forward_backward_custom(lane, custom, batch, loss).result()
+        engine.forward_backward_custom(
+            lane, custom, batch, lambda p: (0.0, [np.full_like(a, -1.0) for a in p], {})
+        ).result()
         scored = engine.forward(lane, built_in, batch, CROSS_ENTROPY).result()
         results.append((scored.logprobs, gradients(built_in), gradients(custom)))
         engine.close()

@@ -16,7 +16,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in first_line
 
 
-def named_error(error: BaseException, batches: Sequence[MicroBatch] = (), limits: Limits | None = None) -> BaseException:
+def named_error(
+    error: BaseException, batches: Sequence[MicroBatch] = (), limits: Limits | None = None
+) -> BaseException:
     """Return the error that a future shows: device trouble by name with what to do, anything else as it is.
 
     Args:
