@@ -41,7 +41,7 @@ class Attention:
 
 
 def blockwise(one_cpu: bool) -> Attention:
-    """Return the attention that runs everywhere, in plain JAX; `one_cpu` as `head_by_head` of its functions."""
+    """Return the attention that runs everywhere, in plain JAX; `one_cpu` as for its functions."""
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: jnp.dtype) -> Any:
         return blockwise_forward(q, k, v, segments, dtype, one_cpu=one_cpu)

@@ -63,7 +63,7 @@ def blockwise_forward(
             o_HX, lse_X = _attend(blocks.queries(q_BTKGH, at), keys, blocks.visible(at), blocks.visits(at), dtype)
             return blocks.put_queries(o_BTKGH, o_HX, at), lse_BKnX.at[at].set(lse_X)
 
-        nothing = jnp.zeros(q_BTKGH.shape, jnp.float32), jnp.zeros(blocks.vectors, jnp.float32)
+        nothing = jnp.zeros(q_BTKGH.shape, jnp.float32), jnp.zeros(blocks.shape_BKnX, jnp.float32)
         return jax.lax.fori_loop(0, blocks.count, one, nothing)
 
     def head(q_nXH: jax.Array, k_TH: jax.Array, v_HT: jax.Array, start_nX: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -100,7 +100,6 @@ def blockwise_backward(
     # A product with ones, since XLA sums x * y over a short last axis at 12 ns an element on a CPU, 20 times slower.
     ones_H = jnp.ones(q_BTKGH.shape[-1])
     delta_BKnX = blocks.split(contract("BTKGH,H->BTKG", o_BTKGH * do_BTKGH, ones_H, jnp.dtype(jnp.float32)))
-    nothing = jnp.zeros(k_BTKH.shape, jnp.float32), jnp.zeros(v_BTKH.shape, jnp.float32)
     if one_cpu:
 
         def one(i: jax.Array, out: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
@@ -114,8 +113,9 @@ def blockwise_backward(
             dq_HX, sums = _attend_backward(queries, keys, blocks.visible(at), blocks.visits(at), sums, add, dtype)
             return blocks.put_queries(dq_BTKGH, dq_HX, at), sums
 
-        dq_BTKGH, sums = jax.lax.fori_loop(0, blocks.count, one, (jnp.zeros(q_BTKGH.shape, jnp.float32), nothing))
-        return dq_BTKGH, *sums
+        dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q_BTKGH, k_BTKH, v_BTKH))
+        dq, (dk, dv) = jax.lax.fori_loop(0, blocks.count, one, (dq, (dk, dv)))
+        return dq, dk, dv
 
     def head(
         queries_n: tuple[jax.Array, ...], k_TH: jax.Array, k_HT: jax.Array, v_TH: jax.Array, start_nX: jax.Array
@@ -225,7 +225,7 @@ class _Blocks:
         queries, keys = CPU_BLOCK if one_cpu else ACCELERATOR_BLOCK
         self._queries, self._keys = _divisor(T, queries), _divisor(T, keys)
         n = T // self._queries
-        self.count, self.vectors = B * K * n, (B, K, n, self._queries * G)
+        self.count, self.shape_BKnX = B * K * n, (B, K, n, self._queries * G)
         self._start_BT = _segment_starts(segments_BT)
         places = np.arange(T, dtype=np.int32).reshape(n, self._queries)
         self.position_nX = jnp.asarray(np.repeat(places, G, axis=1))
@@ -233,7 +233,7 @@ class _Blocks:
 
     def place(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return row, head and number in the row of block i."""
-        _, K, n, _ = self.vectors
+        _, K, n, _ = self.shape_BKnX
         return i // (K * n), i // n % K, i % n
 
     def queries(self, x_BTKGH: jax.Array, at: Any) -> jax.Array:
@@ -280,7 +280,7 @@ class _Blocks:
 
     def split(self, x_BTKG: jax.Array) -> jax.Array:
         """Turn (B, T, K, G, ...) into (B, K, n, X, ...)."""
-        return jnp.moveaxis(x_BTKG, 1, 2).reshape(*self.vectors, *x_BTKG.shape[4:])
+        return jnp.moveaxis(x_BTKG, 1, 2).reshape(*self.shape_BKnX, *x_BTKG.shape[4:])
 
     def join(self, x_BKnHX: jax.Array) -> jax.Array:
         """Turn (B, K, n, H, X) into (B, T, K, G, H)."""
@@ -292,7 +292,7 @@ class _Blocks:
         """Return the first place that each query sees."""
         B, T, K, G, _ = self._shape
         start_BKTG = jnp.broadcast_to(self._start_BT[:, None, :, None], (B, K, T, G))
-        return start_BKTG.reshape(self.vectors)
+        return start_BKTG.reshape(self.shape_BKnX)
 
     def slice(self, x: jax.Array, j: jax.Array, axis: int) -> jax.Array:
         """Return block j of the keys along an axis."""

@@ -135,7 +135,7 @@ class Trainer:
                 return logprobs_BTC, sums
 
             for batches in packed.rounds:
-                launched = yield from _side_by_side(launch, batches)
+                launched = _side_by_side(launch, batches)
                 for batch, (logprobs_BTC, sums) in zip(batches, launched, strict=True):
                     yield from out.add(batch, logprobs_BTC, sums)
             yield from out.drain()
@@ -159,7 +159,7 @@ class Trainer:
 
             with self._clock(work):
                 for batches in packed.rounds:
-                    launched = yield from _side_by_side(launch, batches, totals)
+                    launched = _side_by_side(launch, batches, totals)
                     totals[: len(launched)] = [grads for grads, _, _ in launched]
                     for batch, (_, logprobs_BTC, sums) in zip(batches, launched, strict=True):
                         yield from out.add(batch, logprobs_BTC, sums)
@@ -205,7 +205,7 @@ class Trainer:
                             self._model, self._dtype, self._remat_of(batch.plan)
                         )
                         keep.append(room >= 0)
-                    launched = yield from _side_by_side(forward, batches, keep)
+                    launched = _side_by_side(forward, batches, keep)
                     for batch, (logprobs_BTC, forwarded) in zip(batches, launched, strict=True):
                         kept.append([forwarded])
                         yield from out.add(batch, logprobs_BTC, {})
@@ -216,7 +216,7 @@ class Trainer:
             totals, waiting = self._accumulators(adapter, packed), iter(kept)
             with self._clock(work):
                 for batches in packed.rounds:
-                    launched = yield from _side_by_side(backward, batches, waiting, totals)
+                    launched = _side_by_side(backward, batches, waiting, totals)
                     totals[: len(launched)] = launched
                     yield partial(jax.block_until_ready, launched)
                 grads = yield partial(jax.block_until_ready, self._sum(totals))
@@ -387,18 +387,15 @@ class Trainer:
         return out | {name: put_whole(getattr(batch, name), self._mesh) for name in ("with_gradient", "scored")}
 
 
-def _side_by_side(launch: Callable[..., T], *each: Iterable[Any]) -> Task[list[T]]:
-    """Yield-from: launch(*...) for the first of each, the second of each, and so on; return what they return.
+def _side_by_side(launch: Callable[..., T], *each: Iterable[Any]) -> list[T]:
+    """Return launch(*...) for the first of each, the second of each, and so on.
 
-    A single one is launched here, as on any device. Several have a thread each, on which their programs really run at
-    the same time, and have ended when this returns: even if one fails, none is left that would still use memory.
+    A single one returns with its programs queued, as on any device. Several have a thread each, for XLA runs what one
+    thread launches in turn on a CPU, and have ended when this returns: even if one fails, none is left that would still
+    use memory. The dispatch thread waits for them, so that no other request takes memory beside theirs.
     """
     launches = [partial(launch, *arguments) for arguments in zip(*each, strict=False)]
     if len(launches) == 1:
         return [launches[0]()]
-
-    def run() -> list[T]:
-        with ThreadPoolExecutor(len(launches), thread_name_prefix="jax_client-train") as pool:
-            return list(pool.map(lambda each: jax.block_until_ready(each()), launches))
-
-    return (yield run)
+    with ThreadPoolExecutor(len(launches), thread_name_prefix="jax_client-train") as pool:
+        return list(pool.map(lambda launch: jax.block_until_ready(launch()), launches))
