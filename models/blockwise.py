@@ -135,8 +135,8 @@ def blockwise_backward(
 
     queries = blocks.split(q_BTKGH), blocks.split(do_BTKGH), lse_BKnX, delta_BKnX
     k_BKTH, v_BKTH = jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2)
-    sums, dq_BKnHX = jax.vmap(jax.vmap(head))(queries, k_BKTH, k_BKHT, v_BKTH, blocks.start_BKnX())
-    return blocks.join(dq_BKnHX), *(jnp.moveaxis(sum_BKTH, 2, 1) for sum_BKTH in sums)
+    (dk_BKTH, dv_BKTH), dq_BKnHX = jax.vmap(jax.vmap(head))(queries, k_BKTH, k_BKHT, v_BKTH, blocks.start_BKnX())
+    return blocks.join(dq_BKnHX), jnp.moveaxis(dk_BKTH, 2, 1), jnp.moveaxis(dv_BKTH, 2, 1)
 
 
 def softmax_shift(max_score: jax.Array) -> jax.Array:
@@ -149,7 +149,11 @@ def softmax_shift(max_score: jax.Array) -> jax.Array:
 
 
 def _attend(
-    q_XH: jax.Array, keys: Callable[..., Any], visible: Any, visits: tuple[Any, Any], dtype: jnp.dtype
+    q_XH: jax.Array,
+    keys: Callable[..., Any],
+    visible: tuple[jax.Array, jax.Array],
+    visits: tuple[Any, Any],
+    dtype: jnp.dtype,
 ) -> tuple[jax.Array, jax.Array]:
     """Return o (H, X) of one block of queries and the logsumexp (X,) of their scores.
 
@@ -177,7 +181,7 @@ def _attend(
 def _attend_backward(
     queries: tuple[jax.Array, ...],
     keys: Callable[..., Any],
-    visible: Any,
+    visible: tuple[jax.Array, jax.Array],
     visits: tuple[Any, Any],
     sums: Any,
     add: Callable[..., jax.Array],

@@ -70,14 +70,18 @@ def backward_pass(
     saved: Saved,
     dh_BTD: jax.Array,
     c: Context,
+    accumulated: Adapter,
 ) -> dict[str, dict[str, jax.Array]]:
-    """Return the gradients of the stacked adapters for the cotangent of `forward_pass`'s output."""
+    """Return the accumulated gradients plus those of the stacked adapters for the cotangent of `forward_pass`'s output.
 
-    def step(dy_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter, Saved]) -> tuple[jax.Array, Any]:
-        w, layer_lora, kept = from_bits(layer)
+    Added layer by layer, so that the gradients of all layers exist once.
+    """
+
+    def step(dy_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter, Saved, Adapter]) -> tuple[jax.Array, Any]:
+        w, layer_lora, kept, total = from_bits(layer)
         dx_BTD, grads = layer_backward(dy_BTD, kept, segments_BT, w, layer_lora, c)
-        return c.split_rows(dx_BTD), grads
+        return c.split_rows(dx_BTD), jax.tree.map(jnp.add, total, grads)
 
     dx_BTD = rms_norm_backward(saved["last"], params["final_norm_D"], c.config.norm_eps, c.split_rows(dh_BTD))
-    _, grads = jax.lax.scan(step, dx_BTD, (*to_bits((params["layers"], lora)), saved["layers"]), reverse=True)
-    return grads
+    layers = *to_bits((params["layers"], lora)), saved["layers"], accumulated
+    return jax.lax.scan(step, dx_BTD, layers, reverse=True)[1]

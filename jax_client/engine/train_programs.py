@@ -93,8 +93,9 @@ class TrainPrograms:
             dtype=self._dtype,
             shards=self._shards,
         )
-        layers = backward_pass(params, weights["layers"], batch["segments_BT"], layers_saved, dh_BTD, c)
-        return _add(accumulated, {"layers": layers, "unembed": unembed})
+        lora, total = weights["layers"], accumulated["layers"]
+        layers = backward_pass(params, lora, batch["segments_BT"], layers_saved, dh_BTD, c, total)
+        return {"layers": layers, "unembed": _add(accumulated["unembed"], unembed)}
 
 
 def _add(total: Weights, part: Weights) -> Weights:

@@ -363,8 +363,11 @@ class Trainer:
 
     def _accumulators(self, adapter: Adapter, packed: Packed) -> list[Weights]:
         """Return what the gradients are added to: the adapter's, and zeros for each further one that runs at once."""
-        zeros = [jax.tree.map(jnp.zeros_like, adapter.weights) for _ in range(max(map(len, packed.rounds)))]
-        return zeros if adapter.grads is None else [adapter.grads, *zeros[1:]]
+        further = max(map(len, packed.rounds)) - 1
+        if adapter.grads is not None and not further:
+            return [adapter.grads]
+        zeros = jax.tree.map(jnp.zeros_like, adapter.weights)
+        return [zeros if adapter.grads is None else adapter.grads, *[zeros] * further]
 
     def _sum(self, totals: list[Weights]) -> Weights:
         return reduce(self.programs.add, totals)
