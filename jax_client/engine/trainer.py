@@ -393,12 +393,13 @@ class Trainer:
 def _side_by_side(launch: Callable[..., T], *each: Iterable[Any]) -> list[T]:
     """Return launch(*...) for the first of each, the second of each, and so on.
 
-    A single one returns with its programs queued, as on any device. Several have a thread each, for XLA runs what one
-    thread launches in turn on a CPU, and have ended when this returns: even if one fails, none is left that would still
-    use memory. The dispatch thread waits for them, so that no other request takes memory beside theirs.
+    A single one returns with its programs queued, as on any device. Of several each has a thread, for XLA runs what one
+    thread launches in turn on a CPU, and all have ended when this returns: even if one fails, none is left that would
+    still use memory. The dispatch thread is one of them, so that no other request takes memory beside theirs.
     """
-    launches = [partial(launch, *arguments) for arguments in zip(*each, strict=False)]
-    if len(launches) == 1:
-        return [launches[0]()]
-    with ThreadPoolExecutor(len(launches), thread_name_prefix="jax_client-train") as pool:
-        return list(pool.map(lambda launch: jax.block_until_ready(launch()), launches))
+    first, *others = (partial(launch, *arguments) for arguments in zip(*each, strict=False))
+    if not others:
+        return [first()]
+    with ThreadPoolExecutor(len(others), thread_name_prefix="jax_client-train") as pool:
+        futures = [pool.submit(lambda launch=launch: jax.block_until_ready(launch())) for launch in others]
+        return [jax.block_until_ready(first()), *(future.result() for future in futures)]
