@@ -88,7 +88,8 @@ def test_what_a_datum_lacks_comes_from_the_settings(engine: Engine) -> None:
 def test_warmup_leaves_nothing_to_compile(engine: Engine) -> None:
     spec = LoraSpec(rank=3, seed=0)
     warmed = engine.warmup(spec, [300, 200], 1).result()
-    assert {record["program"] for record in warmed} - {"add"} == {"forward", "backward", "optim_step"}
+    add = {"add"} if engine.trainer.limits.at_once > 1 else set()
+    assert {record["program"] for record in warmed} == {"forward", "backward", "optim_step"} | add
     before = len(engine.describe()["compiled"])
     lane = engine.open_lane()
     adapter = engine.create_adapter(lane, spec).result()

@@ -290,8 +290,8 @@ class Engine:
             "mesh": dict(self.mesh.shape),
             "dtype": self.dtype.name,
             "attention": self.attention.name,
-            "remat": self.trainer.remat(limits.tokens * limits.at_once),
-            "max_tokens_per_micro_batch": limits.tokens * limits.ways * limits.at_once,
+            "remat": self.trainer.remat(limits.tokens_at_once),
+            "max_tokens_per_micro_batch": limits.tokens_at_once * limits.ways,
             "micro_batches_at_once": limits.at_once,
             "max_context": self.max_context,
             "memory_bytes": usage["memory_bytes"],
@@ -308,8 +308,7 @@ class Engine:
         """
         size = partial(jax.tree.reduce, lambda total, a: total + a.nbytes, initializer=0)
         known, sampling = list(self._adapters), self.sampler.describe()
-        limits = self.trainer.limits
-        remat = self.trainer.remat(limits.tokens * limits.at_once)
+        remat = self.trainer.remat(self.trainer.limits.tokens_at_once)
         return {
             "memory_bytes": {
                 "weights": size(self.params),

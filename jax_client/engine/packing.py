@@ -63,6 +63,15 @@ class Limits:
     segments: int | None = None
     at_once: int = 1
 
+    @property
+    def tokens_at_once(self) -> int:
+        """Return the ceiling of the tokens of all micro-batches that run side by side, per way."""
+        return self.tokens * self.at_once
+
+    def alone(self, plan: Plan) -> bool:
+        """Return whether a micro-batch is above the ceiling, and runs alone: its size is then all that is in memory."""
+        return plan.rows * plan.length > self.ways * self.tokens
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
@@ -174,12 +183,9 @@ def _cost(choice: Seq[int], limits: Limits) -> float:
 
 
 def side_by_side(plans: Iterable[Plan], limits: Limits) -> list[list[Plan]]:
-    """Return the plans in rounds of up to `limits.at_once` that run at the same time, the largest first.
-
-    One above the usual ceiling runs alone, so that its size is all that is in memory.
-    """
+    """Return the plans in rounds of up to `limits.at_once` that run at the same time, the largest first."""
     ordered = sorted(plans, key=lambda plan: -plan.rows * plan.length)
-    large = [plan for plan in ordered if plan.rows * plan.length > limits.ways * limits.tokens]
+    large = [plan for plan in ordered if limits.alone(plan)]
     usual, n = ordered[len(large) :], limits.at_once
     return [[plan] for plan in large] + [usual[i : i + n] for i in range(0, len(usual), n)]
 

@@ -301,8 +301,8 @@ class Trainer:
             if named is error:
                 raise
             raise named from error
-        at_once = smaller.tokens * before.ways * before.at_once
-        logger.warning("out of memory: at most %d tokens are computed at once from now on", at_once)
+        most = smaller.tokens_at_once * smaller.ways
+        logger.warning("out of memory: at most %d tokens are computed at once from now on", most)
         return result
 
     def _halved(self, packed: Packed) -> packing.Limits | None:
@@ -336,8 +336,7 @@ class Trainer:
         return plan.rows * plan.length // self.limits.ways
 
     def _remat_of(self, plan: Plan) -> Remat:
-        tokens = self._tokens(plan)
-        return self.remat(tokens if tokens > self.limits.tokens else tokens * self.limits.at_once)
+        return self.remat(self._tokens(plan) * (1 if self.limits.alone(plan) else self.limits.at_once))
 
     def _work(self, adapter: Adapter, packed: Packed) -> Work:
         work = Work(host_s=packed.seconds)
