@@ -21,9 +21,10 @@ import numpy as np
 
 from jax_client.models.layers import contract
 
-# (queries, keys) of one block. Small ones fit a CPU's caches and compute less beyond the segments and the diagonal.
-CPU_BLOCK = (128, 128)
-ACCELERATOR_BLOCK = (256, 256)
+# Queries, and keys, of one block. Small ones compute less beyond the segments and the diagonal, and two rows run at once
+# on a CPU's cores. A longer row runs alone there, and XLA spreads products of large blocks only over the cores.
+SMALL_BLOCK, LARGE_BLOCK = 128, 256
+SHORT_ROW = 2048  # tokens
 MASKED = -1e30  # finite: a block in which a query sees no key must not turn into NaN
 
 
@@ -226,8 +227,7 @@ class _Blocks:
 
     def __init__(self, q_BTKGH: jax.Array, segments_BT: jax.Array, one_cpu: bool):
         self._shape = B, T, K, G, _ = q_BTKGH.shape
-        queries, keys = CPU_BLOCK if one_cpu else ACCELERATOR_BLOCK
-        self._queries, self._keys = _divisor(T, queries), _divisor(T, keys)
+        self._queries = self._keys = _divisor(T, SMALL_BLOCK if one_cpu and T <= SHORT_ROW else LARGE_BLOCK)
         n = T // self._queries
         self.count, self.shape_BKnX = B * K * n, (B, K, n, self._queries * G)
         self._start_BT = _segment_starts(segments_BT)

@@ -70,7 +70,8 @@ PLAIN = attention.Attention(
     ],
 )
 def test_layers_backward(changes: dict[str, Any], remat: Any, one_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blockwise, "CPU_BLOCK" if one_cpu else "ACCELERATOR_BLOCK", (4, 5))
+    monkeypatch.setattr(blockwise, "SMALL_BLOCK", 4)
+    monkeypatch.setattr(blockwise, "LARGE_BLOCK", 5)
     config = tiny(**changes)
     params, lora = random_tree(param_specs(config, F32), 0), random_lora(config, 3, 1)
     rng = np.random.default_rng(2)
