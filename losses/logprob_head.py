@@ -93,6 +93,16 @@ def _over_blocks(step: Any, carry: Any, head_VD: jax.Array, b_RV: jax.Array | No
     return carry, outs
 
 
+def _over_chunks(chunks: int, start: Any, stop: Any, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """Run step(i, carry) for the chunks from start to stop, of so many that a row has.
+
+    A single one is no loop: XLA would move all of its work out of the loop, and do it even where there are no turns.
+    """
+    if chunks == 1:
+        return jax.lax.cond(start < stop, lambda carry: step(0, carry), lambda carry: carry, carry)
+    return jax.lax.fori_loop(start, stop, step, carry)
+
+
 def _each_shard(sweep: Any, shards: int, head_VD: jax.Array, b_RV: jax.Array | None) -> Any:
     """Return sweep(head, b) of each vocabulary shard, stacked on a leading axis that the mesh splits.
 
@@ -151,8 +161,8 @@ def head_forward(
                 {"b": jnp.zeros((T, len(lora["A"])))} if lora else {}
             )
             done = -(-order.with_gradient // size)
-            out = jax.lax.fori_loop(0, done, lambda i, out: chunk(i, out, True), out)
-        out = jax.lax.fori_loop(done, -(-order.scored // size), lambda i, out: chunk(i, out, False), out)
+            out = _over_chunks(T // size, 0, done, lambda i, out: chunk(i, out, True), out)
+        out = _over_chunks(T // size, done, -(-order.scored // size), lambda i, out: chunk(i, out, False), out)
         return {name: value[place_T] for name, value in out.items()}
 
     saved = _each_row(row, h_BTD, targets_BTC, order.token_BT, order.place_BT)
@@ -289,7 +299,7 @@ def _unembed_b_grad(
             at_M = jax.lax.dynamic_slice_in_dim(order_T, i * size, size)
             return sum_RV + expected(h_TD[at_M], u_TR[at_M], lse_T[at_M], g_T[at_M])
 
-        return jax.lax.fori_loop(0, -(-order.with_gradient // size), add, jnp.zeros((R, V)))
+        return _over_chunks(len(h_TD) // size, 0, -(-order.with_gradient // size), add, jnp.zeros((R, V)))
 
     g_BT = jnp.sum(g_BTC, axis=-1)
     expected_RV = jnp.sum(_each_row(row, saved["h"], u_BTR, saved["lse"], g_BT, order.token_BT), axis=0)
