@@ -21,8 +21,8 @@ import numpy as np
 
 from jax_client.models.layers import contract
 
-# Queries, and keys, of one block. Small ones compute less beyond the segments and the diagonal, and two rows run at once
-# on a CPU's cores. A longer row runs alone there, and XLA spreads products of large blocks only over the cores.
+# Queries, and keys, of one block. Small ones compute less beyond the segments and the diagonal: for the rows of which a
+# CPU runs two at once. A longer one runs alone there, and only products of large blocks are spread over the cores.
 SMALL_BLOCK, LARGE_BLOCK = 64, 256
 SHORT_ROW = 2048  # tokens
 MASKED = -1e30  # finite: a block in which a query sees no key must not turn into NaN

@@ -47,7 +47,6 @@ from jax_client.sharding import put_rows, put_whole
 
 STOP_IDS = 64
 MAX_WAITING = 65_536  # rows
-TILES = (2, 16)
 PREFILL_TOKENS = 2048  # of prompts, at most, between two decode blocks
 LINGER_S = 0.003
 # What a block of decode steps should take: who comes meanwhile waits for its end. An accelerator does all `BLOCK_STEPS`
@@ -64,18 +63,20 @@ class Sizes:
 
     Attributes:
         rows: ladder of the rows of a decode block, per way of the mesh that rows are split.
+        tiles: of the two prefills, per way.
         many_tiles: from how many tiles on the larger prefill is the cheaper one.
         tokens_per_row: of the cache.
     """
 
     rows: tuple[int, ...]
+    tiles: tuple[int, int]
     many_tiles: int
     tokens_per_row: int
 
 
 # A CPU's time grows with the rows, padding included; an accelerator's hardly does before 100 rows or so.
-CPU = Sizes(rows=(8, 32), many_tiles=11, tokens_per_row=512)
-ACCELERATOR = Sizes(rows=(16, 128), many_tiles=3, tokens_per_row=2048)
+CPU = Sizes(rows=(8, 32), tiles=(4, 16), many_tiles=13, tokens_per_row=512)
+ACCELERATOR = Sizes(rows=(16, 128), tiles=(2, 16), many_tiles=3, tokens_per_row=2048)
 
 
 @dataclass(slots=True)
@@ -249,7 +250,7 @@ class Sampler:
             schedule.place()
             before = spent
             while (pending := schedule.pending_tiles()) and not (decoding and spent >= PREFILL_TOKENS):
-                tiles = TILES[pending >= self._sizes.many_tiles]
+                tiles = self._sizes.tiles[pending >= self._sizes.many_tiles]
                 spent += tiles * PAGE
                 yield from self._prefill(schedule, tiles)
                 if schedule is not self._schedule:
