@@ -78,7 +78,8 @@ def test_a_mixed_load_gives_what_each_request_gets_alone(engine: Engine, snapsho
         }
         return snapshots[rng.integers(len(snapshots))], fields
 
-    load = [draw(i) for i in range(40)]
+    long = {"tokens_T": prompt(450), "max_tokens": 2}  # fills the larger prefill, without an adapter and with one
+    load = [draw(i) for i in range(40)] + [(snapshot, long) for snapshot in snapshots[:2]]
     together = [future.result() for future in [send(engine, s, **f) for s, f in load]]
     for (snapshot, fields), result in list(zip(load, together, strict=True))[::4]:
         same(send(engine, snapshot, **fields).result(), result)
