@@ -18,10 +18,23 @@ from jax_client.models.lora import Adapter
 
 
 def context(
-    positions_BT: jax.Array, config: ModelConfig, dtype: jnp.dtype, attention: Attention, **more: Any
+    positions_BT: jax.Array,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    attention: Attention,
+    *,
+    work: jax.Array | None = None,
+    **more: Any,
 ) -> Context:
-    """Return what every layer of a pass over these positions shares; `more` are fields of `Context`."""
-    cos_BTH, sin_BTH = rope_table(positions_BT, config)
+    """Return what every layer of a pass over these positions shares; `more` are fields of `Context`.
+
+    Args:
+        work: whether the pass has any, for one that does not scan its layers: behind this condition stands the rotary
+            table, which XLA would else compute again in each layer.
+    """
+    table = lambda: rope_table(positions_BT, config)  # noqa: E731
+    nothing = lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(table))  # noqa: E731
+    cos_BTH, sin_BTH = table() if work is None else jax.lax.cond(work, table, nothing)
     return Context(config=config, dtype=dtype, attention=attention, cos_BTH=cos_BTH, sin_BTH=sin_BTH, **more)
 
 

@@ -154,8 +154,8 @@ class Program:
 
 
 def _return_freed_memory() -> None:
-    """Give what the C library keeps of freed memory back to the system: after a compile, hundreds of MiB a thread."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
+    """Give what the C library keeps of freed memory back to the system: compiles leave hundreds of MiB of it."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jax_client.errors import DoesNotFitError
 from jax_client.losses.logprob_head import block_shape
 from jax_client.models.block import KEPT, Remat
+from jax_client.models.blockwise import SHORT_ROW
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import ParamSpec
 from jax_client.sharding import Device, sharding_for
@@ -126,7 +127,7 @@ def choose_at_once(mesh: Mesh) -> int:
 
 def choose_micro_batch_tokens(device: Device, ways: int) -> int:
     """Return the token ceiling of a micro-batch: enough to fill the matmuls, small enough for the caches of a CPU."""
-    return ways * (2048 if device.platform == "cpu" else 16384 if device.platform == "gpu" else 8192)
+    return ways * (SHORT_ROW if device.platform == "cpu" else 16384 if device.platform == "gpu" else 8192)
 
 
 def choose_remat(c: ModelConfig, dtype: jnp.dtype, tokens: int, free: int) -> Remat:

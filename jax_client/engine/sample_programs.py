@@ -23,12 +23,12 @@ from jax_client.engine.draw import draw_tokens
 from jax_client.engine.pages import PAGE
 from jax_client.engine.requests import MAX_ALTERNATIVES, MAX_TARGETS, MAX_TOPK_PROMPT, MAX_TOPK_SAMPLE
 from jax_client.models.attention import Attention
-from jax_client.models.block import Context, MixedLinears, layer_forward, mixed_pairs
+from jax_client.models.block import MixedLinears, layer_forward, mixed_pairs
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import output_head_VD
-from jax_client.models.layers import contract, from_bits, rms_norm, rope_table, to_bits
+from jax_client.models.layers import contract, from_bits, rms_norm, to_bits
 from jax_client.models.paged import paged_attention, write_pages, write_tokens
-from jax_client.models.transformer import embed
+from jax_client.models.transformer import context, embed
 from jax_client.sharding import sharding_for
 
 BLOCK_STEPS = 32
@@ -90,7 +90,8 @@ class SamplePrograms:
         W, t, S = batch["tokens"].shape
         start_Wt1 = batch["start"][..., None]
         position_WtS = jnp.where(start_Wt1 < 0, -1, start_Wt1 + jnp.arange(S))
-        c = self._context(jnp.maximum(position_WtS, 0).reshape(W * t, S), jnp.any(start_Wt1 >= 0))
+        place_BS, any_tile = jnp.maximum(position_WtS, 0).reshape(W * t, S), jnp.any(start_Wt1 >= 0)
+        c = context(place_BS, self._config, self._dtype, self._attention, work=any_tile)
         scale_MV = jnp.repeat(batch["scale"].reshape(W * t, len(loras)), S, axis=0)
 
         def attend(i: int) -> Any:
@@ -176,7 +177,8 @@ class SamplePrograms:
 
         def step(carry: Any) -> Any:
             i, pool, row, drawn = carry
-            c = self._context(row["position"][:, None], ~jnp.all(row["done"]))
+            position_B1, any_row = row["position"][:, None], ~jnp.all(row["done"])
+            c = context(position_B1, self._config, self._dtype, self._attention, work=any_row)
             pool = {name: list(arrays) for name, arrays in pool.items()}
 
             def way(q: Any, k: Any, v: Any, k_P: Any, v_P: Any, table: Any, position: Any) -> Any:
@@ -210,15 +212,6 @@ class SamplePrograms:
         _, pool, row, drawn = jax.lax.while_loop(unfinished, step, (jnp.int32(0), pool, row, drawn))
         out = drawn | {"new": row["count"] - flat["count"], "stopped": row["stopped"], "done": row["done"]}
         return pool, {name: a.reshape(W, R, *a.shape[1:]) for name, a in out.items()}
-
-    def _context(self, position_BT: jax.Array, any_work: jax.Array) -> Context:
-        """Return what the layers share. Its sines stand behind a condition: XLA would fuse them into every layer."""
-        some = lambda: rope_table(position_BT, self._config)  # noqa: E731
-        none = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(some))  # noqa: E731
-        cos_BTH, sin_BTH = jax.lax.cond(any_work, some, none)
-        return Context(
-            config=self._config, dtype=self._dtype, attention=self._attention, cos_BTH=cos_BTH, sin_BTH=sin_BTH
-        )
 
     def _layers(self, params: Any, loras: tuple[Any, ...]) -> list[tuple[Any, Any]]:
         """Return each layer's weights and its pairs of all adapters."""
