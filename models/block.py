@@ -20,6 +20,7 @@ from jax_client.models.layers import rms_norm, rms_norm_backward, rotate
 from jax_client.models.lora import (
     Adapter,
     Pair,
+    Parts,
     adapter_scale,
     layer_pairs,
     linear,
@@ -31,7 +32,7 @@ from jax_client.models.lora import (
 Saved = dict[str, Any]
 Remat = Literal["none", "selective", "full"]
 # What of a layer's forward pass is kept for its backward pass; "selective" recomputes the wide half of the layer only.
-_SELECTIVE = ("x", "qkv", "o", "x2", "u_qkv", "u_o", "attention")
+_SELECTIVE = ("x", "q", "k", "v", "o", "x2", "u_qkv", "u_o", "attention")
 KEPT: dict[Remat, tuple[str, ...]] = {
     "none": (*_SELECTIVE, "gate", "up", "u_gate_up", "u_down"),
     "selective": _SELECTIVE,
@@ -58,29 +59,33 @@ class Context:
     split_rows: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
 
 
-def _heads(qkv_BTKJH: jax.Array, w: dict[str, jax.Array], c: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Split the fused projection; normalise (Qwen3) and rotate the queries and keys. Cheap: no matmul."""
-    q, k, v = _split(qkv_BTKJH)
+def _placed(q_BTKGH: jax.Array, k_BTKH: jax.Array, w: dict[str, jax.Array], c: Context) -> tuple[jax.Array, jax.Array]:
+    """Normalise (Qwen3) and rotate the queries and keys. Cheap: no matmul."""
+    q, k = q_BTKGH, k_BTKH
     if c.config.qk_norm:
         q, k = rms_norm(q, w["q_norm_LH"], c.config.norm_eps), rms_norm(k, w["k_norm_LH"], c.config.norm_eps)
-    return rotate(q, c.cos_BTH, c.sin_BTH), rotate(k, c.cos_BTH, c.sin_BTH), v
+    return rotate(q, c.cos_BTH, c.sin_BTH), rotate(k, c.cos_BTH, c.sin_BTH)
 
 
-def _heads_backward(
-    dqkv: tuple[jax.Array, jax.Array, jax.Array], qkv_BTKJH: jax.Array, w: dict[str, jax.Array], c: Context
-) -> jax.Array:
-    """Return the cotangent of the fused projection for those of `_heads`' results."""
-    dq, dk = (rotate(x, c.cos_BTH, -c.sin_BTH) for x in dqkv[:2])
+def _placed_backward(
+    dq: jax.Array, dk: jax.Array, q: jax.Array, k: jax.Array, w: dict[str, jax.Array], c: Context
+) -> tuple[jax.Array, jax.Array]:
+    """Return the cotangents of `_placed`'s arguments q and k, which are read with a norm only."""
+    dq, dk = rotate(dq, c.cos_BTH, -c.sin_BTH), rotate(dk, c.cos_BTH, -c.sin_BTH)
     if c.config.qk_norm:
-        q, k, _ = _split(qkv_BTKJH)
         dq = rms_norm_backward(q, w["q_norm_LH"], c.config.norm_eps, dq)
         dk = rms_norm_backward(k, w["k_norm_LH"], c.config.norm_eps, dk)
-    return jnp.concatenate([dq, dk[..., None, :], dqkv[2][..., None, :]], axis=-2)
+    return dq, dk
 
 
-def _split(qkv_BTKJH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return q_BTKGH, k_BTKH and v_BTKH, J = G + 2."""
-    return qkv_BTKJH[..., :-2, :], qkv_BTKJH[..., -2, :], qkv_BTKJH[..., -1, :]
+def _split(qkv_KJH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return q_KGH, k_KH and v_KH of the fused (..., K, J, H), J = G + 2."""
+    return qkv_KJH[..., :-2, :], qkv_KJH[..., -2, :], qkv_KJH[..., -1, :]
+
+
+def _join(q_KGH: jax.Array, k_KH: jax.Array, v_KH: jax.Array) -> jax.Array:
+    """Undo `_split`."""
+    return jnp.concatenate([q_KGH, k_KH[..., None, :], v_KH[..., None, :]], axis=-2)
 
 
 def layer_forward(
@@ -97,17 +102,27 @@ def layer_forward(
     Returns:
         The new residual stream, everything that `layer_backward` reads (see `KEPT`), and what `attend` gave to keep.
     """
-    rows, D = x_BTD.shape[:2], c.config.d_model
+    rows, D, w_DKJH = x_BTD.shape[:2], c.config.d_model, w["qkv_LDKJH"]
     x_MD = x_BTD.reshape(-1, D)
     h_MD = rms_norm(x_MD, w["attn_norm_LD"], c.config.norm_eps)
-    (qkv_MO,) = linears.forward("qkv", h_MD, w["qkv_LDKJH"].reshape(D, -1))
-    if c.config.qkv_bias:
-        qkv_MO += w["qkv_bias_LKJH"].reshape(-1)
-    o_BTKGH, kept = attend(*_heads(qkv_MO.reshape(*rows, *w["qkv_LDKJH"].shape[1:]), w, c))
+
+    def parts(qkv_MO: jax.Array) -> list[jax.Array]:
+        qkv_MKJH = qkv_MO.reshape(-1, *w_DKJH.shape[1:])
+        if c.config.qkv_bias:
+            qkv_MKJH += w["qkv_bias_LKJH"]
+        return [part.reshape(len(x_MD), -1) for part in _split(qkv_MKJH)]
+
+    q_MO, k_MO, v_MO = linears.forward("qkv", h_MD, w_DKJH.reshape(D, -1), parts=parts)
+    q_BTKGH = q_MO.reshape(*rows, *w["o_LKGHD"].shape[:-1])
+    k_BTKH, v_BTKH = (x.reshape(*rows, -1, q_BTKGH.shape[-1]) for x in (k_MO, v_MO))
+    placed_q, placed_k = _placed(q_BTKGH, k_BTKH, w, c)
+    o_BTKGH, kept = attend(placed_q, placed_k, v_BTKH)
+    if not c.config.qk_norm:  # whose backward pass alone needs what it read
+        q_BTKGH, k_BTKH = placed_q, placed_k
     o_MI = o_BTKGH.reshape(len(x_MD), -1)
     x2_MD = x_MD + linears.forward("o", o_MI, w["o_LKGHD"].reshape(-1, D))[0]
     y_MD, mlp_saved = _mlp(x2_MD, w, linears, c)
-    saved = {"x": x_MD, "qkv": qkv_MO, "o": o_MI, "x2": x2_MD} | mlp_saved | linears.us
+    saved = {"x": x_MD, "q": q_BTKGH, "k": k_BTKH, "v": v_BTKH, "o": o_MI, "x2": x2_MD} | mlp_saved | linears.us
     return y_MD.reshape(x_BTD.shape), jax.tree.map(lambda s: s.astype(c.dtype), saved), kept
 
 
@@ -135,7 +150,7 @@ def layer_backward(
         kept: of what `layer_forward` saved, and under "attention" of what the attention did, any set of `KEPT`; the
             rest is recomputed.
     """
-    rows, D, eps = dy_BTD.shape[:2], c.config.d_model, c.config.norm_eps
+    D, eps = c.config.d_model, c.config.norm_eps
     saved = _recompute(kept, segments_BT, w, lora, c)
     linears = Linears(lora, c.dtype, us=saved)
     dy_MD = dy_BTD.reshape(-1, D)
@@ -149,14 +164,15 @@ def layer_backward(
     dx2_MD = dy_MD + rms_norm_backward(saved["x2"], w["mlp_norm_LD"], eps, dh_MD)
 
     do_MI = linears.backward("o", [dx2_MD], saved["o"], w["o_LKGHD"].reshape(-1, D))
-    heads = (*rows, *w["o_LKGHD"].shape[:-1])
-    qkv_BTKJH = saved["qkv"].reshape(*rows, *w["qkv_LDKJH"].shape[1:]).astype(jnp.float32)
-    q, k, v = _heads(qkv_BTKJH, w, c)
-    o, do = saved["o"].reshape(heads), do_MI.reshape(heads)
-    dqkv = c.attention.backward(q, k, v, segments_BT, o, saved["attention"], do, c.dtype)
-    dqkv_MO = _heads_backward(dqkv, qkv_BTKJH, w, c).reshape(len(dy_MD), -1)
+    q, k, v = (saved[name].astype(jnp.float32) for name in "qkv")
+    placed_q, placed_k = _placed(q, k, w, c) if c.config.qk_norm else (q, k)
+    o, do = saved["o"].reshape(q.shape), do_MI.reshape(q.shape)
+    dq, dk, dv = c.attention.backward(placed_q, placed_k, v, segments_BT, o, saved["attention"], do, c.dtype)
+    dqkv = *_placed_backward(dq, dk, q, k, w, c), dv
     h_MD = rms_norm(saved["x"], w["attn_norm_LD"], eps)
-    dh_MD = linears.backward("qkv", [dqkv_MO], h_MD, w["qkv_LDKJH"].reshape(D, -1))
+    dqkv_MO = [d.reshape(len(dy_MD), -1) for d in dqkv]
+    whole_MO = _join(*dqkv).reshape(len(dy_MD), -1)
+    dh_MD = linears.backward("qkv", dqkv_MO, h_MD, w["qkv_LDKJH"].reshape(D, -1), whole_MO=whole_MO)
     dx_MD = dx2_MD + rms_norm_backward(saved["x"], w["attn_norm_LD"], eps, dh_MD)
     return dx_MD.reshape(dy_BTD.shape), linears.adapter_grads()
 
@@ -165,7 +181,7 @@ def _recompute(kept: Saved, segments_BT: jax.Array, w: dict[str, jax.Array], lor
     """Return everything that the backward pass reads; products that it does not read are never carried out."""
     if "gate" in kept:
         return kept
-    if "qkv" in kept:
+    if "q" in kept:
         linears = Linears(lora, c.dtype)
         _, mlp_saved = _mlp(kept["x2"].astype(jnp.float32), w, linears, c)
         return linears.us | mlp_saved | kept
@@ -194,17 +210,24 @@ class Linears:
         self._grads: dict[str, Pair] = {}
         self.us: Saved = {} if us is None else us
 
-    def forward(self, name: str, x_MI: jax.Array, *ws_IO: jax.Array) -> list[jax.Array]:
-        """Return x W with the adapter's part of each W, float32 (M, O)."""
-        ys_MO, u_Mn = linear(x_MI, ws_IO, self._pairs.get(name), self._scale, self._dtype)
+    def forward(self, name: str, x_MI: jax.Array, *ws_IO: jax.Array, parts: Parts | None = None) -> list[jax.Array]:
+        """Return x W with the adapter's part of each output, float32 (M, O)."""
+        ys_MO, u_Mn = linear(x_MI, ws_IO, self._pairs.get(name), self._scale, self._dtype, parts)
         if u_Mn is not None:
             self.us[f"u_{name}"] = u_Mn
         return ys_MO
 
-    def backward(self, name: str, dys_MO: list[jax.Array], x_MI: jax.Array, *ws_IO: jax.Array) -> jax.Array:
+    def backward(
+        self,
+        name: str,
+        dys_MO: list[jax.Array],
+        x_MI: jax.Array,
+        *ws_IO: jax.Array,
+        whole_MO: jax.Array | None = None,
+    ) -> jax.Array:
         """Return the cotangent of x (M, I) for those of the outputs."""
         u_Mn, pair = self.us.get(f"u_{name}"), self._pairs.get(name)
-        dx_MI, grad = linear_backward(dys_MO, x_MI, u_Mn, ws_IO, pair, self._scale, self._dtype)
+        dx_MI, grad = linear_backward(dys_MO, x_MI, u_Mn, ws_IO, pair, self._scale, self._dtype, whole_MO)
         if grad is not None:
             self._grads[name] = grad
         return dx_MI
@@ -229,11 +252,11 @@ class MixedLinears:
         self._dtype = dtype
         self.us: Saved = {}
 
-    def forward(self, name: str, x_MI: jax.Array, *ws_IO: jax.Array) -> list[jax.Array]:
-        """Return x W with each row's own adapter's part of each W, float32 (M, O)."""
+    def forward(self, name: str, x_MI: jax.Array, *ws_IO: jax.Array, parts: Parts | None = None) -> list[jax.Array]:
+        """Return x W with each row's own adapter's part of each output, float32 (M, O)."""
         pair = self._pairs.get(name)
         scale = 0.0 if pair is None else mix(self._scale_MV, pair)
-        return linear(x_MI, ws_IO, pair, scale, self._dtype)[0]
+        return linear(x_MI, ws_IO, pair, scale, self._dtype, parts)[0]
 
 
 def mixed_pairs(loras: Sequence[Adapter], dtype: jnp.dtype) -> dict[str, Pair]:

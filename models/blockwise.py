@@ -201,7 +201,8 @@ def _attend_backward(
 
     def step(j: jax.Array, carry: Any) -> Any:
         (dq_HX, (dk, dv)), (k_sH, k_Hs, v_sH) = carry, keys(j)
-        p_sX = jnp.exp(_scores(q_XH, k_sH, *visible, j * len(k_sH), dtype) - lse_X)
+        # Rounded as in the forward pass, and therefore one array for both of its uses.
+        p_sX = jnp.exp(_scores(q_XH, k_sH, *visible, j * len(k_sH), dtype) - lse_X).astype(dtype)
         ds_sX = p_sX * (contract("sH,XH->sX", v_sH, do_XH, dtype) - delta_X) * scale
         dq_HX += contract("Hs,sX->HX", k_Hs, ds_sX, dtype)
         dk = add(dk, contract("sX,XH->sH", ds_sX, q_XH, dtype), j)

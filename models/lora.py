@@ -6,7 +6,7 @@ contract their operands' last axes, or the right one's first: the orientations t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jax_client.models.layers import contract
 Adapter = Mapping[str, Mapping[str, jax.Array]]
 # A (n, I), n = R times the modules of a fused layer, and each output's B (R, O).
 Pair = tuple[jax.Array, list[jax.Array]]
+# From the product with a fused W (M, O) to the outputs that are interleaved in it.
+Parts = Callable[[jax.Array], list[jax.Array]]
 
 # LoRA's alpha is fixed; only the rank is a user's choice.
 LORA_ALPHA = 32.0
@@ -35,24 +37,17 @@ def adapter_scale(lora: Adapter) -> float:
 def layer_pairs(lora: Adapter) -> dict[str, Pair]:
     """Return the pairs of a layer's matmuls that the adapter covers: qkv, o, gate_up and down.
 
-    The modules of a fused layer have their A's on top of each other. Where its outputs are interleaved (q|k|v), the B's
-    stand in the blocks of one matrix that is zero elsewhere. Linear in the adapter, so that its transpose turns
+    The modules of a fused layer have their A's on top of each other. Linear in the adapter, so that its transpose turns
     gradients back.
     """
     pairs: dict[str, Pair] = {}
-    if "q" in lora:
-        q_RKGH, k_RKH, v_RKH = (lora[name]["B"] for name in "qkv")
-        group = q_RKGH.shape[2]
-        blocks = ((q_RKGH, 0, 2), (k_RKH[:, :, None], group, 1), (v_RKH[:, :, None], group + 1, 0))
-        wide = [jnp.pad(b, ((0, 0), (0, 0), (before, after), (0, 0))) for b, before, after in blocks]
-        b_nRKJH = jnp.concatenate(wide)
-        pairs["qkv"] = jnp.concatenate([lora[name]["A"] for name in "qkv"]), [b_nRKJH.reshape(len(b_nRKJH), -1)]
+    for fused, names in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up"))):
+        if names[0] in lora:
+            bs_RO = [lora[name]["B"].reshape(len(lora[name]["B"]), -1) for name in names]
+            pairs[fused] = jnp.concatenate([lora[name]["A"] for name in names]), bs_RO
     if "o" in lora:
         a_RKGH = lora["o"]["A"]
         pairs["o"] = a_RKGH.reshape(len(a_RKGH), -1), [lora["o"]["B"]]
-    if "gate" in lora:
-        names = ("gate", "up")
-        pairs["gate_up"] = jnp.concatenate([lora[name]["A"] for name in names]), [lora[name]["B"] for name in names]
     if "down" in lora:
         pairs["down"] = lora["down"]["A"], [lora["down"]["B"]]
     return pairs
@@ -74,13 +69,22 @@ def mix(scale_MV: jax.Array, pair: Pair) -> jax.Array:
 
 
 def linear(
-    x_MI: jax.Array, ws_IO: Sequence[jax.Array], pair: Pair | None, scale: float | jax.Array, dtype: jnp.dtype
+    x_MI: jax.Array,
+    ws_IO: Sequence[jax.Array],
+    pair: Pair | None,
+    scale: float | jax.Array,
+    dtype: jnp.dtype,
+    parts: Parts | None = None,
 ) -> tuple[list[jax.Array], jax.Array | None]:
     """Return x W + s (x A) B of each W, float32 (M, O), and u (M, n) = s (x A) for `linear_backward`.
 
-    s is a number, or (M, n) as `mix` gives it.
+    Args:
+        scale: s, a number, or (M, n) as `mix` gives it.
+        parts: takes the product with a single W apart, into the outputs that have a B of their own.
     """
     ys = [contract("MI,IO->MO", x_MI, w_IO, dtype) for w_IO in ws_IO]
+    if parts is not None:
+        ys = parts(*ys)
     if pair is None:
         return ys, None
     a_nI, bs_RO = pair
@@ -97,9 +101,14 @@ def linear_backward(
     pair: Pair | None,
     scale: float,
     dtype: jnp.dtype,
+    whole_MO: jax.Array | None = None,
 ) -> tuple[jax.Array, Pair | None]:
-    """Return dx (M, I) and the gradients of the pair, float32; the frozen W's get none."""
-    dx_MI, *others = (contract("MO,IO->MI", dy, w, dtype) for dy, w in zip(dys_MO, ws_IO, strict=True))
+    """Return dx (M, I) and the gradients of the pair, float32; the frozen W's get none.
+
+    `whole_MO` is the cotangent of the product with a single W that `linear` took apart.
+    """
+    wholes_MO = dys_MO if whole_MO is None else [whole_MO]
+    dx_MI, *others = (contract("MO,IO->MI", dy, w, dtype) for dy, w in zip(wholes_MO, ws_IO, strict=True))
     for other_MI in others:
         dx_MI += other_MI
     if pair is None or u_Mn is None:

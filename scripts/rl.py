@@ -65,6 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sft-steps", type=int, default=0, help="steps on 16 right answers each, before the rounds")
     parser.add_argument("--loss", choices=("importance_sampling", "ppo"), default="importance_sampling")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub name or directory")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the base model")
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
     parser.add_argument("--steps", type=int, default=10, help="sampling rounds")
     parser.add_argument("--prompts", type=int, default=3, help="prompts per round")
@@ -153,7 +154,7 @@ def update(client: Any, answers: Sequence[Answer], args: argparse.Namespace) -> 
 
 def main() -> int:
     args = arguments()
-    service = jax_client.ServiceClient()
+    service = jax_client.ServiceClient(config=jax_client.EngineConfig(dtype=args.dtype))
     client = service.create_lora_training_client(base_model=args.model, rank=args.rank, seed=args.seed).result()
     tokenizer = client.get_tokenizer()
     order = random.Random(args.seed)

@@ -93,7 +93,7 @@ def activation_bytes_per_token(c: ModelConfig, dtype: jnp.dtype, remat: Remat) -
     The adapters' u is left out: rank values per module and token, a few percent at rank 32.
     """
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    widths = {"x": c.d_model, "qkv": heads + 2 * kv, "o": heads, "x2": c.d_model, "gate": c.d_ff, "up": c.d_ff}
+    widths = {"x": c.d_model, "q": heads, "k": kv, "v": kv, "o": heads, "x2": c.d_model, "gate": c.d_ff, "up": c.d_ff}
     return c.n_layers * sum(widths.get(name, 0) for name in KEPT[remat]) * dtype.itemsize
 
 
