@@ -11,12 +11,13 @@ import jax.numpy as jnp
 def policy_ratio(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return r = p / q per target, and the statistics that every off-policy loss reports.
 
-    `kl_sample_train` is the unbiased, never negative estimate r - 1 - log r of KL(q || p).
+    `kl_sample_train` is the unbiased, never negative estimate r - 1 - log r of KL(q || p), with expm1: between float32
+    models log r is about 1e-6, and r - 1 would round the whole estimate away.
     Source: Schulman, "Approximating KL divergence" (the k3 estimator).
     """
     log_ratio = logprobs - inputs["logprobs"]
     ratio = jnp.exp(log_ratio)
-    return ratio, {"ratio": ratio, "kl_sample_train": ratio - 1 - log_ratio}
+    return ratio, {"ratio": ratio, "kl_sample_train": jnp.expm1(log_ratio) - log_ratio}
 
 
 def clip_bounds(inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
