@@ -1,7 +1,7 @@
 """What does one decoder layer compute, and what is its backward pass?
 
 Written by hand, because that decides what is kept: only the inputs of the matmuls and of the attention, in the matmul
-type; norms, rotations and the gated activation are recomputed from them, and more where memory is short (`KEPT`).
+type; norms and the gated activation are recomputed from them, and more where memory is short (`KEPT`).
 Frozen weights get no gradient. The tests compare it with `jax.vjp` of the forward pass.
 """
 
@@ -59,7 +59,7 @@ class Context:
     split_rows: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
 
 
-def _placed(q_BTKGH: jax.Array, k_BTKH: jax.Array, w: dict[str, jax.Array], c: Context) -> tuple[jax.Array, jax.Array]:
+def _rotated(q_BTKGH: jax.Array, k_BTKH: jax.Array, w: dict[str, jax.Array], c: Context) -> tuple[jax.Array, jax.Array]:
     """Normalise (Qwen3) and rotate the queries and keys. Cheap: no matmul."""
     q, k = q_BTKGH, k_BTKH
     if c.config.qk_norm:
@@ -67,10 +67,10 @@ def _placed(q_BTKGH: jax.Array, k_BTKH: jax.Array, w: dict[str, jax.Array], c: C
     return rotate(q, c.cos_BTH, c.sin_BTH), rotate(k, c.cos_BTH, c.sin_BTH)
 
 
-def _placed_backward(
+def _rotated_backward(
     dq: jax.Array, dk: jax.Array, q: jax.Array, k: jax.Array, w: dict[str, jax.Array], c: Context
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the cotangents of `_placed`'s arguments q and k, which are read with a norm only."""
+    """Return the cotangents of `_rotated`'s arguments q and k, which are read with a norm only."""
     dq, dk = rotate(dq, c.cos_BTH, -c.sin_BTH), rotate(dk, c.cos_BTH, -c.sin_BTH)
     if c.config.qk_norm:
         dq = rms_norm_backward(q, w["q_norm_LH"], c.config.norm_eps, dq)
@@ -115,10 +115,10 @@ def layer_forward(
     q_MO, k_MO, v_MO = linears.forward("qkv", h_MD, w_DKJH.reshape(D, -1), parts=parts)
     q_BTKGH = q_MO.reshape(*rows, *w["o_LKGHD"].shape[:-1])
     k_BTKH, v_BTKH = (x.reshape(*rows, -1, q_BTKGH.shape[-1]) for x in (k_MO, v_MO))
-    placed_q, placed_k = _placed(q_BTKGH, k_BTKH, w, c)
-    o_BTKGH, kept = attend(placed_q, placed_k, v_BTKH)
-    if not c.config.qk_norm:  # whose backward pass alone needs what it read
-        q_BTKGH, k_BTKH = placed_q, placed_k
+    rotated_q, rotated_k = _rotated(q_BTKGH, k_BTKH, w, c)
+    o_BTKGH, kept = attend(rotated_q, rotated_k, v_BTKH)
+    if not c.config.qk_norm:  # a norm's backward pass reads its inputs; else nothing need be rotated again
+        q_BTKGH, k_BTKH = rotated_q, rotated_k
     o_MI = o_BTKGH.reshape(len(x_MD), -1)
     x2_MD = x_MD + linears.forward("o", o_MI, w["o_LKGHD"].reshape(-1, D))[0]
     y_MD, mlp_saved = _mlp(x2_MD, w, linears, c)
@@ -165,10 +165,10 @@ def layer_backward(
 
     do_MI = linears.backward("o", [dx2_MD], saved["o"], w["o_LKGHD"].reshape(-1, D))
     q, k, v = (saved[name].astype(jnp.float32) for name in "qkv")
-    placed_q, placed_k = _placed(q, k, w, c) if c.config.qk_norm else (q, k)
+    rotated_q, rotated_k = _rotated(q, k, w, c) if c.config.qk_norm else (q, k)
     o, do = saved["o"].reshape(q.shape), do_MI.reshape(q.shape)
-    dq, dk, dv = c.attention.backward(placed_q, placed_k, v, segments_BT, o, saved["attention"], do, c.dtype)
-    dqkv = *_placed_backward(dq, dk, q, k, w, c), dv
+    dq, dk, dv = c.attention.backward(rotated_q, rotated_k, v, segments_BT, o, saved["attention"], do, c.dtype)
+    dqkv = *_rotated_backward(dq, dk, q, k, w, c), dv
     h_MD = rms_norm(saved["x"], w["attn_norm_LD"], eps)
     dqkv_MO = [d.reshape(len(dy_MD), -1) for d in dqkv]
     whole_MO = _join(*dqkv).reshape(len(dy_MD), -1)
@@ -225,7 +225,7 @@ class Linears:
         *ws_IO: jax.Array,
         whole_MO: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the cotangent of x (M, I) for those of the outputs."""
+        """Return the cotangent of x (M, I) for those of the outputs, and of the `whole_MO` that they are parts of."""
         u_Mn, pair = self.us.get(f"u_{name}"), self._pairs.get(name)
         dx_MI, grad = linear_backward(dys_MO, x_MI, u_Mn, ws_IO, pair, self._scale, self._dtype, whole_MO)
         if grad is not None:
