@@ -103,6 +103,28 @@ def test_a_call_is_shared_out_to_what_runs_at_once() -> None:
         assert [[plan.length for plan in together] for together in plans] == rounds
 
 
+def test_the_last_round_follows_without_waiting() -> None:
+    """Its largest micro-batch goes after the one whose attention is over first."""
+    limits = Limits(ways=1, tokens=2048, at_once=2)
+
+    def chains(lengths: list[int]) -> list[list[list[list[int]]]]:
+        sequences = [Sequence(tokens_T=np.zeros(n, np.int32), targets=np.zeros(n, np.int32)) for n in lengths]
+        rounds = packing.side_by_side(plan_call(lengths, limits), limits)
+        filled = [[packing.fill(plan, sequences, {}) for plan in together] for together in rounds]
+        kept = sorted(slot.index for together in filled for batch in together for slot in batch.plan.slots)
+        assert kept == list(range(len(lengths)))
+        return [
+            [[[slot.length for slot in batch.plan.slots] for batch in chain] for chain in together]
+            for together in packing.chained(filled)
+        ]
+
+    assert chains([2048, *[256] * 8, 500, 250]) == [[[[256] * 7 + [250], [500]], [[2048], [256]]]]
+    assert chains([256] * 8) == [[[[256] * 4], [[256] * 4]]]
+    assert chains([4000, 300]) == [[[[4000]]], [[[300]]]], "the first had all of the memory"
+    first, second = chains([2000] * 5)
+    assert [len(chain) for chain in first] == [1, 1] and sorted(len(chain) for chain in second) == [1, 2]
+
+
 @pytest.mark.parametrize("tokens", [2048, 16384])
 @pytest.mark.parametrize("seed", range(10))
 def test_little_padding_on_a_long_tailed_batch(seed: int, tokens: int) -> None:

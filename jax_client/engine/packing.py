@@ -190,6 +190,22 @@ def side_by_side(plans: Iterable[Plan], limits: Limits) -> list[list[Plan]]:
     return [[plan] for plan in large] + [usual[i : i + n] for i in range(0, len(usual), n)]
 
 
+def chained(rounds: Seq[list[MicroBatch]]) -> list[list[list[MicroBatch]]]:
+    """Return the rounds as chains, each of which runs its micro-batches one after the other beside the others'.
+
+    The last round, often an uneven one, follows the round before it without waiting for all of it: the largest of the
+    last goes to the chain that has least to do.
+    """
+    chains = [[[batch] for batch in together] for together in rounds]
+    if len(chains) > 1 and len(chains[-2]) > 1:
+        *_, before, last = chains
+        before.sort(key=lambda chain: sum(slot.length**2 for slot in chain[0].plan.slots))
+        for chain, (batch,) in zip(before, last, strict=False):
+            chain.append(batch)
+        chains.pop()
+    return chains
+
+
 class _Bins:
     """Rows being filled."""
 

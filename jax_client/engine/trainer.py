@@ -152,17 +152,24 @@ class Trainer:
             self._refuse_what_does_not_fit(adapter, packed)
             out, work, totals = Answers(sequences), self._work(adapter, packed), self._accumulators(adapter, packed)
 
-            def launch(batch: MicroBatch, total: Weights) -> Any:
-                device, remat = self._put(batch), self._remat_of(batch.plan)
-                logprobs_BTC, g_BTC, sums, saved = self._forward(adapter.weights, device, loss, remat=remat)
-                return self._backward(adapter, device, saved, g_BTC, total), logprobs_BTC, sums
+            def launch(batches: list[MicroBatch], total: Weights) -> Any:
+                answers = []
+                for batch in batches:
+                    device, remat = self._put(batch), self._remat_of(batch.plan)
+                    logprobs_BTC, g_BTC, sums, saved = self._forward(adapter.weights, device, loss, remat=remat)
+                    total = self._backward(adapter, device, saved, g_BTC, total)
+                    del saved
+                    if batch is not batches[-1]:  # what the next one keeps must not lie beside what this one kept
+                        jax.block_until_ready(total)
+                    answers.append((batch, logprobs_BTC, sums))
+                return total, answers
 
             with self._clock(work):
-                for batches in packed.rounds:
-                    launched = _side_by_side(launch, batches, totals)
-                    totals[: len(launched)] = [grads for grads, _, _ in launched]
-                    for batch, (_, logprobs_BTC, sums) in zip(batches, launched, strict=True):
-                        yield from out.add(batch, logprobs_BTC, sums)
+                for chains in packing.chained(packed.rounds):
+                    launched = _side_by_side(launch, chains, totals)
+                    totals[: len(launched)] = [grads for grads, _ in launched]
+                    for answer in (answer for _, answers in launched for answer in answers):
+                        yield from out.add(*answer)
                 yield from out.drain()
                 grads = yield partial(jax.block_until_ready, self._sum(totals))
             adapter.grads = grads
