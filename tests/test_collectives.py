@@ -69,7 +69,7 @@ EXPECTED: dict[tuple[str, str], dict[str, int]] = {
     },
     ("fsdp", "backward"): {
         "layers all-gather": 9,
-        "layers all-reduce": 9,
+        "layers all-reduce": 11,
         "head all-gather": 1,
         "once all-gather": 4,
         "once all-reduce": 3,
@@ -89,7 +89,7 @@ EXPECTED: dict[tuple[str, str], dict[str, int]] = {
     },
     ("fsdp tensor", "backward"): {
         "layers all-gather": 9,
-        "layers all-reduce": 15,
+        "layers all-reduce": 19,
         "head all-gather": 1,
         "once all-gather": 5,
         "once all-reduce": 5,
