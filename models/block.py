@@ -1,8 +1,8 @@
 """What does one decoder layer compute, and what is its backward pass?
 
 Written by hand, because that decides what is kept: only the inputs of the matmuls and of the attention, in the matmul
-type; norms and the gated activation are recomputed from them, and more where memory is short (`KEPT`).
-Frozen weights get no gradient. The tests compare it with `jax.vjp` of the forward pass.
+type; norms and the gated activation are recomputed from them, and more where memory is short (`KEPT`). Frozen weights
+get no gradient. The tests compare it with `jax.vjp` of the forward pass.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _rotated(q_BTKGH: jax.Array, k_BTKH: jax.Array, w: dict[str, jax.Array], c: 
 def _rotated_backward(
     dq: jax.Array, dk: jax.Array, q: jax.Array, k: jax.Array, w: dict[str, jax.Array], c: Context
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the cotangents of `_rotated`'s arguments q and k, which are read with a norm only."""
+    """Return the cotangents of `_rotated`'s q and k, whose values are read only where there is a norm."""
     dq, dk = rotate(dq, c.cos_BTH, -c.sin_BTH), rotate(dk, c.cos_BTH, -c.sin_BTH)
     if c.config.qk_norm:
         dq = rms_norm_backward(q, w["q_norm_LH"], c.config.norm_eps, dq)

@@ -191,10 +191,11 @@ def side_by_side(plans: Iterable[Plan], limits: Limits) -> list[list[Plan]]:
 
 
 def chained(rounds: Seq[list[MicroBatch]]) -> list[list[list[MicroBatch]]]:
-    """Return the rounds as chains, each of which runs its micro-batches one after the other beside the others'.
+    """Return the rounds, each as chains: a chain runs its micro-batches in turn, beside the other chains of its round.
 
-    The last round, often an uneven one, follows the round before it without waiting for all of it: the largest of the
-    last goes to the chain that has least to do.
+    All have one micro-batch, except that those of the last round, often an uneven one, follow those of the round before
+    without waiting for all of them: the largest of the last goes to the chain that has least to do. Not behind a
+    micro-batch that runs alone.
     """
     chains = [[[batch] for batch in together] for together in rounds]
     if len(chains) > 1 and len(chains[-2]) > 1:
