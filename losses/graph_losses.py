@@ -83,11 +83,25 @@ def _product(loss: jax.Array, weight: Any) -> jax.Array:
     return a * b
 
 
+@jax.custom_vjp
+def _cross_entropy(p: jax.Array, y: jax.Array) -> jax.Array:
+    return -(y * clamp_min(jnp.log(p), -100) + (1 - y) * clamp_min(jnp.log1p(-p), -100))
+
+
+def _cross_entropy_pullback(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # As torch's: finite where p is exactly 0 or 1, as the probability of a token that is certain.
+    p, y = saved
+    by_y = clamp_min(jnp.log1p(-p), -100) - clamp_min(jnp.log(p), -100)
+    return g * (p - y) / jnp.maximum(p * (1 - p), 1e-12), g * by_y
+
+
+_cross_entropy.defvjp(lambda p, y: (_cross_entropy(p, y), (p, y)), _cross_entropy_pullback)
+
+
 @OPERATIONS.add("torch.nn.functional.binary_cross_entropy")
 def binary_cross_entropy(input: Any, target: Any, weight: Any = None, reduction: str = "mean") -> jax.Array:
     """Return -y log p - (1 - y) log(1 - p), each logarithm at least -100."""
-    p, y = _floats(input, target)
-    loss = -(y * clamp_min(jnp.log(p), -100) + (1 - y) * clamp_min(jnp.log1p(-p), -100))
+    loss = _cross_entropy(*jnp.broadcast_arrays(*_floats(input, target)))
     return _reduced(loss if weight is None else _product(loss, weight), reduction)
 
 

@@ -173,10 +173,17 @@ def narrow(input: Any, dim: Any, start: Any, length: Any) -> jax.Array:
     return jax.lax.slice_in_dim(x, start, start + length, axis=axis)
 
 
-@OPERATIONS.add(".view", ".reshape", "torch.reshape")
-def reshape(input: Any, *shape: Any) -> jax.Array:
+def _one_by_one(each: tuple[Any, ...], named: Any) -> tuple[int, ...]:
+    """Return sizes or dimensions that were given in places, or under their name."""
+    if each and named is not None:
+        raise ValueError("sizes or dimensions are given twice")
+    return integers(each if named is None else [named])
+
+
+@OPERATIONS.add(".view", ".reshape")
+def reshape(input: Any, *sizes: Any, shape: Any = None) -> jax.Array:
     """Give the elements another shape."""
-    return jnp.reshape(tensor(input), integers(shape))
+    return jnp.reshape(tensor(input), _one_by_one(sizes, shape))
 
 
 OPERATIONS.add("torch.reshape")(lambda input, shape: reshape(input, shape))
@@ -234,19 +241,19 @@ def t(input: Any) -> jax.Array:
 
 
 @OPERATIONS.add(".permute")
-def permute(input: Any, *dims: Any) -> jax.Array:
+def permute(input: Any, *axes: Any, dims: Any = None) -> jax.Array:
     """Reorder the dimensions."""
     x = tensor(input)
-    return jnp.transpose(x, tuple(dimension(d, x.ndim) for d in integers(dims)))
+    return jnp.transpose(x, tuple(dimension(d, x.ndim) for d in _one_by_one(axes, dims)))
 
 
 OPERATIONS.add("torch.permute")(lambda input, dims: permute(input, dims))
 
 
 @OPERATIONS.add(".expand")
-def expand(input: Any, *size: Any) -> jax.Array:
+def expand(input: Any, *each: Any, size: Any = None) -> jax.Array:
     """Repeat along dimensions of size 1; -1 keeps a size."""
-    x, sizes = tensor(input), integers(size)
+    x, sizes = tensor(input), _one_by_one(each, size)
     extra = len(sizes) - x.ndim
     if extra < 0:
         raise ValueError(f"{len(sizes)} sizes are given for a tensor of {x.ndim} dimensions")
@@ -266,9 +273,9 @@ def expand_as(input: Any, other: Any) -> jax.Array:
 
 
 @OPERATIONS.add(".repeat")
-def repeat(input: Any, *repeats: Any) -> jax.Array:
+def repeat(input: Any, *each: Any, repeats: Any = None) -> jax.Array:
     """Lay copies side by side."""
-    x, counts = tensor(input), integers(repeats)
+    x, counts = tensor(input), _one_by_one(each, repeats)
     if len(counts) < x.ndim:
         raise ValueError(f"{len(counts)} counts are given for a tensor of {x.ndim} dimensions")
     shape = (1,) * (len(counts) - x.ndim) + x.shape
@@ -344,10 +351,10 @@ def unbind(input: Any, dim: Any = 0) -> tuple[jax.Array, ...]:
 
 
 @OPERATIONS.add("torch.flip", ".flip")
-def flip(input: Any, *dims: Any) -> jax.Array:
+def flip(input: Any, *axes: Any, dims: Any = None) -> jax.Array:
     """Reverse dimensions."""
     x = tensor(input)
-    return jnp.flip(x, tuple(_axis(d, x) for d in integers(dims)))
+    return jnp.flip(x, tuple(_axis(d, x) for d in _one_by_one(axes, dims)))
 
 
 @OPERATIONS.add("torch.roll", ".roll")
@@ -409,11 +416,11 @@ def _constants(name: str, value: int) -> None:
     def like(input: Any, dtype: Any = None) -> jax.Array:
         return full_like(input, value, dtype)
 
-    def of_size(*size: Any, dtype: Any = None) -> jax.Array:
-        return _filled(integers(size), value, FLOAT if dtype is None else dtype)
+    def of_size(*each: Any, size: Any = None, dtype: Any = None) -> jax.Array:
+        return _filled(_one_by_one(each, size), value, FLOAT if dtype is None else dtype)
 
-    def new(input: Any, *size: Any, dtype: Any = None) -> jax.Array:
-        return _filled(integers(size), value, tensor(input).dtype if dtype is None else dtype)
+    def new(input: Any, *each: Any, size: Any = None, dtype: Any = None) -> jax.Array:
+        return _filled(_one_by_one(each, size), value, tensor(input).dtype if dtype is None else dtype)
 
     OPERATIONS.add(f"torch.{name}_like", stops=True)(like)
     OPERATIONS.add(f"torch.{name}", stops=True)(of_size)

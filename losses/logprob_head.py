@@ -22,6 +22,7 @@ from jax_client.models.lora import lora_scale
 # (tokens, vocabulary entries) of one block of scores: 4 MB stay in a CPU's cache; an accelerator wants large matmuls.
 CPU_BLOCK = (512, 2048)
 ACCELERATOR_BLOCK = (4096, 8192)
+_FLOAT32 = jnp.dtype(jnp.float32)
 Unembed = Mapping[str, jax.Array]  # {"A": (R, D), "B": (R, V)}, or empty
 
 
@@ -214,9 +215,9 @@ def _chunk_forward(
     out = {"logprobs": logits_MC - lse_M[:, None]}
     if with_backward:
         weight_SM = weight_SM / l_M
-        out |= {"lse": lse_M, "e": jnp.einsum("SMD,SM->MD", carry["e"], weight_SM)}
+        out |= {"lse": lse_M, "e": contract("SMD,SM->MD", carry["e"], weight_SM, _FLOAT32)}
         if lora:
-            out["b"] = jnp.einsum("SMR,SM->MR", carry["b"], weight_SM)
+            out["b"] = contract("SMR,SM->MR", carry["b"], weight_SM, _FLOAT32)
     return out
 
 
@@ -252,12 +253,12 @@ def head_backward(
     """
     g_BT = jnp.sum(g_BTC, axis=-1)
     w_BTCD = from_bits(jnp.take(to_bits(head_VD), targets_BTC, axis=0))
-    dh_BTD = jnp.einsum("BTC,BTCD->BTD", g_BTC, w_BTCD.astype(jnp.float32)) - g_BT[..., None] * saved["e"]
+    dh_BTD = contract("BTC,BTCD->BTD", g_BTC, w_BTCD, _FLOAT32) - g_BT[..., None] * saved["e"]
     if not lora:
         return dh_BTD, {}
     a_RD, b_RV = lora["A"], lora["B"]
     h_MD, u_MR = saved["h"].reshape(-1, dh_BTD.shape[-1]), _scaled_u(saved["h"], lora, dtype)
-    targets_b_BTR = jnp.einsum("BTC,RBTC->BTR", g_BTC, jnp.take(b_RV, targets_BTC, axis=1))
+    targets_b_BTR = contract("BTC,RBTC->BTR", g_BTC, jnp.take(b_RV, targets_BTC, axis=1), _FLOAT32)
     du_BTR = (targets_b_BTR - g_BT[..., None] * saved["b"]) * lora_scale(a_RD)
     dh_BTD += contract("BTR,RD->BTD", du_BTR, a_RD, dtype)
     grads = {

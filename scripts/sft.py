@@ -68,11 +68,14 @@ def train(client: Any, examples: list[Example], first: int, total: int, args: ar
     stream = itertools.islice(batches(examples, args.batch_size, args.seed), first, None)
 
     def submit(step: int) -> tuple[list[Example], float, Any, Any]:
+        nonlocal sent
         batch, rate = next(stream), args.lr * (1 - step / total)
         fwdbwd = client.forward_backward([example.datum for example in batch], "cross_entropy")
-        return batch, rate, fwdbwd, client.optim_step(types.AdamParams(learning_rate=rate))
+        optim = client.optim_step(types.AdamParams(learning_rate=rate))
+        sent = step + 1
+        return batch, rate, fwdbwd, optim
 
-    done = first
+    done = sent = first
     flying = submit(first)
     try:
         while done < total:
@@ -95,9 +98,9 @@ def train(client: Any, examples: list[Example], first: int, total: int, args: ar
             if done < total and not ahead:
                 flying = submit(done)
     except KeyboardInterrupt:
-        # What is in flight behind the last finished step still runs: it counts as finished too.
+        # What was sent runs to its end, and so is part of what is saved.
         flying[3].result()
-        return min(total, done + 1)
+        return sent
     return done
 
 

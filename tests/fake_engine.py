@@ -28,6 +28,7 @@ class FakeAdapter:
     step: int = 0
     passes: int = 0
     moment: float = 0.0
+    loads: int = 0
 
 
 class FakeEngine:
@@ -144,12 +145,21 @@ class FakeEngine:
         def work():
             moments = {"mu": array(adapter.moment), "nu": array(0)} if optimizer else {}
             state = AdapterState(spec=adapter.spec, step=adapter.step, weights=array(adapter.weight), **moments)
-            return SimpleNamespace(step=state.step, accumulating=adapter.passes > 0, fetch=lambda: state)
+            return SimpleNamespace(
+                step=state.step,
+                version=(adapter.loads, state.step),
+                accumulating=adapter.passes > 0,
+                fetch=lambda: state,
+            )
 
         return self._run("hold_state", work)
 
     def restore_state(self, lane, adapter, state):
-        return self._run("restore", lambda: (self._restore(adapter, state), None)[1])
+        def work():
+            self._restore(adapter, state).loads += 1
+            return adapter.loads, adapter.step
+
+        return self._run("restore", work)
 
     def generate(self, lane, snapshot, request):
         self.requests.append(request)

@@ -125,7 +125,7 @@ def locked(directory: Path, *, wait: bool = True) -> Iterator[bool]:
     try:
         yield lock(descriptor, directory, wait=wait)
     finally:
-        os.close(descriptor)
+        unlock(descriptor)
 
 
 @contextlib.contextmanager
@@ -137,7 +137,7 @@ def reading(path: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield
     finally:
-        os.close(descriptor)
+        unlock(descriptor)
 
 
 def is_read(path: Path) -> bool:
@@ -146,7 +146,7 @@ def is_read(path: Path) -> bool:
     try:
         return not lock(descriptor, path, wait=False)
     finally:
-        os.close(descriptor)
+        unlock(descriptor)
 
 
 def lock(descriptor: int, place: Path, *, wait: bool) -> bool:
@@ -173,6 +173,13 @@ def lock(descriptor: int, place: Path, *, wait: bool) -> bool:
             "EngineConfig.mirror to keep copies elsewhere."
         ) from error
     return True
+
+
+def unlock(descriptor: int) -> None:
+    """Give a lock back and close its file. Closing alone would leave it to processes forked in the meantime."""
+    with contextlib.suppress(OSError):  # no locks there
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def file_system(path: Path) -> str:

@@ -31,12 +31,13 @@ class Claim:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
+        self._process = os.getpid()
 
     def release(self) -> None:
-        """Let other processes open the run; releasing again does nothing."""
+        """Let other processes open the run; releasing again does nothing. A fork has no claim to give up."""
         descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        if descriptor is not None and os.getpid() == self._process:
+            files.unlock(descriptor)
 
 
 class TakenError(Exception):
@@ -62,7 +63,7 @@ def claim(directory: Path) -> Claim:
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
         os.pwrite(descriptor, json.dumps(about).encode(), 0)
     except BaseException:
-        os.close(descriptor)
+        files.unlock(descriptor)
         raise
     return Claim(descriptor)
 
@@ -78,7 +79,7 @@ def owner(directory: Path) -> Owner | None:
             return None
         return _read(descriptor)
     finally:
-        os.close(descriptor)
+        files.unlock(descriptor)
 
 
 def _read(descriptor: int) -> Owner | None:

@@ -93,7 +93,7 @@ class StateDirectory:
     def runs(self) -> Runs:
         """Return every run with what was kept of it; a damaged entry is logged, not listed."""
         paths = {(run_id, "", ""): run_directory(self._runs, run_id) / _RUN_FILE for run_id in self._run_ids()}
-        stamps = {key: stamp(path) for key, path in paths.items() if path.exists()}
+        stamps = {key: text for key, path in paths.items() if (text := stamp(path)) != _ABSENT}
 
         def read(key: Key) -> Mapping[str, Any] | None:
             try:
@@ -149,6 +149,9 @@ class StateDirectory:
         return sorted(run_id for run_id in ids if run_id is not None)
 
 
+_ABSENT = "-"
+
+
 def stamp(*paths: Path) -> Stamp:
     """Return a text that changes whenever one of the files is replaced."""
     return "|".join(_stamp_of(path) for path in paths)
@@ -158,7 +161,7 @@ def _stamp_of(path: Path) -> str:
     try:
         found = os.stat(path)
     except OSError:
-        return "-"
+        return _ABSENT
     return f"{path.parent.name}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
 
 

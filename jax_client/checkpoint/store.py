@@ -445,11 +445,14 @@ class CheckpointStore(StateDirectory):
         return len(self.list())
 
     def _newest_versions(self, run_id: str) -> Iterator[tuple[Key, Path]]:
-        for kind in KINDS:
-            for directory in children(run_directory(self._runs, run_id) / kind):
-                version = newest_version(directory) if is_name(directory.name) else None
-                if version is not None:
-                    yield (run_id, kind, directory.name), version
+        try:
+            for kind in KINDS:
+                for directory in children(run_directory(self._runs, run_id) / kind):
+                    version = newest_version(directory) if is_name(directory.name) else None
+                    if version is not None:
+                        yield (run_id, kind, directory.name), version
+        except OSError as error:  # such as another user's run; the others are no worse for it
+            logger.warning("the checkpoints of run %s could not be listed: %s", run_id, first_line(error))
 
     def _read_manifest(self, version: Path, run_id: str, kind: str, name: str) -> Manifest:
         found = manifest.read(version)

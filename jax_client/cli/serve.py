@@ -46,7 +46,7 @@ def serve(ctx: click.Context, **_: Any) -> None:
         from jax_client.server.app import build_app
 
         own = () if host in LOOPBACK else (socket.gethostname(), socket.getfqdn())
-        names = {host, *settings.allow_hosts, *(LOOPBACK if host in LOOPBACK else own)}
+        names = {host, *settings.allow_hosts, *LOOPBACK, *own}
         app = build_app(server, api_key=settings.api_key, hosts=names)
         key = "the key you gave" if settings.api_key else "tml-any"
         number = _run(app, listening, f"ready: TINKER_BASE_URL={url(*address)} TINKER_API_KEY={key}")

@@ -18,6 +18,8 @@ from jax_client.models.decoder import ParamSpec
 from jax_client.sharding import sharding_for
 
 Weights = dict[str, Any]
+# How often an adapter was loaded, and the optimizer steps it has; grows with every change of the weights.
+Version = tuple[int, int]
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +27,9 @@ class Adapter:
     """A trainable adapter: its weights, Adam's moments, the gradient and work accumulated so far, and the step count.
 
     Arrays are replaced, never donated: a failed program leaves the adapter as it was, and a snapshot is a reference.
+
+    Attributes:
+        loads: how often its weights were replaced by saved ones, after which steps are counted anew.
     """
 
     spec: LoraSpec
@@ -32,9 +37,15 @@ class Adapter:
     mu: Weights
     nu: Weights
     step: int = 0
+    loads: int = 0
     grads: Weights | None = None
     skipped_in_a_row: int = 0
     work: Work = field(default_factory=Work)  # since the last step
+
+    @property
+    def version(self) -> Version:
+        """Which of the weights that the adapter has had these are."""
+        return self.loads, self.step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -51,11 +62,13 @@ class Held:
     """An adapter at one moment. Arrays are immutable: holding them costs nothing until the adapter has others.
 
     Attributes:
+        version: the adapter's.
         accumulating: whether there are gradients that no step was taken with. They are not part of a saved state.
     """
 
     spec: LoraSpec
     step: int
+    version: Version
     weights: Weights
     mu: Weights | None
     nu: Weights | None
@@ -73,6 +86,7 @@ def hold(adapter: Adapter, optimizer: bool) -> Held:
     return Held(
         spec=adapter.spec,
         step=adapter.step,
+        version=adapter.version,
         weights=adapter.weights,
         mu=moments[0],
         nu=moments[1],

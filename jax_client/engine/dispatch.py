@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
@@ -91,6 +93,7 @@ class Dispatcher:
         self.workers = ThreadPoolExecutor(max_workers=64, thread_name_prefix=f"{name}-worker")
         self._thread = threading.Thread(target=self._run, name=f"{name}-dispatch", daemon=True)
         self._thread.start()
+        _of_this_process.add(self)
 
     def submit(self, lane: Lane, task: Task[T]) -> Future[T]:
         """Queue a task at the end of its lane; return at once."""
@@ -113,7 +116,8 @@ class Dispatcher:
     def check_open(self) -> None:
         """Raise RequestFailedError after `close`, and after the thread has died."""
         if self._death is not None:
-            raise RequestFailedError(self._death.message)  # one of its own: each raise makes its traceback longer
+            # One of its own: each raise makes its traceback longer.
+            raise RequestFailedError(self._death.message, category=self._death.category)
         if self._closed:
             raise RequestFailedError("the engine is closed; create a new ServiceClient.", category="user")
 
@@ -130,6 +134,15 @@ class Dispatcher:
             self._thread.join()
         _fail(abandoned, RequestFailedError("the engine was closed before this request was carried out."))
         self.workers.shutdown(wait=False)
+
+    def lost_in_fork(self) -> None:
+        """Refuse all work in a forked process: the thread is not there, and a lock may be held for ever."""
+        self._turn = threading.Condition()
+        self._death = RequestFailedError(
+            f"this engine runs in process {os.getppid()}, of which this one is a fork. Make a ServiceClient here, or "
+            "leave the work to that process.",
+            category="user",
+        )
 
     def _stop(self) -> list[Future[Any]]:
         """Take no more tasks; return the futures of those that have not finished."""
@@ -210,6 +223,8 @@ class Dispatcher:
         except BaseException as error:  # a KeyboardInterrupt of the user's loss reaches the user through its future
             self._finish(lane, future, error=error)
             return
+        finally:
+            del value  # an error that came back would keep this frame, and this frame it
         if request is None:
             with self._turn:
                 self._charge(lane)
@@ -226,6 +241,7 @@ class Dispatcher:
         with self._turn:
             self._charge(lane)
             lane.resume = resume
+            del resume  # as above
             if not self._closed:
                 self._make_ready(lane)
 
@@ -252,3 +268,14 @@ def _fail(futures: list[Future[Any]], error: RequestFailedError) -> None:
     for future in futures:
         with contextlib.suppress(InvalidStateError):  # cancelled, or answered
             future.set_exception(error)
+
+
+_of_this_process: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for dispatcher in list(_of_this_process):
+        dispatcher.lost_in_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

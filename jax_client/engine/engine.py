@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax_client.config import EngineConfig, default_compilation_cache_dir
 from jax_client.engine import adapters, memory, packing, probe
 from jax_client.engine.accounting import Work
-from jax_client.engine.adapters import Adapter, Held, Snapshot
+from jax_client.engine.adapters import Adapter, Held, Snapshot, Version
 from jax_client.engine.attention_choice import choose_attention
 from jax_client.engine.compiled import Cause, CompileRecord, compiling, enable_compilation_cache
 from jax_client.engine.dispatch import Dispatcher, Lane, Task
@@ -128,9 +128,7 @@ class Engine:
         def task() -> Task[Adapter]:
             self._refuse_adapter_that_does_not_fit(spec)
             weights = adapters.initial_weights(self.model, spec, self.mesh)
-            adapter = yield from self._settle(self._new_adapter(spec, 0, weights, None, None))
-            self._precompile_likely(adapter.spec)
-            return adapter
+            return (yield from self._opened(self._new_adapter(spec, 0, weights, None, None)))
 
         return self.submit(lane, task())
 
@@ -224,20 +222,19 @@ class Engine:
 
         def task() -> Task[Adapter]:
             self._refuse_adapter_that_does_not_fit(state.spec)
-            adapter = yield from self._settle(self._from_state(state))
-            self._precompile_likely(adapter.spec)
-            return adapter
+            return (yield from self._opened(self._from_state(state)))
 
         return self.submit(lane, task())
 
-    def restore_state(self, lane: Lane, adapter: Adapter, state: AdapterState) -> Future[None]:
+    def restore_state(self, lane: Lane, adapter: Adapter, state: AdapterState) -> Future[Version]:
         """Replace the adapter's weights and optimizer by a saved state; accumulated gradients are dropped."""
 
-        def task() -> Task[None]:
+        def task() -> Task[Version]:
             loaded = yield from self._settle(self._from_state(state))
-            self.release(loaded)
             adapter.weights, adapter.mu, adapter.nu = loaded.weights, loaded.mu, loaded.nu
             adapter.step, adapter.grads, adapter.skipped_in_a_row = loaded.step, None, 0
+            adapter.loads += 1
+            return adapter.version
 
         return self.submit(lane, task())
 
@@ -365,8 +362,13 @@ class Engine:
 
     def _new_adapter(self, spec: LoraSpec, step: int, weights: adapters.Weights, mu: Any, nu: Any) -> Adapter:
         zeros = lambda: jax.tree.map(jnp.zeros_like, weights)  # noqa: E731
-        adapter = Adapter(spec=spec, weights=weights, mu=mu or zeros(), nu=nu or zeros(), step=step)
+        return Adapter(spec=spec, weights=weights, mu=mu or zeros(), nu=nu or zeros(), step=step)
+
+    def _opened(self, adapter: Adapter) -> Task[Adapter]:
+        """Return an adapter when its arrays exist, from then on one of the engine's."""
+        yield from self._settle(adapter)
         self._adapters.append(adapter)
+        self._precompile_likely(adapter.spec)
         return adapter
 
     def _from_state(self, state: AdapterState) -> Adapter:

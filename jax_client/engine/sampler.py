@@ -54,6 +54,7 @@ LINGER_S = 0.003
 BLOCK_S = 0.5
 FEWEST_STEPS = 4
 CACHE_SHARE = 0.4  # of the free memory that the pages may take
+FEWEST_PAGES = 16
 Steps = Generator[Any, Any, Any]
 
 
@@ -266,6 +267,8 @@ class Sampler:
         snapshots, rows = schedule.next_block()
         if any(rows):
             yield from self._decode(schedule, snapshots, rows)
+        else:
+            yield None  # whatever keeps rows waiting, others have their turn
 
     def _receive(self, schedule: Schedule) -> bool:
         """Take what was sent since the last time into the schedule; say whether there was anything."""
@@ -273,41 +276,46 @@ class Sampler:
             jobs = list(self._inbox)
             self._inbox.clear()
         for job in jobs:
-            if (tokens := len(job.request.tokens_T) + job.request.max_tokens) > schedule.capacity:
-                error = RequestFailedError(
-                    f"sample: prompt and max_tokens are {tokens} tokens together, but the memory that is left holds "
-                    f"{schedule.capacity}. Lower max_tokens, close other clients, or raise "
-                    "EngineConfig.memory_fraction.",
-                    category="user",
-                )
-                _fail(job, error)
-                continue
-            schedule.add(job)
-            self.counts.prompt_tokens += len(job.request.tokens_T)
+            if not _refused(job, schedule):
+                schedule.add(job)
+                self.counts.prompt_tokens += len(job.request.tokens_T)
         return bool(jobs)
 
     def _open(self) -> Schedule:
-        """Return the schedule; make the pool if there is none."""
-        if self._schedule is not None:
-            return self._schedule
-        page_bytes = self._programs.page_bytes() // self._mesh.shape["tensor"]
-        free = memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction)
-        row_pages = -(-self._model.max_context // PAGE)
-        pages = max(row_pages, self._sizes.rows[-1] * self._sizes.tokens_per_row // PAGE)
-        # Halves, so that what was compiled for one size is found again by later processes.
-        while pages * page_bytes > CACHE_SHARE * free and pages > 16:
-            pages //= 2
+        """Return the schedule; make the pool if there is none, or a larger one if this one is idle and small."""
+        pages = 0
+        if (schedule := self._schedule) is not None:
+            there = schedule.pages[0].count - 2
+            if schedule.placed or schedule.waiting or there >= (pages := self._fitting_pages(there)):
+                return schedule
+            self._pool = self._schedule = schedule = None
+        pages = pages or self._fitting_pages(0)
         while True:
             try:
                 self._pool = jax.block_until_ready(self._programs.new_pool(self._ways, pages + 2))
                 break
             except Exception as error:
-                if not is_out_of_memory(error) or pages <= 16:
+                if not is_out_of_memory(error) or pages <= FEWEST_PAGES:
                     raise
                 pages //= 2
-        self._schedule = Schedule(ways=self._ways, pages=pages + 2, rows=self._sizes.rows[-1], steps=BLOCK_STEPS)
-        self._schedule.waiting, self._returned = self._returned, deque()
-        return self._schedule
+        self._schedule = schedule = Schedule(
+            ways=self._ways, pages=pages + 2, rows=self._sizes.rows[-1], steps=BLOCK_STEPS
+        )
+        returned, self._returned = self._returned, deque()
+        refused = {row.job for row in returned if _refused(row.job, schedule)}
+        schedule.waiting += [row for row in returned if row.job not in refused]
+        return schedule
+
+    def _fitting_pages(self, there: int) -> int:
+        """Return how many pages a way's pool may have; `there` is what it has now."""
+        page_bytes = self._programs.page_bytes() // self._mesh.shape["tensor"]
+        free = memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction) + there * page_bytes
+        row_pages = -(-self._model.max_context // PAGE)
+        pages = max(row_pages, self._sizes.rows[-1] * self._sizes.tokens_per_row // PAGE)
+        # Halves, so that what was compiled for one size is found again by later processes.
+        while pages * page_bytes > CACHE_SHARE * free and pages > FEWEST_PAGES:
+            pages //= 2
+        return pages
 
     def _prefill(self, schedule: Schedule, size: int) -> Steps:
         """Yield-from: compute tiles of one version; wait for their scores if any were asked for."""
@@ -455,6 +463,20 @@ def _extend(rows: Sequence[Sequence[Row]], host: dict[str, np.ndarray]) -> None:
 def _fail(job: Job, error: BaseException) -> None:
     with contextlib.suppress(InvalidStateError):  # cancelled, or answered
         job.future.set_exception(error)
+
+
+def _refused(job: Job, schedule: Schedule) -> bool:
+    """Fail a request that has no room even alone; say whether it was failed."""
+    tokens = len(job.request.tokens_T) + job.request.max_tokens
+    if tokens <= schedule.capacity:
+        return False
+    error = RequestFailedError(
+        f"sample: prompt and max_tokens are {tokens} tokens together, but the memory that is left holds "
+        f"{schedule.capacity}. Lower max_tokens, close other clients, or raise EngineConfig.memory_fraction.",
+        category="user",
+    )
+    _fail(job, error)
+    return True
 
 
 def _scale(snapshot: Snapshot | None) -> float:

@@ -48,6 +48,7 @@ class Job:
         """Note that a row is done; complete the request with its last one."""
         if self.rows:
             self.rows[row.sample] = row.result()
+        row.after = None  # it leads back to the row, and with it to weights
         self.left -= 1
         if self.left == 0:
             scores = {} if self.scores is None else self.scores.fields()
@@ -253,13 +254,15 @@ class Schedule:
         snapshots: list[Snapshot] = []
         for row in sorted((r for r in self.placed if r.ready and r.job.rows), key=lambda r: r.served):
             snapshot = row.job.snapshot
+            if row not in self.placed:  # it went back for the sake of one before it
+                continue
             if snapshot is not None and snapshot not in snapshots:
                 if len(snapshots) == MAX_VERSIONS or (snapshots and not _alike(snapshot, snapshots[0])):
                     continue
                 snapshots.append(snapshot)
             if self._extend_pages(row):
                 chosen.append(row)
-        chosen = [row for row in chosen if row in self.placed]  # not those that went back for the sake of others
+        chosen = [row for row in chosen if row in self.placed]  # nor one that went back for the sake of one after it
         block = next(self._blocks)
         for row in chosen:
             row.served = block
@@ -364,6 +367,7 @@ class Schedule:
     def _remove(self, row: Row) -> None:
         self.copied(row)
         self.pages[row.way].drop(row.pages)
+        row.pages, row.after = [], None
         self.placed.remove(row)
 
 

@@ -218,7 +218,11 @@ class Trainer:
                         yield from out.add(batch, logprobs_BTC, {})
                     del launched, forwarded
                 yield from out.drain()
-            value, cotangents, metrics = yield partial(loss, out.logprobs())
+            try:
+                value, cotangents, metrics = yield partial(loss, out.logprobs())
+            except BaseException:
+                kept.clear()  # the user may keep the error, and its traceback this frame
+                raise
 
             totals, waiting = self._accumulators(adapter, packed), iter(kept)
             with self._clock(work):

@@ -115,6 +115,18 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _after_fork() -> None:
+    """Leave a forked process without runs to save: it has no device, and its parent saves them."""
+    global _lock, _forgotten, _thread
+    _lock, _forgotten, _thread = threading.Lock(), SimpleQueue(), None
+    _watched.clear()
+    if signal.getsignal(signal.SIGTERM) is _on_sigterm:
+        signal.signal(signal.SIGTERM, _previous if callable(_previous) else signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def _start() -> None:
     global _thread
     if _thread is not None:
@@ -148,12 +160,19 @@ def _save_due() -> None:
     for each in due:
         _save(each.keeper, aloud=False)
     for store in {each.keeper.store for each in due}:
-        store.sweep_expired()
+        try:
+            store.sweep_expired()
+        except Exception as error:
+            # This thread has runs to save yet.
+            logger.warning("expired checkpoints could not be looked for: %s", error)
 
 
 def _finish(keeper: Keeper) -> None:
     save_now([keeper])
-    keeper.end()
+    try:
+        keeper.end()
+    except Exception as error:
+        logger.warning("run %s could not be ended: %s", keeper.run_id, error)
 
 
 def _save_all() -> None:

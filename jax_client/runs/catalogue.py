@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tinker import types
 
 from jax_client.engine.requests import LoraSpec
-from jax_client.errors import BadRequestError, NotFoundError
+from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError
 from jax_client.runs.paths import TinkerPath
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def copy_into_project(store: CheckpointStore, source: TinkerPath, project_id: st
     """Copy a checkpoint into a new run of a project, and return where it is."""
     try:
         about = store.run(source.run_id)
-    except NotFoundError:  # its checkpoints tell enough
+    except (NotFoundError, RequestFailedError):  # not there, or damaged; its checkpoints tell enough
         saved = store.record(source.run_id, source.kind, source.name).metadata
         about = {"base_model": saved["base_model"], "spec": saved["spec"]}
     session_id = str(uuid.uuid4())

@@ -62,8 +62,12 @@ def link(
         owner: kept alive until the source is done, such as the run whose device state the source needs.
     """
 
+    # Emptied at the end: a future keeps its callbacks, and these two would keep each other, and the owner.
+    held = [source, owner]
+    del owner
+
     def finished(done: Future[A]) -> None:
-        _ = owner
+        held.clear()
         if done.cancelled():
             target.cancel()
         if not target.set_running_or_notify_cancel():
@@ -78,8 +82,8 @@ def link(
             target.set_result(value)
 
     def cancelled(done: Future[B]) -> None:
-        if done.cancelled():
-            source.cancel()
+        if done.cancelled() and held:
+            held[0].cancel()
 
     def hopping(done: Future[A]) -> None:
         try:

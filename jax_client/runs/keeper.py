@@ -21,7 +21,7 @@ from jax_client.runs.paths import Kind, TinkerPath
 if TYPE_CHECKING:
     from jax_client.checkpoint.owner import Claim
     from jax_client.checkpoint.store import CheckpointStore
-    from jax_client.engine.adapters import Held
+    from jax_client.engine.adapters import Held, Version
     from jax_client.runs.observe import Observed
 
 logger = logging.getLogger(__name__)
@@ -71,16 +71,16 @@ class Keeper:
         self._engine = lease.model.engine
         self._adapter = adapter
         self._claim = claim
-        self._saved_step = step
+        self._saved = 0, step
         # Not over the one that this run goes on from.
         self._autosaves = int(source is not None and source.run_id == run_id and source.name == SLOTS[0])
-        self._autosaved: tuple[TinkerPath, int] | None = None
+        self._autosaved: tuple[TinkerPath, Version] | None = None
         self._ended = False
         self._lock = threading.Lock()
 
     def write(
         self,
-        state: AdapterState,
+        held: Held,
         kind: Kind,
         name: str,
         *,
@@ -89,7 +89,7 @@ class Keeper:
         overwrite: bool = False,
     ) -> TinkerPath:
         """Write a checkpoint; on return it is durable. Raises as `CheckpointStore.save` does."""
-        began = time.monotonic()
+        began, state = time.monotonic(), held.fetch()
         self.store.save(
             run_id=self.run_id,
             kind=kind,
@@ -100,7 +100,7 @@ class Keeper:
             ttl_seconds=ttl_seconds,
         )
         if kind == "weights":
-            self._saved_step = state.step
+            self._saved = max(self._saved, held.version)
         path = TinkerPath(run_id=self.run_id, kind=kind, name=name)
         event = "autosave" if name in SLOTS else "save"
         self.observed.event(event, state.step, path=str(path), seconds=time.monotonic() - began)
@@ -142,7 +142,7 @@ class Keeper:
         """
         with self._lock:
             held = self._engine.hold_state(self._engine.open_lane(), self._adapter, True).result()
-            if held.step == self._saved_step:
+            if held.version == self._saved:
                 return None
             return self._autosave(held), held.step
 
@@ -158,19 +158,19 @@ class Keeper:
             held = self._engine.hold_state(self._engine.open_lane(), self._adapter, True).result()
             if held.accumulating:
                 return None
-            new = held.step if held.step != self._saved_step else None
-            if self._autosaved is not None and self._autosaved[1] == held.step:
+            new = held.step if held.version != self._saved else None
+            if self._autosaved is not None and self._autosaved[1] == held.version:
                 return self._autosaved[0], new
             return self._autosave(held), new
 
-    def loaded(self) -> None:
-        """Take note that the adapter was replaced by other weights, perhaps of the same step."""
-        self._autosaved = None
+    def loaded(self, version: Version) -> None:
+        """Take note that the adapter has saved weights, as this version."""
+        self._saved = max(self._saved, version)
 
     def _autosave(self, held: Held) -> TinkerPath:
-        path = self.write(held.fetch(), "weights", SLOTS[self._autosaves % len(SLOTS)], overwrite=True)
+        path = self.write(held, "weights", SLOTS[self._autosaves % len(SLOTS)], overwrite=True)
         self._autosaves += 1
-        self._autosaved = path, held.step
+        self._autosaved = path, held.version
         return path
 
     def end(self) -> None:

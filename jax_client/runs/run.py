@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from tinker import types
 
 from jax_client.engine.requests import AdapterState, CustomLoss, LoraSpec, Sequence
-from jax_client.errors import NotFoundError
+from jax_client.errors import NotFoundError, RequestFailedError
 from jax_client.runs import autosave, catalogue, convert, observe, validation
 from jax_client.runs.engines import Lease
 from jax_client.runs.futures import then
@@ -27,9 +28,10 @@ from jax_client.runs.session import Session
 if TYPE_CHECKING:
     from jax_client.checkpoint.owner import Claim
     from jax_client.checkpoint.store import Record
-    from jax_client.engine.adapters import Held
+    from jax_client.engine.adapters import Held, Version
     from jax_client.losses.graph_program import GraphProgram
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 # The runs whose loss function is running in this context.
 _inside_loss: ContextVar[frozenset[str]] = ContextVar("jax_client_inside_loss", default=frozenset())
@@ -182,7 +184,7 @@ class Run:
 
         def write(held: Held) -> Any:
             keeper.write(
-                held.fetch(),
+                held,
                 kind,
                 path.name,
                 ttl_seconds=ttl,
@@ -225,8 +227,8 @@ class Run:
             lambda: self._engine.restore_state(self._lane, self._adapter, reading.result()), after=reading
         )
 
-        def show(_: None) -> types.LoadWeightsResponse:
-            self._keeper.loaded()
+        def show(version: Version) -> types.LoadWeightsResponse:
+            self._keeper.loaded(version)
             self._keeper.observed.event("load", reading.result().step, path=str(path))
             return types.LoadWeightsResponse(path=str(path), model_id=self.run_id, type="load_weights")
 
@@ -293,6 +295,17 @@ def create_run(
     return _open(session, run_id, lease, lane, adapter, spec, user_metadata, step=0)
 
 
+def _user_metadata(session: Session, run_id: str) -> Mapping[str, str] | None:
+    """Return what the user said about a run; None if nobody knows any more, which is no reason not to go on from it."""
+    try:
+        return session.store.run(run_id).get("user_metadata")
+    except NotFoundError:
+        return None
+    except RequestFailedError as error:
+        logger.warning("%s", error)
+        return None
+
+
 def resume_run(
     session: Session,
     run_id: str,
@@ -311,12 +324,11 @@ def resume_run(
     state, record = session.store.load(path.run_id, path.kind, path.name)
     if not optimizer:
         state = replace(state, step=0, mu=None, nu=None)
+    if user_metadata is None:
+        user_metadata = _user_metadata(session, path.run_id)
     lane = lease.model.engine.open_lane()
     adapter = lease.model.engine.load_adapter(lane, state).result()
     spec = catalogue.saved_spec(record)
-    if user_metadata is None:
-        with contextlib.suppress(NotFoundError):
-            user_metadata = session.store.run(path.run_id).get("user_metadata")
     return _open(session, run_id, lease, lane, adapter, spec, user_metadata, step=state.step, source=path)
 
 
@@ -351,7 +363,11 @@ def _open(
             raise
         return claim
 
-    claim = session.on_disk(record).result()
+    try:
+        claim = session.on_disk(record).result()
+    except BaseException:
+        lease.model.engine.release(adapter)
+        raise
     observed = observe.watch(run_id, lease.model.engine, session.state_dir, step, on=session.config.record_metrics)
     observed.event("start", step, base_model=lease.name, rank=spec.rank, origin=source and str(source))
     keeper = Keeper(

@@ -29,7 +29,7 @@ class Guard:
     def __init__(self, app: Any, *, api_key: str | None, hosts: Iterable[str]) -> None:
         self._app = app
         self._api_key = None if api_key is None else api_key.encode()
-        self._hosts = frozenset(hosts)
+        self._hosts = frozenset(host.lower() for host in hosts)  # as `urlsplit` gives them
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass the request on, or answer it."""

@@ -22,7 +22,7 @@ from jax_client.runs.futures import settled
 from jax_client.runs.paths import TinkerPath, sampler_path
 from jax_client.runs.run import Run, resume_run
 from jax_client.runs.sampler import Sampler, base_sampler, checkpoint_sampler
-from jax_client.runs.session import Session, SessionInfo
+from jax_client.runs.session import Session, SessionInfo, Status
 from jax_client.server import custom_losses
 from jax_client.server.journal import Journal
 from jax_client.server.promises import Sequence
@@ -37,6 +37,8 @@ IDLE_SECONDS = 60.0
 # Of the samplers that a session made of weights in memory: so many of the newest stay on the device, and so many are
 # kept at all. A loop makes one with every step, and uses the newest few.
 ON_DEVICE, IN_MEMORY = 4, 16
+# The SDK gives a sign of life every ten seconds. A session without one for so long is ended where memory is needed.
+SILENT_SECONDS = 120.0
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -67,7 +69,12 @@ class Model(_Served[Run]):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sampling(_Served[Sampler]):
-    """A sampler. Weights that were never saved are ephemeral: they end with the server."""
+    """A sampler.
+
+    Attributes:
+        ephemeral: whether it has weights of its own that were never saved: they end with the server, or when newer ones
+            push them out. One that follows its run has none.
+    """
 
     ephemeral: bool = False
 
@@ -98,6 +105,7 @@ class Holdings:
         self._models: dict[str, Model] = {}
         self._samplers: dict[str, Sampling] = {}
         self._losses: dict[str, custom_losses.CustomLoss] = {}
+        self._seen: dict[str, float] = {}  # when a session gave its last sign of life, by the monotonic clock
         self._lock = threading.RLock()
 
     def session(self, session_id: str) -> Session:
@@ -110,10 +118,35 @@ class Holdings:
         def again(about: dict[str, Any]) -> Session:
             return Session(self.config, SessionInfo(**about), session_id)
 
-        return self._known(self._sessions, "session", session_id, again, "; make a new ServiceClient.")
+        session = self._known(self._sessions, "session", session_id, again, "; make a new ServiceClient.")
+        self._seen[session_id] = time.monotonic()
+        return session
+
+    def _end(self, session_id: str, session: Session, status: Status, detail: str | None) -> Future[None]:
+        """End a session; what it holds is saved and given back in the background."""
+        closing = session.close(status, detail)
+        closing.add_done_callback(lambda _: self._forget(session_id))
+        return closing
+
+    def _end_silent(self) -> bool:
+        """End the sessions whose clients are gone, and wait for it; say whether there were any."""
+        with self._lock:
+            served = [*self._models.values(), *self._samplers.values()]
+            sessions, seen = dict(self._sessions), dict(self._seen)
+        for each in served:
+            seen[each.session_id] = max(seen.get(each.session_id, 0.0), each.resident.used)
+        before = time.monotonic() - SILENT_SECONDS
+        silent = [key for key, each in sessions.items() if not each.closed and seen.get(key, 0.0) < before]
+        for key in silent:
+            why = f"its client was silent for {SILENT_SECONDS:g} s, and the memory was needed"
+            logger.warning("session %s is ended: %s", key, why)
+            self._end(key, sessions[key], "interrupted", why).result()
+            self._forget(key)  # perhaps before the callback does
+        return bool(silent)
 
     def _forget(self, session_id: str) -> None:
         with self._lock:
+            self._seen.pop(session_id, None)
             for table in (self._models, self._samplers, self._losses):
                 for key in [key for key, each in table.items() if each.session_id == session_id]:
                     del table[key]
@@ -194,8 +227,9 @@ class Holdings:
     def _sampling(self, sampler_id: str, about: dict[str, Any]) -> Sampling:
         if "of" in about:
             raise NotFoundError(
-                f"sampler {sampler_id!r} had weights of {about['of']} that were never saved, and the server was "
-                "restarted. Make a sampler of the model as it is now, or of a checkpoint."
+                f"sampler {sampler_id!r} had weights of {about['of']} that were never saved, and they are gone: "
+                f"{IN_MEMORY} newer ones were made in its session, or the server was restarted. Make a sampler of the "
+                "model as it is now, or of a checkpoint."
             )
         session, base_model, model_path = self.session(about["session_id"]), about["base_model"], about["model_path"]
         if (base_model is None) == (model_path is None):
@@ -242,7 +276,7 @@ class Holdings:
             if time.monotonic() - since >= IDLE_SECONDS and unload():
                 self._let_go()
                 return True
-        return self._let_go()
+        return self._let_go() or self._end_silent()
 
     def _unload_model(self, run_id: str, model: Model, aloud: bool = False) -> bool:
         try:

@@ -19,6 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from jax_client.errors import RequestFailedError
 from jax_client.server.answers import Answer
 
 logger = logging.getLogger(__name__)
@@ -238,6 +239,12 @@ def _open_or_set_aside(path: Path) -> sqlite3.Connection:
     try:
         return _opened(path)
     except sqlite3.DatabaseError as error:
+        if not isinstance(error, _DamagedError) and _code(error) not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            # A full disk, a lock: what is in the file is not lost.
+            raise RequestFailedError(
+                f"{path} cannot be opened: {error}. Check that the disk has room and can be written and that no other "
+                "process has the file, then start the server again."
+            ) from error
         aside = path.with_suffix(f".damaged-{int(time.time())}")
         logger.warning("%s is damaged (%s); it is now %s, and old promises are forgotten", path, error, aside.name)
         for suffix in ("", "-wal", "-shm"):
@@ -253,11 +260,21 @@ def _opened(path: Path) -> sqlite3.Connection:
     if version == 0:
         connection.executescript(f"{_SCHEMA} PRAGMA user_version = {VERSION};")
     elif version != VERSION:
-        raise sqlite3.DatabaseError(f"it has version {version}, this package knows {VERSION}")
+        raise _DamagedError(f"it has version {version}, this package knows {VERSION}")
     (found,) = connection.execute("PRAGMA quick_check").fetchone()
     if found != "ok":
-        raise sqlite3.DatabaseError(found)
+        raise _DamagedError(found)
     return connection
+
+
+class _DamagedError(sqlite3.DatabaseError):
+    """The file is of no use to this package."""
+
+
+def _code(error: sqlite3.DatabaseError) -> int | None:
+    """Return the primary code of an error of SQLite's."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
 
 
 def _prune(connection: sqlite3.Connection) -> list[str]:

@@ -23,7 +23,8 @@ from jax_client.server.journal import Entry, Journal
 # Answers in memory for clients that ask late, or again after a lost answer; what is older is in the journal.
 KEPT_BYTES = 64 * 2**20
 KEPT = 20_000
-# How long a request waits for an earlier one that never came.
+# How long a model's requests wait for an earlier one that never came, from the newest arrival on: a call of many parts
+# may take longer to arrive.
 GAP_SECONDS = 60.0
 
 Start = Callable[[], Future[Any]]
@@ -38,7 +39,6 @@ class Promise:
         digest: of the request's body, to tell a repetition from another request.
         kind: "sample" may be asked again without harm, "train" may not.
         answer: as it will be sent; failures are answers too.
-        since: when it came, by the monotonic clock.
         begun: whether it is being carried out.
     """
 
@@ -46,7 +46,6 @@ class Promise:
     digest: bytes
     kind: str
     answer: Future[Answer] = field(default_factory=Future)
-    since: float = field(default_factory=time.monotonic)
     begun: bool = False
     _settled: bool = False
     _work: Future[Any] | None = None
@@ -241,6 +240,7 @@ class Sequence:
     def __init__(self, following: int = 1) -> None:
         self.following = following
         self._waiting: dict[int, tuple[Promise, Start]] = {}
+        self._arrived = time.monotonic()
         self._lock = threading.RLock()
 
     def submit(self, number: int, promise: Promise, start: Start) -> None:
@@ -259,6 +259,7 @@ class Sequence:
                 )
                 return
             self._waiting[number] = promise, start
+            self._arrived = time.monotonic()
             self._go_on()
 
     def waits(self) -> str | None:
@@ -273,7 +274,7 @@ class Sequence:
         """Fail what has waited too long for a request that did not come, and go on after it."""
         with self._lock:
             missing = self.waits()
-            if missing is None or time.monotonic() - self._waiting[min(self._waiting)][0].since < GAP_SECONDS:
+            if missing is None or time.monotonic() - self._arrived < GAP_SECONDS:
                 return
             for number in sorted(self._waiting):
                 late, _ = self._waiting.pop(number)

@@ -34,6 +34,8 @@ class Resident(Generic[T]):
         self._lock = threading.Lock()
         # Held while it is unloaded: who wants it in that moment waits, then makes it anew.
         self._unloading = threading.Lock()
+        if made is not None:
+            made.add_done_callback(self._made)
 
     def use(self, until: Future[Any] | None = None) -> Future[T]:
         """Return the thing, making it again if need be, and keep it in memory until `until` is done.
@@ -43,13 +45,22 @@ class Resident(Generic[T]):
         with self._lock:
             self._used = time.monotonic()
             thing = self._thing
-            if thing is None or (thing.done() and thing.exception() is not None):
+            new = thing is None or (thing.done() and thing.exception() is not None)
+            if new:
                 thing = self._thing = background(self._again, self._name)
             if until is not None:
                 self._busy += 1
+        if new:
+            thing.add_done_callback(self._made)
         if until is not None:
             until.add_done_callback(lambda _: self._unused())
         return thing
+
+    def _made(self, thing: Future[T]) -> None:
+        """Keep the thing in a new future: the one that was waited for keeps its callbacks, and these whole requests."""
+        with self._lock:
+            if self._thing is thing and not thing.cancelled() and thing.exception() is None:
+                self._thing = settled(thing.result())
 
     def _again(self) -> T:
         with self._unloading:
@@ -89,6 +100,12 @@ class Resident(Generic[T]):
         """Whether something uses it."""
         with self._lock:
             return self._busy > 0
+
+    @property
+    def used(self) -> float:
+        """When it was used last, by the monotonic clock; now, while it is in use."""
+        with self._lock:
+            return time.monotonic() if self._busy else self._used
 
     def idle_since(self) -> float | None:
         """Return when it was used last, by the monotonic clock; None while it is in use or not in memory."""

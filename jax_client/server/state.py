@@ -67,14 +67,14 @@ class Server(Holdings):
         session = Session(self.config, info)
         with self._lock:
             self._sessions[session.session_id] = session
+            self._seen[session.session_id] = time.monotonic()
         self._note("session", session.session_id, asdict(info))
         return types.CreateSessionResponse(session_id=session.session_id)
 
     def finish_session(self, session_id: str, reason: str, detail: str | None) -> None:
         """End a session; what it holds is saved and given back in the background."""
         status = reason if reason in ("success", "errored", "interrupted") else "success"
-        closing = self.session(session_id).close(status, detail)
-        closing.add_done_callback(lambda _: self._forget(session_id))
+        self._end(session_id, self.session(session_id), status, detail)
 
     def _forget(self, session_id: str) -> None:
         super()._forget(session_id)
@@ -222,7 +222,10 @@ class Server(Holdings):
             resident = Resident(made.result, "sampler", made)
             with self._lock:
                 self._samplers[sampler_id] = Sampling(
-                    session_id=session_id, resident=resident, base_model=run.lease.name, ephemeral=True
+                    session_id=session_id,
+                    resident=resident,
+                    base_model=run.lease.name,
+                    ephemeral=request.kind != "inflight",
                 )
             self._note("sampler", sampler_id, {"session_id": session_id, "of": run.run_id})
             self._tidy(session_id)
