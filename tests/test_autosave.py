@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import jax_client
+from jax_client.checkpoint import store as store_module
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.runs import autosave, keeper
 
@@ -73,6 +74,46 @@ def test_closing_saves_and_says_how_to_go_on(
         resumed = service.create_training_client_from_state_with_optimizer(path).result()
         assert resumed._run._adapter.step == 2
     assert capsys.readouterr().err == "", "nothing new was trained"
+
+
+def test_steps_after_a_load_are_saved_although_their_number_was_saved_before(
+    loaded: Any, autosaving: None, tmp_path: Path
+) -> None:
+    with jax_client.ServiceClient(config=config(tmp_path)) as service:
+        client = service.create_lora_training_client(MODEL).result()
+        start = client.save_state("start").result().path
+        step(client)
+        client.save_state("one").result()
+        client.load_state_with_optimizer(start).result()
+        step(client)
+    assert saved_steps(tmp_path) == {"start": 0, "one": 1, "autosave-0": 1}
+    with jax_client.ServiceClient(config=config(tmp_path)) as service:
+        service.create_lora_training_client(MODEL).result().load_state(start).result()
+    assert len(saved_steps(tmp_path)) == 3, "what was only loaded is saved already"
+
+
+def test_the_thread_survives_what_it_cannot_list(
+    loaded: Any, autosaving: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    children = store_module.children
+
+    def forbidden(directory: Path) -> list[Path]:
+        if "another" in directory.parts:
+            raise PermissionError(13, "Permission denied", str(directory))
+        return children(directory)
+
+    monkeypatch.setattr(store_module, "children", forbidden)
+    (tmp_path / "runs" / "another").mkdir(parents=True)
+    monkeypatch.setattr(CheckpointStore, "_ends_now", lambda *_: 1 / 0)
+    with jax_client.ServiceClient(config=config(tmp_path, 0.02 / 60)) as service:
+        client = service.create_lora_training_client(MODEL).result()
+        step(client)
+        client.save_state("mine", ttl_seconds=3600).result()
+        for number in range(2, 4):
+            step(client)
+            wait_for(lambda number=number: number in saved_steps(tmp_path).values())
+    assert "the checkpoints of run another could not be listed" in caplog.text
+    assert "expired checkpoints could not be looked for" in caplog.text
 
 
 def test_a_forgotten_client_is_saved(loaded: Any, autosaving: None, tmp_path: Path) -> None:
@@ -135,7 +176,7 @@ from jax_client import types
 from golden_cases import CASES, sequences
 
 model, state_dir, how = sys.argv[1:]
-if how not in ("exit", "term"):  # the engine makes no difference there, but its start does
+if how not in ("exit", "term", "fork"):  # the engine makes no difference there, but its start does
     from fake_engine import FakeEngine
     from jax_client.runs import engines
     engines.open_engine = lambda source, config: (FakeEngine(source, config), "weights")
@@ -163,8 +204,28 @@ def train():
         client.optim_step(types.AdamParams(learning_rate=1e-2)).result()
     return service, client
 
+def inherited(client):
+    try:
+        client.optim_step(types.AdamParams()).result(30)
+    except Exception as error:
+        sys.exit(0 if "of which this one is a fork" in str(error) else 3)
+
 if how == "exit":
     train()  # everything is forgotten before the interpreter ends
+elif how == "fork":
+    import multiprocessing, warnings
+    warnings.simplefilter("ignore")  # jax and Python warn of forks
+    service, client = train()
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=inherited, args=(client,)), context.Process(target=time.sleep, args=(0.1,))]
+    children.append(context.Process(target=time.sleep, args=(600,)))
+    for child in children:
+        child.start()
+    time.sleep(1)  # Python forgets a signal that comes before a fork has begun
+    children[2].terminate()
+    for child in children:
+        child.join(20)
+    print([child.exitcode for child in children], flush=True)
 elif how == "raise":
     service, client = train()
     raise ValueError("the user's own")
@@ -192,6 +253,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The signal, the exit code (that of an interrupt differs between versions of Python), and what the child prints.
 ENDS: dict[str, tuple[int | None, int | None, str]] = {
     "exit": (None, 0, ""),
+    "fork": (None, 0, "[0, 0, -15]\n"),
     "raise": (None, 1, ""),
     "term": (signal.SIGTERM, -signal.SIGTERM, "trained\n"),
     "chained": (signal.SIGTERM, 7, "trained\nearlier handler\n"),

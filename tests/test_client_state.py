@@ -68,6 +68,18 @@ def test_a_checkpoint_that_does_not_fit(service, client):
     assert logprob(client) == -1.0
 
 
+def test_a_damaged_entry_of_a_run_stops_nobody_from_going_on(loaded, tmp_path, caplog):
+    config = jax_client.EngineConfig(state_dir=tmp_path)
+    with jax_client.ServiceClient(config=config) as service:
+        client = service.create_lora_training_client(MODEL, user_metadata={"who": "me"}).result()
+        path = client.save_state("s").result().path
+        (entry,) = tmp_path.glob("runs/*/run.json")
+        entry.write_bytes(entry.read_bytes().replace(b"me", b"we"))
+        service.create_training_client_from_state_with_optimizer(path).result()
+        assert "run.json is damaged" in caplog.text
+        assert service.create_rest_client().copy_weights(path, "p1").result()
+
+
 def test_runs_and_checkpoints_are_listed(loaded, tmp_path):
     config = jax_client.EngineConfig(state_dir=tmp_path)
     about = {"renderer": "x"}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -182,6 +185,51 @@ def test_rows_that_find_no_pages_wait_and_lose_nothing(engine: Engine, tight: En
     assert tight.describe()["sampling"]["cache_tokens"] < 6 * 230
     for request, result in zip(requests, results, strict=True):
         same(send(engine, **request).result(), result)
+    schedule = tight.sampler._schedule
+    assert schedule is not None and all(pages.available == pages.count - 1 for pages in schedule.pages), "none is lost"
+
+
+def test_a_cache_that_comes_back_smaller_refuses_what_it_cannot_hold(
+    engine: Engine, tight: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And goes on with the rest; it grows again when it is idle and there is memory."""
+    long, short = {"max_tokens": 450, "seed": 2}, {"max_tokens": 250, "seed": 3}
+    extend, fitting = sampler_module._extend, type(tight.sampler)._fitting_pages
+
+    def release() -> Any:
+        monkeypatch.setattr(tight.sampler, "_fitting_pages", lambda there: 10)
+        return tight.sampler.release_cache()
+        yield
+
+    def extend_once_without_cache(*args: Any) -> None:
+        monkeypatch.setattr(sampler_module, "_extend", extend)
+        assert tight._dispatcher.submit(tight.open_lane(), release()).result()
+        extend(*args)
+
+    monkeypatch.setattr(sampler_module, "_extend", extend_once_without_cache)
+    futures = [send(tight, **long), send(tight, **short)]
+    with pytest.raises(RequestFailedError, match="490 tokens together, but the memory that is left holds 320"):
+        futures[0].result(timeout=60)
+    same(send(engine, **short).result(), futures[1].result(timeout=60))
+    monkeypatch.setattr(tight.sampler, "_fitting_pages", partial(fitting, tight.sampler))
+    same(send(engine, **long).result(), send(tight, **long).result(timeout=60))
+
+
+def test_an_answered_request_keeps_no_weights(engine: Engine) -> None:
+    """Not even until the garbage collector looks for cycles: a loop takes new weights with every step."""
+    weights = to_ours(CONFIG, lora_values(CONFIG))
+    snapshot = engine.load_snapshot(engine.open_lane(), AdapterState(spec=SPEC, step=0, weights=weights)).result()
+    array = weakref.ref(jax.tree.leaves(snapshot.weights)[0])
+    gc.collect()
+    gc.disable()
+    try:
+        send(engine, snapshot, num_samples=2, prompt_logprobs=True).result()
+        send(engine, snapshot, tokens_T=prompt(70), max_tokens=1).result()
+        del snapshot
+        send(engine).result()  # the last turn's arguments are those of another request
+        assert array() is None
+    finally:
+        gc.enable()
 
 
 def test_the_cache_can_go_while_rows_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -15,11 +16,13 @@ import httpx
 import numpy as np
 import pytest
 import tinker
+from starlette.responses import JSONResponse
 from tinker import types
 
 import jax_client
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.cli import main
+from jax_client.server.guard import Guard
 from jax_client.server.state import Server
 
 from serving import ADAM, KEY, Running, config, data, write_model
@@ -197,6 +200,19 @@ def test_requests_start_in_order_and_once(running: Running, service: Any, model:
     norm = client.optim_step(ADAM).result().metrics["grad_norm:mean"]
     assert norm == pytest.approx(answer(stepped["request_id"]).json()["metrics"]["grad_norm:mean"], rel=1e-5)
     assert whole.result().metrics["loss:sum"] > 0
+
+
+def test_a_host_is_known_however_its_name_is_written() -> None:
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await JSONResponse({})(scope, receive, send)
+
+    async def status(host: str) -> int:
+        transport = httpx.ASGITransport(Guard(answer, api_key=None, hosts=["DGX-A100", "127.0.0.1"]))
+        async with httpx.AsyncClient(transport=transport, base_url="http://any:8000") as client:
+            return (await client.get("/", headers={"Host": host})).status_code
+
+    found = [asyncio.run(status(host)) for host in ("DGX-A100:8000", "dgx-a100", "127.0.0.1", "dgx-a1000")]
+    assert found == [200, 200, 200, 403]
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,11 @@ def test_a_chunk_that_never_comes_fails_what_waits_and_no_more(start: Any, monke
         def send(number: int, datums: list[types.Datum] = DATA) -> httpx.Response:
             return http.post("/forward_backward", content=forward_backward_body(client.model_id, number, datums))
 
-        second, third = (send(number).json()["request_id"] for number in (2, 3))
+        second = send(2).json()["request_id"]
+        time.sleep(0.4)
+        third = send(3).json()["request_id"]
+        time.sleep(0.2)
+        assert poll(http, second).status_code == 408, "while others arrive, it is waited for"
         assert send(3, DATA * 2).status_code == 400, "the number is taken"
         first_poll = poll(http, third)
         assert first_poll.status_code == 408 and "request 1 of this model" in first_poll.json()["queue_state_reason"]

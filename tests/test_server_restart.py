@@ -18,7 +18,7 @@ import pytest
 import tinker
 from tinker import types
 
-from jax_client.errors import DoesNotFitError
+from jax_client.errors import DoesNotFitError, JaxClientError
 from jax_client.runs import engines
 from jax_client.runs import run as runs
 from jax_client.server import app, holdings, state
@@ -218,11 +218,17 @@ def test_superseded_samplers_leave_the_device_and_still_answer(
         step(client)
         samplers.append(client.save_weights_and_get_sampling_client())
         first.append(sampled(samplers[-1]))
-    here = [each.resident.there is not None for each in running.server._samplers.values()]
+    follower = client.save_weights_and_get_sampling_client(kind="inflight").result()
+    here = [each.resident.there is not None for each in running.server._samplers.values() if each.ephemeral]
     assert here == [False, False, True], "one was forgotten, two are on the host"
     assert [sampled(each) for each in samplers[1:]] == first[1:]
     with pytest.raises(tinker.NotFoundError):
         sampled(samplers[0])
+    for _ in range(4):
+        step(client)
+        client.save_weights_and_get_sampling_client(kind="inflight").result()
+    newest = client.save_weights_and_get_sampling_client()
+    assert sampled(follower) == sampled(newest), "it follows its run, however many have come after it"
 
 
 def test_one_poll_serves_a_whole_sampling_session(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +292,20 @@ def test_a_damaged_journal_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptur
     assert len(list(tmp_path.glob("server.damaged-*"))) == 1
 
 
+def test_a_journal_that_cannot_be_opened_now_is_not_set_aside(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.put("session", "s", {"a": 1})
+    journal.close()
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).mkdir()  # SQLite: unable to open database file
+    with pytest.raises(JaxClientError, match="cannot be opened: unable to open database file"):
+        Journal(tmp_path)
+    (tmp_path / FILE).rmdir()
+    (tmp_path / FILE).write_bytes(whole)
+    assert Journal(tmp_path).get("session", "s") == {"a": 1}
+
+
 def test_old_answers_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jax_client.server.journal.MAX_ANSWERS", 10)
     monkeypatch.setattr("jax_client.server.journal._PRUNE_EVERY", 5)
@@ -301,3 +321,33 @@ def test_old_answers_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.
         assert promises.make(f"s:{i}", b"d", "sample")[1] is False
     journal.close()
     assert sum(size > 0 for size in Journal(tmp_path).sizes("s:").values()) == 10
+
+
+def test_the_memory_of_a_client_that_is_gone_is_given_to_the_next(
+    model: str, running: Running, autosaving: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It died between a pass and its step: such a run cannot be unloaded and brought back."""
+    gone = tinker.ServiceClient(base_url=running.url, api_key=KEY).create_lora_training_client(model, 4, 1).result()
+    step(gone)
+    gone.forward_backward(data(), "cross_entropy").result()
+    session_id = gone.model_id.partition(":")[0]
+    make, failures = state.create_run, []
+
+    def full_until_it_ended(session: Any, run_id: str, *args: Any) -> Any:
+        if not running.server._sessions[session_id].closed:
+            failures.append(run_id)
+            raise DoesNotFitError("too little memory")
+        return make(session, run_id, *args)
+
+    monkeypatch.setattr(state, "create_run", full_until_it_ended)
+    service = tinker.ServiceClient(base_url=running.url, api_key=KEY)
+    with pytest.raises(tinker.RequestFailedError, match="too little memory"):
+        service.create_lora_training_client(model, 4, 2).result()
+    running.server._seen[session_id] = 0.0  # no sign of life for long
+    monkeypatch.setattr(running.server._models[gone.model_id].resident, "_used", 0.0)
+    step(service.create_lora_training_client(model, 4, 3).result())
+    assert len(failures) == 2
+    (saved,) = running.server.own.store.list(gone.model_id)
+    assert saved.step == 1, "what it had trained is saved"
+    with pytest.raises(tinker.TinkerError):
+        step(gone)

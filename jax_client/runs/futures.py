@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,19 @@ def _mark() -> None:
 
 
 # Answers are shown to the user on a thread of their own: a slow callback must not hold up the engine.
-_answers = ThreadPoolExecutor(1, thread_name_prefix="jax_client-answers", initializer=_mark)
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="jax_client-answers", initializer=_mark)
+
+
+_answers = _thread()
+
+
+def _after_fork() -> None:
+    global _answers
+    _answers = _thread()  # that of the parent's is not in the child
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def on_answer_thread() -> bool:
