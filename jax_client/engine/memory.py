@@ -127,7 +127,7 @@ def choose_at_once(mesh: Mesh) -> int:
 
 def choose_micro_batch_tokens(device: Device, ways: int) -> int:
     """Return the token ceiling of a micro-batch: enough to fill the matmuls, small enough for the caches of a CPU."""
-    return ways * (SHORT_ROW if device.platform == "cpu" else 16384 if device.platform == "gpu" else 8192)
+    return ways * (SHORT_ROW if device.platform == "cpu" else 8192)
 
 
 def choose_remat(c: ModelConfig, dtype: jnp.dtype, tokens: int, free: int) -> Remat:

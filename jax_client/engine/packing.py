@@ -255,12 +255,12 @@ def fill(
 
     Args:
         plan: the micro-batch.
-        sequences: of the whole call. Targets of [N] become C = 1; narrower K is padded to the widest.
+        sequences: of the whole call. Targets of [N] become C = 1; other K are padded to a rung above the widest.
         input_defaults: the inputs to lay out; one that a sequence lacks has its default.
         gradient_input: the input whose zeros mark targets that cannot have a gradient; None if all can.
     """
     B, T = plan.rows, plan.length
-    C = max((_width(sequences[slot.index]) for slot in plan.slots), default=1)
+    C = _targets(plan, sequences)
     tokens_BT, segments_BT, positions_BT = (np.zeros((B, T), np.int32) for _ in range(3))
     targets_BTC, real_BTC = np.zeros((B, T, C), np.int32), np.zeros((B, T, C), bool)
     inputs = {name: np.zeros((B, T, C), np.float32) for name in input_defaults}
@@ -301,7 +301,7 @@ def padding_waste(plans: Iterable[Plan]) -> float:
 
 def scatter(plan: Plan, sequences: Seq[Sequence], arrays: Seq[np.ndarray]) -> np.ndarray:
     """Lay one float32 array per sequence of the call, in its targets' shape, into (B, T, C)."""
-    C = max(_width(sequences[slot.index]) for slot in plan.slots)
+    C = _targets(plan, sequences)
     out_BTC = np.zeros((plan.rows, plan.length, C), np.float32)
     for slot in plan.slots:
         width = _width(sequences[slot.index])
@@ -320,3 +320,8 @@ def unpack(plan: Plan, sequences: Seq[Sequence], values_BTC: np.ndarray, out: li
 
 def _width(sequence: Sequence) -> int:
     return 1 if sequence.targets.ndim == 1 else sequence.targets.shape[1]
+
+
+def _targets(plan: Plan, sequences: Seq[Sequence]) -> int:
+    """Return C of a micro-batch: a rung of a ladder, so that not every K compiles programs of its own."""
+    return ladder(max((_width(sequences[slot.index]) for slot in plan.slots), default=1), 1)

@@ -310,6 +310,8 @@ class Sampler:
         """Return how many pages a way's pool may have; `there` is what it has now."""
         page_bytes = self._programs.page_bytes() // self._mesh.shape["tensor"]
         free = memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction) + there * page_bytes
+        if not isinstance(self._params["layers"], list):  # a decode program takes the stacks apart, once more as much
+            free -= sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(self._params["layers"]))
         row_pages = -(-self._model.max_context // PAGE)
         pages = max(row_pages, self._sizes.rows[-1] * self._sizes.tokens_per_row // PAGE)
         # Halves, so that what was compiled for one size is found again by later processes.

@@ -92,7 +92,7 @@ class Trainer:
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self.limits = packing.Limits(
             ways=ways,
-            tokens=max(1, max_tokens // (ways * at_once)),
+            tokens=min(max(1, max_tokens // (ways * at_once)), packing.ROW_LENGTHS[-1]),
             at_once=at_once,
             row_length=attention.row_length,
             segments=attention.max_segments,
