@@ -11,6 +11,7 @@ attention takes its faster path. Generation runs on weights with the adapter mer
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from bench_rows import NEW_TOKENS, RANK, Contender, Job, cores
+from bench_rows import NEW_TOKENS, RANK, Contender, Job, cores, output
 
 Step = Callable[[], None]
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -33,6 +34,11 @@ def run(job: Job) -> Contender:
     torch.manual_seed(0)
     torch.set_num_threads(cores())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and output("nvidia-smi", "-L"):
+        raise RuntimeError(
+            "this torch cannot use the GPU that is here, and a CPU is nothing to compare with. Install a torch with "
+            "CUDA, or set CUDA_VISIBLE_DEVICES= to compare both on the CPU."
+        )
     model: Any = load(job).to(device)
     config = LoraConfig(r=RANK, lora_alpha=32, target_modules=MODULES, lora_dropout=0.0, bias="none")
     model = get_peft_model(model, config)

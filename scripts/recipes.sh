@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Run the cookbook's recipes against a server of this tree: sets up .venv-recipes, then runs recipes.py with the
 # arguments given. The server runs from .venv-test if it is there (test.sh makes it), else from .venv-quickstart.
-# On Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets a torch without CUDA.
+# On Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu (UV_INDEX, where uv is
+# installed) gets a torch without CUDA.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/setup_env.sh

@@ -3,7 +3,8 @@
 # exists, whose jax and flax are other versions, the tests that compute something and need no torch.
 # With --faults instead only the tests of kills, power failures, refused calls, damage and wrong requests, at every
 # point: a quarter of an hour, twice that beside other work.
-# Arguments go to pytest. On Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets a torch without CUDA.
+# Arguments go to pytest. On Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu (UV_INDEX, where uv is
+# installed) gets a torch without CUDA.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/setup_env.sh

@@ -150,7 +150,7 @@ def test_few_rectangles_for_any_mixture(limits: Limits) -> None:
         top = int(2 ** rng.uniform(3, 13))
         lengths = rng.integers(1, top + 1, int(2 ** rng.uniform(0, 7))).tolist()
         shapes |= {(plan.rows, plan.length) for plan in plan_call(lengths, limits)}
-    assert len(shapes) <= (8 if limits.row_length is None else 11)
+    assert len(shapes) <= 8
 
 
 def test_packed_equals_alone(tmp_path: Path) -> None:

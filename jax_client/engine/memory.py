@@ -97,19 +97,24 @@ def activation_bytes_per_token(c: ModelConfig, dtype: jnp.dtype, remat: Remat) -
     return c.n_layers * sum(widths.get(name, 0) for name in KEPT[remat]) * dtype.itemsize
 
 
-def step_bytes(c: ModelConfig, dtype: jnp.dtype, remat: Remat, tokens: int, adapter_bytes: int) -> dict[str, int]:
+def step_bytes(
+    c: ModelConfig, dtype: jnp.dtype, remat: Remat, tokens: int, adapter_bytes: int, targets: int = 1
+) -> dict[str, int]:
     """Return what forward_backward allocates per device for one micro-batch, by kind.
 
     Args:
         tokens: of the micro-batch, per way of the mesh that rows are split.
         adapter_bytes: of the adapter's weights per device.
+        targets: of a position. Where there are several, their rows of the output projection are gathered, once in the
+            matmul type and once in float32.
     """
     layer = c.d_ff * 6 + c.d_model * 6 + c.n_heads * c.head_dim * 6  # float32, while one layer runs backwards
     chunk, entries = block_shape(tokens)
+    gathered = tokens * targets * c.d_model * (4 + dtype.itemsize) if targets > 1 else 0
     return {
         "activations": tokens * activation_bytes_per_token(c, dtype, remat),
         "layer": tokens * layer * 4,
-        "head": 4 * (2 * chunk * min(entries, c.vocab_size) + 4 * tokens * c.d_model),
+        "head": 4 * (2 * chunk * min(entries, c.vocab_size) + 4 * tokens * c.d_model) + gathered,
         "gradients": 2 * adapter_bytes,
     }
 

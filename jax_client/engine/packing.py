@@ -144,7 +144,8 @@ def plan_call(lengths: Seq[int], limits: Limits) -> list[Plan]:
     plans, rest = [], []
     for length in sorted(set(bins.lengths), reverse=True):
         rows = [members for members, own in zip(bins.members, bins.lengths, strict=True) if own == length]
-        most = limits.ways * max(1, ceiling // length)
+        # A longer row is large enough alone; two of them would be one more rectangle.
+        most = limits.ways * (ceiling // length if length == usual else 1)
         # The fullest rows come first; up to two rounds of micro-batches are held back: the last one is seldom full.
         turn = most * limits.at_once
         keep = max(0, (len(rows) - 1) // turn - 1) * turn if length == usual else len(rows)
@@ -159,6 +160,8 @@ def _plan_tail(indices: list[int], lengths: Seq[int], limits: Limits, ceiling: i
         return []
     indices = sorted(indices, key=lambda i: -lengths[i])
     rungs = [rung for rung in ROW_LENGTHS if rung <= ceiling] or [ceiling]
+    if ceiling > _usual_rows(limits)[1]:  # many rows at once: such a device gains nothing from the smallest
+        rungs = rungs[1:]
     total = sum(lengths[i] for i in indices)
     most = 2 * limits.at_once + 1
     choices = [c for n in range(1, most + 1) for c in combinations_with_replacement(rungs, n)]

@@ -328,14 +328,15 @@ class Trainer:
 
     def _refuse_what_does_not_fit(self, adapter: Adapter, packed: Packed) -> None:
         adapter_bytes = memory.tree_bytes(adapters.param_specs(self._model, adapter.spec), self._mesh)
-        shapes = {tuple((batch.plan.rows, batch.plan.length) for batch in batches) for batches in packed.rounds}
-        for plans in ([Plan(rows=rows, length=length, slots=()) for rows, length in shape] for shape in shapes):
+        for shapes in {tuple(batch.targets_BTC.shape for batch in batches) for batches in packed.rounds}:
             parts = Counter[str]()
-            for plan in plans:
+            for rows, length, targets in shapes:
+                plan = Plan(rows=rows, length=length, slots=())
                 remat, tokens = self._remat_of(plan), self._tokens(plan)
-                parts.update(memory.step_bytes(self._model, self._dtype, remat, tokens, adapter_bytes))
+                parts.update(memory.step_bytes(self._model, self._dtype, remat, tokens, adapter_bytes, targets))
+            each = [f"{rows} x {length} tokens" + (f" x {K} targets" if K > 1 else "") for rows, length, K in shapes]
             memory.refuse_unless_fits(
-                "a micro-batch of " + " beside one of ".join(f"{plan.rows} x {plan.length} tokens" for plan in plans),
+                "a micro-batch of " + " beside one of ".join(each),
                 parts,
                 self.available_bytes,
                 "Lower EngineConfig.max_tokens_per_micro_batch, set remat='full', send shorter sequences, lower the "
