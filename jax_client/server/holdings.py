@@ -129,14 +129,15 @@ class Holdings:
         return closing
 
     def _end_silent(self) -> bool:
-        """End the sessions whose clients are gone, and wait for it; say whether there were any."""
+        """End the sessions that hold memory and whose clients are gone, and wait; say whether there were any."""
         with self._lock:
             served = [*self._models.values(), *self._samplers.values()]
             sessions, seen = dict(self._sessions), dict(self._seen)
         for each in served:
             seen[each.session_id] = max(seen.get(each.session_id, 0.0), each.resident.used)
+        holding = {each.session_id for each in served if each.resident.wanted}
         before = time.monotonic() - SILENT_SECONDS
-        silent = [key for key, each in sessions.items() if not each.closed and seen.get(key, 0.0) < before]
+        silent = [key for key in sorted(holding & sessions.keys()) if seen.get(key, 0.0) < before]
         for key in silent:
             why = f"its client was silent for {SILENT_SECONDS:g} s, and the memory was needed"
             logger.warning("session %s is ended: %s", key, why)

@@ -45,13 +45,13 @@ class Resident(Generic[T]):
         with self._lock:
             self._used = time.monotonic()
             thing = self._thing
-            new = thing is None or (thing.done() and thing.exception() is not None)
-            if new:
-                thing = self._thing = background(self._again, self._name)
+            new = None
+            if thing is None or (thing.done() and thing.exception() is not None):
+                thing = self._thing = new = background(self._again, self._name)
             if until is not None:
                 self._busy += 1
-        if new:
-            thing.add_done_callback(self._made)
+        if new is not None:
+            new.add_done_callback(self._made)
         if until is not None:
             until.add_done_callback(lambda _: self._unused())
         return thing
