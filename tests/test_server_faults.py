@@ -281,6 +281,7 @@ def test_a_lost_sampling_request_is_sent_again(start: Any, loaded: Any, monkeypa
     between = Between()
     running = start(between)
     sampler = connect(running).create_sampling_client(base_model=MODEL).result(LIMIT)
+    wait_for(lambda: loaded)  # in the background
     loaded[0].gate.clear()
     asked = sampler.sample(PROMPT, 1, PARAMS)
     wait_for(lambda: between.counts["retrieve_future"] > 0)

@@ -303,7 +303,9 @@ def test_a_journal_that_cannot_be_opened_now_is_not_set_aside(tmp_path: Path) ->
         Journal(tmp_path)
     (tmp_path / FILE).rmdir()
     (tmp_path / FILE).write_bytes(whole)
-    assert Journal(tmp_path).get("session", "s") == {"a": 1}
+    journal = Journal(tmp_path)
+    assert journal.get("session", "s") == {"a": 1}
+    journal.close()
 
 
 def test_old_answers_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
