@@ -160,8 +160,13 @@ def _return_freed_memory() -> None:
 
 
 def waited_for_s(log: list[CompileRecord]) -> float:
-    """Return the seconds that requests have waited for compiles."""
-    return sum(record.seconds for record in log if record.cause == "first use")
+    """Return the seconds that requests have waited for compiles; two at the same time count once."""
+    waited = ended = 0.0
+    times = [(record.ended_at - record.seconds, record.ended_at) for record in log if record.cause == "first use"]
+    for start, end in sorted(times):
+        waited += max(0.0, end - max(start, ended))
+        ended = max(ended, end)
+    return waited
 
 
 def compiling(log: list[CompileRecord]) -> list[dict[str, Any]]:
