@@ -42,8 +42,8 @@ class EngineConfig:
             on this device (probed), else float32. "float32" also raises every dot to full float32 precision.
         mesh: "auto" (all devices on "fsdp"), or sizes by axis, such as {"fsdp": 4, "tensor": 2}; the axes are
             data, fsdp, sequence, expert, tensor, those left out have size 1, sequence and expert stay 1.
-        max_tokens_per_micro_batch: ceiling of the tokens computed at once in a training pass, 8,192 for each way of the
-            mesh that rows are split, and on a CPU for each of the two that run at once; None chooses by platform.
+        max_tokens_per_micro_batch: ceiling of the tokens computed at once in a training pass, at most 8,192 for each
+            way of the mesh that rows are split (on a CPU for each of the two that run at once); None chooses.
         remat: what the backward pass recomputes to save memory. "none" keeps every layer's activations, "selective" all
             but the wide half of each layer, "full" each layer's input only; "auto" takes the first that fits.
         state_dir: checkpoints and their catalogue, on a disk of this machine; None is `default_state_dir()`.

@@ -218,10 +218,11 @@ elif how == "fork":
     service, client = train()
     context = multiprocessing.get_context("fork")
     children = [context.Process(target=inherited, args=(client,)), context.Process(target=time.sleep, args=(0.1,))]
-    children.append(context.Process(target=time.sleep, args=(600,)))
+    begun = context.Event()
+    children.append(context.Process(target=lambda: begun.set() or time.sleep(600)))
     for child in children:
         child.start()
-    time.sleep(1)  # Python forgets a signal that comes before a fork has begun
+    assert begun.wait(20)  # Python forgets a signal that comes before a fork has begun
     children[2].terminate()
     for child in children:
         child.join(20)

@@ -34,10 +34,10 @@ class Claim:
         self._process = os.getpid()
 
     def release(self) -> None:
-        """Let other processes open the run; releasing again does nothing. A fork has no claim to give up."""
+        """Let other processes open the run; releasing again does nothing. A fork only lets go of its parent's claim."""
         descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None and os.getpid() == self._process:
-            files.unlock(descriptor)
+        if descriptor is not None:
+            (files.unlock if os.getpid() == self._process else os.close)(descriptor)
 
 
 class TakenError(Exception):

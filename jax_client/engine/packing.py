@@ -151,16 +151,17 @@ def plan_call(lengths: Seq[int], limits: Limits) -> list[Plan]:
         keep = max(0, (len(rows) - 1) // turn - 1) * turn if length == usual else len(rows)
         plans += [_plan(rows[i : i + most], most, length, lengths) for i in range(0, keep, most)]
         rest += [index for members in rows[keep:] for index in members]
-    return plans + _plan_tail(rest, lengths, limits, ceiling)
+    return plans + _plan_tail(rest, lengths, limits)
 
 
-def _plan_tail(indices: list[int], lengths: Seq[int], limits: Limits, ceiling: int) -> list[Plan]:
+def _plan_tail(indices: list[int], lengths: Seq[int], limits: Limits) -> list[Plan]:
     """Lay out sequences that fill at most a few micro-batches, one row per way each, at the least cost."""
     if not indices:
         return []
     indices = sorted(indices, key=lambda i: -lengths[i])
+    ceiling, usual = _usual_rows(limits)
     rungs = [rung for rung in ROW_LENGTHS if rung <= ceiling] or [ceiling]
-    if ceiling > _usual_rows(limits)[1]:  # many rows at once: such a device gains nothing from the smallest
+    if ceiling > usual:  # many rows at once: such a device gains nothing from the smallest
         rungs = rungs[1:]
     total = sum(lengths[i] for i in indices)
     most = 2 * limits.at_once + 1
@@ -176,7 +177,7 @@ def _plan_tail(indices: list[int], lengths: Seq[int], limits: Limits, ceiling: i
             rows = [bins.members[i : i + ways] for i in range(0, len(bins.members), ways)]
             return [_plan(r, ways, length, lengths) for r, length in zip(rows, sorted(choice), strict=True)]
     half = len(indices) // 2  # a row may not have so many segments
-    return [plan for part in (indices[:half], indices[half:]) for plan in _plan_tail(part, lengths, limits, ceiling)]
+    return [plan for part in (indices[:half], indices[half:]) for plan in _plan_tail(part, lengths, limits)]
 
 
 def _cost(choice: Seq[int], limits: Limits) -> float:

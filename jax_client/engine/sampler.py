@@ -113,6 +113,8 @@ class Sampler:
         self._ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self._memory_fraction = memory_fraction
         self._programs = SamplePrograms(model, dtype, mesh, attention, log)
+        row_pages = -(-model.max_context // PAGE)
+        self._most_pages = max(row_pages, self._sizes.rows[-1] * self._sizes.tokens_per_row // PAGE)
         self._table_width = -(-model.max_context // (PAGE * BLOCK)) * BLOCK
         self._pool: Pool | None = None
         self._schedule: Schedule | None = None
@@ -283,13 +285,15 @@ class Sampler:
 
     def _open(self) -> Schedule:
         """Return the schedule; make the pool if there is none, or a larger one if this one is idle and small."""
-        pages = 0
+        there = 0
         if (schedule := self._schedule) is not None:
             there = schedule.pages[0].count - 2
-            if schedule.placed or schedule.waiting or there >= (pages := self._fitting_pages(there)):
+            if schedule.placed or schedule.waiting or there >= self._most_pages:
                 return schedule
-            self._pool = self._schedule = schedule = None
-        pages = pages or self._fitting_pages(0)
+        pages = self._fitting_pages(there)
+        if schedule is not None and pages <= there:
+            return schedule
+        self._pool = self._schedule = None
         while True:
             try:
                 self._pool = jax.block_until_ready(self._programs.new_pool(self._ways, pages + 2))
@@ -312,8 +316,7 @@ class Sampler:
         free = memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction) + there * page_bytes
         if not isinstance(self._params["layers"], list):  # a decode program takes the stacks apart, once more as much
             free -= sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(self._params["layers"]))
-        row_pages = -(-self._model.max_context // PAGE)
-        pages = max(row_pages, self._sizes.rows[-1] * self._sizes.tokens_per_row // PAGE)
+        pages = self._most_pages
         # Halves, so that what was compiled for one size is found again by later processes.
         while pages * page_bytes > CACHE_SHARE * free and pages > FEWEST_PAGES:
             pages //= 2

@@ -89,7 +89,7 @@ class Keeper:
         overwrite: bool = False,
     ) -> TinkerPath:
         """Write a checkpoint; on return it is durable. Raises as `CheckpointStore.save` does."""
-        began, state = time.monotonic(), held.fetch()
+        state, began = held.fetch(), time.monotonic()
         self.store.save(
             run_id=self.run_id,
             kind=kind,

@@ -239,7 +239,7 @@ def _open_or_set_aside(path: Path) -> sqlite3.Connection:
     try:
         return _opened(path)
     except sqlite3.DatabaseError as error:
-        if not isinstance(error, _DamagedError) and _code(error) not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        if not _is_damage(error):
             # A full disk, a lock: what is in the file is not lost.
             raise RequestFailedError(
                 f"{path} cannot be opened: {error}. Check that the disk has room and can be written and that no other "
@@ -260,21 +260,17 @@ def _opened(path: Path) -> sqlite3.Connection:
     if version == 0:
         connection.executescript(f"{_SCHEMA} PRAGMA user_version = {VERSION};")
     elif version != VERSION:
-        raise _DamagedError(f"it has version {version}, this package knows {VERSION}")
+        raise sqlite3.DatabaseError(f"it has version {version}, this package knows {VERSION}")
     (found,) = connection.execute("PRAGMA quick_check").fetchone()
     if found != "ok":
-        raise _DamagedError(found)
+        raise sqlite3.DatabaseError(found)
     return connection
 
 
-class _DamagedError(sqlite3.DatabaseError):
-    """The file is of no use to this package."""
-
-
-def _code(error: sqlite3.DatabaseError) -> int | None:
-    """Return the primary code of an error of SQLite's."""
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Say whether the file is of no use: by SQLite's code, or by `_opened`, whose own errors have none."""
     code = getattr(error, "sqlite_errorcode", None)
-    return None if code is None else code & 0xFF
+    return code is None or code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def _prune(connection: sqlite3.Connection) -> list[str]:

@@ -67,7 +67,6 @@ class Server(Holdings):
         session = Session(self.config, info)
         with self._lock:
             self._sessions[session.session_id] = session
-            self._seen[session.session_id] = time.monotonic()
         self._note("session", session.session_id, asdict(info))
         return types.CreateSessionResponse(session_id=session.session_id)
 
