@@ -1,7 +1,7 @@
 """Which errors can a call raise, and what does each promise?
 
 The classes carry the SDK's names but do not import it: `clients/` turns each of them into a class that is also the
-SDK's own (see `clients/binding.py`), so `except tinker.BadRequestError` works and the engine stays free of `tinker`.
+SDK's own (see `clients/sdk_errors.py`), so `except tinker.BadRequestError` works and the engine stays free of `tinker`.
 Every message says what was wrong (index, field, value, limit) and then what to do.
 """
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jax_client.engine.requests import CustomLoss
+from jax_client.engine.core.requests import CustomLoss
 from jax_client.errors import BadRequestError, BadTypeError, RequestFailedError
 
 if TYPE_CHECKING:

@@ -10,11 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_client.models.attention import Attention
-from jax_client.models.block import KEPT, Context, Linears, Remat, Saved, layer_backward, layer_forward, row_attention
 from jax_client.models.config import ModelConfig
-from jax_client.models.layers import from_bits, rms_norm, rms_norm_backward, rope_table, to_bits
-from jax_client.models.lora import Adapter
+from jax_client.models.parts.attention import Attention
+from jax_client.models.parts.block import (
+    KEPT,
+    Context,
+    Linears,
+    Remat,
+    Saved,
+    layer_backward,
+    layer_forward,
+    row_attention,
+)
+from jax_client.models.parts.layers import from_bits, rms_norm, rms_norm_backward, rope_table, to_bits
+from jax_client.models.parts.lora import Adapter
 
 
 def context(

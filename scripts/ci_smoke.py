@@ -10,8 +10,10 @@ from pathlib import Path
 import jax_client
 from jax_client import types
 
+sys.path.insert(0, str(Path(__file__).parent / "examples"))
 from chat_data import read_conversations, render
 
+EXAMPLES = Path(__file__).parent / "examples"
 STEPS = 5
 # Where the wheel puts the tree's folders: see [tool.setuptools.package-dir].
 FOLDERS = {"models/": "jax_client/models/", "losses/": "jax_client/losses/", "jax_client/": "jax_client/"}
@@ -40,7 +42,7 @@ def check_training() -> None:
         .create_lora_training_client(base_model="HuggingFaceTB/SmolLM2-135M-Instruct", rank=8, seed=0)
         .result()
     )
-    conversations = read_conversations(Path(__file__).parent / "data" / "lighthouse_keeper.jsonl")[:4]
+    conversations = read_conversations(EXAMPLES / "data" / "lighthouse_keeper.jsonl")[:4]
     data = [render(client.get_tokenizer(), messages).datum for messages in conversations]
     losses = []
     for _ in range(STEPS):

@@ -1,4 +1,4 @@
-"""How were the stored goldens made? transformers and peft run the cases of tests/golden_cases.py in float32.
+"""How were the stored goldens made? transformers and peft run the cases of tests/support/golden_cases.py in float32.
 
 Run it from the repository root with the extras torch and dev; it rewrites tests/goldens/*.npz.
 """
@@ -16,7 +16,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from golden_cases import ADAM, CASES, GOLDENS, RANK, STEPS, base_values, lora_values, sequences
+from support.golden_cases import ADAM, CASES, GOLDENS, RANK, STEPS, base_values, lora_values, sequences
 
 
 def reference(config: dict[str, Any]) -> dict[str, np.ndarray]:

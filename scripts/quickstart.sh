@@ -11,4 +11,4 @@ echo "installing (a few minutes the first time)"
 install_model "$venv"
 rm -rf "$root/build/lib" # setuptools would pack files that were deleted since
 install "$venv" "$root" "rich>=13" "matplotlib>=3.9"
-exec "$venv/bin/python" "$root/scripts/quickstart.py" "$@"
+exec "$venv/bin/python" "$root/scripts/examples/quickstart.py" "$@"

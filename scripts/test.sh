@@ -25,7 +25,7 @@ install "$venv" -e ".[dev]" "${tools[@]}"
 PATH=$venv/bin:$PATH
 
 if [ "${1:-}" = --faults ]; then
-  exec pytest --faults -k "not short" tests/test_faults.py tests/test_damage.py tests/test_server_fuzz.py "${@:2}"
+  exec pytest --faults -k "not short" tests/checkpoint/test_faults.py tests/checkpoint/test_damage.py tests/server/test_server_fuzz.py "${@:2}"
 fi
 
 ruff check .
@@ -50,8 +50,9 @@ if python_for 3.12 >/dev/null && [ ${#select[@]} = 0 ]; then
   make_venv "$venv" 3.12
   install_model "$venv"
   install "$venv" -e . "${tools[@]}" "pytest>=9" "pytest-xdist>=3.8" "hypothesis>=6"
-  computing=(golden attention_kernels sharding sampler checkpoint server)
-  files=("${computing[@]/#/tests/test_}")
+  files=(engine/test_golden models/test_attention_kernels engine/test_sharding engine/test_sampler
+    checkpoint/test_checkpoint server/test_server)
+  files=("${files[@]/#/tests/}")
   files=("${files[@]/%/.py}")
   "$venv/bin/pytest" "${workers[@]}" -m "not torch" "${files[@]}" "$@"
 fi

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_client.runs import autosave
+from jax_client.runs.lifecycle import autosave
 
 # Many files compile the same small programs: what one process of this run has compiled, the others find. Before jax is
 # imported, which reads it then; child processes inherit it.
@@ -29,7 +29,7 @@ for name in ("internal_client_holder", "telemetry"):
     logging.getLogger(f"tinker.lib.{name}").setLevel(logging.ERROR)
 
 # Its failed assertions say what they compared, as those of the tests do.
-pytest.register_assert_rewrite("fault_history")
+pytest.register_assert_rewrite("support.faults.fault_history", "support.checkpoints")
 # Files that take long go first: of two processes that share the files, neither is then left with one at the end.
 LONG = ("real_model", "resume", "sharding", "golden", "export", "faults", "memory_bounds", "gradients", "checkpoint")
 TALLY = pytest.StashKey[Counter[str]]()

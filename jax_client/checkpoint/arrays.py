@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_client.engine.requests import AdapterState, LoraSpec
+from jax_client.engine.core.requests import AdapterState, LoraSpec
 from jax_client.errors import BadRequestError
 
 DIRECTORY = "arrays"

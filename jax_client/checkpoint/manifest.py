@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jax_client.checkpoint import files, sealed
-from jax_client.checkpoint.hashes import EarlyHashes
-from jax_client.checkpoint.sealed import DamagedError
-from jax_client.engine.requests import LoraSpec
+from jax_client.checkpoint.disk import files, sealed
+from jax_client.checkpoint.disk.hashes import EarlyHashes
+from jax_client.checkpoint.disk.sealed import DamagedError
+from jax_client.engine.core.requests import LoraSpec
 from jax_client.errors import UnsupportedError
 
 FORMAT_VERSION = 1

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from jax_client.checkpoint import files, owner, sealed
-from jax_client.checkpoint.catalogue import FILE_NAME as CATALOGUE
-from jax_client.checkpoint.catalogue import Catalogue, Key, Stamp
+from jax_client.checkpoint.disk import files, run_lock, sealed
+from jax_client.checkpoint.disk.run_lock import Claim, Owner
+from jax_client.checkpoint.disk.sealed import DamagedError
+from jax_client.checkpoint.index_cache import FILE_NAME as CATALOGUE
+from jax_client.checkpoint.index_cache import Catalogue, Key, Stamp
 from jax_client.checkpoint.mirror import Mirror
 from jax_client.checkpoint.names import children, run_directory, run_id_of
-from jax_client.checkpoint.owner import Claim, Owner
-from jax_client.checkpoint.sealed import DamagedError
 from jax_client.errors import NotFoundError, RequestFailedError
 
 logger = logging.getLogger(__name__)
@@ -117,8 +117,8 @@ class StateDirectory:
         directory = run_directory(self._runs, run_id)
         try:
             self._make(directory)
-            return owner.claim(directory)
-        except owner.TakenError as error:
+            return run_lock.claim(directory)
+        except run_lock.TakenError as error:
             raise RequestFailedError(
                 f"run {run_id} is open in {error}. Close it there, or go on from one of its checkpoints, which makes a "
                 "run of its own.",
@@ -131,7 +131,7 @@ class StateDirectory:
 
     def owner(self, run_id: str) -> Owner | None:
         """Return the process that has a run open."""
-        return owner.owner(run_directory(self._runs, run_id))
+        return run_lock.owner(run_directory(self._runs, run_id))
 
     def flush_mirror(self, timeout: float | None = None) -> bool:
         """Wait until the mirror has everything, so many seconds at most; say whether it has."""

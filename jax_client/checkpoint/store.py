@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from jax_client.checkpoint import arrays as array_files
-from jax_client.checkpoint import clock, files, label, manifest, sealed
-from jax_client.checkpoint.catalogue import Key
-from jax_client.checkpoint.clock import Deadline
-from jax_client.checkpoint.hashes import EarlyHashes
-from jax_client.checkpoint.label import Label
+from jax_client.checkpoint import manifest, tags
+from jax_client.checkpoint.disk import clock, files, sealed
+from jax_client.checkpoint.disk.clock import Deadline
+from jax_client.checkpoint.disk.hashes import EarlyHashes
+from jax_client.checkpoint.disk.sealed import DamagedError
+from jax_client.checkpoint.index_cache import Key
 from jax_client.checkpoint.manifest import Manifest
 from jax_client.checkpoint.names import (
     KINDS,
@@ -34,9 +35,9 @@ from jax_client.checkpoint.names import (
     run_directory,
     versions,
 )
-from jax_client.checkpoint.sealed import DamagedError
 from jax_client.checkpoint.state_directory import StateDirectory, first_line, stamp
-from jax_client.engine.requests import AdapterState
+from jax_client.checkpoint.tags import Label
+from jax_client.engine.core.requests import AdapterState
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, RequestFailedError, UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -228,13 +229,13 @@ class CheckpointStore(StateDirectory):
         number = int(older[-1].name) + 1 if older else 1
         expires = None if ttl_seconds is None else Deadline.after(ttl_seconds, clock.now())
         # An overwrite is the same checkpoint to those it was published to.
-        tag = Label(expires=expires, public=bool(older) and label.read_or_none_set(older[-1]).public)
+        tag = Label(expires=expires, public=bool(older) and tags.read_or_none_set(older[-1]).public)
         with files.temporary_directory(directory) as temporary:
             with EarlyHashes(temporary) as hashes:
                 fill(temporary)
             written = manifest.write(temporary, draft, hashes)
             if tag != Label():
-                label.write(temporary, tag)
+                tags.write(temporary, tag)
             files.fsync_tree(temporary)
             version = directory / f"{number:06d}"
             try:
@@ -289,7 +290,7 @@ class CheckpointStore(StateDirectory):
             shapes = {key: array.shape for key, array in restored.items()}
             if shapes != found.arrays or any(array.dtype != "float32" for array in restored.values()):
                 raise DamagedError(f"{version / array_files.DIRECTORY} holds other arrays than its manifest lists")
-            tag = label.read_or_none_set(version)
+            tag = tags.read_or_none_set(version)
             return array_files.unflatten(restored, found.spec, found.step), _record(found, tag)
 
         return self._reading(run_id, kind, name, read)
@@ -299,7 +300,7 @@ class CheckpointStore(StateDirectory):
 
         def read(version: Path) -> Record:
             found = self._read_manifest(version, run_id, kind, name)
-            return _record(found, label.read_or_none_set(version))
+            return _record(found, tags.read_or_none_set(version))
 
         return self._reading(run_id, kind, name, read)
 
@@ -310,7 +311,7 @@ class CheckpointStore(StateDirectory):
             found = self._read_manifest(version, run_id, kind, name)
             manifest.verify(version, found)
             try:
-                return _record(found, label.read(version)), ""
+                return _record(found, tags.read(version)), ""
             except DamagedError as error:
                 return _record(found, Label()), str(error)
 
@@ -340,9 +341,7 @@ class CheckpointStore(StateDirectory):
         """Return the checkpoints of a run, or of all, oldest first; one with a damaged manifest is logged instead."""
         ids = self._run_ids() if run_id is None else [run_id]
         places = {key: version for one in ids for key, version in self._newest_versions(one)}
-        stamps = {
-            key: stamp(version / manifest.FILE_NAME, version / label.FILE_NAME) for key, version in places.items()
-        }
+        stamps = {key: stamp(version / manifest.FILE_NAME, version / tags.FILE_NAME) for key, version in places.items()}
 
         def read(key: Key) -> Mapping[str, Any] | None:
             try:
@@ -376,14 +375,14 @@ class CheckpointStore(StateDirectory):
                 version = newest_version(directory)
                 if version is None:
                     raise self._not_found(run_id, kind, name)
-                label.write(version, change(label.read_or_none_set(version)))
+                tags.write(version, change(tags.read_or_none_set(version)))
         except OSError as error:
             raise RequestFailedError(
                 f"checkpoint {kind}/{name} of run {run_id} was not changed: {first_line(error)}. "
                 f"Check that {directory} is writable and has room."
             ) from error
         if self._mirror is not None:
-            self._mirror.push_label(_place(directory), version / label.FILE_NAME)
+            self._mirror.push_label(_place(directory), version / tags.FILE_NAME)
         return self.record(run_id, kind, name)
 
     def delete(self, run_id: str, kind: str, name: str) -> None:
@@ -428,13 +427,13 @@ class CheckpointStore(StateDirectory):
         version, moment = newest_version(directory), clock.now()
         if version is None:
             return False
-        tag = label.read_or_none_set(version)
+        tag = tags.read_or_none_set(version)
         if tag.expires is None:
             return False
         if not tag.expires.passed(moment):
             observed = tag.expires.observed(moment)
             if observed != tag.expires:
-                label.write(version, replace(tag, expires=observed))
+                tags.write(version, replace(tag, expires=observed))
             return False
         return not files.is_read(version / manifest.FILE_NAME)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from jax_client.cli.checkpoints import checkpoint
-from jax_client.cli.doctor import doctor
+from jax_client.cli.doctor.command import doctor
 from jax_client.cli.options import STATE_DIR_HELP, STATE_DIR_TYPE, Settings
 from jax_client.cli.runs import run
 from jax_client.cli.serve import serve

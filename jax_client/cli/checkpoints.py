@@ -133,14 +133,14 @@ def delete(home: Path, paths: tuple[TinkerPath, ...], yes: bool) -> None:
 @reads_state
 def ttl(home: Path, path: TinkerPath, seconds: str) -> None:
     """Let a checkpoint expire in so many seconds from now, or never."""
-    from jax_client.runs import validation
+    from jax_client.runs import checks
 
     with wrong_usage("SECONDS"):
         try:
             number = None if seconds == "never" else int(seconds)
         except ValueError:
             raise BadRequestError(f"{seconds!r} is neither a whole number nor 'never'.") from None
-        lifetime = validation.ttl(number)
+        lifetime = checks.ttl(number)
     expires = output.iso_time(open_store(home).set_ttl(path.run_id, path.kind, path.name, lifetime).expires_at)
     click.echo(f"{path} expires {output.human_time(expires) if expires else 'never'}")
 
@@ -173,7 +173,7 @@ def ttl(home: Path, path: TinkerPath, seconds: str) -> None:
 def export(home: Path, path: TinkerPath, form: str, directory: Path, dtype: str) -> None:
     """Write a checkpoint as files that other programs load, then read them back and compare logits."""
     from jax_client.config import EngineConfig
-    from jax_client.runs.export import export_checkpoint
+    from jax_client.runs.lifecycle.export import export_checkpoint
 
     config = EngineConfig(state_dir=home, precompile=False, autosave_minutes=None)
     report = export_checkpoint(open_store(home), path, directory, form, dtype, config)  # type: ignore[arg-type]
@@ -197,11 +197,11 @@ def import_(home: Path, directory: Path, base_model: str, name: str) -> None:
 
     The last line on stdout is its path.
     """
-    from jax_client.runs import validation
-    from jax_client.runs.export import import_adapter
+    from jax_client.runs import checks
+    from jax_client.runs.lifecycle.export import import_adapter
 
     with wrong_usage("--name"):
-        validation.checkpoint_name(name)
+        checks.checkpoint_name(name)
     path = import_adapter(open_store(home), directory, base_model, name)
     click.echo("The optimizer starts fresh: create_training_client_from_state takes this path.")
     click.echo(path)

@@ -25,7 +25,7 @@ from jax_client.cli.settings import print_settings, read_settings
 from jax_client.server import LOOPBACK
 
 if TYPE_CHECKING:
-    from jax_client.server.state import Server
+    from jax_client.server.state.server import Server
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as shells have it
 # In click's context: the program, or that a command follows instead.

@@ -18,7 +18,7 @@ from jax_client.cli.settings import ServerSettings, print_settings, read_setting
 from jax_client.server import LOOPBACK
 
 if TYPE_CHECKING:
-    from jax_client.server.state import Server
+    from jax_client.server.state.server import Server
 
 # Most that saving takes where somebody waits, who can press Ctrl-C.
 PATIENT_SECONDS = 600.0
@@ -70,16 +70,16 @@ def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterato
     # Not at the top of the file: --help and --show-config need none of it.
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    from jax_client.checkpoint import files, owner
-    from jax_client.server.journal import Journal
-    from jax_client.server.state import Server
+    from jax_client.checkpoint.disk import files, run_lock
+    from jax_client.server.state.request_log import Journal
+    from jax_client.server.state.server import Server
 
     # They would be drawn over the line that says how far a download is.
     disable_progress_bars()
     files.make_directories(settings.home, settings.home)
     try:
-        claim = owner.claim(settings.home)
-    except owner.TakenError as error:
+        claim = run_lock.claim(settings.home)
+    except run_lock.TakenError as error:
         raise click.ClickException(f"{settings.home} is served by {error}; {advice}.") from None
     try:
         server = Server(settings.engine, settings.aliases, Journal(settings.home) if remembers else None)
@@ -116,7 +116,7 @@ def url(host: str, port: int) -> str:
 
 def uvicorn_server(app: Any) -> Any:
     """Return the HTTP server, which has not begun."""
-    from jax_client.server.connections import allow_many_files, collect_rarely, http_server
+    from jax_client.server.wire.connections import allow_many_files, collect_rarely, http_server
 
     allow_many_files()
     collect_rarely()
@@ -130,20 +130,20 @@ def save(server: Server, *, hurried: bool) -> None:
         server: that answers no more.
         hurried: whether the machine may be switched off soon.
     """
-    from jax_client.runs.autosave import SIGNAL_SECONDS
+    from jax_client.runs.lifecycle.autosave import SIGNAL_SECONDS
 
     stages.say("stopping: saving what was trained")
     server.close(SIGNAL_SECONDS if hurried else PATIENT_SECONDS)
 
 
 def _load(server: Server, name: str, settings: ServerSettings) -> None:
-    from jax_client.runs import engines
+    from jax_client.runs.lifecycle import base_models
 
     start, meant = time.monotonic(), server.model_name(name)
     loading = server.own.base_model(meant)
 
     def about() -> str:
-        progress = engines.loading(meant, settings.engine)
+        progress = base_models.loading(meant, settings.engine)
         if progress is None:
             return f"loading {name}"
         _, _, bytes_ = str(progress).partition(" ")
@@ -161,7 +161,7 @@ def _load(server: Server, name: str, settings: ServerSettings) -> None:
 
 
 def _compile(engine: Any, name: str, settings: ServerSettings) -> None:
-    from jax_client.engine.requests import LoraSpec
+    from jax_client.engine.core.requests import LoraSpec
 
     start = time.monotonic()
     lengths = ", ".join(map(str, settings.warmup))

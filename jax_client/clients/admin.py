@@ -6,7 +6,7 @@ from typing import Any
 
 import tinker
 
-from jax_client.clients.binding import bind, stands_for
+from jax_client.clients.sdk_errors import bind, stands_for
 from jax_client.errors import UnsupportedError
 
 

@@ -11,7 +11,7 @@ from tinker import LossHandle, types
 from tinker.lib.public_interfaces.custom_loss import check_loss_inputs, run_loss_handle
 
 from jax_client import torch_bridge
-from jax_client.engine.requests import CustomLoss
+from jax_client.engine.core.requests import CustomLoss
 from jax_client.errors import BadRequestError, BadTypeError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 import tinker
 
-from jax_client.clients.binding import bind
-from jax_client.runs.futures import link, on_answer_thread, settled
+from jax_client.clients.sdk_errors import bind
+from jax_client.runs.lifecycle.futures import link, on_answer_thread, settled
 
 T = TypeVar("T")
 A = TypeVar("A")

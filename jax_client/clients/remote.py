@@ -19,9 +19,9 @@ import tinker
 from tinker import types
 from tinker.lib.internal_client_holder import ClientConnectionPool, InternalClientHolder
 
-from jax_client.clients.binding import sdk_errors
 from jax_client.clients.handles import Handle
-from jax_client.weights.source import ModelSource
+from jax_client.clients.sdk_errors import sdk_errors
+from jax_client.weights.read.source import ModelSource
 
 if TYPE_CHECKING:
     from tinker.lib._auth_token_provider import AuthTokenProvider
@@ -172,6 +172,6 @@ def _from_sampler_handle() -> Callable[..., tinker.SamplingClient]:
 
 @functools.cache
 def _tokenizer(path: str, kind: Any) -> Any:
-    from jax_client.weights.tokenizer import read_tokenizer
+    from jax_client.weights.read.tokenizer import read_tokenizer
 
     return read_tokenizer(ModelSource(name=path, path=Path(path), kind=kind))

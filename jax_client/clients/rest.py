@@ -14,15 +14,16 @@ from typing import Any, Literal
 import tinker
 from tinker import types
 
-from jax_client.clients.binding import bind, sdk_errors, stands_for
 from jax_client.clients.futures import LocalFuture
+from jax_client.clients.sdk_errors import bind, sdk_errors, stands_for
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, UnsupportedError
-from jax_client.runs import catalogue, validation
-from jax_client.runs.futures import background
+from jax_client.runs import checks
+from jax_client.runs.lifecycle.futures import background
+from jax_client.runs.lifecycle.session import Session, live_sessions
 from jax_client.runs.paths import TinkerPath, external_path
-from jax_client.runs.session import Session, live_sessions
-from jax_client.weights.source import known_models, local_models, resolve
+from jax_client.runs.results import api_records
+from jax_client.weights.read.source import known_models, local_models, resolve
 
 Scope = Literal["owned", "accessible"]
 
@@ -107,7 +108,7 @@ class RestClient:
 
         def info() -> types.WeightsInfoResponse:
             record = self._session.store.record(path.run_id, path.kind, path.name)
-            spec = catalogue.saved_spec(record)
+            spec = api_records.saved_spec(record)
             return types.WeightsInfoResponse(
                 base_model=record.metadata["base_model"],
                 is_lora=True,
@@ -128,7 +129,7 @@ class RestClient:
         def runs() -> types.TrainingRunsResponse:
             known = [item for item in self._runs() if project_id in (None, item[1].get("project_id"))]
             store = self._session.store
-            page = [catalogue.training_run(run, about, store.list(run)) for run, about in known[offset:][:limit]]
+            page = [api_records.training_run(run, about, store.list(run)) for run, about in known[offset:][:limit]]
             return types.TrainingRunsResponse(training_runs=page, cursor=_cursor(limit, offset, len(known)))
 
         return _future(runs)
@@ -215,7 +216,7 @@ class RestClient:
             tinker_path: of any kind.
             ttl_seconds: an hour to ten years.
         """
-        path, ttl = TinkerPath.parse(tinker_path), validation.ttl(ttl_seconds)
+        path, ttl = TinkerPath.parse(tinker_path), checks.ttl(ttl_seconds)
 
         def work() -> None:
             self._session.store.set_ttl(path.run_id, path.kind, path.name, ttl)
@@ -274,8 +275,8 @@ class RestClient:
         project = destination_project_id or os.environ.get("TINKER_PROJECT_ID")
         if not project:
             raise BadRequestError("copy_weights: give destination_project_id, or set TINKER_PROJECT_ID.")
-        source, ttl = TinkerPath.parse(path), validation.ttl(ttl_seconds)
-        return _future(lambda: str(catalogue.copy_into_project(self._session.store, source, project, ttl)))
+        source, ttl = TinkerPath.parse(path), checks.ttl(ttl_seconds)
+        return _future(lambda: str(api_records.copy_into_project(self._session.store, source, project, ttl)))
 
     async def copy_weights_async(
         self,
@@ -377,14 +378,14 @@ class RestClient:
 
     def _run(self, run_id: str) -> types.TrainingRun:
         store = self._session.store
-        return catalogue.training_run(run_id, store.run(run_id), store.list(run_id))
+        return api_records.training_run(run_id, store.run(run_id), store.list(run_id))
 
     def _runs(self) -> list[tuple[str, dict[str, Any]]]:
         return sorted(self._session.store.runs(), key=lambda item: item[1]["created"], reverse=True)
 
     def _checkpoints(self, run_id: str | None) -> list[types.Checkpoint]:
         records = sorted(self._session.store.list(run_id), key=lambda record: record.created, reverse=True)
-        return [catalogue.checkpoint(record) for record in records]
+        return [api_records.checkpoint(record) for record in records]
 
     def _live(self) -> dict[str, Session]:
         home: Path = self._session.state_dir
@@ -401,7 +402,7 @@ def _future(work: Callable[[], Any]) -> LocalFuture[Any]:
 
 def _model(name: str, local: bool) -> types.SupportedModel:
     # Imported here: reading a config needs the model registry, and with it jax.
-    from jax_client.weights.load import read_config
+    from jax_client.weights.read.load import read_config
 
     context = None
     if local:  # to resolve any other name is to download the model

@@ -13,18 +13,18 @@ import tinker
 from tinker import types
 
 from jax_client.clients import handles
-from jax_client.clients.binding import sdk_errors, stands_for
 from jax_client.clients.futures import ClientFuture, LocalFuture
 from jax_client.clients.remote import RemoteSamplingClient
+from jax_client.clients.sdk_errors import sdk_errors, stands_for
 from jax_client.errors import BadRequestError, UnsupportedError
-from jax_client.runs.futures import background
+from jax_client.runs.lifecycle.futures import background
 from jax_client.runs.paths import sampler_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jax_client.runs.sampler import Sampler
-    from jax_client.runs.session import Session
+    from jax_client.runs.lifecycle.sampler_handle import Sampler
+    from jax_client.runs.lifecycle.session import Session
 
 
 @sdk_errors
@@ -227,7 +227,7 @@ def open_sampling_client(
     Raises:
         BadRequestError: not exactly one of the two is given, or the path is not one of sampler weights.
     """
-    from jax_client.runs.sampler import base_sampler, checkpoint_sampler
+    from jax_client.runs.lifecycle.sampler_handle import base_sampler, checkpoint_sampler
 
     session.check_open()
     refuse_stability_info(record_stability_info)

@@ -14,19 +14,20 @@ from tinker import types
 from tinker.lib.public_interfaces.custom_loss import trace_loss
 
 from jax_client import torch_bridge
-from jax_client.clients.binding import bind, sdk_errors, stands_for
 from jax_client.clients.custom_loss import register
 from jax_client.clients.futures import LocalFuture
 from jax_client.clients.rest import RestClient
 from jax_client.clients.sampling import BackcompatSamplingClientFuture, SamplingClient, open_sampling_client
+from jax_client.clients.sdk_errors import bind, sdk_errors, stands_for
 from jax_client.clients.training import BackcompatTrainingClientFuture, TrainingClient, note_access_token
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, BadTypeError
-from jax_client.runs import autosave, validation
-from jax_client.runs.futures import background
+from jax_client.runs import checks
+from jax_client.runs.lifecycle import autosave
+from jax_client.runs.lifecycle.futures import background
+from jax_client.runs.lifecycle.run import create_run, resume_run
+from jax_client.runs.lifecycle.session import Session, SessionInfo
 from jax_client.runs.paths import training_path
-from jax_client.runs.run import create_run, resume_run
-from jax_client.runs.session import Session, SessionInfo
 
 if TYPE_CHECKING:
     from tinker.lib.retry_handler import RetryConfig
@@ -102,7 +103,7 @@ class ServiceClient:
         if api_key is not None or default_headers_overrides is not None:
             logger.info("api_key and default_headers_overrides are not used in-process; they belong to base_url.")
         info = SessionInfo(
-            user_metadata=validation.user_metadata_or_none(user_metadata),
+            user_metadata=checks.user_metadata_or_none(user_metadata),
             project_id=project_id or os.environ.get("TINKER_PROJECT_ID") or None,
             display_name=display_name,
         )
@@ -149,9 +150,9 @@ class ServiceClient:
             The future of the client, usable as the client itself.
         """
         self._session.check_open()
-        spec = validation.lora_spec(base_model, rank, seed, train_mlp, train_attn, train_unembed)
-        validation.refuse_optimizer(optimizer)
-        about = validation.user_metadata_or_none(user_metadata)
+        spec = checks.lora_spec(base_model, rank, seed, train_mlp, train_attn, train_unembed)
+        checks.refuse_optimizer(optimizer)
+        about = checks.user_metadata_or_none(user_metadata)
         session, run_id = self._session, self._session.new_id("train")
         creating = background(lambda: create_run(session, run_id, base_model, spec, about), "create")
         return BackcompatTrainingClientFuture(session.track(creating), TrainingClient)
@@ -189,7 +190,7 @@ class ServiceClient:
             weights_access_token: not needed for checkpoints of this machine.
             optimizer: AdamOptimizerConfig or None; others are refused.
         """
-        validation.refuse_optimizer(optimizer)
+        checks.refuse_optimizer(optimizer)
         method = "create_training_client_from_state"
         return self._resume(path, base_model, user_metadata, weights_access_token, optimizer=False, method=method)
 
@@ -237,7 +238,7 @@ class ServiceClient:
     ) -> BackcompatTrainingClientFuture:
         self._session.check_open()
         note_access_token(token)
-        saved, about = training_path(path, method), validation.user_metadata_or_none(user_metadata)
+        saved, about = training_path(path, method), checks.user_metadata_or_none(user_metadata)
         if base_model is not None and not (isinstance(base_model, str) and base_model.strip()):
             raise BadRequestError(f"base_model is {base_model!r}; give a name, or None for the checkpoint's own.")
         session, run_id = self._session, self._session.new_id("train")
@@ -347,8 +348,8 @@ class ServiceClient:
             The future of what was compiled or loaded, in the form of `describe()["compiled"]`.
         """
         self._session.check_open()
-        spec = validation.lora_spec(base_model, rank, 0, train_mlp, train_attn, train_unembed)
-        sizes, width = validation.warmup_lengths(lengths, targets_per_position)
+        spec = checks.lora_spec(base_model, rank, 0, train_mlp, train_attn, train_unembed)
+        sizes, width = checks.warmup_lengths(lengths, targets_per_position)
         session = self._session
 
         def work() -> list[dict[str, Any]]:

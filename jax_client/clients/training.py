@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import tinker
 from tinker import types
 
-from jax_client.clients.binding import sdk_errors, stands_for
 from jax_client.clients.custom_loss import CustomCall, check_loss_type_input
 from jax_client.clients.futures import ClientFuture, LocalFuture
 from jax_client.clients.sampling import (
@@ -19,8 +18,9 @@ from jax_client.clients.sampling import (
     open_sampling_client,
     refuse_stability_info,
 )
+from jax_client.clients.sdk_errors import sdk_errors, stands_for
 from jax_client.errors import BadRequestError, UnsupportedError
-from jax_client.runs.run import Run
+from jax_client.runs.lifecycle.run import Run
 
 if TYPE_CHECKING:
     import torch

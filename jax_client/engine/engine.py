@@ -17,15 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_client.config import EngineConfig, default_compilation_cache_dir
-from jax_client.engine import adapters, memory, packing, probe
-from jax_client.engine.accounting import Work
-from jax_client.engine.adapters import Adapter, Held, Snapshot, Version
-from jax_client.engine.attention_choice import choose_attention
-from jax_client.engine.compiled import Cause, CompileRecord, compiling, enable_compilation_cache
-from jax_client.engine.dispatch import Dispatcher, Lane, Task
-from jax_client.engine.faults import named_error
-from jax_client.engine.packing import Plan
-from jax_client.engine.requests import (
+from jax_client.engine.core import adapters, matmul_benchmark, memory
+from jax_client.engine.core.accounting import Work
+from jax_client.engine.core.adapters import Adapter, Held, Snapshot, Version
+from jax_client.engine.core.attention_check import choose_attention
+from jax_client.engine.core.device_errors import named_error
+from jax_client.engine.core.dispatch import Dispatcher, Lane, Task
+from jax_client.engine.core.programs import Cause, CompileRecord, compiling, enable_compilation_cache
+from jax_client.engine.core.requests import (
     AdamSettings,
     AdapterState,
     CustomLoss,
@@ -36,13 +35,15 @@ from jax_client.engine.requests import (
     Sequence,
     TrainResult,
 )
-from jax_client.engine.sampler import Sampler
-from jax_client.engine.trainer import Trainer
+from jax_client.engine.sample.loop import Sampler
+from jax_client.engine.train import packing
+from jax_client.engine.train.packing import Plan
+from jax_client.engine.train.trainer import Trainer
 from jax_client.errors import RequestFailedError
 from jax_client.models.decoder import param_specs
 from jax_client.sharding import check_mesh_divides, make_mesh
-from jax_client.weights.load import load_params, read_config
-from jax_client.weights.source import ModelSource
+from jax_client.weights.read.load import load_params, read_config
+from jax_client.weights.read.source import ModelSource
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -81,9 +82,10 @@ class Engine:
         self.mesh = make_mesh(settings.mesh)
         check_mesh_divides(self.mesh, n_kv_heads=self.model.n_kv_heads, d_ff=self.model.d_ff)
         device = self.mesh.devices.flat[0]
-        self.dtype = probe.faster_matmul_dtype(device) if settings.dtype == "auto" else jnp.dtype(settings.dtype)
+        auto = settings.dtype == "auto"
+        self.dtype = matmul_benchmark.faster_matmul_dtype(device) if auto else jnp.dtype(settings.dtype)
         # Now, while the device is idle: it is the yardstick of every step's time.
-        self._matmul_rate = probe.matmul_rate(device, self.dtype) * self.mesh.size
+        self._matmul_rate = matmul_benchmark.matmul_rate(device, self.dtype) * self.mesh.size
         self._refuse_weights_that_do_not_fit(settings)
         on_cpu = device.platform == "cpu"
         self.params = load_params(source, self.model, self.dtype, self.mesh, bits=on_cpu)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from jax_client.checkpoint.names import NAME_FORM, RUN_ID_FORM, is_name, is_run_id
 from jax_client.errors import BadRequestError, BadTypeError
-from jax_client.runs.check_numbers import shown
+from jax_client.runs.checks.numbers import shown
 
 Kind = Literal["weights", "sampler_weights", "external_weights"]
 

@@ -31,11 +31,16 @@ from tinker.types.join_sampling_session_request import JoinSamplingSessionReques
 from tinker.types.session_heartbeat_request import SessionHeartbeatRequest
 
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError
-from jax_client.runs.session import SessionClosedError
-from jax_client.server import answers, metrics, wire
-from jax_client.server.answers import Answer
-from jax_client.server.backpressure import MAX_SAMPLES, RETRY_SECONDS, BusyError, Load
-from jax_client.server.bodies import (
+from jax_client.runs.lifecycle.session import SessionClosedError
+from jax_client.server.ops import metrics
+from jax_client.server.ops.health import Watchdog
+from jax_client.server.state.custom_losses import MAX_GRAPH_BYTES
+from jax_client.server.state.ledger import Promise
+from jax_client.server.state.server import Server
+from jax_client.server.wire import answers, protocol
+from jax_client.server.wire.admission import MAX_SAMPLES, RETRY_SECONDS, BusyError, Load
+from jax_client.server.wire.answers import Answer
+from jax_client.server.wire.bodies import (
     MAX_JSON_BYTES,
     SMALL,
     EncodingError,
@@ -46,11 +51,7 @@ from jax_client.server.bodies import (
     read_body,
     read_json,
 )
-from jax_client.server.custom_losses import MAX_GRAPH_BYTES
-from jax_client.server.guard import Guard
-from jax_client.server.health import Watchdog
-from jax_client.server.promises import Promise
-from jax_client.server.state import Server
+from jax_client.server.wire.guard import Guard
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=pydantic.BaseModel)
@@ -275,7 +276,7 @@ def _forward_backward(server: Server) -> Handler:
         return JSONResponse({"request_id": promise.request_id, "model_id": model_id})
 
     def read(body: bytes, path: str) -> tuple[Promise, str]:
-        message = wire.read_forward_backward(body)
+        message = protocol.read_forward_backward(body)
         return server.forward_backward(message, _digest(path, body)), message.model_id
 
     return handler

@@ -20,12 +20,12 @@ from typing import Any
 from jax_client.clients.handles import Handle
 from jax_client.config import EngineConfig
 from jax_client.errors import NotFoundError
-from jax_client.runs.sampler import Sampler
-from jax_client.runs.session import Session, live_sessions
+from jax_client.runs.lifecycle.sampler_handle import Sampler
+from jax_client.runs.lifecycle.session import Session, live_sessions
 from jax_client.server.app import CLIENT_CONFIG, DYNAMIC_CONFIG, build_app
-from jax_client.server.connections import Connection, http_server
-from jax_client.server.holdings import IN_MEMORY, Sampling
-from jax_client.server.state import Server
+from jax_client.server.state.live_objects import IN_MEMORY, Sampling
+from jax_client.server.state.server import Server
+from jax_client.server.wire.connections import Connection, http_server
 
 # In each process that samples: every request in flight holds a connection, and a process may often have only 1,024.
 MAX_CONCURRENT = 64

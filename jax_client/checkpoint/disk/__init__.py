@@ -1,0 +1,1 @@
+"""Files that survive a power failure: atomic writes, sealed JSON, hashes, locks and deadlines."""

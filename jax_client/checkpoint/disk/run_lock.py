@@ -1,0 +1,89 @@
+"""Which process has a run open? One at a time: it holds a lock for as long, and says who it is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from jax_client.checkpoint.disk import files
+
+FILE_NAME = ".owner"
+# `owner` holds the lock for an instant to see that nobody does.
+_PATIENCE_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Owner:
+    """The process that has a run open; `since` is unix seconds."""
+
+    pid: int
+    host: str
+    since: float
+
+
+class Claim:
+    """The right to add to a run, until `release` or the end of the process."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+        self._process = os.getpid()
+
+    def release(self) -> None:
+        """Let other processes open the run; releasing again does nothing. A fork only lets go of its parent's claim."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            (files.unlock if os.getpid() == self._process else os.close)(descriptor)
+
+
+class TakenError(Exception):
+    """Another process, or another part of this one, has it; the message is which. Never leaves the package."""
+
+
+def claim(directory: Path) -> Claim:
+    """Take a directory, such as a run's, for this process.
+
+    Raises:
+        TakenError: it is taken.
+        UnsupportedError: the file system has no locks.
+    """
+    descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while not files.lock(descriptor, directory, wait=False):
+            if time.monotonic() > deadline:
+                there = _read(descriptor)
+                raise TakenError(f"process {there.pid} on {there.host}" if there else "another process")
+            time.sleep(0.01)
+        os.ftruncate(descriptor, 0)
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        os.pwrite(descriptor, json.dumps(about).encode(), 0)
+    except BaseException:
+        files.unlock(descriptor)
+        raise
+    return Claim(descriptor)
+
+
+def owner(directory: Path) -> Owner | None:
+    """Return who has taken a directory, None for nobody."""
+    try:
+        descriptor = os.open(directory / FILE_NAME, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        if files.lock(descriptor, directory, wait=False):
+            return None
+        return _read(descriptor)
+    finally:
+        files.unlock(descriptor)
+
+
+def _read(descriptor: int) -> Owner | None:
+    # Informative only, and not sealed: the lock is what counts.
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Owner(**json.loads(os.pread(descriptor, 4096, 0)))
+    return None

@@ -1,0 +1,57 @@
+"""What about a checkpoint can change after it is saved? When it ends, and whether it is public.
+
+A label is a sealed file beside the manifest of a version, and not part of what the manifest lists. Without a file
+nothing was ever set. A damaged one counts as none: it neither deletes a checkpoint nor makes it public.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jax_client.checkpoint.disk import files, sealed
+from jax_client.checkpoint.disk.clock import Deadline
+from jax_client.checkpoint.disk.sealed import DamagedError
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "label.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Label:
+    """What is set on one version of a checkpoint."""
+
+    expires: Deadline | None = None
+    public: bool = False
+
+
+def write(version: Path, label: Label) -> None:
+    """Set the label of a version, durably: a reader sees the old or the new one."""
+    files.replace(version / FILE_NAME, sealed.seal(asdict(label), "label"))
+
+
+def read(version: Path) -> Label:
+    """Read the label of a version.
+
+    Raises:
+        DamagedError: it is damaged.
+    """
+    path = version / FILE_NAME
+    try:
+        content = sealed.unseal(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        return Label()
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
+    return Label(expires=Deadline.of(content["expires"]), public=content["public"])
+
+
+def read_or_none_set(version: Path) -> Label:
+    """Read the label of a version; a damaged one is logged and counts as none."""
+    try:
+        return read(version)
+    except DamagedError as error:
+        logger.warning("%s; until it is set again the checkpoint is private and does not expire", error)
+        return Label()

@@ -1,0 +1,151 @@
+"""Which accelerators are here, who uses them, and does jax get at them?
+
+Only a child process starts jax's backend: where another process holds a TPU, that can wait for ever or end the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jax_client.cli.doctor.finding import Finding
+from jax_client.cli.output import human_size, shown
+
+TPU_FILE, NVIDIA_FILE = re.compile(r"/dev/(accel\d+|vfio/\d+)"), re.compile(r"/dev/nvidia\d+")
+# A killed process whose driver call does not return stays; the report does not wait for it.
+_KILL_SECONDS = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Holder:
+    """A process that has device files open; its arguments are left out, a report must not hold secrets."""
+
+    pid: int
+    command: str
+    files: tuple[str, ...]
+
+
+def accelerator_files() -> dict[str, list[str]]:
+    """Return the device files of accelerators, under "tpu" and "nvidia"."""
+    there = [str(path) for pattern in ("accel*", "vfio/*", "nvidia*") for path in sorted(Path("/dev").glob(pattern))]
+    found = {"tpu": TPU_FILE, "nvidia": NVIDIA_FILE}
+    return {kind: [path for path in there if form.fullmatch(path)] for kind, form in found.items()}
+
+
+def holders(files: list[str], proc: Path = Path("/proc")) -> tuple[list[Holder], int]:
+    """Return the processes that have one of these files open, and how many processes could not be looked at."""
+    found, hidden = [], 0
+    for process in proc.iterdir():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
+            continue
+        held = set()
+        try:
+            for descriptor in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    held.add(os.readlink(descriptor))
+        except PermissionError:
+            hidden += 1
+        except OSError:  # it has ended
+            continue
+        if mine := sorted(held & set(files)):
+            command = "?"
+            with contextlib.suppress(OSError):
+                command = (process / "comm").read_text(errors="replace").strip()
+            found.append(Holder(pid=int(process.name), command=command, files=tuple(mine)))
+    return sorted(found, key=lambda holder: holder.pid), hidden
+
+
+def users_of_devices() -> Iterator[Finding]:
+    """Say which processes have an accelerator open; nothing where there is none."""
+    for kind, files in accelerator_files().items():
+        if not files:
+            continue
+        found, hidden = holders(files)
+        details = {"files": files, "holders": [asdict(holder) for holder in found], "hidden_processes": hidden}
+        unseen = f"; {hidden} processes of other users could not be looked at" if hidden else ""
+        if not found:
+            text = f"{len(files)} device files, no process has them open{unseen}"
+            yield Finding(check=f"{kind} users", found=text, details=details)
+            continue
+        who = ", ".join(f"process {holder.pid} ({shown(holder.command)})" for holder in found)
+        why = "A TPU belongs to one process at a time" if kind == "tpu" else "It may hold most of the GPU's memory"
+        yield Finding(
+            check=f"{kind} users",
+            status="WARN",
+            found=f"in use by {who}{unseen}",
+            advice=f"{why}: end it first if it is a leftover, with 'kill {found[0].pid}'.",
+            details=details,
+        )
+
+
+def devices(timeout: float) -> Iterator[Finding]:
+    """Start jax in a child process and say what it finds, within so many seconds."""
+    found, problem = _probe(timeout)
+    there = {kind: files for kind, files in accelerator_files().items() if files}
+    if found is None:
+        used = ", ".join(f"process {holder.pid}" for files in there.values() for holder in holders(files)[0])
+        hint = f"End {used}, which uses the accelerator" if used else "See that no other process uses the accelerator"
+        if not there:
+            hint = "Install the package's requirements again"
+        yield Finding(
+            check="devices",
+            status="FAIL",
+            found=problem,
+            advice=f"{hint}, or set JAX_PLATFORMS=cpu to work without one.",
+        )
+        return
+    memory = found["memory_bytes"]
+    text = f"{found['count']} x {found['kind']} ({found['platform']})"
+    text += f", {human_size(memory)} each for jax" if memory else ""
+    chosen = os.environ.get("JAX_PLATFORMS", "")
+    if found["platform"] == "cpu" and there and "cpu" not in chosen.split(","):
+        extra = "[tpu]'" if "tpu" in there else "[cuda12]', or [cuda13] for drivers from 580 on"
+        yield Finding(
+            check="devices",
+            status="FAIL",
+            found=f"{text}, although there are {' and '.join(map(str.upper, there))} device files",
+            advice="Training would run on the CPU. "
+            f"Run: pip install 'jax_client{extra}; if that is done, see who uses the device.",
+            details=found,
+        )
+        return
+    yield Finding(check="devices", found=text + (f", JAX_PLATFORMS={chosen}" if chosen else ""), details=found)
+
+
+def _probe(timeout: float) -> tuple[dict[str, Any] | None, str]:
+    """Return what the child process found, or None and why not."""
+    # Not to take three quarters of a GPU's memory from whoever is training on it.
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-m", "jax_client.cli.doctor.device_probe"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, errors = child.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return None, f"jax did not start within {timeout:g} seconds"
+    finally:
+        if child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.communicate(timeout=_KILL_SECONDS)
+    if child.returncode == 0:
+        return json.loads(output.splitlines()[-1]), ""
+    said = errors.strip().splitlines() or [f"exit code {child.returncode}"]
+    return None, f"jax does not start: {shown(said[-1])}"

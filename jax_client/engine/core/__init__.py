@@ -1,0 +1,1 @@
+"""What every engine program stands on: requests, dispatch, compiled programs, adapters, memory."""

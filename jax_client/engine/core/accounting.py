@@ -1,0 +1,84 @@
+"""What did training cost: tokens, useful FLOPs, padding, and whose time?
+
+Useful FLOPs per token are 4 N for the frozen weights (forward, and the gradient by the input; none by the weights),
+6 for each adapter weight, and three times the forward attention, counted over the pairs that causality allows. The
+limit is what the device would need for them at its measured matmul rate, with what the remat setting recomputes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from jax_client.engine.core.requests import LoraSpec
+from jax_client.models.config import ModelConfig
+from jax_client.models.parts.block import Remat
+
+
+@dataclass(kw_only=True, slots=True)
+class Work:
+    """Sums over training calls; two of them add up.
+
+    Attributes:
+        tokens: real ones; computed: with padding.
+        flops: useful ones; hardware_flops: with recomputation, of real tokens.
+        host_s: packing and unpacking. device_s: from the first launch to the last result, without compiling.
+        compile_s: waiting for programs to be compiled.
+        queue_s: from when a call was sent, and the calls before it were done, to its first turn on the device.
+    """
+
+    tokens: int = 0
+    computed: int = 0
+    flops: float = 0.0
+    hardware_flops: float = 0.0
+    host_s: float = 0.0
+    device_s: float = 0.0
+    compile_s: float = 0.0
+    queue_s: float = 0.0
+
+    def add(self, other: Work) -> None:
+        """Add another's sums to these."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def rates(self, matmul_flops_per_s: float) -> dict[str, float]:
+        """Return the figures that users see, given the mesh's matmul rate; empty before any training.
+
+        Fractions are of the time on the device; `host_share` is of host and device time together, although the host's
+        part runs while the device is busy with earlier calls.
+        """
+        if not self.tokens or not self.device_s:
+            return {}
+        return {
+            "tokens": float(self.tokens),
+            "tokens_per_second": self.tokens / self.device_s,
+            "padding_waste": 1 - self.tokens / self.computed,
+            "host_share": self.host_s / (self.host_s + self.device_s),
+            "useful_flops_per_token": self.flops / self.tokens,
+            "matmul_fraction": self.flops / self.device_s / matmul_flops_per_s,
+            "limit_fraction": self.hardware_flops / self.device_s / matmul_flops_per_s,
+            "host_seconds": self.host_s,
+            "device_seconds": self.device_s,
+            "compile_seconds": self.compile_s,
+            "queue_seconds": self.queue_s,
+        }
+
+
+def flops(c: ModelConfig, spec: LoraSpec, lengths: Sequence[int], remat: Remat) -> tuple[float, float]:
+    """Return the useful FLOPs of forward_backward over sequences of these lengths, and those with recomputation."""
+    D, F, N, K, H, R = c.d_model, c.d_ff, c.n_heads, c.n_kv_heads, c.head_dim, spec.rank
+    qkv, o, gate_up, down = D * (N + 2 * K) * H, N * H * D, 2 * D * F, F * D
+    adapters = 0
+    if spec.train_attn:
+        adapters += R * (D + N * H) * 2 + R * (D + K * H) * 2
+    if spec.train_mlp:
+        adapters += R * (D + F) * 3
+    adapters = adapters * c.n_layers + (R * (D + c.vocab_size) if spec.train_unembed else 0)
+    frozen = c.n_layers * (qkv + o + gate_up + down) + D * c.vocab_size
+    tokens = sum(lengths)
+    attention = sum(2 * n * n * N * H for n in lengths) * c.n_layers
+    useful = tokens * (4 * frozen + 6 * adapters) + 3 * attention
+    again = {"none": 0, "selective": gate_up, "full": qkv + o + gate_up}[remat] * c.n_layers
+    # The backward pass of attention recomputes its scores, whatever is kept.
+    recomputed = tokens * (2 * again + (2 * adapters if remat == "full" else 0)) + 0.5 * attention
+    return float(useful), float(useful + recomputed + (attention if remat == "full" else 0))

@@ -1,0 +1,84 @@
+"""Which attention does an engine run, and can it be trusted on packed rows?
+
+A vendor's kernel is the fastest, but kernels have ignored segments before, silently. So each start compares it with the
+plain one on a small packed row, on the device at hand, forwards and backwards.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_client.models.config import ModelConfig
+from jax_client.models.parts.attention import Attention, blockwise, cudnn, splash
+from jax_client.sharding import put_rows
+
+logger = logging.getLogger(__name__)
+
+PROBE_LENGTHS = (70, 1, 100, 213)  # documents of one row; the rest of it is padding
+PROBE_ROW = 512
+# Largest gap between two bfloat16 attentions, relative to the largest value. Leaking one document into the next, or
+# dropping the scale, gives 0.3 and more.
+TOLERANCE = 0.03
+
+
+def choose_attention(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Attention:
+    """Return the platform's kernel where there is one and `agrees` with the blockwise attention, else the latter."""
+    platform = mesh.devices.flat[0].platform
+    plain = blockwise(one_cpu=mesh.size == 1 and platform == "cpu")
+    make: Callable[[], Attention] | None = None
+    if dtype == jnp.bfloat16 and platform == "tpu":
+        make = partial(splash, mesh)
+    elif dtype == jnp.bfloat16 and platform == "gpu" and mesh.size == 1:
+        make = cudnn
+    if make is None:
+        return plain
+    try:
+        candidate = make()
+    except Exception as error:  # such as a private module that a newer jax no longer has
+        logger.warning("the %s kernel for attention cannot be loaded, using %s: %s", platform, plain.name, error)
+        return plain
+    return candidate if agrees(candidate, plain, mesh, model, dtype) else plain
+
+
+def agrees(candidate: Attention, plain: Attention, mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> bool:
+    """Return whether two attentions give the same outputs and gradients on packed rows; log a warning if not."""
+    try:
+        gap = _largest_gap(candidate, plain, mesh, model, dtype)
+    except Exception as error:  # whatever a kernel raises on this device, there is one that works
+        logger.warning("attention %s does not run here, using %s: %s", candidate.name, plain.name, error)
+        return False
+    if not gap <= TOLERANCE:
+        logger.warning("attention %s is off by %.3g on a packed row, using %s", candidate.name, gap, plain.name)
+        return False
+    return True
+
+
+def _largest_gap(candidate: Attention, plain: Attention, mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> float:
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    K, G, H = model.n_kv_heads, model.group, model.head_dim
+    rng = np.random.default_rng(0)
+    ids = np.repeat(np.arange(1, len(PROBE_LENGTHS) + 1, dtype=np.int32), PROBE_LENGTHS)
+    segments_BT = np.tile(np.pad(ids, (0, PROBE_ROW - len(ids))), (rows, 1))
+    shapes = [(rows, PROBE_ROW, K, G, H), (rows, PROBE_ROW, K, H), (rows, PROBE_ROW, K, H), (rows, PROBE_ROW, K, G, H)]
+    q, k, v, do = (put_rows(rng.normal(size=shape).astype(np.float32), mesh) for shape in shapes)
+    segments = put_rows(segments_BT, mesh)
+    real = segments_BT > 0
+
+    def run(attention: Attention) -> list[np.ndarray]:
+        def both(*args: jax.Array) -> tuple[jax.Array, ...]:
+            q, k, v, segments, do = args
+            o, residual = attention.forward(q, k, v, segments, dtype)
+            return o, *attention.backward(q, k, v, segments, o, residual, do, dtype)
+
+        do_real = do * real.reshape(*real.shape, 1, 1, 1)  # as in training: nothing flows back from padding
+        return [np.asarray(a, np.float32)[real] for a in jax.jit(both)(q, k, v, segments, do_real)]
+
+    pairs = zip(run(candidate), run(plain), strict=True)
+    return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)

@@ -1,0 +1,1 @@
+"""Training: packing, the forward, backward and optimizer programs, and their results."""

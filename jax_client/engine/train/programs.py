@@ -1,0 +1,137 @@
+"""What runs on the device in a training pass? Forward with the loss, backward, and the optimizer step, as programs.
+
+Built-in and custom losses share the path: forward gives logprobs, their cotangents and what was saved; backward turns
+cotangents, the loss's or the host's, into adapter gradients, added to what was accumulated. So the programs do not
+multiply by loss, and a custom loss costs one forward pass.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jax_client.engine.core.programs import CompileRecord, Program, same_place
+from jax_client.losses import registry
+from jax_client.losses.logprob_head import Order, head_backward, head_forward
+from jax_client.models.config import ModelConfig
+from jax_client.models.decoder import output_head_VD
+from jax_client.models.parts.attention import Attention
+from jax_client.models.parts.block import Remat
+from jax_client.models.transformer import backward_pass, context, forward_pass
+from jax_client.sharding import split_rows
+
+Weights = dict[str, Any]
+NO_ADAPTER: Weights = {"layers": {}, "unembed": {}}
+
+
+class TrainPrograms:
+    """The compiled programs of one model on one mesh. All of them are pure and donate nothing."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, attention: Attention, log: list[CompileRecord]
+    ):
+        self._config = config
+        self._dtype = dtype
+        self._attention = attention
+        self._split_rows = partial(split_rows, mesh=mesh)
+        tensor = mesh.shape["tensor"]
+        self._shards = tensor if config.vocab_size % tensor == 0 else 1
+        size = lambda _, __, batch, *rest: "x".join(map(str, batch["targets_BTC"].shape))  # noqa: E731
+        # Cotangents lie as a custom loss's do that come from the host, so that `backward` is compiled once for both.
+        place = lambda *args: (None, args[2]["targets_BTC"].sharding, None, None)  # noqa: E731
+        self.forward = Program("forward", self._forward, log, place, size)
+        self.backward = Program("backward", self._backward, log, lambda *args: same_place(args[-1]), size)
+        self.add = Program("add", _add, log, lambda total, _: same_place(total))
+        self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*same_place(args[:3]), None))
+
+    def _forward(
+        self, params: Any, weights: Weights, batch: dict[str, Any], loss: jax.Array, *, remat: Remat | None
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], Any]:
+        """Score a micro-batch.
+
+        Args:
+            batch: the arrays of a `packing.MicroBatch`.
+            loss: int32 scalar, see `registry.loss_number`.
+            remat: what to keep for `backward`; None keeps nothing.
+
+        Returns:
+            logprobs_BTC, their cotangents g_BTC, the loss's sums, and what `backward` needs.
+        """
+        c = context(batch["positions_BT"], self._config, self._dtype, self._attention, split_rows=self._split_rows)
+        h_BTD, saved = forward_pass(params, weights["layers"], batch["tokens_BT"], batch["segments_BT"], c, remat)
+        logprobs_BTC, head_saved = head_forward(
+            h_BTD,
+            output_head_VD(params),
+            weights["unembed"],
+            batch["targets_BTC"],
+            _order(batch),
+            dtype=self._dtype,
+            shards=self._shards,
+            with_backward=remat is not None,
+        )
+        g_BTC, sums = registry.apply_loss(loss, logprobs_BTC, batch["inputs"], batch["real_BTC"], batch["segments_BT"])
+        return logprobs_BTC, g_BTC, sums, (saved, head_saved)
+
+    def _backward(
+        self, params: Any, weights: Weights, batch: dict[str, Any], saved: Any, g_BTC: jax.Array, accumulated: Weights
+    ) -> Weights:
+        """Return the accumulated gradients plus those of d(sum g x logprobs) by the adapter."""
+        layers_saved, head_saved = saved
+        c = context(batch["positions_BT"], self._config, self._dtype, self._attention, split_rows=self._split_rows)
+        dh_BTD, unembed = head_backward(
+            head_saved,
+            output_head_VD(params),
+            weights["unembed"],
+            batch["targets_BTC"],
+            g_BTC,
+            _order(batch),
+            dtype=self._dtype,
+            shards=self._shards,
+        )
+        lora, total = weights["layers"], accumulated["layers"]
+        layers = backward_pass(params, lora, batch["segments_BT"], layers_saved, dh_BTD, c, total)
+        return {"layers": layers, "unembed": _add(accumulated["unembed"], unembed)}
+
+
+def _add(total: Weights, part: Weights) -> Weights:
+    return jax.tree.map(jnp.add, total, part)
+
+
+def _order(batch: dict[str, Any]) -> Order:
+    return Order(batch["order_BT"], batch["place_BT"], batch["with_gradient"], batch["scored"])
+
+
+def adamw_step(
+    weights: Weights, mu: Weights, nu: Weights, grads: Weights, step: jax.Array, settings: dict[str, jax.Array]
+) -> tuple[Weights, Weights, Weights, dict[str, jax.Array]]:
+    """Return new weights and moments, and the step's metrics.
+
+    AdamW as torch's: eps outside the root, decoupled decay. Clipping scales the gradient to `grad_clip_norm` where its
+    global norm exceeds it, 0 is off. A gradient that is not finite changes nothing and is reported.
+
+    Args:
+        step: int32, steps taken before this one.
+        settings: float32 scalars under the names of `AdamSettings`.
+    """
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm)
+    limit = settings["grad_clip_norm"]
+    scale = jnp.where(limit > 0, jnp.minimum(1.0, limit / (norm + 1e-6)), 1.0)
+    adam = optax.scale_by_adam(settings["beta1"], settings["beta2"], settings["eps"])
+    state = optax.ScaleByAdamState(count=step, mu=mu, nu=nu)
+    updates, after = adam.update(jax.tree.map(lambda g: g * scale, grads), state)
+    moments = cast(optax.ScaleByAdamState, after)
+    rate, decay = settings["learning_rate"], settings["weight_decay"]
+    delta = jax.tree.map(lambda u, w: -rate * (u + decay * w), updates, weights)
+
+    def keep(new: optax.Updates, old: Weights) -> Weights:
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    new = keep(jax.tree.map(jnp.add, weights, delta), weights)
+    metrics = {"grad_norm": norm, "update_norm": optax.tree.norm(delta), "finite": finite}
+    return new, keep(moments.mu, mu), keep(moments.nu, nu), metrics

@@ -1,0 +1,69 @@
+"""How do the results of micro-batches come back from the device, a few at a time, as one answer?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_client.engine.core.requests import LossSpec, Sequence, TrainResult
+from jax_client.engine.train import packing
+from jax_client.engine.train.packing import MicroBatch
+from jax_client.errors import RequestFailedError
+from jax_client.losses import registry
+
+# Micro-batches whose programs may be queued on the device at once: one runs while the next is launched.
+IN_FLIGHT = 2
+Steps = Generator[Any, Any, Any]
+
+
+class Answers:
+    """Collects logprobs and loss statistics of the micro-batches, at most `IN_FLIGHT` of them unfinished.
+
+    Attributes:
+        host_s: seconds of copying results to where they belong.
+    """
+
+    def __init__(self, sequences: list[Sequence]):
+        self.host_s = 0.0
+        self._sequences = sequences
+        self._logprobs: list[np.ndarray | None] = [None] * len(sequences)
+        self._sums: dict[str, float] = {}
+        self._pending: list[tuple[MicroBatch, Any]] = []
+
+    def add(self, batch: MicroBatch, logprobs_BTC: jax.Array, sums: dict[str, jax.Array]) -> Steps:
+        """Yield-from: take what a launched program will return; wait for earlier ones if too many are unfinished."""
+        self._pending.append((batch, (logprobs_BTC, sums)))
+        if len(self._pending) >= IN_FLIGHT:
+            yield from self._fetch()
+        else:
+            yield None
+
+    def drain(self) -> Steps:
+        """Yield-from: wait for everything."""
+        while self._pending:
+            yield from self._fetch()
+
+    def _fetch(self) -> Steps:
+        batch, arrays = self._pending.pop(0)
+        logprobs_BTC, sums = yield partial(jax.device_get, arrays)
+        start = time.perf_counter()
+        packing.unpack(batch.plan, self._sequences, logprobs_BTC, self._logprobs)
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        self.host_s += time.perf_counter() - start
+
+    def logprobs(self) -> list[np.ndarray]:
+        """Return the logprobs of every sequence of the call."""
+        missing = [i for i, array in enumerate(self._logprobs) if array is None]
+        if missing:
+            raise RequestFailedError(f"no logprobs came back for datum {missing[0]}; this is a bug, please report it.")
+        return [array for array in self._logprobs if array is not None]
+
+    def result(self, loss: LossSpec) -> TrainResult:
+        """Return the call's answer."""
+        return TrainResult(logprobs=self.logprobs(), metrics=registry.metrics(loss.name, self._sums))

@@ -1,0 +1,417 @@
+"""How does a training call become micro-batches on the device and come back as one answer?"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial, reduce
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_client.engine.core import accounting, adapters, memory
+from jax_client.engine.core.accounting import Work
+from jax_client.engine.core.adapters import Adapter, Weights
+from jax_client.engine.core.device_errors import is_out_of_memory, named_error
+from jax_client.engine.core.dispatch import Task
+from jax_client.engine.core.programs import Cause, CompileRecord, waited_for_s
+from jax_client.engine.core.requests import AdamSettings, CustomLoss, LossSpec, Sequence, TrainResult
+from jax_client.engine.train import packing
+from jax_client.engine.train.packing import MicroBatch, Plan
+from jax_client.engine.train.programs import NO_ADAPTER, TrainPrograms
+from jax_client.engine.train.results import Answers, Steps
+from jax_client.losses import registry
+from jax_client.models.config import ModelConfig
+from jax_client.models.parts.attention import Attention
+from jax_client.models.parts.block import Remat
+from jax_client.sharding import put_rows, put_whole
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """A call laid out on the host: rounds of micro-batches that run at the same time."""
+
+    rounds: list[list[MicroBatch]]
+    seconds: float
+
+    @property
+    def batches(self) -> list[MicroBatch]:
+        """Return the micro-batches of all rounds."""
+        return [batch for batch_round in self.rounds for batch in batch_round]
+
+
+class Trainer:
+    """Runs training calls with the engine's weights. Its tasks run on the engine's dispatch thread.
+
+    Args:
+        max_tokens: ceiling of the tokens that are computed at once, all devices together.
+        at_once: micro-batches that run side by side, launched by a thread each; more than one only where a program has
+            no collectives. One program alone leaves a CPU's cores idle at times.
+        remat: what the backward pass recomputes; "auto" decides by the size of the micro-batch.
+        memory_fraction: of a device's memory that may be filled.
+        make_room: frees memory that can be done without, and says whether there was any; called before a request is
+            refused or made smaller for lack of memory.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        model: ModelConfig,
+        dtype: jnp.dtype,
+        mesh: Mesh,
+        attention: Attention,
+        log: list[CompileRecord],
+        *,
+        max_tokens: int,
+        at_once: int,
+        remat: str,
+        memory_fraction: float,
+        make_room: Callable[[], bool],
+    ):
+        self.total = Work()
+        self.programs = TrainPrograms(model, dtype, mesh, attention, log)
+        self._params = params
+        self._model = model
+        self._dtype = dtype
+        self._mesh = mesh
+        self._log = log
+        self._remat = remat
+        self._memory_fraction = memory_fraction
+        self._make_room = make_room
+        self._free_at_start = self.available_bytes()
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.limits = packing.Limits(
+            ways=ways,
+            tokens=min(max(1, max_tokens // (ways * at_once)), packing.ROW_LENGTHS[-1]),
+            at_once=at_once,
+            row_length=attention.row_length,
+            segments=attention.max_segments,
+        )
+
+    def available_bytes(self) -> int:
+        """Return the bytes that this process may still allocate on a device."""
+        return memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction)
+
+    def remat(self, tokens: int) -> Remat:
+        """Return what the backward pass recomputes where so many tokens per way are computed at once."""
+        if self._remat != "auto":
+            return self._remat  # type: ignore[return-value]
+        return memory.choose_remat(self._model, self._dtype, tokens, self._free_at_start)
+
+    def prepare(self, sequences: list[Sequence], loss: LossSpec | None) -> Packed:
+        """Pack a call on the host; runs on a worker thread while the device is busy with earlier calls."""
+        start = time.perf_counter()
+        defaults, gradient_input = dict.fromkeys(registry.INPUTS, 0.0), None
+        if loss is not None:
+            known = registry.LOSSES[loss.name]
+            defaults |= {**known.defaults, **known.config, **loss.config}
+            gradient_input = None if known.masked_has_gradient else known.mask
+        plans = packing.plan_call([len(s.tokens_T) for s in sequences], self.limits)
+        rounds = packing.side_by_side(plans, self.limits)
+        filled = [[packing.fill(plan, sequences, defaults, gradient_input) for plan in plans] for plans in rounds]
+        return Packed(rounds=filled, seconds=time.perf_counter() - start)
+
+    def forward_task(
+        self, adapter: Adapter | None, sequences: list[Sequence], loss: LossSpec, prepared: Future[Packed]
+    ) -> Task[TrainResult]:
+        """Score the sequences and their loss without a gradient."""
+        weights = NO_ADAPTER if adapter is None else adapter.weights
+
+        def run(packed: Packed) -> Task[TrainResult]:
+            out = Answers(sequences)
+
+            def launch(batch: MicroBatch) -> Any:
+                logprobs_BTC, _, sums, _ = self._forward(weights, self._put(batch), loss, remat=None)
+                return logprobs_BTC, sums
+
+            for batches in packed.rounds:
+                launched = _side_by_side(launch, batches)
+                for batch, (logprobs_BTC, sums) in zip(batches, launched, strict=True):
+                    yield from out.add(batch, logprobs_BTC, sums)
+            yield from out.drain()
+            return out.result(loss)
+
+        return (yield from self._halving(run, sequences, loss, prepared))
+
+    def forward_backward_task(
+        self, adapter: Adapter, sequences: list[Sequence], loss: LossSpec, prepared: Future[Packed]
+    ) -> Task[TrainResult]:
+        """Accumulate the gradient of a built-in loss."""
+
+        def run(packed: Packed) -> Task[TrainResult]:
+            self._refuse_what_does_not_fit(adapter, packed)
+            out, work, totals = Answers(sequences), self._work(adapter, packed), self._accumulators(adapter, packed)
+
+            def launch(batches: list[MicroBatch], total: Weights) -> Any:
+                answers = []
+                for batch in batches:
+                    device, remat = self._put(batch), self._remat_of(batch.plan)
+                    logprobs_BTC, g_BTC, sums, saved = self._forward(adapter.weights, device, loss, remat=remat)
+                    total = self._backward(adapter, device, saved, g_BTC, total)
+                    del saved
+                    if batch is not batches[-1]:  # what the next one keeps must not lie beside what this one kept
+                        jax.block_until_ready(total)
+                    answers.append((batch, logprobs_BTC, sums))
+                return total, answers
+
+            with self._clock(work):
+                for chains in packing.chained(packed.rounds):
+                    launched = _side_by_side(launch, chains, totals)
+                    totals[: len(launched)] = [grads for grads, _ in launched]
+                    for answer in (answer for _, answers in launched for answer in answers):
+                        yield from out.add(*answer)
+                yield from out.drain()
+                grads = yield partial(jax.block_until_ready, self._sum(totals))
+            adapter.grads = grads
+            self._account(adapter, work, out)
+            return out.result(loss)
+
+        return (yield from self._halving(run, sequences, loss, prepared))
+
+    def custom_task(
+        self, adapter: Adapter, sequences: list[Sequence], loss: CustomLoss, prepared: Future[Packed]
+    ) -> Task[TrainResult]:
+        """Accumulate the gradient of a loss that runs on the host: one forward, the user's function, one backward.
+
+        What the forward pass saved waits on the device for the cotangents; the micro-batches beyond the memory's share
+        run their forward pass again.
+        """
+
+        def run(packed: Packed) -> Task[TrainResult]:
+            self._refuse_what_does_not_fit(adapter, packed)
+            out, work, kept = Answers(sequences), self._work(adapter, packed), list[list[Any]]()
+            room = memory.ACTIVATION_SHARE * self.available_bytes()
+
+            def forward(batch: MicroBatch, keep: bool) -> Any:
+                device, remat = self._put(batch), self._remat_of(batch.plan)
+                logprobs_BTC, _, _, saved = self._forward(adapter.weights, device, None, remat=remat)
+                return logprobs_BTC, (device, saved if keep else None)
+
+            def backward(batch: MicroBatch, forwarded: list[Any], total: Weights) -> Weights:
+                device, saved = forwarded.pop()  # popped, so that what was saved is freed as soon as it was used
+                if saved is None:
+                    *_, saved = self._forward(adapter.weights, device, None, remat=self._remat_of(batch.plan))
+                g_BTC = put_rows(packing.scatter(batch.plan, sequences, cotangents), self._mesh)
+                return self._backward(adapter, device, saved, g_BTC, total)
+
+            with self._clock(work):
+                for batches in packed.rounds:
+                    keep = []
+                    for batch in batches:
+                        room -= self._tokens(batch.plan) * memory.activation_bytes_per_token(
+                            self._model, self._dtype, self._remat_of(batch.plan)
+                        )
+                        keep.append(room >= 0)
+                    launched = _side_by_side(forward, batches, keep)
+                    for batch, (logprobs_BTC, forwarded) in zip(batches, launched, strict=True):
+                        kept.append([forwarded])
+                        yield from out.add(batch, logprobs_BTC, {})
+                    del launched, forwarded
+                yield from out.drain()
+            try:
+                value, cotangents, metrics = yield partial(loss, out.logprobs())
+            except BaseException:
+                kept.clear()  # the user may keep the error, and its traceback this frame
+                raise
+
+            totals, waiting = self._accumulators(adapter, packed), iter(kept)
+            with self._clock(work):
+                for batches in packed.rounds:
+                    launched = _side_by_side(backward, batches, waiting, totals)
+                    totals[: len(launched)] = launched
+                    yield partial(jax.block_until_ready, launched)
+                grads = yield partial(jax.block_until_ready, self._sum(totals))
+            adapter.grads = grads
+            self._account(adapter, work, out)
+            return TrainResult(logprobs=out.logprobs(), metrics={**metrics, "loss:sum": value})
+
+        return (yield from self._halving(run, sequences, None, prepared))
+
+    def optim_step(self, adapter: Adapter, settings: AdamSettings) -> Steps:
+        """Yield-from: return ((weights, mu, nu), metrics on the host, work since the last step).
+
+        The adapter is not changed.
+        """
+        hyper = {name: put_whole(np.float32(value), self._mesh) for name, value in asdict(settings).items()}
+        work = Work()
+        with self._clock(work):
+            *new, metrics = self.programs.optim_step(
+                adapter.weights,
+                adapter.mu,
+                adapter.nu,
+                adapter.grads,
+                put_whole(np.int32(adapter.step), self._mesh),
+                hyper,
+            )
+            yield partial(jax.block_until_ready, new)
+        self.total.add(work)
+        work.add(adapter.work)
+        return tuple(new), (yield partial(jax.device_get, metrics)), work
+
+    def precompile(self, weights: Weights, plan: Plan, targets_per_position: int, cause: Cause) -> None:
+        """Compile what forward_backward over a micro-batch of this rectangle and optim_step need.
+
+        Args:
+            weights: an adapter's, or their shapes and places.
+            targets_per_position: K of the targets.
+        """
+        sequence = Sequence(tokens_T=np.zeros(1, np.int32), targets=np.zeros((1, targets_per_position), np.int32))
+        example = replace(plan, slots=(packing.Slot(index=0, row=0, start=0, length=1),))
+        batch = self._put(packing.fill(example, [sequence], dict.fromkeys(registry.INPUTS, 0.0)))
+        number, remat = put_whole(np.int32(0), self._mesh), self._remat_of(plan)
+        forward, backward = self.programs.forward, self.programs.backward
+        _, g_BTC, _, saved = forward.prepare(self._params, weights, batch, number, remat=remat, cause=cause)
+        backward.prepare(self._params, weights, batch, saved, g_BTC, weights, cause=cause)
+        if self.limits.at_once > 1:
+            self.programs.add.prepare(weights, weights, cause=cause)
+        hyper = {field.name: put_whole(np.float32(0), self._mesh) for field in fields(AdamSettings)}
+        step = put_whole(np.int32(0), self._mesh)
+        self.programs.optim_step.prepare(weights, weights, weights, weights, step, hyper, cause=cause)
+
+    def _halving(
+        self,
+        run: Callable[[Packed], Task[TrainResult]],
+        sequences: list[Sequence],
+        loss: LossSpec | None,
+        prepared: Future[Packed],
+    ) -> Task[TrainResult]:
+        """Run a packed call; where the device runs out of memory, once more with what could be freed, and then with
+        micro-batches half as large.
+
+        Nothing was committed, so the second run starts from the same state. If it succeeds, the smaller ceiling stays.
+        """
+        packed, before = (yield prepared.result), self.limits
+        try:
+            try:
+                return (yield from run(packed))
+            except jax.errors.JaxRuntimeError as error:
+                if not (is_out_of_memory(error) and self._make_room()):
+                    raise
+            return (yield from run(packed))
+        except jax.errors.JaxRuntimeError as error:
+            smaller = self._halved(packed)
+            if smaller is None or not is_out_of_memory(error):
+                raise named_error(error, packed.batches, before) from error
+        self.limits = smaller
+        packed = yield partial(self.prepare, sequences, loss)
+        try:
+            result = yield from run(packed)
+        except BaseException as error:
+            self.limits = before
+            named = named_error(error, packed.batches, before)
+            if named is error:
+                raise
+            raise named from error
+        most = smaller.tokens_at_once * smaller.ways
+        logger.warning("out of memory: at most %d tokens are computed at once from now on", most)
+        return result
+
+    def _halved(self, packed: Packed) -> packing.Limits | None:
+        """Return limits under which the call's largest micro-batch is half as large; None if it cannot be smaller."""
+        largest = max(batch.plan.rows * batch.plan.length for batch in packed.batches) // self.limits.ways
+        if largest <= packing.ROW_LENGTHS[0]:
+            return None
+        smaller = replace(self.limits, tokens=largest // 2)
+        plans = packing.plan_call([slot.length for b in packed.batches for slot in b.plan.slots], smaller)
+        fits = max(plan.rows * plan.length for plan in plans) < largest * self.limits.ways
+        return smaller if fits else None
+
+    def _refuse_what_does_not_fit(self, adapter: Adapter, packed: Packed) -> None:
+        adapter_bytes = memory.tree_bytes(adapters.param_specs(self._model, adapter.spec), self._mesh)
+        for shapes in {tuple(batch.targets_BTC.shape for batch in batches) for batches in packed.rounds}:
+            parts = Counter[str]()
+            for rows, length, targets in shapes:
+                plan = Plan(rows=rows, length=length, slots=())
+                remat, tokens = self._remat_of(plan), self._tokens(plan)
+                parts.update(memory.step_bytes(self._model, self._dtype, remat, tokens, adapter_bytes, targets))
+            each = [f"{rows} x {length} tokens" + (f" x {K} targets" if K > 1 else "") for rows, length, K in shapes]
+            memory.refuse_unless_fits(
+                "a micro-batch of " + " beside one of ".join(each),
+                parts,
+                self.available_bytes,
+                "Lower EngineConfig.max_tokens_per_micro_batch, set remat='full', send shorter sequences, lower the "
+                "rank, or shard over more devices (mesh).",
+                self._make_room,
+            )
+
+    def _tokens(self, plan: Plan) -> int:
+        return plan.rows * plan.length // self.limits.ways
+
+    def _remat_of(self, plan: Plan) -> Remat:
+        return self.remat(self._tokens(plan) * (1 if self.limits.alone(plan) else self.limits.at_once))
+
+    def _work(self, adapter: Adapter, packed: Packed) -> Work:
+        work = Work(host_s=packed.seconds)
+        for batch in packed.batches:
+            lengths = [slot.length for slot in batch.plan.slots]
+            useful, hardware = accounting.flops(self._model, adapter.spec, lengths, self._remat_of(batch.plan))
+            computed = batch.plan.rows * batch.plan.length
+            work.add(Work(tokens=sum(lengths), computed=computed, flops=useful, hardware_flops=hardware))
+        return work
+
+    def _account(self, adapter: Adapter, work: Work, out: Answers) -> None:
+        work.host_s += out.host_s
+        adapter.work.add(work)
+        self.total.add(work)
+
+    @contextmanager
+    def _clock(self, work: Work) -> Iterator[None]:
+        start, waited = time.perf_counter(), waited_for_s(self._log)
+        yield
+        compile_s = waited_for_s(self._log) - waited
+        work.compile_s += compile_s
+        work.device_s += max(0.0, time.perf_counter() - start - compile_s)
+
+    def _accumulators(self, adapter: Adapter, packed: Packed) -> list[Weights]:
+        """Return what the gradients are added to: the adapter's, and zeros for each further one that runs at once."""
+        further = max(map(len, packed.rounds)) - 1
+        if adapter.grads is not None and not further:
+            return [adapter.grads]
+        zeros = jax.tree.map(jnp.zeros_like, adapter.weights)
+        return [zeros if adapter.grads is None else adapter.grads, *[zeros] * further]
+
+    def _sum(self, totals: list[Weights]) -> Weights:
+        return reduce(self.programs.add, totals)
+
+    def _forward(self, weights: Weights, device: dict[str, Any], loss: LossSpec | None, *, remat: Remat | None) -> Any:
+        number = registry.NO_LOSS if loss is None else registry.loss_number(loss.name)
+        return self.programs.forward(
+            self._params, weights, device, put_whole(np.int32(number), self._mesh), remat=remat
+        )
+
+    def _backward(
+        self, adapter: Adapter, device: dict[str, Any], saved: Any, g_BTC: jax.Array, grads: Weights
+    ) -> Weights:
+        return self.programs.backward(self._params, adapter.weights, device, saved, g_BTC, grads)
+
+    def _put(self, batch: MicroBatch) -> dict[str, Any]:
+        rows = ("tokens_BT", "segments_BT", "positions_BT", "targets_BTC", "real_BTC", "order_BT", "place_BT")
+        out: dict[str, Any] = {name: put_rows(getattr(batch, name), self._mesh) for name in rows}
+        out["inputs"] = {name: put_rows(array, self._mesh) for name, array in batch.inputs.items()}
+        return out | {name: put_whole(getattr(batch, name), self._mesh) for name in ("with_gradient", "scored")}
+
+
+def _side_by_side(launch: Callable[..., T], *each: Iterable[Any]) -> list[T]:
+    """Return launch(*...) for the first of each, the second of each, and so on.
+
+    A single one returns with its programs queued, as on any device. Of several each has a thread, for XLA runs what one
+    thread launches in turn on a CPU, and all have ended when this returns: even if one fails, none is left that would
+    still use memory. The dispatch thread is one of them, so that no other request takes memory beside theirs.
+    """
+    first, *others = (partial(launch, *arguments) for arguments in zip(*each, strict=False))
+    if not others:
+        return [first()]
+    with ThreadPoolExecutor(len(others), thread_name_prefix="jax_client-train") as pool:
+        futures = [pool.submit(lambda launch=launch: jax.block_until_ready(launch())) for launch in others]
+        return [jax.block_until_ready(first()), *(future.result() for future in futures)]

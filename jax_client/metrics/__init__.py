@@ -1,0 +1,1 @@
+"""The record of every run: metrics and events in one SQLite file."""

@@ -1,0 +1,191 @@
+"""Which settings of a run, an optimizer step or a checkpoint are accepted?"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+
+from tinker import types
+from tinker.types.optimizer import OptimParamsBase
+
+from jax_client.checkpoint.names import NAME_FORM, is_name
+from jax_client.engine.core.requests import AdamSettings, LoraSpec
+from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
+from jax_client.runs.checks.numbers import flag, integer, real, shown
+
+MAX_RANK = 512
+# Random keys are made of 32 bits; a larger seed would start like a smaller one.
+MAX_SEED = 2**32 - 1
+MAX_METADATA_BYTES = 64 * 1024
+MIN_TTL_SECONDS = 3600
+MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
+
+
+class NothingToTrainError(BadRequestError, AssertionError):
+    """Every train_ switch is False; also an AssertionError, which the SDK raises here."""
+
+
+def lora_spec(
+    base_model: object, rank: object, seed: object, train_mlp: object, train_attn: object, train_unembed: object
+) -> LoraSpec:
+    """Check the arguments of a new LoRA run; a seed of None draws one.
+
+    Raises:
+        BadRequestError: base_model is missing, rank or seed is out of range, or nothing would be trained.
+        BadTypeError: an argument has the wrong type.
+    """
+    if not isinstance(base_model, str) or not base_model.strip():
+        raise BadRequestError(
+            f"base_model is required, got {shown(base_model)}; give a model name or a directory. "
+            "ServiceClient.get_server_capabilities() lists the models that are here."
+        )
+    mlp, attn, unembed = (
+        flag(field, value)
+        for field, value in (
+            ("train_mlp", train_mlp),
+            ("train_attn", train_attn),
+            ("train_unembed", train_unembed),
+        )
+    )
+    if not (mlp or attn or unembed):
+        # The SDK's wording, whole: programs and tests match on it.
+        raise NothingToTrainError("At least one of train_mlp, train_attn, or train_unembed must be True")
+    return LoraSpec(
+        rank=integer("rank", rank, 1, MAX_RANK, "8 to 64 suits most runs."),
+        seed=secrets.randbits(31) if seed is None else integer("seed", seed, 0, MAX_SEED, "None draws one."),
+        train_attn=attn,
+        train_mlp=mlp,
+        train_unembed=unembed,
+    )
+
+
+def warmup_lengths(lengths: object, targets_per_position: object) -> tuple[list[int], int]:
+    """Check what to compile ahead for: datum lengths, and K of `[N, K]` targets.
+
+    Raises:
+        BadRequestError: there are no lengths, or a number is below 1.
+        BadTypeError: not a sequence of integers.
+    """
+    if not isinstance(lengths, Sequence) or isinstance(lengths, str | bytes):
+        raise BadTypeError(f"lengths is {shown(lengths)}; give a list of datum lengths, such as [512, 2048].")
+    if not lengths:
+        raise BadRequestError("lengths is empty; give at least one datum length, such as [512].")
+    width = integer("targets_per_position", targets_per_position, 1)
+    return [integer(f"lengths[{i}]", length, 1) for i, length in enumerate(lengths)], width
+
+
+def user_metadata_or_none(value: object) -> dict[str, str] | None:
+    """As `user_metadata`; None, which keeps nothing, stays None."""
+    return None if value is None else user_metadata(value)
+
+
+def user_metadata(value: object) -> dict[str, str]:
+    """Return user metadata as a dict of text to text; None is empty.
+
+    Raises:
+        BadTypeError: it is not a mapping of str to str.
+        BadRequestError: it is larger than 64 KiB in UTF-8, or not encodable.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise BadTypeError(f"user_metadata is {shown(value)} ({type(value).__name__}); give a dict of str to str.")
+    size = 0
+    for key, text in value.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise BadTypeError(
+                f"user_metadata[{shown(key)}] is {shown(text)} ({type(text).__name__}); keys and values must be str. "
+                "Convert them with str() or json.dumps()."
+            )
+        try:
+            size += len(key.encode()) + len(text.encode())
+        except UnicodeEncodeError as error:
+            raise BadRequestError(
+                f"user_metadata[{shown(key)}] is not valid Unicode ({error.reason}); remove lone surrogates."
+            ) from None
+    if size > MAX_METADATA_BYTES:
+        raise BadRequestError(
+            f"user_metadata has {size} bytes of keys and values; the limit is {MAX_METADATA_BYTES}. "
+            "Keep large texts in a file and put its name here."
+        )
+    return dict(value)
+
+
+def refuse_optimizer(optimizer: object) -> None:
+    """Accept None and AdamOptimizerConfig.
+
+    Raises:
+        UnsupportedError: another optimizer of the API.
+        BadTypeError: not an optimizer configuration.
+    """
+    if optimizer is None or isinstance(optimizer, types.AdamOptimizerConfig):
+        return
+    if isinstance(optimizer, types.DimuonOptimizerConfig) or getattr(optimizer, "type", None) == "dimuon":
+        raise UnsupportedError(
+            "optimizer is DimuonOptimizerConfig; Dimuon is not supported. Leave optimizer out, or give "
+            "AdamOptimizerConfig(), for AdamW."
+        )
+    raise BadTypeError(
+        f"optimizer is {shown(optimizer)} ({type(optimizer).__name__}); give None or AdamOptimizerConfig(). "
+        "The learning rate belongs to optim_step(AdamParams(...))."
+    )
+
+
+def adam_settings(optim_params: object, adam_params: object) -> AdamSettings:
+    """Check the hyper-parameters of one optimizer step, given under either name.
+
+    Raises:
+        BadTypeError: neither was given, or it is not AdamParams.
+        UnsupportedError: DimuonParams or another optimizer's.
+        BadRequestError: both were given, or a field is out of range.
+    """
+    if optim_params is not None and adam_params is not None:
+        raise BadRequestError("Specify optim_params or legacy adam_params, not both")
+    params = optim_params if optim_params is not None else adam_params
+    if isinstance(params, OptimParamsBase):
+        raise UnsupportedError(
+            f"optim_params is {type(params).__name__} ({shown(params.type)}); only AdamW is supported. Give AdamParams."
+        )
+    if not isinstance(params, types.AdamParams):
+        raise BadTypeError(
+            f"Expected AdamParams or OptimParamsBase, got {shown(params)} ({type(params).__name__}); "
+            "give AdamParams(learning_rate=...)."
+        )
+    return AdamSettings(
+        learning_rate=real("AdamParams.learning_rate", params.learning_rate, 0),
+        beta1=real("AdamParams.beta1", params.beta1, 0, 1, high_open=True),
+        beta2=real("AdamParams.beta2", params.beta2, 0, 1, high_open=True),
+        eps=real("AdamParams.eps", params.eps, 0, low_open=True, hint="The default is 1e-12."),
+        weight_decay=real("AdamParams.weight_decay", params.weight_decay, 0),
+        grad_clip_norm=real("AdamParams.grad_clip_norm", params.grad_clip_norm, 0, hint="0 turns clipping off."),
+    )
+
+
+def checkpoint_name(name: object) -> str:
+    """Return the name of a checkpoint if it has the allowed form.
+
+    Raises:
+        BadTypeError: not text.
+        BadRequestError: empty, too long, or with characters that could leave its directory.
+    """
+    if not isinstance(name, str):
+        raise BadTypeError(f"name is {shown(name)} ({type(name).__name__}); give text of the form {NAME_FORM}.")
+    if not is_name(name):
+        size = f" of {len(name)} characters" if len(name) > 64 else ""
+        raise BadRequestError(
+            f"name is {shown(name)}{size}; allowed is {NAME_FORM}: letters, digits, '.', '_' and '-', beginning with a "
+            "letter or digit, at most 128 characters. Use a plain name such as 'step-0100', not a path."
+        )
+    return name
+
+
+def ttl(ttl_seconds: object) -> int | None:
+    """Return a time to live in seconds, from one hour to ten years; None is for ever.
+
+    Raises:
+        BadTypeError: not an integer.
+        BadRequestError: out of range.
+    """
+    if ttl_seconds is None:
+        return None
+    return integer("ttl_seconds", ttl_seconds, MIN_TTL_SECONDS, MAX_TTL_SECONDS, "None never expires.")

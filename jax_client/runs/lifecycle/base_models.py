@@ -1,0 +1,223 @@
+"""Which base models are loaded in this process, and who uses them?
+
+One engine per (weights, engine settings), however many sessions ask for it; it is closed when the last one lets go.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from jax_client.config import EngineConfig
+from jax_client.weights.read.progress import Progress, observed
+from jax_client.weights.read.source import ModelSource, resolve
+
+if TYPE_CHECKING:
+    from jax_client.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+class BaseModel:
+    """A loaded base model: its engine, its identity, and its tokenizer on demand."""
+
+    def __init__(self, source: ModelSource, engine: Engine, fingerprint: str) -> None:
+        self.source = source
+        self.engine = engine
+        self.fingerprint = fingerprint
+        self._tokenizer: Any = None
+        self._lock = threading.Lock()
+
+    def tokenizer(self) -> Any:
+        """Return the model's tokenizer, loaded on first use and then shared."""
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = load_tokenizer(self.source)
+            return self._tokenizer
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of `tokens`, special tokens included."""
+        return self.tokenizer().decode(tokens)
+
+
+@dataclass(slots=True)
+class _Entry:
+    model: Future[BaseModel] = field(default_factory=Future)
+    users: int = 0
+    progress: Progress = field(default_factory=lambda: Progress(stage="loading"))
+
+    def come_further(self, progress: Progress) -> None:
+        self.progress = progress
+
+
+_Key = tuple[object, ...]
+_entries: dict[_Key, _Entry] = {}
+# The same by the names that sessions use, from before it is known which files a name means.
+_named: dict[_Key, _Entry] = {}
+_lock = threading.Lock()
+# What sessions that were dropped without close() still held. A destructor may run inside any allocation, with any lock
+# held, so it only puts here (SimpleQueue.put is re-entrant); a thread of its own does the releasing.
+_dropped: SimpleQueue[list[Future[Lease]]] = SimpleQueue()
+_janitor: threading.Thread | None = None
+
+
+def open_engine(source: ModelSource, config: EngineConfig) -> tuple[Engine, str]:
+    """Load the weights onto the devices; return the engine and the weights' fingerprint."""
+    # Imported here: a process that never loads a model must not initialise a backend.
+    from jax_client.engine.engine import Engine
+    from jax_client.weights.read.load import fingerprint
+
+    return Engine(source, config), fingerprint(source)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """Load the tokenizer that belongs to the weights."""
+    from jax_client.weights.read.tokenizer import load_tokenizer as load
+
+    return load(source)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lease:
+    """The right to use a base model until `release`; `name` is what this session calls it."""
+
+    name: str
+    key: _Key
+    model: BaseModel
+
+
+def acquire(name: str, config: EngineConfig) -> Lease:
+    """Find or load the base model `name`; waits for the load.
+
+    Raises:
+        NotFoundError: there is no such model.
+        BadRequestError: the model or the mesh is not supported.
+    """
+    settings, new = _settings(config), _Entry()
+    called = (name, *settings)
+    _start_janitor()
+    with _lock:
+        _named.setdefault(called, new)
+    with observed(new.come_further):
+        try:
+            source = resolve(name)
+        except BaseException:
+            with _lock:
+                _forget_names(new)
+            raise
+        # Links and relative names lead to one copy of the weights too.
+        key = (os.path.realpath(source.path), *settings)
+        with _lock:
+            entry = _named[called] = _entries.setdefault(key, new)
+            entry.users += 1
+        if entry is new:
+            try:
+                engine, fingerprint = open_engine(source, config)
+                entry.model.set_result(BaseModel(source, engine, fingerprint))
+            except BaseException as error:
+                # Forgotten, not cached: the next call may find the file that was missing.
+                with _lock:
+                    _entries.pop(key, None)
+                    _forget_names(entry)
+                entry.model.set_exception(error)
+    return Lease(name=name, key=key, model=entry.model.result())
+
+
+def loading(name: str, config: EngineConfig) -> Progress | None:
+    """Return how far a base model is on its way here; None when it is there, or nobody asked for it."""
+    entry = _named.get((name, *_settings(config)))
+    return None if entry is None or entry.model.done() else entry.progress
+
+
+def progress(name: str, config: EngineConfig) -> str | None:
+    """Say what keeps requests of a base model waiting, such as "loading 4.1/8.0 GB" or "compiling forward (8x512)".
+
+    Takes no lock: it may be asked at any rate, by any thread.
+
+    Returns:
+        None where nothing of that kind does: the model is there, or nobody asked for it.
+    """
+    entry = _named.get((name, *_settings(config)))
+    if entry is None:
+        return None
+    if not entry.model.done():
+        return str(entry.progress)
+    if entry.model.exception() is not None:
+        return None
+    compiling = entry.model.result().engine.health()["compiling"]
+    return f"compiling {compiling[0]['program']} ({compiling[0]['shapes']})" if compiling else None
+
+
+def loaded() -> list[BaseModel]:
+    """Return the base models that are loaded in this process; waits for none that is on its way."""
+    with _lock:
+        models = [entry.model for entry in _entries.values()]
+    return [model.result() for model in models if model.done() and model.exception() is None]
+
+
+def share(lease: Lease) -> None:
+    """Count one more user of a lease that is held, who will `release` it too."""
+    with _lock:
+        _entries[lease.key].users += 1
+
+
+def release(lease: Lease) -> None:
+    """Let go of a lease. The last one closes the engine, and waits for that."""
+    with _lock:
+        entry = _entries.get(lease.key)
+        if entry is None or entry.model.result() is not lease.model:
+            return
+        entry.users -= 1
+        if entry.users:
+            return
+        del _entries[lease.key]
+        _forget_names(entry)
+    lease.model.engine.close()
+
+
+def release_all(leases: list[Future[Lease]]) -> None:
+    """Let go of leases that are there or still on their way; waits for them."""
+    for future in leases:
+        if future.exception() is None:
+            release(future.result())
+
+
+def drop(leases: list[Future[Lease]]) -> None:
+    """Let go of leases soon; for destructors."""
+    if leases:
+        _dropped.put(leases)
+
+
+def _start_janitor() -> None:
+    global _janitor
+    with _lock:
+        if _janitor is None:
+            _janitor = threading.Thread(target=_tidy, name="jax_client-janitor", daemon=True)
+            _janitor.start()
+
+
+def _tidy() -> None:
+    while True:
+        try:
+            release_all(_dropped.get())
+        except Exception:
+            logger.exception("an engine that nobody uses any more could not be closed")
+
+
+def _forget_names(entry: _Entry) -> None:
+    """With the lock held."""
+    for called in [called for called, each in _named.items() if each is entry]:
+        del _named[called]
+
+
+def _settings(config: EngineConfig) -> tuple[object, ...]:
+    mesh = tuple(sorted(config.mesh.items())) if isinstance(config.mesh, Mapping) else config.mesh
+    cache = None if config.compilation_cache_dir is None else str(config.compilation_cache_dir)
+    own = config.max_tokens_per_micro_batch, config.remat, config.memory_fraction, config.precompile
+    return config.dtype, mesh, cache, *own

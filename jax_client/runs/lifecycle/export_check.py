@@ -1,0 +1,176 @@
+"""Does an export compute what the adapter computed? Both score a probe text on the engine, over all the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_client.engine.core import memory
+from jax_client.engine.core.dispatch import Task
+from jax_client.engine.core.requests import AdapterState
+from jax_client.engine.engine import Engine
+from jax_client.engine.train.programs import NO_ADAPTER
+from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, RequestFailedError
+from jax_client.models.config import ModelConfig
+from jax_client.models.decoder import Params, output_head_VD, param_specs
+from jax_client.models.parts.attention import Attention
+from jax_client.models.parts.layers import contract, from_bits
+from jax_client.models.parts.lora import lora_scale
+from jax_client.models.transformer import context, forward_pass
+from jax_client.sharding import put_whole
+from jax_client.weights.read import hf
+from jax_client.weights.read.load import load_params, read_config
+from jax_client.weights.read.source import ModelSource
+from jax_client.weights.read.tokenizer import load_tokenizer
+from jax_client.weights.write import peft_config
+from jax_client.weights.write.peft import read_adapter
+
+# No multiple of 128: such rows go through an attention that every platform and mesh has (models/parts/attention.py).
+PROBE_TOKENS = 96
+PROBE = """The harbour master kept two notebooks. In the first one he wrote the names of the ships, their tonnage, and
+the hour at which they passed the light; in the second one, which nobody but the cook had ever seen, he drew the birds.
+On 14 March 1923 there were 27 entries in the first and 3 in the second: a heron, a gull with one leg, and something
+that he could not name. "It came from the north," he told the cook, "and it did not land." She looked at the page for a
+long time. Then she said: if x = 4 and y = x * (x + 1), how far is it to Bergen? He laughed and put on his coat."""
+# Largest difference of a logit that is let through, as a share of the largest logit. Rounding was measured to make up
+# to 6e-6 in float32 and up to 0.026 in bfloat16 (docs/export.md).
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+AGAIN = "Do not use it: delete it and export again; if that fails too, look at the disk."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportCheck:
+    """What was compared, and how far apart it was.
+
+    Attributes:
+        tokens: of the probe text.
+        difference: the largest absolute difference of a logit, over all tokens and the whole vocabulary.
+        tolerance: the difference above which the export would have been refused.
+    """
+
+    tokens: int
+    difference: float
+    tolerance: float
+
+
+def check_export(engine: Engine, state: AdapterState | None, directory: Path) -> ExportCheck:
+    """Compare what was exported, read back from the disk, with the adapter that it was exported from.
+
+    A PEFT directory is loaded as a second adapter of the engine; a merged one as a second model beside the engine's,
+    in the engine's dtype.
+
+    Args:
+        engine: of the base model.
+        state: the adapter; None is the base model, for a merged directory.
+        directory: as `peft.write_adapter` or `merged.write_merged` left it.
+
+    Raises:
+        RequestFailedError: the export cannot be read back, or computes something else; or there is no memory for a
+            second model (category "user").
+    """
+    tokens_T = probe_tokens(engine.source, engine.model)
+    live_TV = logits(engine, engine.params, engine.model, state, tokens_T)
+    dtypes = {engine.dtype.name}
+    try:
+        if (directory / peft_config.CONFIG).is_file():
+            back = read_adapter(directory, engine.model)
+            _refuse_other_arrays(state, back, directory)
+            exported_TV = logits(engine, engine.params, engine.model, back, tokens_T)
+        else:
+            source = ModelSource(name=str(directory), path=directory, kind="hf")
+            params, model = _load_beside(engine, source)
+            exported_TV = logits(engine, params, model, None, tokens_T)
+            dtypes.add(str(hf.read_json(directory, hf.CONFIG).get("dtype")))
+    except (BadRequestError, NotFoundError) as error:
+        raise RequestFailedError(f"the export cannot be read back: {error} {AGAIN}") from error
+    difference = float(np.abs(live_TV - exported_TV).max())
+    share = max(TOLERANCE[dtype] for dtype in dtypes)
+    tolerance = share * float(np.abs(live_TV).max())
+    if not difference <= tolerance:
+        raise RequestFailedError(
+            f"{directory}: the export computes something else than the adapter: on {len(tokens_T)} probe tokens a "
+            f"logit differs by {difference:.3g}, and rounding explains no more than {tolerance:.3g}. {AGAIN}"
+        )
+    return ExportCheck(tokens=len(tokens_T), difference=difference, tolerance=tolerance)
+
+
+def probe_tokens(source: ModelSource, config: ModelConfig) -> np.ndarray:
+    """Return the probe text as int32 token ids; its bytes, where the model has no tokenizer that is read."""
+    try:
+        ids = load_tokenizer(source).encode(PROBE)
+    except JaxClientError:
+        ids = [byte % config.vocab_size for byte in PROBE.encode()]
+    return np.array(ids[: min(PROBE_TOKENS, config.max_context)], np.int32)
+
+
+def _refuse_other_arrays(state: AdapterState | None, back: AdapterState, directory: Path) -> None:
+    """Raise unless every array came back bit for bit: a small change would hide in the tolerance."""
+    weights = {} if state is None else state.weights
+    names = sorted(weights.keys() | back.weights.keys())
+    wrong = [n for n in names if not np.array_equal(weights.get(n, ()), back.weights.get(n, ()))]
+    if wrong:
+        raise RequestFailedError(
+            f"{directory}: {len(wrong)} arrays of the export are not the adapter's ({', '.join(wrong[:5])}). {AGAIN}"
+        )
+
+
+def _load_beside(engine: Engine, source: ModelSource) -> tuple[Params, ModelConfig]:
+    """Load an exported model in the engine's dtype, if there is memory for it beside the engine's own."""
+    model = read_config(source)
+    memory.refuse_unless_fits(
+        "the exported model, to compare it with the adapter,",
+        {"weights": memory.tree_bytes(param_specs(model, engine.dtype), engine.mesh)},
+        engine.trainer.available_bytes,
+        "The export is complete, but not checked. Close other clients, or check it on a machine with more memory.",
+        engine.sampler.release_cache,
+    )
+    on_cpu = engine.mesh.devices.flat[0].platform == "cpu"
+    return load_params(source, model, engine.dtype, engine.mesh, bits=on_cpu), model
+
+
+def logits(
+    engine: Engine, params: Params, model: ModelConfig, state: AdapterState | None, tokens_T: np.ndarray
+) -> np.ndarray:
+    """Return the logits (T, V) float32 of a text, int32 (T,).
+
+    Args:
+        engine: its device, dtype and thread are used.
+        params, model: of the engine, or of a model that was loaded beside it.
+        state: the adapter; None for none.
+    """
+    lane = engine.open_lane()
+    weights = NO_ADAPTER if state is None else engine.load_snapshot(lane, state).result().weights
+
+    def task() -> Task[np.ndarray]:
+        # On the engine's own thread: the only one that may launch programs (engine/core/dispatch.py).
+        tokens_BT = put_whole(tokens_T[None], engine.mesh)
+        logits_TV = _program(params, weights, tokens_BT, model=model, dtype=engine.dtype, attention=engine.attention)
+        return (yield partial(jax.device_get, logits_TV))
+
+    return engine.submit(lane, task()).result()
+
+
+@partial(jax.jit, static_argnames=("model", "dtype", "attention"))
+def _program(
+    params: Params,
+    weights: dict[str, Any],
+    tokens_BT: jax.Array,
+    *,
+    model: ModelConfig,
+    dtype: jnp.dtype,
+    attention: Attention,
+) -> jax.Array:
+    c = context(jnp.arange(tokens_BT.shape[1])[None], model, dtype, attention)
+    h_BTD, _ = forward_pass(params, weights["layers"], tokens_BT, jnp.ones_like(tokens_BT), c, None)
+    h_TD, unembed = h_BTD[0], weights["unembed"]
+    logits_TV = contract("TD,VD->TV", h_TD, from_bits(output_head_VD(params)), dtype)
+    if unembed:
+        u_TR = contract("TD,RD->TR", h_TD, unembed["A"], dtype) * lora_scale(unembed["A"])
+        logits_TV += contract("TR,RV->TV", u_TR, unembed["B"], dtype)
+    return logits_TV

@@ -1,0 +1,200 @@
+"""How does a run become checkpoints, asked for or not?
+
+A keeper writes one run's adapter. It outlives the run's client: what was trained and not saved when the client is
+forgotten, or the process told to end, is still there to be written.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from jax_client.engine.core.requests import AdamSettings, AdapterState, LoraSpec
+from jax_client.runs.lifecycle import base_models
+from jax_client.runs.lifecycle.base_models import Lease
+from jax_client.runs.paths import Kind, TinkerPath
+from jax_client.runs.results import api_records
+
+if TYPE_CHECKING:
+    from jax_client.checkpoint.disk.run_lock import Claim
+    from jax_client.checkpoint.store import CheckpointStore
+    from jax_client.engine.core.adapters import Held, Version
+    from jax_client.runs.results.run_metrics import Observed
+
+logger = logging.getLogger(__name__)
+
+# Two, so that the older one is still there should the disk damage the newer.
+SLOTS = ("autosave-0", "autosave-1")
+
+
+class Keeper:
+    """Writes the checkpoints of one run. Thread-safe.
+
+    Args:
+        store: where to.
+        lease: the base model, whose engine stays until `end`.
+        adapter: the engine's handle.
+        spec: the adapter's configuration.
+        run_id: `SESSION:train:N`.
+        claim: of the run's directory, released by `end`.
+        step: optimizer steps that the adapter starts with; they are saved elsewhere.
+        observed: where what is written is noted.
+        source: the checkpoint that the adapter was made from, None for a fresh one.
+
+    Attributes:
+        optimizer_config: the settings of the newest `optim_step`, None before the first.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: CheckpointStore,
+        lease: Lease,
+        adapter: Any,
+        spec: LoraSpec,
+        run_id: str,
+        claim: Claim,
+        step: int,
+        observed: Observed,
+        source: TinkerPath | None = None,
+    ) -> None:
+        self.run_id = run_id
+        self.observed = observed
+        self.store = store
+        self.spec = spec
+        self.optimizer_config: AdamSettings | None = None
+        base_models.share(lease)
+        self._lease = lease
+        self._engine = lease.model.engine
+        self._adapter = adapter
+        self._claim = claim
+        self._saved = 0, step
+        # Not over the one that this run goes on from.
+        self._autosaves = int(source is not None and source.run_id == run_id and source.name == SLOTS[0])
+        self._autosaved: tuple[TinkerPath, Version] | None = None
+        self._ended = False
+        self._lock = threading.Lock()
+
+    def write(
+        self,
+        held: Held,
+        kind: Kind,
+        name: str,
+        *,
+        ttl_seconds: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+    ) -> TinkerPath:
+        """Write a checkpoint; on return it is durable. Raises as `CheckpointStore.save` does."""
+        state, began = held.fetch(), time.monotonic()
+        self.store.save(
+            run_id=self.run_id,
+            kind=kind,
+            name=name,
+            state=state,
+            metadata=self._metadata(state, user_metadata),
+            overwrite=overwrite,
+            ttl_seconds=ttl_seconds,
+        )
+        if kind == "weights":
+            self._saved = max(self._saved, held.version)
+        path = TinkerPath(run_id=self.run_id, kind=kind, name=name)
+        event = "autosave" if name in SLOTS else "save"
+        self.observed.event(event, state.step, path=str(path), seconds=time.monotonic() - began)
+        return path
+
+    def export(self, state: AdapterState, name: str, *, ttl_seconds: int | None = None) -> TinkerPath:
+        """Write the adapter as peft does, as a checkpoint of kind external_weights, and check it. Raises as `write`."""
+        # Imported here: a process without a model has no use for it.
+        from jax_client.runs.lifecycle.export_check import check_export
+        from jax_client.weights.write import peft
+
+        def write(directory: Any) -> None:
+            peft.write_adapter(directory, state, self._engine.model, self._lease.name)
+            check = check_export(self._engine, state, directory)
+            logger.info(
+                "export %s: largest difference of logits on %d probe tokens: %.2g", name, check.tokens, check.difference
+            )
+
+        self.store.save_files(
+            run_id=self.run_id,
+            name=name,
+            state=state,
+            metadata=self._metadata(state, None),
+            write=write,
+            size_bytes=sum(array.nbytes for array in state.weights.values()),
+            ttl_seconds=ttl_seconds,
+        )
+        path = TinkerPath(run_id=self.run_id, kind="external_weights", name=name)
+        self.observed.event("export", state.step, path=str(path))
+        return path
+
+    def save_if_needed(self) -> tuple[TinkerPath, int] | None:
+        """Write the adapter with its optimizer as it is now into the next slot, unless its steps are saved already.
+
+        Requests of the run that are still queued do not count: it is read between two turns of the device.
+
+        Returns:
+            The path and the step, None if there was nothing to save.
+        """
+        with self._lock:
+            held = self._engine.hold_state(self._engine.open_lane(), self._adapter, True).result()
+            if held.version == self._saved:
+                return None
+            return self._autosave(held), held.step
+
+    def park(self) -> tuple[TinkerPath, int | None] | None:
+        """Make sure that the run can go on exactly from a checkpoint that no one else deletes.
+
+        Returns:
+            The checkpoint, and the step if nobody had saved it before.
+
+        None, and nothing is written, while the run holds gradients, of which a checkpoint has none.
+        """
+        with self._lock:
+            held = self._engine.hold_state(self._engine.open_lane(), self._adapter, True).result()
+            if held.accumulating:
+                return None
+            new = held.step if held.version != self._saved else None
+            if self._autosaved is not None and self._autosaved[1] == held.version:
+                return self._autosaved[0], new
+            return self._autosave(held), new
+
+    def loaded(self, version: Version) -> None:
+        """Take note that the adapter has saved weights, as this version."""
+        self._saved = max(self._saved, version)
+
+    def _autosave(self, held: Held) -> TinkerPath:
+        path = self.write(held, "weights", SLOTS[self._autosaves % len(SLOTS)], overwrite=True)
+        self._autosaves += 1
+        self._autosaved = path, held.version
+        return path
+
+    def end(self) -> None:
+        """Give back the adapter's memory, the run and the base model; ending again does nothing."""
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
+        self.observed.end()
+        self._engine.release(self._adapter)
+        self._claim.release()
+        base_models.release(self._lease)
+
+    def _metadata(self, state: AdapterState, user_metadata: Mapping[str, str] | None) -> dict[str, Any]:
+        return api_records.checkpoint_metadata(
+            self._lease.name,
+            self._lease.model.fingerprint,
+            self.spec,
+            step=state.step,
+            optimizer=None if state.mu is None else self._optimizer(),
+            user_metadata=user_metadata,
+        )
+
+    def _optimizer(self) -> dict[str, Any]:
+        settings = self.optimizer_config
+        return {"name": "adamw"} | ({} if settings is None else asdict(settings))

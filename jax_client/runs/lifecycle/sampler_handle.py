@@ -1,0 +1,177 @@
+"""What is a sampler? Fixed weights, or the newest published ones of a run, and the prompts that it continues."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from tinker import types
+
+from jax_client.engine.core.requests import AdapterState, GenerationRequest, GenerationResult
+from jax_client.runs import checks
+from jax_client.runs.lifecycle.base_models import Lease
+from jax_client.runs.lifecycle.futures import then
+from jax_client.runs.lifecycle.session import SamplerInfo, Session
+from jax_client.runs.paths import TinkerPath
+from jax_client.runs.results import api_records, convert
+
+
+class Published:
+    """The snapshot that samplers read; None is the base model. Its samplers follow what is published."""
+
+    def __init__(self, snapshot: Any = None) -> None:
+        self._snapshot = snapshot
+        self.followed = False
+        self._lock = threading.Lock()
+
+    def publish(self, snapshot: Any) -> Published:
+        """Make `snapshot` the newest weights, for every sampler of this holder."""
+        with self._lock:
+            self._snapshot = snapshot
+            self.followed = True
+        return self
+
+    def newest(self) -> Any:
+        """Return the newest weights."""
+        with self._lock:
+            return self._snapshot
+
+
+class Sampler:
+    """Weights to sample from. Thread-safe; many requests may be in flight and are batched by the engine.
+
+    Args:
+        session: whose sampler this is.
+        lease: the base model.
+        published: the adapter's weights.
+        model_path: the checkpoint they came from, None for the base model and for weights that were never saved.
+        sampler_id: `SESSION:sample:N`, None takes the next one.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        lease: Lease,
+        published: Published,
+        *,
+        model_path: str | None,
+        sampler_id: str | None = None,
+    ) -> None:
+        self.session = session
+        self.lease = lease
+        self.sampler_id = sampler_id or session.new_id("sample")
+        self._engine = lease.model.engine
+        self._lane = self._engine.open_lane()
+        self._published = published
+        self._count = itertools.count()
+        session.samplers[self.sampler_id] = SamplerInfo(
+            sampler_id=self.sampler_id, base_model=lease.name, model_path=model_path
+        )
+
+    def sample(
+        self, prompt: Any, num_samples: Any, sampling_params: Any, *, last_n: Any = None, **scores: Any
+    ) -> Future[types.SampleResponse]:
+        """Check the request in the call, then return the future of its answer.
+
+        Args:
+            prompt: a ModelInput.
+            num_samples: how many continuations.
+            sampling_params: SamplingParams; without a seed every request draws its own.
+            last_n: score only the last n prompt tokens.
+            scores: what else to score, as `checks.generation` names it.
+        """
+        self.session.check_open()
+        request = self._request(prompt, num_samples, sampling_params, last_n, scores)
+        include = bool(scores.get("include_prompt_logprobs"))
+        request_id = f"{self.sampler_id}:{next(self._count)}"
+
+        def show(result: GenerationResult) -> types.SampleResponse:
+            return convert.sample_response(
+                result,
+                request_id=request_id,
+                last_n=last_n,
+                prompt_logprobs=include,
+                targets=scores.get("target_prompt_logprobs"),
+            )
+
+        return self._answer(request, show)
+
+    def compute_logprobs(self, prompt: Any, last_n: Any) -> Future[list[float | None]]:
+        """Return the future of log p of each prompt token given those before it; None for the first."""
+        self.session.check_open()
+        scored = {"include_prompt_logprobs": True}
+        # The API counts a scored prompt as one sampled token; here none is sampled, so a full context is fine.
+        request = self._request(prompt, 1, types.SamplingParams(max_tokens=1), last_n, scored, room=1)
+        request = replace(request, num_samples=0, max_tokens=0)
+
+        def show(result: GenerationResult) -> list[float | None]:
+            return convert.sample_response(result, request_id="", last_n=last_n).prompt_logprobs or []
+
+        return self._answer(request, show)
+
+    def park(self) -> Callable[[], Sampler] | None:
+        """Move the weights to the host and return what makes the same sampler of them again; waits for that.
+
+        None, and nothing happens, for weights that others follow too. The caller forgets the sampler, and so frees
+        its memory on the device.
+        """
+        session, base_model, sampler_id = self.session, self.lease.name, self.sampler_id
+        model_path = session.samplers[sampler_id].model_path
+        snapshot = self._published.newest()
+        if snapshot is None:
+            return lambda: base_sampler(session, base_model, sampler_id=sampler_id)
+        if self._published.followed:
+            return None
+        # Imported here: a process that only lists samplers needs no device.
+        from jax_client.engine.core.adapters import to_host
+
+        state = to_host(snapshot)
+        return lambda: _loaded(session, base_model, state, model_path=model_path, sampler_id=sampler_id)
+
+    def _request(
+        self, prompt: Any, num_samples: Any, params: Any, last_n: Any, scores: dict[str, Any], room: int = 0
+    ) -> GenerationRequest:
+        model = self._engine.model
+        return checks.generation(
+            prompt,
+            num_samples,
+            params,
+            prompt_logprobs_last_n=last_n,
+            vocab_size=model.vocab_size,
+            max_context=self._engine.max_context + room,
+            eos_token_ids=model.eos_token_ids,
+            decode=self.lease.model.decode,
+            **scores,
+        )
+
+    def _answer(self, request: GenerationRequest, show: Any) -> Future[Any]:
+        source = self._engine.generate(self._lane, self._published.newest(), request)
+        return self.session.track(then(source, show, owner=self))
+
+
+def base_sampler(session: Session, base_model: str, *, sampler_id: str | None = None) -> Sampler:
+    """Return a sampler of the base model; waits until it is loaded."""
+    lease = session.base_model(base_model).result()
+    return Sampler(session, lease, Published(), model_path=None, sampler_id=sampler_id)
+
+
+def checkpoint_sampler(session: Session, path: TinkerPath, *, sampler_id: str | None = None) -> Sampler:
+    """Return a sampler of saved weights; waits until they are loaded."""
+    record = session.read(str(path), lambda: session.store.record(path.run_id, path.kind, path.name)).result()
+    lease = session.base_model(record.metadata["base_model"]).result()
+    api_records.check_base_model(record, lease)
+    state, _ = session.store.load(path.run_id, path.kind, path.name)
+    return _loaded(session, lease.name, state, model_path=str(path), sampler_id=sampler_id)
+
+
+def _loaded(
+    session: Session, base_model: str, state: AdapterState, *, model_path: str | None, sampler_id: str | None
+) -> Sampler:
+    lease = session.base_model(base_model).result()
+    engine = lease.model.engine
+    snapshot = engine.load_snapshot(engine.open_lane(), state).result()
+    return Sampler(session, lease, Published(snapshot), model_path=model_path, sampler_id=sampler_id)

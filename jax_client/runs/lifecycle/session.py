@@ -1,0 +1,281 @@
+"""What is one use of this package? A session: its models, runs, samplers and checkpoints, until it is closed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from jax_client.checkpoint.store import CheckpointStore
+from jax_client.config import EngineConfig, default_mirror, default_state_dir
+from jax_client.errors import NotFoundError
+from jax_client.runs.lifecycle import autosave, base_models
+from jax_client.runs.lifecycle.base_models import Lease
+from jax_client.runs.lifecycle.futures import background, link, settled
+from jax_client.runs.lifecycle.run_checkpointer import Keeper
+from jax_client.runs.results import run_metrics
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+# Most that closing waits for uploads.
+MIRROR_SECONDS = 300.0
+Status = Literal["success", "errored", "interrupted"]
+
+
+class SessionClosedError(NotFoundError, RuntimeError):
+    """The session was closed, its models and adapters are gone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionInfo:
+    """What the user said about a session."""
+
+    user_metadata: Mapping[str, str] | None = None
+    project_id: str | None = None
+    display_name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerInfo:
+    """What can be asked about a sampler: its id, its base model and, unless ephemeral, the checkpoint it serves."""
+
+    sampler_id: str
+    base_model: str
+    model_path: str | None
+
+
+@dataclass(slots=True)
+class _Resources:
+    """What a session holds and must give back, kept apart so that a destructor can reach it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    leases: dict[str, Future[Lease]] = field(default_factory=dict)
+
+
+# Samplers and sessions of this process, for RestClient; checkpoints tell about the other processes.
+live_sessions: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
+
+
+class Session:
+    """The shared state behind a ServiceClient and every client made by it. Thread-safe; does no work when constructed.
+
+    Args:
+        config: engine settings.
+        info: what the user said about the session.
+        session_id: of a session that goes on; None makes a new one.
+    """
+
+    def __init__(
+        self, config: EngineConfig | None = None, info: SessionInfo | None = None, session_id: str | None = None
+    ) -> None:
+        self.config = config or EngineConfig()
+        self.info = info or SessionInfo()
+        self.session_id = session_id or str(uuid.uuid4())
+        self.samplers: dict[str, SamplerInfo] = {}
+        self.loss_keys: set[str] = set()
+        self._lock = threading.RLock()
+        self._counts = {"train": 0, "sample": 0}
+        self._in_flight: set[Future[Any]] = set()
+        self._saving: dict[str, Future[Any]] = {}
+        self._closed: str | None = None
+        self._closing: Future[None] | None = None
+        self._store: CheckpointStore | None = None
+        self._keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
+        self._at_close: list[Callable[[], None]] = []
+        self._disk: ThreadPoolExecutor | None = None
+        self._resources = _Resources()
+        weakref.finalize(self, _drop, self._resources).atexit = False
+        live_sessions[self.session_id] = self
+
+    @property
+    def state_dir(self) -> Path:
+        """Where this session's checkpoints live."""
+        return state_dir(self.config)
+
+    @property
+    def store(self) -> CheckpointStore:
+        """The checkpoints in `state_dir`, opened on first use."""
+        with self._lock:
+            if self._store is None:
+                self._store = CheckpointStore(self.state_dir, self.config.mirror or default_mirror())
+                self._store.sweep_expired()
+            return self._store
+
+    def new_id(self, kind: Literal["train", "sample"]) -> str:
+        """Return the next id, such as `SESSION:train:0`."""
+        with self._lock:
+            number = self._counts[kind]
+            self._counts[kind] = number + 1
+        return f"{self.session_id}:{kind}:{number}"
+
+    def base_model(self, name: str) -> Future[Lease]:
+        """Return the future of the base model `name`, loading it in the background if need be."""
+        self.check_open()
+        with self._resources.lock:
+            known = self._resources.leases.get(name)
+            if known is not None and not (known.done() and known.exception() is not None):
+                return known
+            config = self.config
+            loading = background(lambda: base_models.acquire(name, config), "load")
+            self._resources.leases[name] = loading
+            return loading
+
+    def let_go_of_all_but(self, used: Collection[str | None]) -> bool:
+        """Give the other base models back, which nothing of this session uses; say whether there were any.
+
+        Waits for the engines that are closed by that.
+        """
+        with self._resources.lock:
+            leases = self._resources.leases
+            unused = [name for name, lease in leases.items() if name not in used and lease.done()]
+            released = [leases.pop(name) for name in unused]
+        base_models.release_all(released)
+        return bool(released)
+
+    def keep(self, keeper: Keeper) -> None:
+        """Save a run by itself, as often as the settings say, and when the session is closed."""
+        self._keepers.add(keeper)
+        autosave.watch(keeper, self.config.autosave_minutes)
+
+    def at_close(self, function: Callable[[], None]) -> None:
+        """Call `function` when the session is closed and its requests are finished."""
+        with self._lock:
+            self._at_close.append(function)
+
+    def track(self, future: Future[T]) -> Future[T]:
+        """Count a request as in flight until it is done; closing waits for it."""
+        with self._lock:
+            self._in_flight.add(future)
+        future.add_done_callback(self._forget)
+        return future
+
+    def _forget(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._in_flight.discard(future)
+
+    def on_disk(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` on the session's disk thread, after what was given to it before."""
+        with self._lock:
+            if self._disk is None:
+                self._disk = ThreadPoolExecutor(1, thread_name_prefix="jax_client-disk")
+            return self._disk.submit(function)
+
+    def save(self, path: str, state: Future[Any], write: Callable[[Any], T]) -> Future[T]:
+        """Write `state` on the disk thread when it is there; the future resolves after the commit."""
+        saved: Future[T] = Future()
+        with self._lock:
+            self._saving[path] = saved
+        saved.add_done_callback(lambda _: self._saved(path, saved))
+
+        def start(done: Future[Any]) -> None:
+            try:
+                link(self.on_disk(lambda: write(done.result())), saved)
+            except BaseException as error:
+                saved.set_exception(error)
+
+        state.add_done_callback(start)
+        return saved
+
+    def _saved(self, path: str, saved: Future[Any]) -> None:
+        with self._lock:
+            if self._saving.get(path) is saved:
+                del self._saving[path]
+
+    def read(self, path: str, function: Callable[[], T]) -> Future[T]:
+        """Run `function` on the disk thread, after a save of `path` that is still under way."""
+        with self._lock:
+            pending = self._saving.get(path)
+        if pending is None:
+            return self.on_disk(function)
+        answer: Future[T] = Future()
+
+        def start(_: Future[Any]) -> None:
+            try:
+                link(self.on_disk(function), answer)
+            except BaseException as error:
+                answer.set_exception(error)
+
+        pending.add_done_callback(start)
+        return answer
+
+    def is_saving(self, path: str) -> bool:
+        """Say whether a save of `path` is under way."""
+        with self._lock:
+            return path in self._saving
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed is not None
+
+    def check_open(self) -> None:
+        """Raise SessionClosedError after `close`."""
+        if self._closed is not None:
+            raise SessionClosedError(
+                f"ServiceClient is closed ({self._closed}), its models are unloaded. Make a new ServiceClient; "
+                "create_training_client_from_state_with_optimizer continues from a saved checkpoint."
+            )
+
+    def close(self, status: Status, detail: str | None) -> Future[None]:
+        """Refuse new requests, finish those in flight, give the models back. The first call decides the status."""
+        with self._lock:
+            if self._closing is not None:
+                return self._closing
+            when = time.strftime("%Y-%m-%d %H:%M:%S")
+            self._closed = f"{status} at {when}" + (f": {detail}" if detail else "")
+            pending = list(self._in_flight)
+            if not pending and not self._resources.leases:
+                self._closing = settled(None)
+                return self._closing
+            self._closing = background(lambda: self._finish(pending), "close")
+            return self._closing
+
+    def _finish(self, pending: list[Future[Any]]) -> None:
+        wait(pending)
+        for function in self._at_close:
+            function()
+        if self._disk is not None:
+            self._disk.shutdown(wait=True)
+        keepers = list(self._keepers)
+        autosave.save_now(keepers)
+        for keeper in keepers:
+            keeper.end()
+        run_metrics.shared.flush()
+        if self._store is not None and not self._store.flush_mirror(MIRROR_SECONDS):
+            logger.warning("not every checkpoint in %s was copied to the mirror", self.state_dir)
+        base_models.release_all(_take(self._resources))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the loaded engines say about themselves; the newest one's entries also at the top level."""
+        with self._resources.lock:
+            loads = list(self._resources.leases.values())
+        loaded = [load.result().model for load in loads if load.done() and load.exception() is None]
+        described = [model.engine.describe() for model in dict.fromkeys(loaded)]
+        newest = described[-1] if described else {}
+        own: dict[str, Any] = {"session_id": self.session_id, "state_dir": str(self.state_dir), "engines": described}
+        if self._store is not None:
+            own |= self._store.describe()
+        return {**newest, **own}
+
+
+def state_dir(config: EngineConfig) -> Path:
+    """Return where checkpoints live under `config`."""
+    return default_state_dir() if config.state_dir is None else Path(config.state_dir).expanduser().absolute()
+
+
+def _take(resources: _Resources) -> list[Future[Lease]]:
+    with resources.lock:
+        leases = list(resources.leases.values())
+        resources.leases.clear()
+    return leases
+
+
+def _drop(resources: _Resources) -> None:
+    base_models.drop(list(resources.leases.values()))

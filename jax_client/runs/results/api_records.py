@@ -1,0 +1,182 @@
+"""What does a checkpoint say about itself, and how is it shown in the API's types?
+
+The store keeps each record's `metadata` without knowing it. Here is what the runs put in and read back.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from tinker import types
+
+from jax_client.engine.core.requests import LoraSpec
+from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError
+from jax_client.runs.paths import TinkerPath
+
+if TYPE_CHECKING:
+    from jax_client.checkpoint.store import CheckpointStore, Record
+    from jax_client.runs.lifecycle.base_models import Lease
+
+_TYPES: dict[str, types.CheckpointType] = {
+    "weights": "training",
+    "sampler_weights": "sampler",
+    "external_weights": "external",
+}
+
+
+def lasting_name(base_model: str) -> str:
+    """Return a name that finds the same model from another working directory."""
+    return os.path.abspath(base_model) if os.path.exists(base_model) else base_model
+
+
+def checkpoint_metadata(
+    base_model: str,
+    base_fingerprint: str,
+    spec: LoraSpec,
+    *,
+    step: int,
+    optimizer: Mapping[str, Any] | None,
+    user_metadata: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Return what a checkpoint must know for `create_training_client_from_state` and for the listings.
+
+    Args:
+        base_model: its name.
+        base_fingerprint: of its weights.
+        spec: of the adapter.
+        step: optimizer steps taken.
+        optimizer: the settings of the last one, None if the optimizer's state is not part of the checkpoint.
+        user_metadata: kept with it.
+    """
+    return {
+        "base_model": lasting_name(base_model),
+        "base_fingerprint": base_fingerprint,
+        "spec": asdict(spec),
+        "step": step,
+        "optimizer": None if optimizer is None else dict(optimizer),
+        "user_metadata": None if user_metadata is None else dict(user_metadata),
+    }
+
+
+def saved_spec(record: Record) -> LoraSpec:
+    """Return the adapter configuration of a checkpoint."""
+    return LoraSpec(**record.metadata["spec"])
+
+
+def check_base_model(record: Record, lease: Lease) -> None:
+    """Raise BadRequestError unless the checkpoint belongs to these base weights."""
+    if record.metadata["base_fingerprint"] != lease.model.fingerprint:
+        raise BadRequestError(
+            f"checkpoint {_path(record)} was trained on {record.metadata['base_model']!r}, but this is {lease.name!r}, "
+            "whose weights differ; nothing was loaded. Leave base_model out, or give the one it was trained on."
+        )
+
+
+def check_adapter(record: Record, lease: Lease, spec: LoraSpec) -> None:
+    """Raise BadRequestError unless the checkpoint fits into an adapter of `spec` on this base model."""
+    check_base_model(record, lease)
+    saved = saved_spec(record)
+    if _shape(saved) != _shape(spec):
+        raise BadRequestError(
+            f"checkpoint {_path(record)} does not fit into this client; nothing was loaded.\n"
+            f"  checkpoint: {_shape(saved)}\n  client:     {_shape(spec)}\n"
+            "Use create_training_client_from_state, which takes the configuration from the checkpoint."
+        )
+
+
+def check_optimizer(record: Record) -> None:
+    """Raise BadRequestError unless the checkpoint holds the optimizer's state."""
+    if not record.metadata.get("optimizer"):
+        raise BadRequestError(
+            f"checkpoint {_path(record)} has weights only, Adam's moments are missing; nothing was loaded. "
+            "Use load_state or create_training_client_from_state, which start a fresh optimizer."
+        )
+
+
+def _shape(spec: LoraSpec) -> str:
+    return (
+        f"rank={spec.rank}, train_attn={spec.train_attn}, train_mlp={spec.train_mlp}, "
+        f"train_unembed={spec.train_unembed}"
+    )
+
+
+def _path(record: Record) -> str:
+    return f"tinker://{record.run_id}/{record.kind}/{record.name}"
+
+
+def copy_into_project(store: CheckpointStore, source: TinkerPath, project_id: str, ttl: int | None) -> TinkerPath:
+    """Copy a checkpoint into a new run of a project, and return where it is."""
+    try:
+        about = store.run(source.run_id)
+    except (NotFoundError, RequestFailedError):  # not there, or damaged; its checkpoints tell enough
+        saved = store.record(source.run_id, source.kind, source.name).metadata
+        about = {"base_model": saved["base_model"], "spec": saved["spec"]}
+    session_id = str(uuid.uuid4())
+    run_id = f"{session_id}:train:0"
+    store.copy(source.run_id, source.kind, source.name, to_run=run_id, ttl_seconds=ttl)
+    now = {"session_id": session_id, "created": time.time(), "project_id": project_id}
+    store.put_run(run_id, {**about, **now})
+    return replace(source, run_id=run_id)
+
+
+def checkpoint(record: Record) -> types.Checkpoint:
+    """Show a record as the API does."""
+    return types.Checkpoint(
+        checkpoint_id=f"{record.kind}/{record.name}",
+        checkpoint_type=_TYPES[record.kind],
+        time=datetime.fromtimestamp(record.created, UTC),
+        tinker_path=_path(record),
+        size_bytes=record.size_bytes,
+        user_metadata=record.metadata.get("user_metadata"),
+        expires_at=None if record.expires_at is None else datetime.fromtimestamp(record.expires_at, UTC),
+        public=record.public,
+    )
+
+
+def run_metadata(
+    *,
+    session_id: str,
+    base_model: str,
+    spec: LoraSpec,
+    user_metadata: Mapping[str, str] | None,
+    project_id: str | None,
+    display_name: str | None,
+    session_metadata: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Return what is kept about a training run."""
+    return {
+        "session_id": session_id,
+        "base_model": base_model,
+        "spec": asdict(spec),
+        "created": time.time(),
+        "user_metadata": None if user_metadata is None else dict(user_metadata),
+        "project_id": project_id,
+        "display_name": display_name,
+        "session_metadata": None if session_metadata is None else dict(session_metadata),
+    }
+
+
+def training_run(run_id: str, metadata: Mapping[str, Any], records: list[Record]) -> types.TrainingRun:
+    """Show a run and its newest checkpoints as the API does."""
+    newest: dict[str, Record] = {}
+    for record in sorted(records, key=lambda r: r.created):
+        newest[record.kind] = record
+    last = max([metadata["created"], *(record.created for record in records)])
+    training, sampler = newest.get("weights"), newest.get("sampler_weights")
+    return types.TrainingRun(
+        training_run_id=run_id,
+        base_model=metadata["base_model"],
+        model_owner="local",
+        is_lora=True,
+        lora_rank=metadata["spec"]["rank"],
+        last_request_time=datetime.fromtimestamp(last, UTC),
+        last_checkpoint=None if training is None else checkpoint(training),
+        last_sampler_checkpoint=None if sampler is None else checkpoint(sampler),
+        user_metadata=metadata.get("user_metadata"),
+    )

@@ -1,0 +1,345 @@
+"""How does what a run does become points and events in the metrics file, off the path of its steps?
+
+A run puts what its answers carry into a bounded queue, which costs microseconds. One thread of the process takes it
+out, a batch at a time, adds what the engine says of itself (memory, sampling, compiles), and writes it. Where the queue
+is full, what comes is dropped and counted: training waits for nothing here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Literal
+
+from jax_client.metrics.store import FILE_NAME, Event, History, Point
+from jax_client.runs.results import convert
+
+logger = logging.getLogger(__name__)
+
+MOST_WAITING = 10_000
+# How long the thread lets a batch grow.
+BATCH_SECONDS = 0.5
+# Most that the end of a session, or of the process, waits for the file.
+FLUSH_SECONDS = 2.0
+# Kept one by one until the step that they belong to.
+MOST_PASSES = 1_000
+PARTS = ("queue", "host", "compile", "device")
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a run has done since it was opened in this process.
+
+    Attributes:
+        steps, skipped: optimizer steps taken, and left out for a gradient that was not finite.
+        passes: calls with a gradient.
+        scored_tokens, input_tokens: those with a loss, and all of the calls with a gradient.
+        seconds: of the steps, by part.
+    """
+
+    steps: int = 0
+    skipped: int = 0
+    passes: int = 0
+    scored_tokens: float = 0.0
+    input_tokens: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Item:
+    run: Observed
+    what: Literal["pass", "score", "step", "event"]
+    time: float
+    metrics: Mapping[str, Any]
+    kind: str = ""
+    step: int | None = None
+
+
+class Observed:
+    """One run as it is observed. What is called does not wait and does not raise.
+
+    Args:
+        run_id: `SESSION:train:N`.
+        engine: whose memory, sampling and compiles are recorded with it.
+        state_dir: where the file is.
+        step: optimizer steps that the run starts with.
+        recorder: None observes nothing.
+
+    Attributes:
+        totals, newest: what it has done, and the newest metrics by name; of the recorder's thread.
+    """
+
+    def __init__(self, run_id: str, engine: Any, state_dir: Path, step: int, recorder: Recorder | None) -> None:
+        self.run_id = run_id
+        self.engine = engine
+        self.path = state_dir / FILE_NAME
+        self.step = step
+        self.totals = Totals()
+        self.newest: Mapping[str, float] = {}
+        self._recorder = recorder
+        self._passes: list[Mapping[str, float]] = []
+        self._opened = time.time()
+        self._sampling: Mapping[str, float] | None = None
+        self._compiles = 0
+
+    def passed(self, metrics: Mapping[str, float]) -> None:
+        """Note the metrics of a call with a gradient."""
+        self._put("pass", metrics)
+
+    def scored(self, metrics: Mapping[str, float]) -> None:
+        """Note the metrics of a call without a gradient."""
+        self._put("score", metrics)
+
+    def stepped(self, metrics: Mapping[str, float]) -> None:
+        """Note the metrics of an optimizer step."""
+        self._put("step", metrics)
+
+    def event(self, kind: str, step: int | None = None, **details: Any) -> None:
+        """Note that something happened, now or at the step."""
+        self._put("event", details, kind, step)
+
+    def end(self) -> None:
+        """Note that the run has ended in this process."""
+        self.event("end")
+        with _lock:
+            _live.discard(self)
+
+    def _put(self, what: Any, metrics: Mapping[str, Any], kind: str = "", step: int | None = None) -> None:
+        if self._recorder is not None:
+            item = _Item(run=self, what=what, time=time.time(), metrics=metrics, kind=kind, step=step)
+            self._recorder.record(item)
+
+    def take(self, item: _Item) -> Point | Event | None:
+        """Turn what was noted into what is written; for the recorder's thread."""
+        if item.what == "event":
+            self.step = self.step if item.step is None else item.step
+            if item.kind == "load":  # which drops the gradients
+                self._passes = []
+            return Event(run=self.run_id, kind=item.kind, step=self.step, time=item.time, details=item.metrics)
+        metrics = convert.metrics(item.metrics)
+        if item.what == "score":
+            return Point(run=self.run_id, kind="forward", step=self.step, time=item.time, metrics=metrics)
+        if item.what == "pass":
+            self._passes.append(metrics)
+            if len(self._passes) == MOST_PASSES:
+                self._passes = [merged(self._passes)]
+            self.totals.passes += 1
+            self.totals.scored_tokens += metrics.get("tokens:sum", 0.0)
+            return None
+        metrics, self._passes = {**merged(self._passes), **metrics}, []
+        self._count(metrics)
+        self.step = int(metrics.get("step:max", self.step))
+        self.newest = metrics
+        return Point(run=self.run_id, kind="step", step=self.step, time=item.time, metrics=metrics)
+
+    def _count(self, metrics: Mapping[str, float]) -> None:
+        totals, skipped = self.totals, "skipped_nonfinite:sum" in metrics
+        totals.steps += not skipped
+        totals.skipped += skipped
+        totals.input_tokens += metrics.get("input_tokens:sum", 0.0)
+        for part in PARTS:
+            totals.seconds[part] += metrics.get(f"{part}_seconds:sum", 0.0)
+
+    def device(self, usage: Mapping[str, Any], now: float) -> Point:
+        """Return the engine's memory, and what it sampled since the last such point; for the recorder's thread."""
+        metrics = {f"memory_bytes/{kind}": float(size) for kind, size in usage["memory_bytes"].items()}
+        sampling = usage["sampling"]
+        before, self._sampling = self._sampling or sampling, sampling
+        new = {name: sampling[name] - before[name] for name in sampling}
+        metrics |= {
+            "sampler/rows_running": float(sampling["rows_running"]),
+            "sampler/rows_waiting": float(sampling["rows_waiting"]),
+            "sampler/prompt_tokens:sum": float(new["prompt_tokens"]),
+            "sampler/prompt_tokens_cached:sum": float(new["prompt_tokens_cached"]),
+            "sampler/sampled_tokens:sum": float(new["sampled_tokens"]),
+        }
+        if new["decode_row_places"]:
+            metrics["sampler/occupancy:mean"] = new["decode_rows"] / new["decode_row_places"]
+        return Point(run=self.run_id, kind="device", step=self.step, time=now, metrics=metrics)
+
+    def compiles(self) -> list[Event]:
+        """Return the engine's compiles since the last time; for the recorder's thread."""
+        new = self.engine.compiled(self._compiles)
+        self._compiles += len(new)
+        return [
+            Event(run=self.run_id, kind="compile", step=self.step, time=record["ended_at"], details=record)
+            for record in new
+            if record["ended_at"] >= self._opened
+        ]
+
+
+class Recorder:
+    """A bounded queue and the thread that empties it into the metrics files. Thread-safe.
+
+    Args:
+        most: items that may wait.
+        seconds: that a batch is let grow.
+
+    Attributes:
+        written: points and events that are in the files.
+        dropped: those that are not, as the queue was full or the file unusable.
+    """
+
+    def __init__(self, *, most: int = MOST_WAITING, seconds: float = BATCH_SECONDS) -> None:
+        self.written = 0
+        self.dropped = 0
+        self._most = most
+        self._seconds = seconds
+        self._queue: SimpleQueue[_Item | threading.Event] = SimpleQueue()
+        self._hurry = threading.Event()
+        self._histories: dict[Path, History] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._complained = False
+
+    def record(self, item: _Item) -> None:
+        """Take an item, or drop it; returns at once, and never raises."""
+        try:
+            if self._queue.qsize() >= self._most:
+                self._drop(1)
+                return
+            self._queue.put(item)
+            if self._thread is None:
+                self._start()
+        except Exception:
+            # No thread can be started when the interpreter ends.
+            self._drop(1)
+
+    def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
+        """Wait until all that was recorded so far is in the files, so many seconds at most; say whether it is."""
+        if self._thread is None or not self._thread.is_alive():
+            return self._queue.empty()
+        done = threading.Event()
+        self._queue.put(done)
+        self._hurry.set()
+        return done.wait(timeout)
+
+    def _drop(self, count: int) -> None:
+        with self._lock:
+            self.dropped += count
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                thread = threading.Thread(target=self._loop, name="jax_client-metrics", daemon=True)
+                thread.start()
+                self._thread = thread
+
+    def _loop(self) -> None:
+        while True:
+            batch = [self._queue.get()]
+            self._hurry.wait(self._seconds)
+            self._hurry.clear()
+            try:
+                while len(batch) < self._most:
+                    batch.append(self._queue.get_nowait())
+            except Empty:
+                pass
+            try:
+                self._write([item for item in batch if isinstance(item, _Item)])
+            except Exception:
+                self._complain()
+            for item in batch:
+                if isinstance(item, threading.Event):
+                    item.set()
+
+    def _write(self, items: list[_Item]) -> None:
+        files: dict[Path, tuple[list[Point], list[Event]]] = {}
+        stepped: dict[Observed, None] = {}
+        for item in items:
+            points, events = files.setdefault(item.run.path, ([], []))
+            try:
+                taken = item.run.take(item)
+            except Exception:
+                self._drop(1)
+                self._complain()
+                continue
+            if isinstance(taken, Point):
+                points.append(taken)
+            elif taken is not None:
+                events.append(taken)
+            if item.what in ("step", "event"):
+                stepped[item.run] = None
+        self._ask_engines(list(stepped), files)
+        for path, (points, events) in files.items():
+            count = len(points) + len(events)
+            events.sort(key=lambda event: event.time)
+            if count and self._history(path).add(points, events):
+                self.written += count
+            else:
+                self._drop(count)
+
+    def _ask_engines(self, runs: list[Observed], files: dict[Path, tuple[list[Point], list[Event]]]) -> None:
+        usages: dict[int, Any] = {}
+        for run in runs:
+            try:
+                if id(run.engine) not in usages:
+                    usages[id(run.engine)] = run.engine.usage()
+                points, events = files[run.path]
+                points.append(run.device(usages[id(run.engine)], time.time()))
+                events += run.compiles()
+            except Exception:
+                self._complain()
+
+    def _history(self, path: Path) -> History:
+        return self._histories.setdefault(path, History(path))
+
+    def _complain(self) -> None:
+        # Once: what fails here fails at every step.
+        if not self._complained:
+            self._complained = True
+            logger.warning("some metrics could not be recorded", exc_info=True)
+
+
+_lock = threading.Lock()
+_live: weakref.WeakSet[Observed] = weakref.WeakSet()
+shared = Recorder()
+# After the runs that are saved at exit.
+atexit.register(shared.flush)
+
+
+def watch(run_id: str, engine: Any, state_dir: Path, step: int, *, on: bool) -> Observed:
+    """Begin to observe a run; `on` says whether anything is recorded."""
+    observed = Observed(run_id, engine, state_dir, step, shared if on else None)
+    if on:
+        with _lock:
+            _live.add(observed)
+    return observed
+
+
+def live() -> list[Observed]:
+    """Return the runs that are open in this process and observed."""
+    with _lock:
+        return sorted(_live, key=lambda run: run.run_id)
+
+
+def merged(passes: list[Mapping[str, float]]) -> dict[str, float]:
+    """Return the metrics of several calls as those of one, by the reduction that each name ends with.
+
+    Sums add up, of max and min the outermost stays, means are weighted with the scored tokens where all calls say how
+    many those are; of anything else the last stays.
+    """
+    if len(passes) == 1:
+        return dict(passes[0])
+    out: dict[str, float] = {}
+    for name in dict.fromkeys(name for metrics in passes for name in metrics):
+        having = [metrics for metrics in passes if name in metrics]
+        values, reduction = [metrics[name] for metrics in having], name.rpartition(":")[2]
+        weights = [metrics.get("tokens:sum", 0.0) for metrics in having]
+        if reduction == "sum":
+            out[name] = sum(values)
+        elif reduction in ("max", "min"):
+            out[name] = max(values) if reduction == "max" else min(values)
+        elif reduction == "mean":
+            weights = weights if all(weights) else [1.0] * len(values)
+            out[name] = sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+        else:
+            out[name] = values[-1]
+    return out

@@ -1,0 +1,1 @@
+"""What the server knows: pending requests, models, samplers, and what survives a restart."""

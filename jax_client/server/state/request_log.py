@@ -1,0 +1,284 @@
+"""What does a server still know after it was killed? One SQLite file, written beside the requests.
+
+Sessions, models and samplers are written before the client hears of them. Promises and answers are written in batches
+by one thread, a few milliseconds later: what is lost with them was not answered yet. The file is a convenience, not
+the truth: checkpoints do not depend on it, and a damaged one is set aside.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from jax_client.errors import RequestFailedError
+from jax_client.server.wire.answers import Answer
+
+logger = logging.getLogger(__name__)
+
+FILE = "server.sqlite"
+VERSION = 1
+# The newest answers are kept, as many as fit.
+MAX_ANSWERS = 50_000
+MAX_BYTES = 512 * 2**20
+_PRUNE_EVERY = 1_000
+# A session that nobody ended, such as one whose client was killed.
+FORGOTTEN_SECONDS = 30 * 24 * 3600.0
+_BATCH = 512
+# How long the thread lets a batch grow.
+_LINGER_SECONDS = 0.003
+
+_SCHEMA = """
+CREATE TABLE things (kind TEXT, id TEXT, about TEXT NOT NULL, written REAL NOT NULL, PRIMARY KEY (kind, id));
+CREATE TABLE promises (
+    number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, digest BLOB NOT NULL, kind TEXT NOT NULL,
+    body BLOB, media_type TEXT, status INTEGER, failed INTEGER
+);
+"""
+
+_ANSWERED = """
+INSERT INTO promises (id, digest, kind, body, media_type, status, failed) VALUES (?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET
+    body = excluded.body, media_type = excluded.media_type, status = excluded.status, failed = excluded.failed
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A promise as it was written; `answer` is None if none was given."""
+
+    digest: bytes
+    kind: str
+    answer: Answer | None
+
+
+_Write = Callable[[sqlite3.Connection], Any]
+
+
+class Journal:
+    """The file behind a server. Thread-safe.
+
+    A disk that fails is reported once in the log; the server goes on with what it has in memory.
+
+    Args:
+        directory: the state directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / FILE
+        self._queue: SimpleQueue[tuple[_Write, Callable[[], None] | None] | None] = SimpleQueue()
+        self._hurry = threading.Event()
+        self._ahead: dict[str, Entry] = {}
+        self._lock = threading.Lock()
+        self._failed = False
+        self._answers = 0
+        connection = _open_or_set_aside(self._path)
+        connection.execute("DELETE FROM things WHERE written < ?", (time.time() - FORGOTTEN_SECONDS,))
+        newest = "(SELECT max(number) FROM promises)"
+        connection.execute(f"DELETE FROM promises WHERE body IS NULL AND number < {newest} - ?", (MAX_ANSWERS,))
+        connection.commit()
+        # Nearly every request is new: it costs no look at the file.
+        self._ids = {row[0] for row in connection.execute("SELECT id FROM promises")}
+        connection.close()
+        self._reading = threading.local()
+        self._thread = threading.Thread(target=self._write, name="jax_client-journal", daemon=True)
+        self._thread.start()
+
+    def put(self, kind: str, key: str, about: dict[str, Any]) -> None:
+        """Keep what is known of a session, a model or a sampler; on return a killed server does not forget it."""
+        row = kind, key, json.dumps(about), time.time()
+        self._now(lambda c: c.execute("INSERT OR REPLACE INTO things VALUES (?, ?, ?, ?)", row))
+
+    def get(self, kind: str, key: str) -> dict[str, Any] | None:
+        """Return what was kept, None if nothing."""
+        row = self._read("SELECT about FROM things WHERE kind = ? AND id = ?", (kind, key))
+        return None if row is None else json.loads(row[0])
+
+    def forget_session(self, session_id: str) -> None:
+        """Forget a session and what belongs to it; answers stay until newer ones need the room."""
+        own = session_id, session_id + ":"
+        self._later(lambda c: c.execute("DELETE FROM things WHERE id = ? OR substr(id, 1, length(?2)) = ?2", own))
+
+    def promised(self, request_id: str, digest: bytes, kind: str) -> None:
+        """Write a request that was accepted, soon."""
+        with self._lock:
+            self._ahead[request_id] = Entry(digest=digest, kind=kind, answer=None)
+            self._ids.add(request_id)
+        row = request_id, digest, kind
+
+        def write(connection: sqlite3.Connection) -> None:
+            with self._lock:
+                ahead = self._ahead.get(request_id)
+            # Answered meanwhile: what comes next writes all of it.
+            if ahead is None or ahead.answer is None:
+                connection.execute("INSERT OR IGNORE INTO promises (id, digest, kind) VALUES (?, ?, ?)", row)
+
+        self._later(write)
+
+    def answered(self, request_id: str, digest: bytes, kind: str, answer: Answer) -> None:
+        """Write the answer of a request, soon."""
+        entry = Entry(digest=digest, kind=kind, answer=answer)
+        with self._lock:
+            self._ahead[request_id] = entry
+        row = request_id, digest, kind, answer.body, answer.media_type, answer.status, answer.failed
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute(_ANSWERED, row)
+            self._answers += 1
+            if self._answers % _PRUNE_EVERY == 0:
+                pruned = _prune(connection)
+                with self._lock:
+                    self._ids.difference_update(pruned)
+
+        self._later(write, lambda: self._settled(request_id, entry))
+
+    def _settled(self, request_id: str, entry: Entry) -> None:
+        with self._lock:
+            if self._ahead.get(request_id) is entry:
+                del self._ahead[request_id]
+
+    def find(self, request_id: str) -> Entry | None:
+        """Return a promise with its answer, None if it is not known, or not any more."""
+        with self._lock:
+            ahead = self._ahead.get(request_id)
+            known = request_id in self._ids
+        if ahead is not None or not known:
+            return ahead
+        columns = "digest, kind, body, media_type, status, failed"
+        row = self._read(f"SELECT {columns} FROM promises WHERE id = ?", (request_id,))
+        if row is None:
+            return None
+        answer = None if row[2] is None else Answer(body=row[2], media_type=row[3], status=row[4], failed=bool(row[5]))
+        return Entry(digest=row[0], kind=row[1], answer=answer)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the sizes of the answers whose ids begin so, 0 for failures and for requests without an answer."""
+        query = "SELECT id, CASE WHEN failed THEN 0 ELSE coalesce(length(body), 0) END FROM promises"
+        return dict(
+            self._read_all(f"{query} WHERE id >= ? AND id < ?", (prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1)))
+        )
+
+    def close(self) -> None:
+        """Write what is still to be written."""
+        self._hurry.set()
+        self._queue.put(None)
+        self._thread.join()
+
+    def _read(self, query: str, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return next(iter(self._read_all(query, values)), None)
+
+    def _read_all(self, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        # One connection per thread: SQLite lets them read beside the writer.
+        connection = getattr(self._reading, "connection", None)
+        try:
+            if connection is None:
+                connection = self._reading.connection = _connect(self._path)
+            return connection.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            self._report(error)
+            return []
+
+    def _now(self, write: _Write) -> None:
+        done: Future[None] = Future()
+        self._hurry.set()
+        self._queue.put((write, lambda: done.set_result(None)))
+        done.result()
+
+    def _later(self, write: _Write, then: Callable[[], None] | None = None) -> None:
+        self._queue.put((write, then))
+
+    def _write(self) -> None:
+        connection = _connect(self._path)
+        stopped = False
+        while not stopped:
+            batch = [self._queue.get()]
+            # A thread that wakes for every request takes the interpreter from those who answer them.
+            self._hurry.wait(_LINGER_SECONDS)
+            self._hurry.clear()
+            while len(batch) < _BATCH and not self._queue.empty():
+                batch.append(self._queue.get())
+            stopped = None in batch
+            writes = [each for each in batch if each is not None]
+            try:
+                with connection:
+                    for write, _ in writes:
+                        write(connection)
+            except sqlite3.Error as error:
+                self._report(error)
+                # A disk that takes nothing must not fill the memory.
+                with self._lock:
+                    self._ahead.clear()
+            for _, then in writes:
+                if then is not None:
+                    then()
+        connection.close()
+
+    def _report(self, error: sqlite3.Error) -> None:
+        if not self._failed:
+            self._failed = True
+            logger.warning("%s: %s; what was asked will not be known after a restart", self._path, error)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=10.0, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = WAL")
+    # What a killed process wrote is there; after a loss of power the newest answers may be missing, never torn.
+    connection.execute("PRAGMA synchronous = NORMAL")
+    return connection
+
+
+def _open_or_set_aside(path: Path) -> sqlite3.Connection:
+    try:
+        return _opened(path)
+    except sqlite3.DatabaseError as error:
+        if not _is_damage(error):
+            # A full disk, a lock: what is in the file is not lost.
+            raise RequestFailedError(
+                f"{path} cannot be opened: {error}. Check that the disk has room and can be written and that no other "
+                "process has the file, then start the server again."
+            ) from error
+        aside = path.with_suffix(f".damaged-{int(time.time())}")
+        logger.warning("%s is damaged (%s); it is now %s, and old promises are forgotten", path, error, aside.name)
+        for suffix in ("", "-wal", "-shm"):
+            broken = path.with_name(path.name + suffix)
+            if broken.exists():
+                broken.rename(aside.with_name(aside.name + suffix))
+        return _opened(path)
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    connection = _connect(path)
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == 0:
+        connection.executescript(f"{_SCHEMA} PRAGMA user_version = {VERSION};")
+    elif version != VERSION:
+        raise sqlite3.DatabaseError(f"it has version {version}, this package knows {VERSION}")
+    (found,) = connection.execute("PRAGMA quick_check").fetchone()
+    if found != "ok":
+        raise sqlite3.DatabaseError(found)
+    return connection
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Say whether the file is of no use: by SQLite's code, or by `_opened`, whose own errors have none."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is None or code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _prune(connection: sqlite3.Connection) -> list[str]:
+    """Delete the oldest answers beyond the limits and return their ids; requests without an answer stay."""
+    found = connection.execute(
+        "DELETE FROM promises WHERE body IS NOT NULL AND number IN (SELECT number FROM (SELECT number, "
+        "sum(length(body)) OVER w AS bytes, row_number() OVER w AS place FROM promises WHERE body IS NOT NULL "
+        "WINDOW w AS (ORDER BY number DESC)) WHERE bytes > ? OR place > ?) RETURNING id",
+        (MAX_BYTES, MAX_ANSWERS),
+    )
+    return [row[0] for row in found.fetchall()]

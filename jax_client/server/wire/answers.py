@@ -1,0 +1,79 @@
+"""Which bytes does a client get for a request that was carried out, or that failed?"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic
+from tinker import types
+
+from jax_client.errors import JaxClientError, RequestFailedError
+from jax_client.server.wire import protocol
+
+logger = logging.getLogger(__name__)
+
+JSON = "application/json"
+PROTOBUF = "application/x-protobuf"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """An answer as it is sent.
+
+    Attributes:
+        body: encoded.
+        media_type: of the body.
+        status: 200, for failures too (the SDK raises what the body says); 410 makes the SDK send a sampling request
+            again.
+        failed: whether the body names an error.
+    """
+
+    body: bytes
+    media_type: str = JSON
+    status: int = 200
+    failed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body, 0 for a failure."""
+        return 0 if self.failed else len(self.body)
+
+
+def success(value: Any) -> Answer:
+    """Encode what a run or a sampler answered: tensors as protobuf, everything else as JSON."""
+    if isinstance(value, types.ForwardBackwardOutput):
+        return Answer(body=protocol.forward_backward_answer(value), media_type=PROTOBUF)
+    if isinstance(value, types.SampleResponse):
+        return Answer(body=protocol.sample_answer(value), media_type=PROTOBUF)
+    content = value.model_dump(mode="json", exclude_none=True) if isinstance(value, pydantic.BaseModel) else value
+    if isinstance(value, types.OptimStepResponse):
+        # JSON has no NaN, and the SDK takes none.
+        content["metrics"] = {k: v for k, v in (value.metrics or {}).items() if math.isfinite(v)}
+    return Answer(body=json.dumps(content).encode())
+
+
+def failure(error: BaseException) -> Answer:
+    """Encode an error. What this package raised on purpose is shown; anything else goes to the log only."""
+    if isinstance(error, RequestFailedError):
+        return refusal(error.message, error.category)
+    if isinstance(error, JaxClientError | ValueError | TypeError):
+        return refusal(str(error), "user")
+    if isinstance(error, CancelledError):
+        return refusal("the request was cancelled.", "user")
+    logger.error("a request failed", exc_info=error)
+    return refusal("the server failed at this request; its log says why.", "server")
+
+
+def refusal(message: str, category: str) -> Answer:
+    """Encode an error that is known by its message."""
+    return Answer(body=json.dumps({"error": message, "category": category}).encode(), failed=True)
+
+
+def again(message: str) -> Answer:
+    """Tell the SDK to send a sampling request once more."""
+    return Answer(body=json.dumps({"detail": message}).encode(), status=410, failed=True)

@@ -1,0 +1,118 @@
+"""How is an uploaded loss run? On the host's CPU, compiled once for each combination of shapes.
+
+The model's passes belong on the accelerator; what lies between them is a handful of element by element operations on
+one sequence's logprobs, which come from the host and go back to it. For each new length a program has to be compiled,
+which takes longer than running it ever does, and longest for an accelerator. A CPU also has torch's int64 and,
+for a loss that asks for it, float64. Where jax has no CPU backend, its default device is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_client.torch_graph.graph import Graph
+
+# Programs kept per loss. One that is needed again after so many others is compiled again.
+KEPT = 512
+WORKERS = 8
+# These programs run once or a few times: time spent on making them faster is lost.
+_CPU_OPTIONS = {"xla_backend_optimization_level": 0}
+
+Shapes = tuple[tuple[tuple[int, ...], str], ...]
+
+
+class GraphProgram:
+    """The loss and its gradient by the logprobs, of one datum at a time. Thread-safe.
+
+    Args:
+        graph: the loss.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._traced: OrderedDict[Shapes, Any] = OrderedDict()
+        self._compiled: OrderedDict[Shapes, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def check(self, shapes: Shapes) -> None:
+        """Evaluate the loss abstractly for these shapes and dtypes, `logprobs` first; nothing is computed.
+
+        Raises:
+            BadRequestError: the loss cannot be computed for them; the message names the node.
+        """
+        with self._lock:
+            known = shapes in self._traced or shapes in self._compiled
+        if not known:
+            with _host():
+                specs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+                traced = jax.jit(jax.value_and_grad(self.graph.function(), has_aux=True)).trace(*specs)
+            self._keep(self._traced, shapes, traced)
+
+    def evaluate(self, datums: Sequence[Sequence[np.ndarray]]) -> list[tuple[float, np.ndarray, dict[str, float]]]:
+        """Return of each datum the loss, its gradient by the logprobs, and the metrics.
+
+        Args:
+            datums: of each `logprobs`, float32, then the other inputs.
+
+        Raises:
+            BadRequestError: as `check`.
+        """
+        keys = [shapes_of(arrays) for arrays in datums]
+        distinct = list(dict.fromkeys(keys))
+        # Compiling leaves the interpreter free, so several lengths take the time of one where there are cores.
+        with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1), "custom loss") as pool:
+            programs = dict(zip(distinct, pool.map(self._program, distinct), strict=True))
+        with _host():
+            # All are launched before the first is waited for.
+            results = jax.device_get([programs[key](*arrays) for key, arrays in zip(keys, datums, strict=True)])
+        return [
+            (float(loss), np.asarray(gradient, np.float32), {name: float(value) for name, value in metrics.items()})
+            for (loss, metrics), gradient in results
+        ]
+
+    def _program(self, shapes: Shapes) -> Any:
+        with self._lock:
+            found = self._compiled.get(shapes)
+            if found is not None:
+                self._compiled.move_to_end(shapes)
+                return found
+        self.check(shapes)
+        with self._lock:
+            traced = self._traced.pop(shapes, None)
+        if traced is None:  # another thread has just taken it, or it was the oldest
+            return self._program(shapes)
+        with _host() as device:
+            found = traced.lower().compile(compiler_options=_CPU_OPTIONS if device.platform == "cpu" else {})
+        self._keep(self._compiled, shapes, found)
+        return found
+
+    def _keep(self, table: OrderedDict[Shapes, Any], shapes: Shapes, value: Any) -> None:
+        with self._lock:
+            table[shapes] = value
+            while len(table) > KEPT:
+                table.popitem(last=False)
+
+
+def shapes_of(arrays: Sequence[np.ndarray]) -> Shapes:
+    """Return what decides which program runs."""
+    return tuple((array.shape, array.dtype.name) for array in arrays)
+
+
+@contextmanager
+def _host() -> Iterator[Any]:
+    """Compute on the host, with integers and floats of 64 bits, in this thread."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = jax.local_devices()[0]
+    with jax.enable_x64(True), jax.default_device(device):
+        yield device

@@ -1,0 +1,1 @@
+"""Models out: PEFT adapters (and back in), merged models, safetensors shards."""

@@ -1,0 +1,186 @@
+"""How does a base model with an adapter become one model in Hugging Face layout?
+
+Each weight is read, added to and written a few rows at a time: W + (alpha / rank) (A B)^T in float32, then rounded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jax_client.engine.core.requests import AdapterState
+from jax_client.errors import BadRequestError
+from jax_client.models.config import ModelConfig
+from jax_client.models.parts.lora import LORA_ALPHA
+from jax_client.weights.read import hf, safetensors
+from jax_client.weights.read.gguf import GgufReader, architecture, as_hf_config, read_gguf
+from jax_client.weights.read.names import expected_tensors
+from jax_client.weights.read.source import ModelSource
+from jax_client.weights.read.tensors import TensorReader, check_tensors
+from jax_client.weights.read.tokenizer import load_tokenizer
+from jax_client.weights.write.adapter_names import to_pairs
+from jax_client.weights.write.shards import Tensor, check_space, write_model
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": safetensors.NUMPY_DTYPES["BF16"], "float32": safetensors.NUMPY_DTYPES["F32"]}
+# A lightly trained adapter adds less to a weight than half the step to the next bfloat16, and is rounded away.
+LEAST_KEPT = 0.9
+SAMPLE = 2**18  # elements of each weight that are looked at for it
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def write_merged(
+    directory: Path,
+    source: ModelSource,
+    config: ModelConfig,
+    state: AdapterState | None,
+    *,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a complete model directory: weights with the adapter added, config, tokenizer.
+
+    An adapter on the output projection of a model that ties it to its embedding unties them: the directory then holds
+    an output projection of its own.
+
+    Args:
+        directory: there already, and empty.
+        source: the base model, of either kind.
+        config: from `load.read_config` of that source.
+        state: the adapter; None writes the base model as it is.
+        dtype: of every tensor written.
+        shard_bytes: most bytes of a weight file, unless a single tensor needs more.
+
+    Raises:
+        BadRequestError: the adapter is not one of this model; damaged or misfitting base weights.
+        UnsupportedError: a GGUF tokenizer that is not read.
+        RequestFailedError: there is not enough space on the disk.
+    """
+    pairs = {} if state is None else to_pairs(state, config)
+    scale = 0.0 if state is None else LORA_ALPHA / state.spec.rank
+    reader: TensorReader
+    reader = GgufReader(read_gguf(source.path)) if source.kind == "gguf" else hf.HfReader(source.path)
+    expected = expected_tensors(config)
+    check_tensors(reader, expected, tied=config.tied_embeddings, where=str(source.path))
+    sources = {name: name for name in expected}
+    untied = config.tied_embeddings and HEAD.removesuffix(".weight") in pairs
+    if untied:
+        sources[HEAD] = EMBEDDING
+    numpy_dtype = DTYPES[dtype]
+    parts = {
+        written: _Merged(reader, name, pairs.get(written.removesuffix(".weight")), scale, numpy_dtype)
+        for written, name in sources.items()
+    }
+    tensors = [Tensor(name=n, shape=expected[sources[n]], rows=part.rows) for n, part in parts.items()]
+    check_space(directory, sum(tensor.nbytes(numpy_dtype) for tensor in tensors))
+    # What can be refused comes before the long part.
+    _write_tokenizer(directory, source)
+    (directory / hf.CONFIG).write_text(json.dumps(_hf_config(source, dtype, untied), indent=2) + "\n")
+    write_model(directory, tensors, numpy_dtype, shard_bytes)
+    _say_what_rounding_took(list(parts.values()), dtype)
+
+
+class _Merged:
+    """One tensor of the base model with its part of the adapter, float32, by rows. It is read once.
+
+    Attributes:
+        wanted, kept: over the first rows, the square of what the adapter adds, and what of it is left after rounding.
+    """
+
+    def __init__(
+        self,
+        reader: TensorReader,
+        name: str,
+        pair: tuple[np.ndarray, np.ndarray] | None,
+        scale: float,
+        dtype: np.dtype,
+    ) -> None:
+        self.wanted = self.kept = 0.0
+        self._reader, self._name, self._pair, self._dtype = reader, name, pair, dtype
+        self._scale = np.float32(scale)
+        self._base: np.ndarray | None = None
+
+    def rows(self, first: int, end: int) -> np.ndarray:
+        """Return rows [first, end); those of one tensor are asked for in order."""
+        if self._base is None:
+            self._base = self._reader.read(self._name)
+        x = self._base[first:end].astype(np.float32)
+        if end == len(self._base):
+            self._base = None  # of a GGUF file it is a float32 array, and not a view of the file
+        if self._pair is not None:
+            a_RI, b_RO = self._pair
+            added = self._scale * (b_RO[:, first:end].T @ a_RI)
+            if first == 0:
+                sample = slice(0, max(1, SAMPLE // x.shape[1]))
+                wanted, before = added[sample], x[sample]
+                kept = self._rounded(before + wanted) - self._rounded(before)
+                self.wanted, self.kept = float(np.vdot(wanted, wanted)), float(np.vdot(kept, wanted))
+            x += added
+        if not np.isfinite(x).all():
+            raise BadRequestError(
+                f"{self._name}, rows {first} to {end - 1}: values that are not finite once the adapter is added to the "
+                "base model. Export an earlier checkpoint, or use an undamaged copy of the base model."
+            )
+        return x
+
+    def _rounded(self, x: np.ndarray) -> np.ndarray:
+        return x.astype(self._dtype).astype(np.float32)
+
+
+def _say_what_rounding_took(parts: list[_Merged], dtype: str) -> None:
+    wanted = sum(part.wanted for part in parts)
+    share = sum(part.kept for part in parts) / wanted if wanted else 1.0
+    if share < LEAST_KEPT:
+        logger.warning(
+            "%s keeps %.0f %% of what the adapter adds to the weights: most of it is smaller than the steps between "
+            "two numbers there. Export as float32, or the adapter alone (PEFT)",
+            dtype,
+            100 * share,
+        )
+
+
+def _hf_config(source: ModelSource, dtype: str, untied: bool) -> dict[str, Any]:
+    if source.kind == "gguf":
+        file = read_gguf(source.path)
+        config = as_hf_config(file) | {"model_type": architecture(file), "hidden_act": "silu"}
+        if (bos := file.metadata.get("tokenizer.ggml.bos_token_id")) is not None:
+            config["bos_token_id"] = bos
+    else:
+        config = hf.read_json(source.path, hf.CONFIG)
+    # transformers 5 writes `dtype`; versions before 4.56, and servers built on them, read `torch_dtype` alone.
+    config |= {"dtype": dtype, "torch_dtype": dtype}
+    return config | {"tie_word_embeddings": False} if untied else config
+
+
+def _write_tokenizer(directory: Path, source: ModelSource) -> None:
+    """Copy the tokenizer's files and the generation settings, or write those of a GGUF file; both may lack them."""
+    if source.kind == "hf":
+        for name in COPIED:
+            if (source.path / name).is_file():
+                shutil.copyfile(hf.inside(source.path, name), directory / name)
+        return
+    if "tokenizer.ggml.model" not in read_gguf(source.path).metadata:
+        return
+    load_tokenizer(source).save_pretrained(str(directory))
+    path = directory / "tokenizer_config.json"
+    # transformers 5 writes a class name that earlier versions do not know; both know this one.
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))

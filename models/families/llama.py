@@ -1,0 +1,16 @@
+"""What is a Llama (Llama 3.x, SmolLM2, Mistral without a sliding window)? The plain decoder: no biases, no q/k norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_client.models.config import ModelConfig
+from jax_client.models.families.hf_config import refuse_sliding_window, refuse_unless, shared_fields
+
+
+def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
+    """Read a Llama or Mistral config.json."""
+    refuse_unless(hf, where, "attention_bias", (None, False))
+    refuse_sliding_window(hf, where)
+    return ModelConfig(family="llama", **shared_fields(hf, where))

@@ -1,0 +1,1 @@
+"""Attention per platform: plain JAX in blocks, splash on TPU, cuDNN on NVIDIA, pages for sampling."""

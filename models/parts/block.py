@@ -1,0 +1,266 @@
+"""What does one decoder layer compute, and what is its backward pass?
+
+Written by hand, because that decides what is kept: only the inputs of the matmuls and of the attention, in the matmul
+type; norms and the gated activation are recomputed from them, and more where memory is short (`KEPT`). Frozen weights
+get no gradient. The tests compare it with `jax.vjp` of the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jax_client.models.config import ModelConfig
+from jax_client.models.parts.attention import Attention
+from jax_client.models.parts.layers import rms_norm, rms_norm_backward, rotate
+from jax_client.models.parts.lora import (
+    Adapter,
+    Pair,
+    Parts,
+    adapter_scale,
+    layer_pairs,
+    linear,
+    linear_backward,
+    mix,
+    side_by_side,
+)
+
+Saved = dict[str, Any]
+Remat = Literal["none", "selective", "full"]
+# What of a layer's forward pass is kept for its backward pass; "selective" recomputes the wide half of the layer only.
+_SELECTIVE = ("x", "q", "k", "v", "o", "x2", "u_qkv", "u_o", "attention")
+KEPT: dict[Remat, tuple[str, ...]] = {
+    "none": (*_SELECTIVE, "gate", "up", "u_gate_up", "u_down"),
+    "selective": _SELECTIVE,
+    "full": ("x",),
+}
+# From rotated q_BTKGH, k_BTKH and v_BTKH to (o_BTKGH, anything the caller wants to keep).
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """What every layer of a pass shares: the model, the matmul type, the attention, the rotary table (B, T, H/2).
+
+    Attributes:
+        split_rows: keeps the residual stream (B, T, D) split by rows over a mesh. The embedding and the weights are
+            split by width over the same axis: left to itself, XLA would follow them, and compute all rows everywhere.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    attention: Attention
+    cos_BTH: jax.Array
+    sin_BTH: jax.Array
+    split_rows: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
+
+
+def _rotated(q_BTKGH: jax.Array, k_BTKH: jax.Array, w: dict[str, jax.Array], c: Context) -> tuple[jax.Array, jax.Array]:
+    """Normalise (Qwen3) and rotate the queries and keys. Cheap: no matmul."""
+    q, k = q_BTKGH, k_BTKH
+    if c.config.qk_norm:
+        q, k = rms_norm(q, w["q_norm_LH"], c.config.norm_eps), rms_norm(k, w["k_norm_LH"], c.config.norm_eps)
+    return rotate(q, c.cos_BTH, c.sin_BTH), rotate(k, c.cos_BTH, c.sin_BTH)
+
+
+def _rotated_backward(
+    dq: jax.Array, dk: jax.Array, q: jax.Array, k: jax.Array, w: dict[str, jax.Array], c: Context
+) -> tuple[jax.Array, jax.Array]:
+    """Return the cotangents of `_rotated`'s q and k, whose values are read only where there is a norm."""
+    dq, dk = rotate(dq, c.cos_BTH, -c.sin_BTH), rotate(dk, c.cos_BTH, -c.sin_BTH)
+    if c.config.qk_norm:
+        dq = rms_norm_backward(q, w["q_norm_LH"], c.config.norm_eps, dq)
+        dk = rms_norm_backward(k, w["k_norm_LH"], c.config.norm_eps, dk)
+    return dq, dk
+
+
+def _split(qkv_KJH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return q_KGH, k_KH and v_KH of the fused (..., K, J, H), J = G + 2."""
+    return qkv_KJH[..., :-2, :], qkv_KJH[..., -2, :], qkv_KJH[..., -1, :]
+
+
+def _join(q_KGH: jax.Array, k_KH: jax.Array, v_KH: jax.Array) -> jax.Array:
+    """Undo `_split`."""
+    return jnp.concatenate([q_KGH, k_KH[..., None, :], v_KH[..., None, :]], axis=-2)
+
+
+def layer_forward(
+    x_BTD: jax.Array, w: dict[str, jax.Array], linears: Linears | MixedLinears, c: Context, attend: Attend
+) -> tuple[jax.Array, Saved, Any]:
+    """Apply one layer.
+
+    Args:
+        x_BTD: float32 residual stream.
+        w: the layer's parameters, as in `decoder.Layers` without the leading axis.
+        linears: the layer's matmuls with their adapters.
+        attend: the attention to use: over the row (training, prefill) or over a cache (decoding).
+
+    Returns:
+        The new residual stream, everything that `layer_backward` reads (see `KEPT`), and what `attend` gave to keep.
+    """
+    rows, D, w_DKJH = x_BTD.shape[:2], c.config.d_model, w["qkv_LDKJH"]
+    x_MD = x_BTD.reshape(-1, D)
+    h_MD = rms_norm(x_MD, w["attn_norm_LD"], c.config.norm_eps)
+
+    def parts(qkv_MO: jax.Array) -> list[jax.Array]:
+        qkv_MKJH = qkv_MO.reshape(-1, *w_DKJH.shape[1:])
+        if c.config.qkv_bias:
+            qkv_MKJH += w["qkv_bias_LKJH"]
+        return [part.reshape(len(x_MD), -1) for part in _split(qkv_MKJH)]
+
+    q_MO, k_MO, v_MO = linears.forward("qkv", h_MD, w_DKJH.reshape(D, -1), parts=parts)
+    q_BTKGH = q_MO.reshape(*rows, *w["o_LKGHD"].shape[:-1])
+    k_BTKH, v_BTKH = (x.reshape(*rows, -1, q_BTKGH.shape[-1]) for x in (k_MO, v_MO))
+    rotated_q, rotated_k = _rotated(q_BTKGH, k_BTKH, w, c)
+    o_BTKGH, kept = attend(rotated_q, rotated_k, v_BTKH)
+    if not c.config.qk_norm:  # a norm's backward pass reads its inputs; else nothing need be rotated again
+        q_BTKGH, k_BTKH = rotated_q, rotated_k
+    o_MI = o_BTKGH.reshape(len(x_MD), -1)
+    x2_MD = x_MD + linears.forward("o", o_MI, w["o_LKGHD"].reshape(-1, D))[0]
+    y_MD, mlp_saved = _mlp(x2_MD, w, linears, c)
+    saved = {"x": x_MD, "q": q_BTKGH, "k": k_BTKH, "v": v_BTKH, "o": o_MI, "x2": x2_MD} | mlp_saved | linears.us
+    return y_MD.reshape(x_BTD.shape), jax.tree.map(lambda s: s.astype(c.dtype), saved), kept
+
+
+def _mlp(
+    x2_MD: jax.Array, w: dict[str, jax.Array], linears: Linears | MixedLinears, c: Context
+) -> tuple[jax.Array, Saved]:
+    """Apply the second half of a layer; return the new residual stream and what its backward pass needs."""
+    h_MD = rms_norm(x2_MD, w["mlp_norm_LD"], c.config.norm_eps)
+    gate_MF, up_MF = linears.forward("gate_up", h_MD, *w["gate_up_L2DF"])
+    (down_MD,) = linears.forward("down", jax.nn.silu(gate_MF) * up_MF, w["down_LFD"])
+    return x2_MD + down_MD, {"gate": gate_MF, "up": up_MF}
+
+
+def layer_backward(
+    dy_BTD: jax.Array,
+    kept: Saved,
+    segments_BT: jax.Array,
+    w: dict[str, jax.Array],
+    lora: Adapter,
+    c: Context,
+) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
+    """Return the cotangent of the layer's input and the gradients of its adapters, for the cotangent of its output.
+
+    Args:
+        kept: of what `layer_forward` saved, and under "attention" of what the attention did, any set of `KEPT`; the
+            rest is recomputed.
+    """
+    D, eps = c.config.d_model, c.config.norm_eps
+    saved = _recompute(kept, segments_BT, w, lora, c)
+    linears = Linears(lora, c.dtype, us=saved)
+    dy_MD = dy_BTD.reshape(-1, D)
+    gate_MF, up_MF = saved["gate"].astype(jnp.float32), saved["up"].astype(jnp.float32)
+    sigmoid_MF = jax.nn.sigmoid(gate_MF)
+    da_MF = linears.backward("down", [dy_MD], gate_MF * sigmoid_MF * up_MF, w["down_LFD"])
+    d_gate_MF = da_MF * up_MF * sigmoid_MF * (1 + gate_MF * (1 - sigmoid_MF))
+    d_up_MF = da_MF * gate_MF * sigmoid_MF
+    h_MD = rms_norm(saved["x2"], w["mlp_norm_LD"], eps)
+    dh_MD = linears.backward("gate_up", [d_gate_MF, d_up_MF], h_MD, *w["gate_up_L2DF"])
+    dx2_MD = dy_MD + rms_norm_backward(saved["x2"], w["mlp_norm_LD"], eps, dh_MD)
+
+    do_MI = linears.backward("o", [dx2_MD], saved["o"], w["o_LKGHD"].reshape(-1, D))
+    q, k, v = (saved[name].astype(jnp.float32) for name in "qkv")
+    rotated_q, rotated_k = _rotated(q, k, w, c) if c.config.qk_norm else (q, k)
+    o, do = saved["o"].reshape(q.shape), do_MI.reshape(q.shape)
+    dq, dk, dv = c.attention.backward(rotated_q, rotated_k, v, segments_BT, o, saved["attention"], do, c.dtype)
+    dqkv = *_rotated_backward(dq, dk, q, k, w, c), dv
+    h_MD = rms_norm(saved["x"], w["attn_norm_LD"], eps)
+    dqkv_MO = [d.reshape(len(dy_MD), -1) for d in dqkv]
+    whole_MO = _join(*dqkv).reshape(len(dy_MD), -1)
+    dh_MD = linears.backward("qkv", dqkv_MO, h_MD, w["qkv_LDKJH"].reshape(D, -1), whole_MO=whole_MO)
+    dx_MD = dx2_MD + rms_norm_backward(saved["x"], w["attn_norm_LD"], eps, dh_MD)
+    return dx_MD.reshape(dy_BTD.shape), linears.adapter_grads()
+
+
+def _recompute(kept: Saved, segments_BT: jax.Array, w: dict[str, jax.Array], lora: Adapter, c: Context) -> Saved:
+    """Return everything that the backward pass reads; products that it does not read are never carried out."""
+    if "gate" in kept:
+        return kept
+    if "q" in kept:
+        linears = Linears(lora, c.dtype)
+        _, mlp_saved = _mlp(kept["x2"].astype(jnp.float32), w, linears, c)
+        return linears.us | mlp_saved | kept
+    x_BTD = kept["x"].reshape(*segments_BT.shape, -1).astype(jnp.float32)
+    _, saved, (_, _, residual) = layer_forward(x_BTD, w, Linears(lora, c.dtype), c, row_attention(segments_BT, c))
+    return saved | {"attention": residual}
+
+
+def row_attention(segments_BT: jax.Array, c: Context) -> Attend:
+    """Return the attention of training and prefill: causal within the segments of a row; keeps (k, v, residual)."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        o, residual = c.attention.forward(q, k, v, segments_BT, c.dtype)
+        return o, (k, v, residual)
+
+    return attend
+
+
+class Linears:
+    """A layer's matmuls with their adapters. Collects each one's u (see `lora.linear`) and gradients by name."""
+
+    def __init__(self, lora: Adapter, dtype: jnp.dtype, us: Saved | None = None):
+        self._pairs, self._turn_back = jax.vjp(layer_pairs, lora)
+        self._scale = adapter_scale(lora)
+        self._dtype = dtype
+        self._grads: dict[str, Pair] = {}
+        self.us: Saved = {} if us is None else us
+
+    def forward(self, name: str, x_MI: jax.Array, *ws_IO: jax.Array, parts: Parts | None = None) -> list[jax.Array]:
+        """Return x W with the adapter's part of each output, float32 (M, O)."""
+        ys_MO, u_Mn = linear(x_MI, ws_IO, self._pairs.get(name), self._scale, self._dtype, parts)
+        if u_Mn is not None:
+            self.us[f"u_{name}"] = u_Mn
+        return ys_MO
+
+    def backward(
+        self,
+        name: str,
+        dys_MO: list[jax.Array],
+        x_MI: jax.Array,
+        *ws_IO: jax.Array,
+        whole_MO: jax.Array | None = None,
+    ) -> jax.Array:
+        """Return the cotangent of x (M, I) for those of the outputs, and of the `whole_MO` that they are parts of."""
+        u_Mn, pair = self.us.get(f"u_{name}"), self._pairs.get(name)
+        dx_MI, grad = linear_backward(dys_MO, x_MI, u_Mn, ws_IO, pair, self._scale, self._dtype, whole_MO)
+        if grad is not None:
+            self._grads[name] = grad
+        return dx_MI
+
+    def adapter_grads(self) -> dict[str, dict[str, jax.Array]]:
+        """Return the collected gradients by the adapter's own modules."""
+        return self._turn_back(self._grads)[0]
+
+
+class MixedLinears:
+    """A layer's matmuls for rows of different adapters, forwards only.
+
+    Args:
+        pairs: by matmul, from `mixed_pairs`.
+        scale_MV: float32; alpha / rank in the column of a row's adapter, else 0.
+        dtype: of the matmul operands.
+    """
+
+    def __init__(self, pairs: dict[str, Pair], scale_MV: jax.Array, dtype: jnp.dtype):
+        self._pairs = pairs
+        self._scale_MV = scale_MV
+        self._dtype = dtype
+        self.us: Saved = {}
+
+    def forward(self, name: str, x_MI: jax.Array, *ws_IO: jax.Array, parts: Parts | None = None) -> list[jax.Array]:
+        """Return x W with each row's own adapter's part of each output, float32 (M, O)."""
+        pair = self._pairs.get(name)
+        scale = 0.0 if pair is None else mix(self._scale_MV, pair)
+        return linear(x_MI, ws_IO, pair, scale, self._dtype, parts)[0]
+
+
+def mixed_pairs(loras: Sequence[Adapter], dtype: jnp.dtype) -> dict[str, Pair]:
+    """Return the pairs of a layer's matmuls for several adapters of the same modules, in the matmul type."""
+    layers = [layer_pairs(lora) for lora in loras]
+    pairs = {name: side_by_side([layer[name] for layer in layers]) for name in (layers[0] if layers else ())}
+    return jax.tree.map(lambda a: a.astype(dtype), pairs)

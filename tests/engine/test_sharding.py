@@ -1,0 +1,73 @@
+"""Do eight devices compute what one computes, on every mesh?
+
+Each mesh runs in a child process, because the number of simulated devices is fixed when jax starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+MESHES = [
+    pytest.param({"fsdp": 8}, marks=pytest.mark.full),
+    pytest.param({"tensor": 2, "fsdp": 4}, marks=pytest.mark.full),
+    {"data": 2, "fsdp": 2, "tensor": 2},
+]
+CHILD = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from support.golden_cases import CASES
+from support.golden_engine import ADAM, CROSS_ENTROPY, SPEC, data, open_engine
+from jax_client.engine.core.requests import AdamSettings, GenerationRequest
+
+mesh = json.loads(sys.argv[1])
+config = CASES["qwen2_untied"]
+engine = open_engine(Path(sys.argv[2]), config, mesh=mesh)
+lane = engine.open_lane()
+adapter = engine.create_adapter(lane, SPEC).result()
+for _ in range(3):
+    engine.forward_backward(lane, adapter, data(config), CROSS_ENTROPY)
+    engine.optim_step(lane, adapter, AdamSettings(**(ADAM | {"learning_rate": 1e-2}))).result()
+logprobs = engine.forward(lane, adapter, data(config), CROSS_ENTROPY).result().logprobs
+snapshot = engine.snapshot(lane, adapter).result()
+request = GenerationRequest(tokens_T=np.array([3, 1, 4, 1, 5], np.int32), max_tokens=20, temperature=0.0)
+row = engine.generate(lane, snapshot, request).result().rows[0]
+compiled = [c["program"] for c in engine.describe()["compiled"]]
+answer = {"logprobs": np.concatenate(logprobs).tolist(), "tokens": row.tokens.tolist(), "compiled": compiled}
+print(json.dumps(answer))
+engine.close()
+"""
+
+
+def run(mesh: dict[str, int], directory: Path) -> dict[str, Any]:
+    devices = int(np.prod(list(mesh.values())))
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    command = [sys.executable, "-W", "error", "-c", CHILD, json.dumps(mesh), str(directory)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run({"data": 1}, tmp_path_factory.mktemp("one") / "m")
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_eight_devices_equal_one(mesh: dict[str, int], one_device: dict[str, Any], tmp_path: Path) -> None:
+    eight = run(mesh, tmp_path / "m")
+    np.testing.assert_allclose(eight["logprobs"], one_device["logprobs"], atol=1e-4)
+    assert eight["tokens"] == one_device["tokens"]
+    assert len(eight["compiled"]) == len(set(eight["compiled"])) + 1  # forward twice: with and without saving

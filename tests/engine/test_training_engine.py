@@ -1,0 +1,325 @@
+"""Does training compile little, fit into memory or say so, keep clients apart, and account for its work?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_client.engine.core import accounting, adapters, attention_check, memory
+from jax_client.engine.core.attention_check import agrees
+from jax_client.engine.core.programs import CompileRecord, enable_compilation_cache, waited_for_s
+from jax_client.engine.core.requests import AdamSettings, LoraSpec, LossSpec, Sequence
+from jax_client.engine.engine import Engine
+from jax_client.errors import RequestFailedError
+from jax_client.models.config import ModelConfig
+from jax_client.models.parts import attention
+from jax_client.models.parts.attention import Attention
+from jax_client.sharding import make_mesh
+from support.golden_cases import CASES
+from support.golden_engine import CROSS_ENTROPY, SPEC, open_engine
+
+CONFIG = CASES["llama_tied"]
+ADAM = AdamSettings(learning_rate=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, grad_clip_norm=0.0)
+POLICY = ("importance_sampling", "ppo", "cispo", "dro", "gspo")
+
+
+def data(count: int, length: int, seed: int = 0) -> list[Sequence]:
+    """Make datums that every loss accepts."""
+    rng = np.random.default_rng(seed)
+    tokens = lambda: rng.integers(0, CONFIG["vocab_size"], length).astype(np.int32)  # noqa: E731
+    floats = lambda: rng.normal(size=length).astype(np.float32)  # noqa: E731
+    return [
+        Sequence(tokens_T=tokens(), targets=tokens(), inputs={"advantages": floats(), "logprobs": floats() - 5})
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    engine = open_engine(tmp_path_factory.mktemp("engine") / "m", CONFIG)
+    yield engine
+    engine.close()
+
+
+def gradients(adapter: Any) -> dict[str, np.ndarray]:
+    return {name: np.asarray(array) for name, array in adapters.flatten(adapter.grads).items()}
+
+
+def test_only_a_new_rectangle_compiles(engine: Engine) -> None:
+    """Not the number of datums, their lengths within a row, the loss, its settings or the learning rate."""
+    lane = engine.open_lane()
+    adapter = engine.create_adapter(lane, SPEC).result()
+    before = len(engine.describe()["compiled"])
+    for i, name in enumerate(("cross_entropy", *POLICY)):
+        loss = LossSpec(name=name, config={"beta": 0.1 * i} if name == "dro" else {})
+        engine.forward_backward(lane, adapter, data(1 + i, 10 + i), loss).result()
+        engine.optim_step(lane, adapter, replace(ADAM, learning_rate=0.1**i)).result()
+    custom = engine.forward_backward_custom(
+        lane, adapter, data(2, 9), lambda p: (0.0, [np.zeros_like(a) for a in p], {})
+    )
+    custom.result()
+    records = engine.describe()["compiled"][before:]
+    assert sorted(record["program"] for record in records) == ["backward", "forward", "optim_step"]
+    assert all(record["cause"] == "first use" and record["bytes"] > 0 for record in records)
+
+
+def test_what_a_datum_lacks_comes_from_the_settings(engine: Engine) -> None:
+    plain, own = data(2, 5)
+    own = replace(own, inputs={**own.inputs, "clip_low_threshold": np.full(5, 0.5, np.float32)})
+    loss = LossSpec(name="ppo", config={"clip_low_threshold": 0.9, "clip_high_threshold": 1.2})
+    (batch,) = engine.trainer.prepare([plain, own], loss).batches
+    low = [
+        batch.inputs["clip_low_threshold"][0, slot.start, 0] for slot in sorted(batch.plan.slots, key=lambda s: s.index)
+    ]
+    np.testing.assert_allclose(low, [0.9, 0.5])
+    assert (batch.inputs["clip_high_threshold"][batch.real_BTC] == np.float32(1.2)).all()
+
+
+def test_warmup_leaves_nothing_to_compile(engine: Engine) -> None:
+    spec = LoraSpec(rank=3, seed=0)
+    warmed = engine.warmup(spec, [300, 200], 1).result()
+    add = {"add"} if engine.trainer.limits.at_once > 1 else set()
+    assert {record["program"] for record in warmed} == {"forward", "backward", "optim_step"} | add
+    before = len(engine.describe()["compiled"])
+    lane = engine.open_lane()
+    adapter = engine.create_adapter(lane, spec).result()
+    for _ in range(2):
+        engine.forward_backward(lane, adapter, data(1, 300) + data(1, 200), CROSS_ENTROPY).result()
+    engine.optim_step(lane, adapter, ADAM).result()
+    assert engine.describe()["compiled"][before:] == []
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path) -> Iterator[Path]:
+    """A compilation cache that is empty; a process has one, so the tests' common one is taken again afterwards."""
+    yield tmp_path / "cache"
+    enable_compilation_cache(os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+
+def test_a_second_start_compiles_nothing(tmp_path: Path, own_cache: Path) -> None:
+    for start in range(2):
+        engine = open_engine(tmp_path / "m", CONFIG, compilation_cache_dir=own_cache, precompile=True)
+        lane = engine.open_lane()
+        adapter = engine.create_adapter(lane, SPEC).result()
+        engine.forward_backward(lane, adapter, data(2, 9), CROSS_ENTROPY).result()
+        engine.optim_step(lane, adapter, ADAM).result()
+        engine._background.shutdown(wait=True)  # type: ignore[union-attr]
+        records = engine.describe()["compiled"]
+        engine.close()
+        assert {record["cause"] for record in records} == {"first use", "background"}
+        assert {record["cached"] for record in records} == {start == 1}
+    assert own_cache.stat().st_mode & 0o777 == 0o700
+
+
+def exhausted(*_: Any, **__: Any) -> Any:
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_out_of_memory_halves_the_micro_batch_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """The call succeeds, adds its gradient once, and the smaller ceiling stays."""
+    monkeypatch.setattr(memory, "choose_at_once", lambda mesh: at_once)
+    engine = open_engine(tmp_path / "m", CONFIG)
+    lane = engine.open_lane()
+    adapter, twin = (engine.create_adapter(lane, SPEC).result() for _ in range(2))
+    batch = data(8 * at_once, 120)
+    engine.forward_backward(lane, adapter, batch, CROSS_ENTROPY).result()
+    engine.forward_backward(lane, twin, batch, CROSS_ENTROPY).result()
+    expected = engine.forward_backward(lane, twin, batch, CROSS_ENTROPY).result()
+    backward = engine.trainer.programs.backward
+
+    def small_only(*args: Any, **static: Any) -> Any:
+        return backward(*args, **static) if args[2]["tokens_BT"].size <= 512 else exhausted()
+
+    monkeypatch.setattr(engine.trainer.programs, "backward", small_only)
+    result = engine.forward_backward(lane, adapter, batch, CROSS_ENTROPY).result()
+    for got, want in zip(result.logprobs, expected.logprobs, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    for name, array in gradients(adapter).items():
+        np.testing.assert_allclose(array, gradients(twin)[name], rtol=1e-4, atol=1e-4)
+    assert engine.describe()["max_tokens_per_micro_batch"] == 512 * at_once
+
+    before = gradients(adapter)
+    monkeypatch.setattr(engine.trainer.programs, "forward", exhausted)
+    with pytest.raises(RequestFailedError, match="ran out of memory in a micro-batch of 1 x 256 tokens"):
+        engine.forward_backward(lane, adapter, batch, CROSS_ENTROPY).result()
+    for name, array in gradients(adapter).items():
+        np.testing.assert_array_equal(array, before[name])
+    engine.close()
+
+
+def test_two_micro_batches_at_once_are_two_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, results = data(12, 200), []
+    for at_once, tokens in ((1, 512), (2, 1024)):
+        monkeypatch.setattr(memory, "choose_at_once", lambda mesh, at_once=at_once: at_once)
+        engine = open_engine(tmp_path / "m", CONFIG, max_tokens_per_micro_batch=tokens)
+        assert engine.describe()["micro_batches_at_once"] == at_once
+        lane = engine.open_lane()
+        built_in, twin, custom = (engine.create_adapter(lane, SPEC).result() for _ in range(3))
+        for adapter in (built_in, twin):
+            for _ in range(2):
+                engine.forward_backward(lane, adapter, batch, CROSS_ENTROPY).result()
+        for name, array in gradients(built_in).items():
+            np.testing.assert_array_equal(array, gradients(twin)[name])
+        engine.forward_backward_custom(
+            lane, custom, batch, lambda p: (0.0, [np.full_like(a, -1.0) for a in p], {})
+        ).result()
+        scored = engine.forward(lane, built_in, batch, CROSS_ENTROPY).result()
+        results.append((scored.logprobs, gradients(built_in), gradients(custom)))
+        engine.close()
+    (logprobs, twice, once), (logprobs_2, twice_2, once_2) = results
+    for one, two in zip(logprobs, logprobs_2, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+    for name, array in twice.items():
+        np.testing.assert_allclose(twice_2[name], array, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(once_2[name], once[name], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(2 * once[name], array, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_fit_is_refused_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = open_engine(tmp_path / "m", CONFIG)
+    lane = engine.open_lane()
+    adapter = engine.create_adapter(lane, SPEC).result()
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: 10_000)
+    with pytest.raises(
+        RequestFailedError, match=r"rank 512 needs .* \(adapter .*optimizer .*\), but 0.0 MiB are free.*rank"
+    ):
+        engine.create_adapter(lane, LoraSpec(rank=512, seed=0)).result()
+    with pytest.raises(RequestFailedError, match=r"1 x 256 tokens needs .*activations.*remat='full'") as caught:
+        engine.forward_backward(lane, adapter, data(1, 9), CROSS_ENTROPY).result()
+    assert caught.value.category == "user" and adapter.grads is None
+    with pytest.raises(RequestFailedError, match=r"base model .* in float32 needs .*weights.*dtype='bfloat16'"):
+        open_engine(tmp_path / "m2", CONFIG)
+    engine.close()
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_own_cgroup", lambda controller: Path("" if controller else "box/inner"))
+    device = jax.devices()[0]
+    free = memory.available_bytes(device)
+    (tmp_path / "box/inner").mkdir(parents=True)
+    (tmp_path / "box/inner/memory.max").write_text("max\n")
+    (tmp_path / "box/memory.max").write_text("1000000\n")
+    (tmp_path / "box/memory.current").write_text("400000\n")
+    assert memory.available_bytes(device) == 600_000 < free
+    assert memory.available_bytes(device, 0.5) == 100_000
+
+
+@pytest.mark.parametrize(("free", "remat"), [(1e12, "none"), (4e6, "selective"), (1e5, "full")])
+def test_remat_follows_the_memory(free: float, remat: str) -> None:
+    config = model()
+    assert memory.choose_remat(config, np.dtype(np.float32), 256, int(free)) == remat
+
+
+def test_clients_do_not_touch_each_other(engine: Engine) -> None:
+    """Interleaved, each gets exactly what it gets alone."""
+
+    def run(clients: list[int]) -> dict[int, list[Any]]:
+        lanes = {c: engine.open_lane() for c in clients}
+        owned = {c: engine.create_adapter(lanes[c], LoraSpec(rank=4, seed=c)).result() for c in clients}
+        out: dict[int, list[Any]] = {c: [] for c in clients}
+        for step in range(3):
+            for c in clients:
+                out[c].append(engine.forward_backward(lanes[c], owned[c], data(2, 20, 10 * c + step), CROSS_ENTROPY))
+                engine.optim_step(lanes[c], owned[c], ADAM)
+        return {c: [future.result().logprobs for future in futures] for c, futures in out.items()}
+
+    together = run([1, 2, 3])
+    for c in (1, 2, 3):
+        for got, alone in zip(together[c], run([c])[c], strict=True):
+            np.testing.assert_array_equal(np.stack(got), np.stack(alone))
+
+
+def test_accounting(engine: Engine) -> None:
+    lane = engine.open_lane()
+    adapter = engine.create_adapter(lane, SPEC).result()
+    engine.forward_backward(lane, adapter, data(3, 60), CROSS_ENTROPY)
+    metrics = engine.optim_step(lane, adapter, ADAM).result()
+    assert metrics["padding_waste:mean"] == pytest.approx(1 - 180 / 256)
+    assert (
+        metrics["tokens_per_second:mean"] > 0 and 0 < metrics["matmul_fraction:mean"] <= metrics["limit_fraction:mean"]
+    )
+    assert engine.describe()["training"]["device_seconds"] > 0
+    engine.forward_backward(lane, adapter, data(1, 256), CROSS_ENTROPY)
+    assert engine.optim_step(lane, adapter, ADAM).result()["padding_waste:mean"] == 0.0
+
+
+def test_time_spent_on_two_compiles_at_once_counts_once() -> None:
+    """Else the first call's time on the device, which is the rest, is too short, and its rate beyond the device's."""
+
+    def record(began: float, ended: float, cause: Any = "first use") -> CompileRecord:
+        about = {"program": "forward", "shapes": "", "cached": False, "bytes": 0}
+        return CompileRecord(**about, seconds=ended - began, cause=cause, ended_at=ended)
+
+    log = [record(13, 14), record(10, 15), record(14, 17), record(20, 21), record(0, 99, "background")]
+    assert waited_for_s(log) == 8
+
+
+def test_useful_flops_of_a_known_model() -> None:
+    """Qwen3-4B at 4,096 tokens, rank 32 on all linear layers: 20.1 GFLOP a token, 28.3 with full recomputation."""
+    qwen = ModelConfig(
+        family="qwen3", vocab_size=151936, d_model=2560, d_ff=9728, n_layers=36, n_heads=32, n_kv_heads=8, head_dim=128,
+        norm_eps=1e-6, rope_theta=1e6, tied_embeddings=True, qk_norm=True, max_context=40960,
+    )  # fmt: skip
+    spec = LoraSpec(rank=32, seed=0, train_unembed=False)
+    useful, _ = accounting.flops(qwen, spec, [4096], "none")
+    _, hardware = accounting.flops(qwen, spec, [4096], "full")
+    assert useful / 4096 == pytest.approx(20.1e9, rel=0.01)
+    assert hardware / 4096 == pytest.approx(28.3e9 - 2 * 0.39e9, rel=0.03)  # the head is not recomputed here
+
+
+def model() -> ModelConfig:
+    return ModelConfig(
+        family="llama", vocab_size=64, d_model=32, d_ff=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32,
+        norm_eps=1e-5, rope_theta=1e4, tied_embeddings=True, max_context=512,
+    )  # fmt: skip
+
+
+def leaky(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: Any) -> Any:
+    return attention.blockwise(False).forward(q, k, v, segments * 0, dtype)
+
+
+def broken(*_: Any) -> Any:
+    raise NotImplementedError("no such kernel on this device")
+
+
+@pytest.mark.parametrize(("forward", "trusted"), [(None, True), (leaky, False), (broken, False)])
+def test_a_kernel_that_leaks_is_not_trusted(forward: Any, trusted: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Two packed documents must not see each other; nor may a kernel that does not run stop the start."""
+    plain = attention.blockwise(True)
+    candidate = Attention(name="candidate", forward=forward or plain.forward, backward=plain.backward, row_length=None)
+    assert agrees(candidate, plain, make_mesh({"fsdp": 1}), model(), np.dtype(np.float32)) is trusted
+    assert bool(caplog.records) is not trusted
+
+
+def test_a_kernel_that_cannot_be_loaded_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu: Any = SimpleNamespace(size=1, devices=np.array([SimpleNamespace(platform="gpu")], object))
+
+    def gone() -> Attention:
+        raise ImportError("no module named fused_attention")
+
+    monkeypatch.setattr(attention_check, "cudnn", gone)
+    chosen = attention_check.choose_attention(gpu, model(), jnp.dtype(jnp.bfloat16))
+    assert chosen.name == "blockwise" and "no module named" in caplog.text
+
+
+def test_the_tpu_kernel_is_trusted() -> None:
+    """Interpreted here; on a TPU the same check runs on the real kernel at every start."""
+    mesh = make_mesh({"fsdp": 1})
+    assert agrees(
+        attention.splash(mesh, interpret=True), attention.blockwise(True), mesh, model(), np.dtype(np.float32)
+    )

@@ -1,0 +1,160 @@
+"""Do the hand-written backward passes equal automatic differentiation of the forward passes?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_client.losses import logprob_head
+from jax_client.models.config import ModelConfig
+from jax_client.models.decoder import param_specs
+from jax_client.models.kernels import blockwise
+from jax_client.models.parts import attention
+from jax_client.models.transformer import backward_pass, context, forward_pass
+
+F32 = jnp.dtype("float32")
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    sizes: dict[str, Any] = {
+        "family": "llama", "vocab_size": 61, "d_model": 16, "d_ff": 24, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2,
+        "head_dim": 8, "norm_eps": 1e-5, "rope_theta": 1e4, "tied_embeddings": True, "max_context": 64,
+    }  # fmt: skip
+    return ModelConfig(**(sizes | changes))
+
+
+def random_tree(specs: Any, seed: int, scale: float = 0.3) -> Any:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * scale, s.dtype), specs)
+
+
+def random_lora(c: ModelConfig, rank: int, seed: int) -> dict[str, Any]:
+    L, D, F, K, G, H, R = c.n_layers, c.d_model, c.d_ff, c.n_kv_heads, c.group, c.head_dim, rank
+    shapes = {
+        "q": ((R, D), (R, K, G, H)), "k": ((R, D), (R, K, H)), "v": ((R, D), (R, K, H)), "o": ((R, K, G, H), (R, D)),
+        "gate": ((R, D), (R, F)), "up": ((R, D), (R, F)), "down": ((R, F), (R, D)),
+    }  # fmt: skip
+    rng = np.random.default_rng(seed)
+    return {n: {"A": jnp.asarray(rng.normal(size=(L, *a)) * 0.3, F32), "B": jnp.asarray(rng.normal(size=(L, *b)) * 0.3, F32)} for n, (a, b) in shapes.items()}  # fmt: skip # noqa: E501
+
+
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
+    """Masked softmax over all pairs, which autodiff can take the derivative of."""
+    place = jnp.arange(q.shape[1])
+    seen = (segments[:, :, None] == segments[:, None]) & (place[:, None] >= place)
+    s = jnp.einsum("BTKGH,BSKH->BKGTS", q, k) * q.shape[-1] ** -0.5
+    p = jax.nn.softmax(jnp.where(seen[:, None, None], s, -1e30), axis=-1)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", p, v), ()
+
+
+PLAIN = attention.Attention(
+    name="plain",
+    forward=plain_attention,
+    backward=lambda *_: (_ for _ in ()).throw(AssertionError),
+    row_length=None,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "remat", "one_cpu"),
+    [
+        ({}, "none", True),
+        ({}, "none", False),
+        ({}, "selective", True),
+        ({}, "full", True),
+        ({"family": "qwen2", "qkv_bias": True}, "none", True),
+        ({"family": "qwen3", "qk_norm": True}, "selective", True),
+    ],
+)
+def test_layers_backward(changes: dict[str, Any], remat: Any, one_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "SMALL_BLOCK", 4)
+    monkeypatch.setattr(blockwise, "LARGE_BLOCK", 5)
+    config = tiny(**changes)
+    params, lora = random_tree(param_specs(config, F32), 0), random_lora(config, 3, 1)
+    rng = np.random.default_rng(2)
+    tokens = jnp.asarray(rng.integers(0, 61, (2, 20)))
+    segments = jnp.asarray([[1] * 7 + [2] * 9 + [0] * 4, [1] * 20])
+    positions = jnp.asarray([list(range(7)) + list(range(9)) + [0] * 4, list(range(20))])
+    g = jnp.asarray(rng.normal(size=(2, 20, 16)), F32)
+
+    @jax.jit
+    def expected(lora: Any) -> Any:
+        c = context(positions, config, F32, PLAIN)
+        h, pullback = jax.vjp(lambda lora: forward_pass(params, lora, tokens, segments, c, None)[0], lora)
+        return h, pullback(g)[0]
+
+    @jax.jit
+    def ours(lora: Any) -> Any:
+        c = context(positions, config, F32, attention.blockwise(one_cpu))
+        h, saved = forward_pass(params, lora, tokens, segments, c, remat)
+        return h, backward_pass(params, lora, segments, saved, g, c, jax.tree.map(jnp.zeros_like, lora))
+
+    (h, grads), (expected_h, expected_grads) = ours(lora), expected(lora)
+    np.testing.assert_allclose(h, expected_h, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), grads, expected_grads)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("targets_per_position", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_head(
+    shards: int, with_lora: bool, targets_per_position: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every position is scored up to the padding; those without a gradient carry nothing for the backward pass."""
+    monkeypatch.setattr(logprob_head, "CPU_BLOCK", (4, 12))
+    rng = np.random.default_rng(3)
+    B, T, D, V, C = rows, 20, 8, 62, targets_per_position
+    h, w = jnp.asarray(rng.normal(size=(B, T, D)), F32), jnp.asarray(rng.normal(size=(V, D)), F32)
+    lora = {"A": jnp.asarray(rng.normal(size=(4, D)), F32), "B": jnp.asarray(rng.normal(size=(4, V)), F32)}
+    lora = lora if with_lora else {}
+    targets = jnp.asarray(rng.integers(0, V, (B, T, C)))
+    scored, with_gradient = rng.random((B, T)) < 0.8, rng.random((B, T)) < 0.5
+    with_gradient &= scored
+    g = jnp.asarray(rng.normal(size=targets.shape) * with_gradient[..., None], F32)
+    order = np.argsort(2 - scored.astype(int) - with_gradient, axis=-1, kind="stable")
+    counts = [jnp.int32(a.sum(axis=-1).max()) for a in (with_gradient, scored)]
+    how = logprob_head.Order(jnp.asarray(order), jnp.asarray(np.argsort(order, axis=-1)), *counts)
+
+    def plain(h: jax.Array, lora: Any) -> jax.Array:
+        logits = h @ w.T + ((h @ lora["A"].T) @ lora["B"] * 32 / 4 if lora else 0)
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), targets, axis=-1)
+
+    @jax.jit
+    def expected(h: jax.Array, lora: Any) -> Any:
+        logprobs, pullback = jax.vjp(plain, h, lora)
+        return logprobs, *pullback(g)
+
+    @jax.jit
+    def ours(h: jax.Array, lora: Any) -> Any:
+        options: dict[str, Any] = {"dtype": F32, "shards": shards}
+        logprobs, saved = logprob_head.head_forward(h, w, lora, targets, how, with_backward=True, **options)
+        only, nothing = logprob_head.head_forward(h, w, lora, targets, how, with_backward=False, **options)
+        return logprobs, *logprob_head.head_backward(saved, w, lora, targets, g, how, **options), only, nothing
+
+    logprobs, dh, grads, only, nothing = ours(h, lora)
+    expected_logprobs, expected_dh, expected_grads = expected(h, lora)
+    np.testing.assert_allclose(logprobs[scored], expected_logprobs[scored], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(only[scored], logprobs[scored], rtol=1e-6, atol=1e-6)
+    assert not nothing
+    np.testing.assert_allclose(dh, expected_dh, rtol=1e-4, atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), grads, dict(expected_grads))
+
+
+def test_a_head_chunk_that_is_a_whole_row_does_nothing_without_work() -> None:
+    """XLA must not move its sweeps over the vocabulary to where they run whether or not any position needs them."""
+    h, w, targets = jnp.ones((1, 16, 8)), jnp.ones((4096, 8)), jnp.ones((1, 16, 1), jnp.int32)
+    place = jnp.arange(16, dtype=jnp.int32)[None]
+    options: dict[str, Any] = {"dtype": F32, "shards": 1, "with_backward": True}
+
+    def head(with_gradient: jax.Array, scored: jax.Array) -> Any:
+        order = logprob_head.Order(place, place, with_gradient, scored)
+        return logprob_head.head_forward(h, w, {}, targets, order, **options)
+
+    program = jax.jit(head).lower(jnp.int32(0), jnp.int32(0)).compile().as_text() or ""
+    sweeps = [line for line in program.splitlines() if " while(" in line]
+    assert sweeps and all("cond/branch" in line for line in sweeps)
