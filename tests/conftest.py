@@ -81,7 +81,7 @@ def no_autosave(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Save only what a test saves; those of autosaving itself ask for the fixture `autosaving`."""
     if "autosaving" not in request.fixturenames:
         watch = autosave.watch
-        monkeypatch.setattr(autosave, "watch", lambda keeper, minutes: watch(keeper, None))
+        monkeypatch.setattr(autosave, "watch", lambda checkpointer, minutes: watch(checkpointer, None))
         monkeypatch.setattr(autosave, "handle_sigterm", lambda: None)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_client.engine.core.requests import AdapterState, LoraSpec
 from jax_client.errors import BadRequestError
+from jax_client.values import AdapterState, LoraSpec
 
 DIRECTORY = "arrays"
 _GROUPS = ("weights", "mu", "nu")

@@ -31,7 +31,7 @@ Stamp = str
 T = TypeVar("T")
 
 
-class Catalogue:
+class IndexCache:
     """The catalogue of one state directory. Thread-safe; any number of processes may share the file.
 
     Args:

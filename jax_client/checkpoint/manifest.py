@@ -16,8 +16,8 @@ from typing import Any
 from jax_client.checkpoint.disk import files, sealed
 from jax_client.checkpoint.disk.hashes import EarlyHashes
 from jax_client.checkpoint.disk.sealed import DamagedError
-from jax_client.engine.core.requests import LoraSpec
 from jax_client.errors import UnsupportedError
+from jax_client.values import LoraSpec
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"

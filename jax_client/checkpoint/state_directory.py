@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from jax_client.checkpoint.disk import files, run_lock, sealed
-from jax_client.checkpoint.disk.run_lock import Claim, Owner
+from jax_client.checkpoint.disk.run_lock import Owner, RunLock
 from jax_client.checkpoint.disk.sealed import DamagedError
 from jax_client.checkpoint.index_cache import FILE_NAME as CATALOGUE
-from jax_client.checkpoint.index_cache import Catalogue, Key, Stamp
+from jax_client.checkpoint.index_cache import IndexCache, Key, Stamp
 from jax_client.checkpoint.mirror import Mirror
 from jax_client.checkpoint.names import children, run_directory, run_id_of
 from jax_client.errors import NotFoundError, RequestFailedError
@@ -38,7 +38,7 @@ class StateDirectory:
     def __init__(self, state_dir: Path, mirror: str | None = None) -> None:
         state_dir = Path(state_dir).absolute()
         self._runs = state_dir / "runs"
-        self._catalogue = Catalogue(state_dir / CATALOGUE)
+        self._catalogue = IndexCache(state_dir / CATALOGUE)
         self._mirror = None if mirror is None else Mirror(mirror)
 
     def put_run(self, run_id: str, metadata: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class StateDirectory:
 
         return [(entry["run_id"], entry["metadata"]) for entry in self._catalogue.look_up("runs", stamps, read)]
 
-    def claim(self, run_id: str) -> Claim:
+    def claim(self, run_id: str) -> RunLock:
         """Open a run for this process alone, until the claim is released.
 
         Raises:
@@ -118,7 +118,7 @@ class StateDirectory:
         try:
             self._make(directory)
             return run_lock.claim(directory)
-        except run_lock.TakenError as error:
+        except run_lock.RunLockedError as error:
             raise RequestFailedError(
                 f"run {run_id} is open in {error}. Close it there, or go on from one of its checkpoints, which makes a "
                 "run of its own.",

@@ -36,9 +36,9 @@ from jax_client.checkpoint.names import (
     versions,
 )
 from jax_client.checkpoint.state_directory import StateDirectory, first_line, stamp
-from jax_client.checkpoint.tags import Label
-from jax_client.engine.core.requests import AdapterState
+from jax_client.checkpoint.tags import Tags
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, RequestFailedError, UnsupportedError
+from jax_client.values import AdapterState
 
 logger = logging.getLogger(__name__)
 
@@ -229,12 +229,12 @@ class CheckpointStore(StateDirectory):
         number = int(older[-1].name) + 1 if older else 1
         expires = None if ttl_seconds is None else Deadline.after(ttl_seconds, clock.now())
         # An overwrite is the same checkpoint to those it was published to.
-        tag = Label(expires=expires, public=bool(older) and tags.read_or_none_set(older[-1]).public)
+        tag = Tags(expires=expires, public=bool(older) and tags.read_or_none_set(older[-1]).public)
         with files.temporary_directory(directory) as temporary:
             with EarlyHashes(temporary) as hashes:
                 fill(temporary)
             written = manifest.write(temporary, draft, hashes)
-            if tag != Label():
+            if tag != Tags():
                 tags.write(temporary, tag)
             files.fsync_tree(temporary)
             version = directory / f"{number:06d}"
@@ -313,7 +313,7 @@ class CheckpointStore(StateDirectory):
             try:
                 return _record(found, tags.read(version)), ""
             except DamagedError as error:
-                return _record(found, Label()), str(error)
+                return _record(found, Tags()), str(error)
 
         record, problem = self._reading(run_id, kind, name, check)
         if problem:
@@ -367,7 +367,7 @@ class CheckpointStore(StateDirectory):
         """Publish a checkpoint, or take that back. Raises as `delete` does."""
         return self._relabel(run_id, kind, name, lambda tag: replace(tag, public=public))
 
-    def _relabel(self, run_id: str, kind: str, name: str, change: Callable[[Label], Label]) -> Record:
+    def _relabel(self, run_id: str, kind: str, name: str, change: Callable[[Tags], Tags]) -> Record:
         self.record(run_id, kind, name)
         directory = checkpoint_directory(self._runs, run_id, kind, name)
         try:
@@ -561,7 +561,7 @@ def _draft(run_id: str, kind: str, name: str, state: AdapterState, metadata: dic
     )
 
 
-def _record(found: Manifest, tag: Label) -> Record:
+def _record(found: Manifest, tag: Tags) -> Record:
     return Record(
         run_id=found.run_id,
         kind=found.kind,

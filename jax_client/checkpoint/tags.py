@@ -20,19 +20,19 @@ FILE_NAME = "label.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Label:
+class Tags:
     """What is set on one version of a checkpoint."""
 
     expires: Deadline | None = None
     public: bool = False
 
 
-def write(version: Path, label: Label) -> None:
+def write(version: Path, label: Tags) -> None:
     """Set the label of a version, durably: a reader sees the old or the new one."""
     files.replace(version / FILE_NAME, sealed.seal(asdict(label), "label"))
 
 
-def read(version: Path) -> Label:
+def read(version: Path) -> Tags:
     """Read the label of a version.
 
     Raises:
@@ -42,16 +42,16 @@ def read(version: Path) -> Label:
     try:
         content = sealed.unseal(path.read_bytes(), str(path))
     except FileNotFoundError:
-        return Label()
+        return Tags()
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
-    return Label(expires=Deadline.of(content["expires"]), public=content["public"])
+    return Tags(expires=Deadline.of(content["expires"]), public=content["public"])
 
 
-def read_or_none_set(version: Path) -> Label:
+def read_or_none_set(version: Path) -> Tags:
     """Read the label of a version; a damaged one is logged and counts as none."""
     try:
         return read(version)
     except DamagedError as error:
         logger.warning("%s; until it is set again the checkpoint is private and does not expire", error)
-        return Label()
+        return Tags()

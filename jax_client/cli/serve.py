@@ -71,7 +71,7 @@ def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterato
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from jax_client.checkpoint.disk import files, run_lock
-    from jax_client.server.state.request_log import Journal
+    from jax_client.server.state.request_log import RequestLog
     from jax_client.server.state.server import Server
 
     # They would be drawn over the line that says how far a download is.
@@ -79,10 +79,10 @@ def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterato
     files.make_directories(settings.home, settings.home)
     try:
         claim = run_lock.claim(settings.home)
-    except run_lock.TakenError as error:
+    except run_lock.RunLockedError as error:
         raise click.ClickException(f"{settings.home} is served by {error}; {advice}.") from None
     try:
-        server = Server(settings.engine, settings.aliases, Journal(settings.home) if remembers else None)
+        server = Server(settings.engine, settings.aliases, RequestLog(settings.home) if remembers else None)
         stages.say(f"state directory: {settings.home}")
         for name in settings.models:
             _load(server, name, settings)
@@ -161,7 +161,7 @@ def _load(server: Server, name: str, settings: ServerSettings) -> None:
 
 
 def _compile(engine: Any, name: str, settings: ServerSettings) -> None:
-    from jax_client.engine.core.requests import LoraSpec
+    from jax_client.values import LoraSpec
 
     start = time.monotonic()
     lengths = ", ".join(map(str, settings.warmup))

@@ -6,7 +6,7 @@ from typing import Any
 
 import tinker
 
-from jax_client.clients.sdk_errors import bind, stands_for
+from jax_client.clients.sdk_errors import bind, register_as_sdk_class
 from jax_client.errors import UnsupportedError
 
 
@@ -29,4 +29,4 @@ class AdminClient:
         )
 
 
-stands_for(tinker.AdminClient, AdminClient)
+register_as_sdk_class(tinker.AdminClient, AdminClient)

@@ -26,7 +26,7 @@ class LocalFuture(tinker.APIFuture[T]):
     cancels the request if it has not started.
 
     Args:
-        source: the future to show; its errors are bound to the SDK's classes.
+        source: the future to show; its errors are translate to the SDK's classes.
         convert: applied to its value.
     """
 

@@ -15,7 +15,7 @@ import tinker
 from tinker import types
 
 from jax_client.clients.futures import LocalFuture
-from jax_client.clients.sdk_errors import bind, sdk_errors, stands_for
+from jax_client.clients.sdk_errors import bind, register_as_sdk_class, sdk_errors
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, UnsupportedError
 from jax_client.runs import checks
@@ -456,4 +456,4 @@ for _name, _reason in _REFUSED.items():
         if hasattr(tinker.RestClient, _method):
             setattr(RestClient, _method, _refusal(_method, _reason))
 
-stands_for(tinker.RestClient, RestClient)
+register_as_sdk_class(tinker.RestClient, RestClient)

@@ -15,7 +15,7 @@ from tinker import types
 from jax_client.clients import handles
 from jax_client.clients.futures import ClientFuture, LocalFuture
 from jax_client.clients.remote import RemoteSamplingClient
-from jax_client.clients.sdk_errors import sdk_errors, stands_for
+from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.runs.lifecycle.futures import background
 from jax_client.runs.paths import sampler_path
@@ -23,7 +23,7 @@ from jax_client.runs.paths import sampler_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jax_client.runs.lifecycle.sampler_handle import Sampler
+    from jax_client.runs.lifecycle.sampler_handle import SamplerHandle
     from jax_client.runs.lifecycle.session import Session
 
 
@@ -38,12 +38,12 @@ class SamplingClient:
         sampler: the loaded weights.
     """
 
-    def __init__(self, sampler: Sampler) -> None:
+    def __init__(self, sampler: SamplerHandle) -> None:
         self._loaded = sampler
         self._process = os.getpid()
 
     @property
-    def _sampler(self) -> Sampler:
+    def _sampler(self) -> SamplerHandle:
         # The threads that drive the device are not in a forked process: a request would wait for ever.
         if os.getpid() != self._process:
             raise UnsupportedError(
@@ -143,11 +143,11 @@ class SamplingClient:
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the base model's tokenizer."""
-        return self._sampler.lease.model.tokenizer()
+        return self._sampler.model_ref.model.tokenizer()
 
     def get_base_model(self) -> str:
         """Return the base model's name."""
-        return self._sampler.lease.name
+        return self._sampler.model_ref.name
 
     async def get_base_model_async(self) -> str:
         """Return the base model's name."""
@@ -207,8 +207,8 @@ class BackcompatSamplingClientFuture(ClientFuture[SamplingClient], SamplingClien
     """The future of a SamplingClient, which can be used as the client at once."""
 
 
-stands_for(tinker.SamplingClient, SamplingClient)
-stands_for(tinker.BackcompatSamplingClientFuture, BackcompatSamplingClientFuture)
+register_as_sdk_class(tinker.SamplingClient, SamplingClient)
+register_as_sdk_class(tinker.BackcompatSamplingClientFuture, BackcompatSamplingClientFuture)
 
 
 def refuse_stability_info(record_stability_info: bool) -> None:

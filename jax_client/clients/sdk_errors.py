@@ -37,8 +37,8 @@ def bind(error: BaseException) -> BaseException:
     """
     if not isinstance(error, errors.JaxClientError) or isinstance(error, tinker.TinkerError):
         return error
-    bound = _bound_class(type(error))
-    new = bound.__new__(bound, *error.args)
+    translate = _bound_class(type(error))
+    new = translate.__new__(translate, *error.args)
     new.__dict__.update(error.__dict__)
     if isinstance(new, tinker.RequestFailedError):
         new.category = RequestErrorCategory(new.category)
@@ -70,7 +70,7 @@ def _rebuild(ours: type[errors.JaxClientError], args: tuple[object, ...], state:
     return bind(error)
 
 
-def stands_for(theirs: Any, ours: type) -> None:
+def register_as_sdk_class(theirs: Any, ours: type) -> None:
     """Make `isinstance(x, theirs)` true for our class: the SDK's clients are abstract base classes."""
     theirs.register(ours)
 
@@ -101,7 +101,7 @@ def _binds(function: Callable[..., Any]) -> Callable[..., Any]:
         return bound_async
 
     @functools.wraps(function)
-    def bound(*args: Any, **kwargs: Any) -> Any:
+    def translate(*args: Any, **kwargs: Any) -> Any:
         # Raised outside the except block: the unbound original is not worth a "during handling of".
         try:
             return function(*args, **kwargs)
@@ -109,4 +109,4 @@ def _binds(function: Callable[..., Any]) -> Callable[..., Any]:
             new = bind(error)
         raise new
 
-    return bound
+    return translate

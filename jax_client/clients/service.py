@@ -18,7 +18,7 @@ from jax_client.clients.custom_loss import register
 from jax_client.clients.futures import LocalFuture
 from jax_client.clients.rest import RestClient
 from jax_client.clients.sampling import BackcompatSamplingClientFuture, SamplingClient, open_sampling_client
-from jax_client.clients.sdk_errors import bind, sdk_errors, stands_for
+from jax_client.clients.sdk_errors import bind, register_as_sdk_class, sdk_errors
 from jax_client.clients.training import BackcompatTrainingClientFuture, TrainingClient, note_access_token
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, BadTypeError
@@ -383,4 +383,4 @@ class ServiceClient:
         return LocalFuture(self._session.close(status, detail))
 
 
-stands_for(tinker.ServiceClient, ServiceClient)
+register_as_sdk_class(tinker.ServiceClient, ServiceClient)

@@ -18,7 +18,7 @@ from jax_client.clients.sampling import (
     open_sampling_client,
     refuse_stability_info,
 )
-from jax_client.clients.sdk_errors import sdk_errors, stands_for
+from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.runs.lifecycle.run import Run
 
@@ -267,7 +267,7 @@ class TrainingClient:
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the base model's tokenizer."""
-        return self._run.lease.model.tokenizer()
+        return self._run.model_ref.model.tokenizer()
 
     def get_console_url(self) -> str:
         """Return where the run's checkpoints live; there is no web console in-process."""
@@ -339,8 +339,8 @@ class BackcompatTrainingClientFuture(ClientFuture[TrainingClient], TrainingClien
     """The future of a TrainingClient, which can be used as the client at once."""
 
 
-stands_for(tinker.TrainingClient, TrainingClient)
-stands_for(tinker.BackcompatTrainingClientFuture, BackcompatTrainingClientFuture)
+register_as_sdk_class(tinker.TrainingClient, TrainingClient)
+register_as_sdk_class(tinker.BackcompatTrainingClientFuture, BackcompatTrainingClientFuture)
 
 
 def note_access_token(weights_access_token: str | None) -> None:

@@ -26,22 +26,20 @@ from jax_client.engine.core.dispatch import Dispatcher, Lane, Task
 from jax_client.engine.core.programs import Cause, CompileRecord, compiling, enable_compilation_cache
 from jax_client.engine.core.requests import (
     AdamSettings,
-    AdapterState,
     CustomLoss,
     GenerationRequest,
     GenerationResult,
-    LoraSpec,
     LossSpec,
-    Sequence,
     TrainResult,
 )
-from jax_client.engine.sample.loop import Sampler
+from jax_client.engine.sample.loop import SamplingLoop
 from jax_client.engine.train import packing
 from jax_client.engine.train.packing import Plan
 from jax_client.engine.train.trainer import Trainer
 from jax_client.errors import RequestFailedError
 from jax_client.models.decoder import param_specs
 from jax_client.sharding import check_mesh_divides, make_mesh
+from jax_client.values import AdapterState, LoraSpec, TrainExample
 from jax_client.weights.read.load import load_params, read_config
 from jax_client.weights.read.source import ModelSource
 
@@ -94,7 +92,7 @@ class Engine:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         self.attention = choose_attention(self.mesh, self.model, self.dtype)
         shared = self.params, self.model, self.dtype, self.mesh, self.attention, self._log
-        self.sampler = Sampler(*shared, settings.memory_fraction)
+        self.sampler = SamplingLoop(*shared, settings.memory_fraction)
         at_once = memory.choose_at_once(self.mesh)
         self.trainer = Trainer(
             *shared,
@@ -135,14 +133,14 @@ class Engine:
         return self.submit(lane, task())
 
     def forward(
-        self, lane: Lane, adapter: Adapter | None, sequences: list[Sequence], loss: LossSpec
+        self, lane: Lane, adapter: Adapter | None, sequences: list[TrainExample], loss: LossSpec
     ) -> Future[TrainResult]:
         """Score sequences with an adapter, or with the base model for None; no gradient."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, loss)
         return self.submit(lane, self.trainer.forward_task(adapter, sequences, loss, prepared))
 
     def forward_backward(
-        self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: LossSpec
+        self, lane: Lane, adapter: Adapter, sequences: list[TrainExample], loss: LossSpec
     ) -> Future[TrainResult]:
         """Add the gradient of the summed loss to the adapter's accumulated gradient."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, loss)
@@ -150,7 +148,7 @@ class Engine:
         return self.submit(lane, self._counting_queue(lane, adapter, task))
 
     def forward_backward_custom(
-        self, lane: Lane, adapter: Adapter, sequences: list[Sequence], loss: CustomLoss
+        self, lane: Lane, adapter: Adapter, sequences: list[TrainExample], loss: CustomLoss
     ) -> Future[TrainResult]:
         """As `forward_backward` with a loss that runs on the host, on a thread of its own."""
         prepared = self._elsewhere(self.trainer.prepare, sequences, None)
@@ -330,7 +328,7 @@ class Engine:
         """Say whether the engine does what it was asked: idle, busy, compiling, stuck, dead or closed. Never waits.
 
         Returns:
-            state; waiting: requests that have not finished; still_seconds: since anything moved; compiling: what is
+            state; waiting: requests that have not finished; stalled_seconds: since anything moved; compiling: what is
             being compiled, if anything.
         """
         found, now = self._dispatcher.liveness(), compiling(self._log)
@@ -338,14 +336,14 @@ class Engine:
             state = "closed" if self._closed else "dead"
         elif any(each["seconds"] < COMPILE_SECONDS for each in now):
             state = "compiling"
-        elif found.still_s > STUCK_SECONDS:
+        elif found.stalled_s > STUCK_SECONDS:
             state = "stuck"
         else:
             state = "busy" if found.waiting else "idle"
         return {
             "state": state,
             "waiting": found.waiting,
-            "still_seconds": round(found.still_s, 3),
+            "stalled_seconds": round(found.stalled_s, 3),
             "compiling": now,
         }
 

@@ -120,7 +120,7 @@ class Found:
     more: bool = False
 
 
-class History:
+class MetricsStore:
     """The metrics file of one state directory. Thread-safe; any number of processes may share the file.
 
     Args:

@@ -35,7 +35,7 @@ from jax_client.runs.lifecycle.session import SessionClosedError
 from jax_client.server.ops import metrics
 from jax_client.server.ops.health import Watchdog
 from jax_client.server.state.custom_losses import MAX_GRAPH_BYTES
-from jax_client.server.state.ledger import Promise
+from jax_client.server.state.ledger import PendingRequest
 from jax_client.server.state.server import Server
 from jax_client.server.wire import answers, protocol
 from jax_client.server.wire.admission import MAX_SAMPLES, RETRY_SECONDS, BusyError, Load
@@ -111,7 +111,7 @@ class _Shortcut:
 def routes(server: Server) -> list[Route]:
     """Return every route."""
     rest, watchdog = server.rest, Watchdog()
-    promised: dict[str, tuple[Any, Callable[..., Promise]]] = {
+    promised: dict[str, tuple[Any, Callable[..., PendingRequest]]] = {
         "create_model": (types.CreateModelRequest, server.create_model),
         "load_weights": (types.LoadWeightsRequest, server.load_weights),
         "optim_step": (types.OptimStepRequest, server.optim_step),
@@ -222,7 +222,7 @@ def _digest(path: str, body: bytes) -> bytes:
     return hashlib.sha256(path.encode() + b"\0" + body).digest()
 
 
-def _promising(server: Server, model: type[Model], make: Callable[[Model, bytes], Promise]) -> Handler:
+def _promising(server: Server, model: type[Model], make: Callable[[Model, bytes], PendingRequest]) -> Handler:
     async def handler(request: Request) -> Response:
         with Load(server.room) as load:
             body = await read_body(request, MAX_JSON_BYTES, load)
@@ -230,7 +230,7 @@ def _promising(server: Server, model: type[Model], make: Callable[[Model, bytes]
             load.keep(promise.request_id, promise.answer)
         return JSONResponse({"request_id": promise.request_id, "model_id": getattr(parsed, "model_id", None)})
 
-    def accept(body: bytes, digest: bytes) -> tuple[Model, Promise]:
+    def accept(body: bytes, digest: bytes) -> tuple[Model, PendingRequest]:
         try:
             parsed = parse(body, model)
             return parsed, make(parsed, digest)
@@ -275,7 +275,7 @@ def _forward_backward(server: Server) -> Handler:
             load.keep(promise.request_id, promise.answer)
         return JSONResponse({"request_id": promise.request_id, "model_id": model_id})
 
-    def read(body: bytes, path: str) -> tuple[Promise, str]:
+    def read(body: bytes, path: str) -> tuple[PendingRequest, str]:
         message = protocol.read_forward_backward(body)
         return server.forward_backward(message, _digest(path, body)), message.model_id
 
@@ -330,13 +330,13 @@ def _retrieve(server: Server) -> Handler:
     return handler
 
 
-def _kept(server: Server, request_id: str) -> Promise:
+def _kept(server: Server, request_id: str) -> PendingRequest:
     try:
         return server.promises.get(request_id)
     except NotFoundError:
         if not server.may_have_lost(request_id):
             raise
-        promise = Promise(request_id, b"", "sample")
+        promise = PendingRequest(request_id, b"", "sample")
         promise.settle(answers.again("the server does not know this request any more; send it again."))
         return promise
 

@@ -20,7 +20,7 @@ from typing import Any
 from jax_client.clients.handles import Handle
 from jax_client.config import EngineConfig
 from jax_client.errors import NotFoundError
-from jax_client.runs.lifecycle.sampler_handle import Sampler
+from jax_client.runs.lifecycle.sampler_handle import SamplerHandle
 from jax_client.runs.lifecycle.session import Session, live_sessions
 from jax_client.server.app import CLIENT_CONFIG, DYNAMIC_CONFIG, build_app
 from jax_client.server.state.live_objects import IN_MEMORY, Sampling
@@ -47,10 +47,10 @@ class SharedSamplers(Server):
         super().__init__(config)
         # A user who lists the sessions of this process finds those that were made.
         live_sessions.pop(self.own.session_id, None)
-        self._alive: weakref.WeakValueDictionary[str, Sampler] = weakref.WeakValueDictionary()
+        self._alive: weakref.WeakValueDictionary[str, SamplerHandle] = weakref.WeakValueDictionary()
         self._known_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
-    def share(self, sampler: Sampler) -> None:
+    def share(self, sampler: SamplerHandle) -> None:
         """Serve a sampler, as the newest of its session."""
         session = sampler.session
         with self._lock:
@@ -162,7 +162,7 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def share(sampler: Sampler) -> Handle:
+def share(sampler: SamplerHandle) -> Handle:
     """Serve a sampler to other processes; the first call starts the server.
 
     Raises:
@@ -175,13 +175,13 @@ def share(sampler: Sampler) -> Handle:
             _sharing = Sharing(sampler.session.config)
         sharing = _sharing
     sharing.samplers.share(sampler)
-    model = sampler.lease.model.source
+    model = sampler.model_ref.model.source
     return Handle(
         socket=sharing.path,
         process=os.getpid(),
         session_id=sampler.session.session_id,
         sampler_id=sampler.sampler_id,
-        base_model=sampler.lease.name,
+        base_model=sampler.model_ref.name,
         model_path=str(model.path),
         model_kind=model.kind,
         client_config=CLIENT_CONFIG.model_dump() | {"sample_max_concurrent_requests": MAX_CONCURRENT},

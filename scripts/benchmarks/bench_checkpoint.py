@@ -28,7 +28,7 @@ from rich.table import Table
 
 from bench_rows import machine, seconds
 from jax_client.checkpoint.store import CheckpointStore
-from jax_client.engine.core.requests import AdapterState, LoraSpec
+from jax_client.values import AdapterState, LoraSpec
 
 console = Console(soft_wrap=True)
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -108,8 +108,9 @@ def cross_entropy_in_torch(data: list[Any], logprobs: list[Any]) -> tuple[Any, d
 
 def on_engine(job: Job, config: EngineConfig) -> Contender:
     """Return a step on the engine itself, which needs neither `tinker` nor torch: for a bare accelerator image."""
-    from jax_client.engine.core.requests import AdamSettings, GenerationRequest, LoraSpec, LossSpec, Sequence
+    from jax_client.engine.core.requests import AdamSettings, GenerationRequest, LossSpec
     from jax_client.engine.engine import Engine
+    from jax_client.values import LoraSpec, TrainExample
     from jax_client.weights.read.source import resolve
 
     engine = Engine(resolve(job.model or MODEL), config)
@@ -126,8 +127,8 @@ def on_engine(job: Job, config: EngineConfig) -> Contender:
 
         return generation(job, generate, lambda answer: len(answer.rows[0].tokens))
 
-    def sequence(tokens: list[int]) -> Sequence:
-        return Sequence(
+    def sequence(tokens: list[int]) -> TrainExample:
+        return TrainExample(
             tokens_T=np.asarray(tokens[:-1], np.int32),
             targets=np.asarray(tokens[1:], np.int32),
             inputs={"weights": np.ones(len(tokens) - 1, np.float32)},
@@ -137,7 +138,7 @@ def on_engine(job: Job, config: EngineConfig) -> Contender:
         learning_rate=LEARNING_RATE, beta1=0.9, beta2=0.95, eps=1e-12, weight_decay=0.0, grad_clip_norm=0.0
     )
 
-    def submits(lane: Any, adapter: Any, data: list[Sequence]) -> tuple[Submit, Submit]:
+    def submits(lane: Any, adapter: Any, data: list[TrainExample]) -> tuple[Submit, Submit]:
         return (
             lambda: engine.forward_backward(lane, adapter, data, LossSpec(name="cross_entropy")),
             lambda: engine.optim_step(lane, adapter, adam),

@@ -113,7 +113,7 @@ class StandIn:
             answer.set_result(self._result)
 
     def health(self) -> dict[str, Any]:
-        return {"state": "idle", "waiting": 0, "still_seconds": 0.0, "compiling": []}
+        return {"state": "idle", "waiting": 0, "stalled_seconds": 0.0, "compiling": []}
 
     def close(self) -> None:
         pass
@@ -126,7 +126,7 @@ def serve(hold: bool) -> None:
     from jax_client.runs.lifecycle import base_models
     from jax_client.server import LOOPBACK
     from jax_client.server.app import build_app
-    from jax_client.server.state.request_log import Journal
+    from jax_client.server.state.request_log import RequestLog
     from jax_client.server.state.server import Server
     from jax_client.weights.read.source import ModelSource
 
@@ -134,7 +134,7 @@ def serve(hold: bool) -> None:
     base_models.resolve = lambda name: ModelSource(name=name, path=Path("/none") / name, kind="hf")
     base_models.open_engine = lambda source, config: (engine, "none")  # type: ignore[assignment, return-value]
     with tempfile.TemporaryDirectory() as home:
-        server = Server(EngineConfig(state_dir=home), journal=Journal(Path(home)))
+        server = Server(EngineConfig(state_dir=home), journal=RequestLog(Path(home)))
         app = build_app(server, api_key=KEY, hosts=LOOPBACK)
 
         async def beside(scope: Any, receive: Any, send: Any) -> None:

@@ -18,8 +18,8 @@ import pytest
 
 from jax_client.checkpoint.disk import files
 from jax_client.checkpoint.store import CheckpointStore
-from jax_client.engine.core.requests import AdapterState, LoraSpec
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError, UnsupportedError
+from jax_client.values import AdapterState, LoraSpec
 from support.checkpoints import RUN, assert_same, files_of, make_state, save
 
 

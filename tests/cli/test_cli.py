@@ -20,7 +20,7 @@ import jax_client
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.cli import main, options, output
 from jax_client.cli.doctor import devices, software, storage
-from jax_client.engine.core.requests import AdapterState, LoraSpec
+from jax_client.values import AdapterState, LoraSpec
 from support.golden_cases import CASES, base_values
 from support.weight_files import write_hf
 

@@ -280,16 +280,16 @@ def test_progress_of_a_load_is_told(model, tmp_path, monkeypatch):
     )
     seen: list[Progress] = []
     half, go_on = threading.Event(), threading.Event()
-    tell = base_models._Entry.come_further
+    tell = base_models._Entry.set_progress
 
-    def come_further(entry: Any, progress: Progress) -> None:
+    def set_progress(entry: Any, progress: Progress) -> None:
         tell(entry, progress)
         seen.append(progress)
         if progress.done > progress.total / 2 and not half.is_set():
             half.set()
             go_on.wait(30)
 
-    monkeypatch.setattr(base_models._Entry, "come_further", come_further)
+    monkeypatch.setattr(base_models._Entry, "set_progress", set_progress)
     assert base_models.progress(model, config) is None
     loading = background(lambda: base_models.acquire(model, config), "test")
     assert half.wait(30)

@@ -30,7 +30,8 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from support.golden_engine import ADAM, CROSS_ENTROPY, open_engine
-from jax_client.engine.core.requests import AdamSettings, LoraSpec, Sequence
+from jax_client.engine.core.requests import AdamSettings
+from jax_client.values import LoraSpec, TrainExample
 from support.golden_cases import CASES
 
 mesh, directory = json.loads(sys.argv[1]), Path(sys.argv[2])
@@ -43,7 +44,7 @@ lane = engine.open_lane()
 adapter = engine.create_adapter(lane, LoraSpec(rank={R}, seed=0)).result()
 tokens = np.arange({T}, dtype=np.int32)
 engine.forward_backward(
-    lane, adapter, [Sequence(tokens_T=tokens, targets=tokens)] * mesh["fsdp"], CROSS_ENTROPY
+    lane, adapter, [TrainExample(tokens_T=tokens, targets=tokens)] * mesh["fsdp"], CROSS_ENTROPY
 ).result()
 engine.optim_step(lane, adapter, AdamSettings(**ADAM)).result()
 programs = engine.trainer.programs

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 import pytest
 
-from jax_client.engine.core.requests import AdamSettings, AdapterState, GenerationRequest, GenerationResult, Sequence
+from jax_client.engine.core.requests import AdamSettings, GenerationRequest, GenerationResult
 from jax_client.engine.engine import Engine
 from jax_client.engine.sample import loop as sampler_module
 from jax_client.engine.sample.pages import PAGE
 from jax_client.errors import RequestFailedError
+from jax_client.values import AdapterState, TrainExample
 from support.golden_cases import CASES, lora_values
 from support.golden_engine import CROSS_ENTROPY, SPEC, open_engine, to_ours
 
@@ -146,7 +147,7 @@ def test_a_version_keeps_its_answers_and_training_its_state(engine: Engine) -> N
     lane = engine.open_lane()
     states = AdapterState(spec=SPEC, step=0, weights=to_ours(CONFIG, lora_values(CONFIG)))
     one, twin = (engine.load_adapter(lane, states).result() for _ in range(2))
-    data = [Sequence(tokens_T=prompt(50, s), targets=prompt(50, s + 9)) for s in range(3)]
+    data = [TrainExample(tokens_T=prompt(50, s), targets=prompt(50, s + 9)) for s in range(3)]
     snapshot = engine.snapshot(lane, one).result()
     first = send(engine, snapshot, num_samples=3).result()
     for _ in range(2):
@@ -358,7 +359,7 @@ def test_training_takes_the_caches_memory_before_it_gives_up(engine: Engine, mon
     """An out-of-memory step runs again without the cache; the rows that ran go on afterwards."""
     lane = engine.open_lane()
     adapter = engine.create_adapter(lane, SPEC).result()
-    data = [Sequence(tokens_T=prompt(50), targets=prompt(50))]
+    data = [TrainExample(tokens_T=prompt(50), targets=prompt(50))]
     expected = send(engine, max_tokens=200).result()
     forward, limit = engine.trainer.programs.forward, engine.describe()["max_tokens_per_micro_batch"]
 

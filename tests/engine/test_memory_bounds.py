@@ -21,13 +21,13 @@ import pytest
 
 from jax_client.engine.core import adapters, memory
 from jax_client.engine.core.attention_check import choose_attention
-from jax_client.engine.core.requests import LoraSpec
 from jax_client.engine.train.packing import Plan
 from jax_client.engine.train.trainer import Trainer
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import ParamSpec, param_specs
 from jax_client.models.parts.block import Remat
 from jax_client.sharding import make_mesh, sharding_for
+from jax_client.values import LoraSpec
 from support.weight_files import HF_CONFIG, hf_tensors, write_hf
 
 # 232 MB in float32; the largest tensor is a fortieth of it, as in the models that fill a machine's memory.

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_client.engine.core.requests import Sequence
 from jax_client.engine.train import packing
 from jax_client.engine.train.packing import Limits, ladder, padding_waste, plan_call
+from jax_client.values import TrainExample
 from support.golden_cases import CASES
 from support.golden_engine import CROSS_ENTROPY, SPEC, open_engine
 
@@ -59,7 +59,7 @@ def test_unpack_undoes_fill(lengths: list[int], width: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     shapes = [(n,) if width == 1 else (n, width) for n in lengths]
     data = [
-        Sequence(
+        TrainExample(
             tokens_T=rng.integers(1, 99, n).astype(np.int32),
             targets=rng.integers(1, 99, shape).astype(np.int32),
             inputs={"weights": (rng.random(shape) < 0.5).astype(np.float32)},
@@ -107,7 +107,7 @@ def test_the_last_round_follows_without_waiting() -> None:
     limits = Limits(ways=1, tokens=2048, at_once=2)
 
     def chains(lengths: list[int]) -> list[list[list[list[int]]]]:
-        sequences = [Sequence(tokens_T=np.zeros(n, np.int32), targets=np.zeros(n, np.int32)) for n in lengths]
+        sequences = [TrainExample(tokens_T=np.zeros(n, np.int32), targets=np.zeros(n, np.int32)) for n in lengths]
         rounds = packing.side_by_side(plan_call(lengths, limits), limits)
         filled = [[packing.fill(plan, sequences, {}) for plan in together] for together in rounds]
         kept = sorted(slot.index for together in filled for batch in together for slot in batch.plan.slots)
@@ -162,7 +162,7 @@ def test_packed_equals_alone(tmp_path: Path) -> None:
     data = []
     for n in (5, 30, 17, 40, 3):
         tokens = rng.integers(0, config["vocab_size"], n + 1).astype(np.int32)
-        data.append(Sequence(tokens_T=tokens[:-1], targets=tokens[1:]))
+        data.append(TrainExample(tokens_T=tokens[:-1], targets=tokens[1:]))
     together = engine.forward(lane, adapter, data, CROSS_ENTROPY).result().logprobs
     for sequence, packed in zip(data, together, strict=True):
         alone = engine.forward(lane, adapter, [sequence], CROSS_ENTROPY).result().logprobs[0]

@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 
 from jax_client.config import EngineConfig
-from jax_client.engine.core.requests import GenerationRequest, LossSpec, Sequence
+from jax_client.engine.core.requests import GenerationRequest, LossSpec
 from jax_client.engine.engine import Engine
+from jax_client.values import TrainExample
 from jax_client.weights.read.source import EMBEDDED_MODEL, embedded_gguf, resolve
 from jax_client.weights.read.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.real
 CROSS_ENTROPY = LossSpec(name="cross_entropy")
 TEXT = """The lighthouse stood at the end of a long spit of sand, and for most of the year nobody came. Every evening
-the keeper climbed one hundred and twelve steps, wound the clockwork, trimmed the wick and wrote the weather
+the checkpointer climbed one hundred and twelve steps, wound the clockwork, trimmed the wick and wrote the weather
 into a ledger that went back to 1874. He liked the entries of his predecessors: wind from the north-west, a
 schooner aground, two seals on the rocks, nothing to report. When the electric lamp arrived in a wooden crate,
-with a manual in three languages and a man from the ministry to install it, the keeper asked what would become
-of the ledger. The man did not know. So the keeper went on climbing the stairs, although the light now
+with a manual in three languages and a man from the ministry to install it, the checkpointer asked what would become
+of the ledger. The man did not know. So the checkpointer went on climbing the stairs, although the light now
 switched itself on, and he went on writing the weather down, because somebody ought to. Years later a
 scientist found forty-one volumes in a dry cupboard and built from them the longest unbroken record of storms
 on that coast."""
@@ -104,7 +105,7 @@ def test_sampler_equals_trainer(dtype: Any, engine: Engine, tokenizer: Any) -> N
     for prompt, result in zip(prompts, results, strict=True):
         for row in result.rows:
             tokens = np.concatenate([prompt, row.tokens])
-            data.append(Sequence(tokens_T=tokens[:-1], targets=tokens[1:]))
+            data.append(TrainExample(tokens_T=tokens[:-1], targets=tokens[1:]))
             sampled.append(row.logprobs)
     scored = engine.forward(lane, None, data, CROSS_ENTROPY).result().logprobs
     gap = np.concatenate([p[-len(q) :] - q for p, q in zip(scored, sampled, strict=True)])

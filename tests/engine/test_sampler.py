@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_client.engine.core.requests import AdapterState, GenerationRequest, GenerationResult, Sequence
+from jax_client.engine.core.requests import GenerationRequest, GenerationResult
 from jax_client.engine.engine import Engine
 from jax_client.engine.sample.token_sampling import draw_tokens
+from jax_client.values import AdapterState, TrainExample
 from support.golden_cases import CASES, lora_values
 from support.golden_engine import CROSS_ENTROPY, SPEC, open_engine, to_ours
 
@@ -43,7 +44,7 @@ def test_sampled_logprobs_equal_the_trainers(engine: Engine) -> None:
     data = []
     for row in rows:
         tokens = np.concatenate([PROMPT, row.tokens])
-        data.append(Sequence(tokens_T=tokens[:-1], targets=tokens[1:]))
+        data.append(TrainExample(tokens_T=tokens[:-1], targets=tokens[1:]))
     scored = engine.forward(lane, adapter, data, CROSS_ENTROPY).result().logprobs
     for row, logprobs in zip(rows, scored, strict=True):
         assert row.stop_reason == "length" and len(row.tokens) == 70
@@ -105,7 +106,7 @@ def test_a_custom_loss_compiles_nothing_more(engine: Engine) -> None:
     lane = engine.open_lane()
     adapter = engine.load_adapter(lane, state()).result()
     tokens = np.arange(20, dtype=np.int32)
-    data = [Sequence(tokens_T=tokens, targets=tokens, inputs={"weights": np.ones(20, np.float32)})]
+    data = [TrainExample(tokens_T=tokens, targets=tokens, inputs={"weights": np.ones(20, np.float32)})]
     engine.forward_backward(lane, adapter, data, CROSS_ENTROPY).result()
     before = len(engine.describe()["compiled"])
     custom = engine.forward_backward_custom(lane, adapter, data, lambda p: (1.0, [-np.ones_like(a) for a in p], {}))
@@ -120,7 +121,7 @@ def test_training_shapes_are_compiled_once(engine: Engine) -> None:
 
     def score(*lengths: int) -> None:
         data = [rng.integers(0, 64, n).astype(np.int32) for n in lengths]
-        sequences = [Sequence(tokens_T=t, targets=t) for t in data]
+        sequences = [TrainExample(tokens_T=t, targets=t) for t in data]
         engine.forward(lane, adapter, sequences, CROSS_ENTROPY).result()
 
     score(20, 30, 9)

@@ -17,13 +17,14 @@ import pytest
 from jax_client.engine.core import accounting, adapters, attention_check, memory
 from jax_client.engine.core.attention_check import agrees
 from jax_client.engine.core.programs import CompileRecord, enable_compilation_cache, waited_for_s
-from jax_client.engine.core.requests import AdamSettings, LoraSpec, LossSpec, Sequence
+from jax_client.engine.core.requests import AdamSettings, LossSpec
 from jax_client.engine.engine import Engine
 from jax_client.errors import RequestFailedError
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts import attention
 from jax_client.models.parts.attention import Attention
 from jax_client.sharding import make_mesh
+from jax_client.values import LoraSpec, TrainExample
 from support.golden_cases import CASES
 from support.golden_engine import CROSS_ENTROPY, SPEC, open_engine
 
@@ -32,13 +33,13 @@ ADAM = AdamSettings(learning_rate=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_
 POLICY = ("importance_sampling", "ppo", "cispo", "dro", "gspo")
 
 
-def data(count: int, length: int, seed: int = 0) -> list[Sequence]:
+def data(count: int, length: int, seed: int = 0) -> list[TrainExample]:
     """Make datums that every loss accepts."""
     rng = np.random.default_rng(seed)
     tokens = lambda: rng.integers(0, CONFIG["vocab_size"], length).astype(np.int32)  # noqa: E731
     floats = lambda: rng.normal(size=length).astype(np.float32)  # noqa: E731
     return [
-        Sequence(tokens_T=tokens(), targets=tokens(), inputs={"advantages": floats(), "logprobs": floats() - 5})
+        TrainExample(tokens_T=tokens(), targets=tokens(), inputs={"advantages": floats(), "logprobs": floats() - 5})
         for _ in range(count)
     ]
 

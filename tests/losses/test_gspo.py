@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_client.engine.core.requests import LossSpec, Sequence
+from jax_client.engine.core.requests import LossSpec
 from jax_client.engine.train import packing
 from jax_client.losses import registry
 from jax_client.losses.gspo import segment_totals
+from jax_client.values import TrainExample
 from support.golden_cases import CASES
 from support.golden_engine import SPEC, open_engine
 
@@ -23,7 +24,7 @@ BOUNDS = {"clip_low_threshold": 0.9, "clip_high_threshold": 1.15}
 apply_loss = jax.jit(registry.apply_loss)
 
 
-def datum(length: int, seed: int, *, masked: bool = True) -> Sequence:
+def datum(length: int, seed: int, *, masked: bool = True) -> TrainExample:
     rng = np.random.default_rng(seed)
     ids = lambda: rng.integers(0, CASE["vocab_size"], length).astype(np.int32)  # noqa: E731
     inputs = {
@@ -32,7 +33,7 @@ def datum(length: int, seed: int, *, masked: bool = True) -> Sequence:
         "sequence_ratio_mask": (rng.random(length) < 0.7) * rng.normal(2, 1, length) * masked,
     }
     tokens, targets = ids(), ids()
-    return Sequence(tokens_T=tokens, targets=targets, inputs={k: v.astype(np.float32) for k, v in inputs.items()})
+    return TrainExample(tokens_T=tokens, targets=targets, inputs={k: v.astype(np.float32) for k, v in inputs.items()})
 
 
 def reference(p: np.ndarray, inputs: dict[str, np.ndarray]) -> tuple[float, np.ndarray]:
@@ -44,7 +45,9 @@ def reference(p: np.ndarray, inputs: dict[str, np.ndarray]) -> tuple[float, np.n
     return -np.minimum(plain, clipped).sum(), np.where(plain <= clipped, -s * a, 0.0)
 
 
-def run(data: Seq[Sequence], logprobs: Seq[np.ndarray]) -> tuple[float, list[np.ndarray], dict[str, float]]:
+def run(
+    data: Sequence[TrainExample], logprobs: Sequence[np.ndarray]
+) -> tuple[float, list[np.ndarray], dict[str, float]]:
     """Pack the data, two rows to a micro-batch, and unpack the cotangents."""
     limits = packing.Limits(ways=2, tokens=256)
     loss, cotangents, sums = 0.0, [np.zeros(0)] * len(data), {}
@@ -101,7 +104,7 @@ def test_a_step_of_the_engine(tmp_path: Path) -> None:
     data = [datum(length, seed) for seed, length in enumerate((12, 30, 5))]
     scored = engine.forward(lane, gspo, data, LossSpec(name="cross_entropy")).result().logprobs
     data = [
-        Sequence(tokens_T=d.tokens_T, targets=d.targets, inputs=d.inputs | {"logprobs": q})  # type: ignore[operator]
+        TrainExample(tokens_T=d.tokens_T, targets=d.targets, inputs=d.inputs | {"logprobs": q})  # type: ignore[operator]
         for d, q in zip(data, scored, strict=True)
     ]
     ours = engine.forward_backward(lane, gspo, data, LossSpec(name="gspo")).result().metrics

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jax_client.metrics import store
-from jax_client.metrics.store import FILE_NAME, Event, History, Point
+from jax_client.metrics.store import FILE_NAME, Event, MetricsStore, Point
 
 
 def point(run: str = "r", step: int = 1, kind: str = "step", **metrics: float) -> Point:
@@ -25,7 +25,7 @@ def event(run: str = "r", kind: str = "save", **details: Any) -> Event:
 
 
 def test_what_is_added_is_read_from_a_cursor_on(tmp_path: Path) -> None:
-    kept = History(tmp_path / FILE_NAME)
+    kept = MetricsStore(tmp_path / FILE_NAME)
     assert kept.read("r").points == ()
     assert kept.add([point(step=i, loss=i / 2) for i in range(5)], [event(path="p", seconds=0.5)])
     kept.add([point("other", loss=9.0)])
@@ -41,7 +41,7 @@ def test_what_is_added_is_read_from_a_cursor_on(tmp_path: Path) -> None:
 
 
 def test_only_finite_numbers_and_plain_details_are_kept(tmp_path: Path) -> None:
-    kept = History(tmp_path / FILE_NAME)
+    kept = MetricsStore(tmp_path / FILE_NAME)
     wild: dict[str, Any] = {"a": math.nan, "b": math.inf, "c": 10**400, "d": object(), "e": np.float32(0.5), "f": 1}
     wild |= {f"m{i}": 0.0 for i in range(2 * store.MAX_KEYS)}
     details: dict[str, Any] = {"a": object(), "b": math.nan, "c": "x" * 10_000, "d": True}
@@ -56,7 +56,7 @@ def test_a_long_run_is_thinned_to_one_density(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(store, "MAX_POINTS", 200)
     monkeypatch.setattr(store, "NEWEST", 20)
     monkeypatch.setattr(store, "MAX_EVENTS", 10)
-    kept, count = History(tmp_path / FILE_NAME), 5_000
+    kept, count = MetricsStore(tmp_path / FILE_NAME), 5_000
     for start in range(0, count, 50):
         kept.add([point(step=i, kind=kind) for i in range(start, start + 50) for kind in ("step", "device")], [event()])
         (rows,) = sqlite3.connect(tmp_path / FILE_NAME).execute("SELECT MAX(rows) FROM series").fetchone()
@@ -70,7 +70,7 @@ def test_a_long_run_is_thinned_to_one_density(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_overview_has_the_ends_and_is_evenly_spread(tmp_path: Path) -> None:
-    kept = History(tmp_path / FILE_NAME)
+    kept = MetricsStore(tmp_path / FILE_NAME)
     kept.add([point(step=i, loss=float(i)) for i in range(1_001)], [event()])
     kept.add([point(step=i, kind="device") for i in range(3)])
     found = kept.overview("r", most=11)
@@ -83,7 +83,7 @@ def test_an_overview_has_the_ends_and_is_evenly_spread(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["text", "page"])
 def test_a_damaged_file_is_set_aside(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / FILE_NAME
-    kept = History(path)
+    kept = MetricsStore(path)
     kept.add([point(step=i, loss=1.0) for i in range(500)])
     data = b"no database at all" * 100 if damage == "text" else path.read_bytes()[:4096] + b"\xaa" * 12_288
     path.write_bytes(data)
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_set_aside(tmp_path: Path, damage: str, caplog: pytest
 
 def test_a_file_that_cannot_be_written_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    kept = History(tmp_path / "file" / FILE_NAME)
+    kept = MetricsStore(tmp_path / "file" / FILE_NAME)
     assert not kept.add([point()]) and not kept.add([point()]) and kept.read("r").points == ()
     assert len(caplog.records) == 1 and "metrics are not recorded" in caplog.text
 
@@ -107,14 +107,14 @@ def test_a_file_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
     database.execute("PRAGMA user_version = 99")
     database.close()
     before = (tmp_path / FILE_NAME).read_bytes()
-    assert not History(tmp_path / FILE_NAME).add([point()])
+    assert not MetricsStore(tmp_path / FILE_NAME).add([point()])
     assert (tmp_path / FILE_NAME).read_bytes() == before
 
 
 def test_two_processes_write_one_file(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom jax_client.metrics.store import History, Point\n"
-        "kept = History(Path(sys.argv[1]))\n"
+        "import sys\nfrom pathlib import Path\nfrom jax_client.metrics.store import MetricsStore, Point\n"
+        "kept = MetricsStore(Path(sys.argv[1]))\n"
         "for i in range(100):\n"
         "    for run in ('shared', sys.argv[2]):\n"
         "        done = kept.add([Point(run=run, kind='step', step=i, time=0.0, metrics={'loss': 1.0})])\n"
@@ -123,7 +123,7 @@ def test_two_processes_write_one_file(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", code, str(tmp_path / FILE_NAME)]
     writers = [subprocess.Popen([*arguments, name]) for name in "ab"]
     assert [writer.wait(60) for writer in writers] == [0, 0]
-    kept = History(tmp_path / FILE_NAME)
+    kept = MetricsStore(tmp_path / FILE_NAME)
     assert len(kept.read("shared").points) == 200
     for name in "ab":
         assert [p.step for p in kept.read(name).points] == list(range(100))

@@ -142,7 +142,7 @@ def test_a_full_disk_stops_nobody(
     with jax_client.ServiceClient(config=config(tmp_path, 0.02 / 60)) as service:
         client = service.create_lora_training_client(MODEL).result()
         with monkeypatch.context() as patch:
-            patch.setattr(run_checkpointer.Keeper, "write", full)
+            patch.setattr(run_checkpointer.RunCheckpointer, "write", full)
             step(client)
             wait_for(lambda: "could not be saved by itself: No space left" in caplog.text)
         wait_for(lambda: saved_steps(tmp_path) == {"autosave-0": 1})

@@ -27,15 +27,15 @@ from jax_client import types
 from jax_client.engine import engine as engine_module
 from jax_client.engine.core.accounting import Work
 from jax_client.engine.core.dispatch import Dispatcher, Lane
-from jax_client.engine.core.requests import LoraSpec
 from jax_client.errors import BadRequestError, RequestFailedError
-from jax_client.metrics.store import FILE_NAME, History
+from jax_client.metrics.store import FILE_NAME, MetricsStore
 from jax_client.runs.lifecycle import base_models
 from jax_client.runs.results import run_metrics
-from jax_client.runs.results.run_metrics import Observed, Recorder, merged
+from jax_client.runs.results.run_metrics import MetricsWriter, RunMetrics, merged
 from jax_client.server.app import build_app, routes
 from jax_client.server.ops.prometheus import Family, render
 from jax_client.server.state.server import Server
+from jax_client.values import LoraSpec
 from support.golden_cases import sequences
 from support.serving import CASE, KEY, config, held_model
 
@@ -54,7 +54,7 @@ USAGE = {
             "prompt_tokens_cached",
             "sampled_tokens",
             "decode_rows",
-            "decode_row_places",
+            "decode_slots",
         ),
         0,
     ),
@@ -79,8 +79,8 @@ class Quiet:
 
 
 def test_a_full_queue_drops_and_counts(tmp_path: Path) -> None:
-    recorder, engine = Recorder(most=10, seconds=0.0), Quiet()
-    run = Observed("r", engine, tmp_path, 0, recorder)
+    recorder, engine = MetricsWriter(most=10, seconds=0.0), Quiet()
+    run = RunMetrics("r", engine, tmp_path, 0, recorder)
     engine.gate.clear()
     run.event("start")
     while recorder._queue.qsize():
@@ -91,30 +91,30 @@ def test_a_full_queue_drops_and_counts(tmp_path: Path) -> None:
     assert not recorder.flush(0.05), "bounded, whatever the thread does"
     engine.gate.set()
     assert recorder.flush(30)
-    steps = [p.step for p in History(tmp_path / FILE_NAME).read("r").points if p.kind == "step"]
+    steps = [p.step for p in MetricsStore(tmp_path / FILE_NAME).read("r").points if p.kind == "step"]
     assert steps == list(range(1, 11)) and recorder.dropped == 90
 
 
 def test_nothing_that_goes_wrong_reaches_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    recorder, engine = Recorder(seconds=0.0), Quiet()
-    unwritable = Observed("a", engine, tmp_path / "file", 0, recorder)
+    recorder, engine = MetricsWriter(seconds=0.0), Quiet()
+    unwritable = RunMetrics("a", engine, tmp_path / "file", 0, recorder)
     unwritable.stepped({"step:max": 1.0})
-    broken = Observed("b", object(), tmp_path, 0, recorder)  # which no engine's method can be called on
+    broken = RunMetrics("b", object(), tmp_path, 0, recorder)  # which no engine's method can be called on
     broken.stepped({"step:max": 1.0})
     broken.passed({"loss:sum": "no number"})  # type: ignore[dict-item]
     assert recorder.flush(30)
-    assert [p.step for p in History(tmp_path / FILE_NAME).read("b").points] == [1]
+    assert [p.step for p in MetricsStore(tmp_path / FILE_NAME).read("b").points] == [1]
     assert recorder.dropped == 3  # of the unwritable file two, with the point of the device
     assert len(caplog.records) == 2, caplog.text
-    off = Observed("c", object(), tmp_path, 0, None)
+    off = RunMetrics("c", object(), tmp_path, 0, None)
     off.stepped({"step:max": 1.0})
-    assert len(History(tmp_path / FILE_NAME).runs()) == 1
+    assert len(MetricsStore(tmp_path / FILE_NAME).runs()) == 1
 
 
 def test_calls_of_one_step_become_its_point(tmp_path: Path) -> None:
-    recorder, engine = Recorder(seconds=0.0), Quiet()
-    run = Observed("r", engine, tmp_path, 4, recorder)
+    recorder, engine = MetricsWriter(seconds=0.0), Quiet()
+    run = RunMetrics("r", engine, tmp_path, 4, recorder)
     run.passed({"loss:sum": 3.0, "tokens:sum": 1.0, "ratio:mean": 1.0, "own": 1.0})
     run.passed({"loss:sum": 5.0, "tokens:sum": 3.0, "ratio:mean": 2.0, "own": 2.0})
     run.stepped({"step:max": 5.0, "grad_norm:mean": 0.5, "device_seconds:sum": 0.25, "input_tokens:sum": 6.0})
@@ -123,7 +123,7 @@ def test_calls_of_one_step_become_its_point(tmp_path: Path) -> None:
     run.event("load", 2, path="p")
     run.stepped({"step:max": 3.0})
     assert recorder.flush(30)
-    steps = [p for p in History(tmp_path / FILE_NAME).read("r").points if p.kind == "step"]
+    steps = [p for p in MetricsStore(tmp_path / FILE_NAME).read("r").points if p.kind == "step"]
     assert [p.step for p in steps] == [5, 5, 3]
     shown = {"loss:sum": 8.0, "tokens:sum": 4.0, "ratio:mean": 1.75, "own": 2.0}
     assert shown.items() <= steps[0].metrics.items()
@@ -141,18 +141,18 @@ def test_means_without_token_counts_are_plain_ones() -> None:
 
 
 def test_what_the_engine_did_is_counted_from_point_to_point(tmp_path: Path) -> None:
-    recorder, engine = Recorder(seconds=0.0), Quiet()
+    recorder, engine = MetricsWriter(seconds=0.0), Quiet()
     engine.records = [{"program": "old", "ended_at": time.time() - 60}]
     engine.sampling["sampled_tokens"] = 1_000  # by others, before this run
-    run = Observed("r", engine, tmp_path, 0, recorder)
+    run = RunMetrics("r", engine, tmp_path, 0, recorder)
     for sampled, rows in ((0, 0), (30, 6)):
         engine.sampling["sampled_tokens"] += sampled
         engine.sampling["decode_rows"] += rows
-        engine.sampling["decode_row_places"] += 2 * rows
+        engine.sampling["decode_slots"] += 2 * rows
         engine.records = [*engine.records, {"program": f"p{sampled}", "ended_at": time.time()}]
         run.stepped({"step:max": 1.0})
         assert recorder.flush(30)
-    found = History(tmp_path / FILE_NAME).read("r")
+    found = MetricsStore(tmp_path / FILE_NAME).read("r")
     first, second = [p.metrics for p in found.points if p.kind == "device"]
     assert first["memory_bytes/weights"] == 7.0
     assert first["sampler/sampled_tokens:sum"] == 0.0 and "sampler/occupancy:mean" not in first
@@ -167,7 +167,7 @@ def test_pending_points_are_there_after_the_process_has_ended(tmp_path: Path) ->
         "for step in range(1, 501): run.stepped({'step:max': float(step)})\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
-    assert [p.step for p in History(tmp_path / FILE_NAME).read("r", limit=500).points] == list(range(1, 501))
+    assert [p.step for p in MetricsStore(tmp_path / FILE_NAME).read("r", limit=500).points] == list(range(1, 501))
 
 
 # A run.
@@ -218,7 +218,7 @@ def trained(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
 
 def test_the_points_of_a_run_are_what_its_answers_said(trained: tuple[dict[str, Any], Path]) -> None:
     result, home = trained
-    found = History(home / FILE_NAME).read(result["id"])
+    found = MetricsStore(home / FILE_NAME).read(result["id"])
     steps = [p for p in found.points if p.kind == "step"]
     assert [p.metrics for p in steps] == result["answers"], "every number, bit for bit"
     assert [p.step for p in steps] == [1, 2]
@@ -243,7 +243,7 @@ def test_the_points_of_a_run_are_what_its_answers_said(trained: tuple[dict[str, 
 
 def test_the_events_of_a_run_are_recorded(trained: tuple[dict[str, Any], Path]) -> None:
     result, home = trained
-    events = History(home / FILE_NAME).read(result["id"]).events
+    events = MetricsStore(home / FILE_NAME).read(result["id"]).events
     kinds = [e.kind for e in events if e.kind != "compile"]
     assert kinds == ["start", "save", "load", "end"]
     by_kind = {e.kind: e for e in events}
@@ -536,7 +536,7 @@ def test_a_failed_serve_task_does_not_leave_later_samples_waiting(served: Any, m
 def test_liveness_counts_from_when_work_came() -> None:
     dispatcher = Dispatcher("test")
     time.sleep(0.05)
-    assert dispatcher.liveness().still_s == 0.0, "nothing to do is no standstill"
+    assert dispatcher.liveness().stalled_s == 0.0, "nothing to do is no standstill"
     gate: Future[None] = Future()
 
     def task() -> Any:
@@ -544,9 +544,9 @@ def test_liveness_counts_from_when_work_came() -> None:
 
     future = dispatcher.submit(Lane(), task())
     found = dispatcher.liveness()
-    assert found.alive and found.waiting == 1 and found.still_s < 0.05
+    assert found.alive and found.waiting == 1 and found.stalled_s < 0.05
     time.sleep(0.06)
-    assert dispatcher.liveness().still_s >= 0.05
+    assert dispatcher.liveness().stalled_s >= 0.05
     gate.set_result(None)
     future.result(30)
     assert dispatcher.liveness().waiting == 0

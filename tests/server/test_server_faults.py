@@ -25,10 +25,10 @@ from jax_client.checkpoint.store import CheckpointStore
 from jax_client.runs.paths import TinkerPath
 from jax_client.server import app
 from jax_client.server.state import ledger
-from jax_client.server.state.request_log import Journal
+from jax_client.server.state.request_log import RequestLog
 from jax_client.server.state.server import Server
 from jax_client.server.wire import bodies, connections
-from jax_client.server.wire.admission import Room
+from jax_client.server.wire.admission import AdmissionLimits
 from support import fake_engine
 from support.fake_engine import ADAM, DATA, MODEL, PARAMS, PROMPT, datum
 from support.serving import (
@@ -56,7 +56,7 @@ def start(loaded: Any, tmp_path: Path) -> Iterator[Callable[..., Running]]:
     started = []
 
     def begin(between: Callable[[Any], Any] = lambda app: app) -> Running:
-        journal = Journal(tmp_path) if not started else None
+        journal = RequestLog(tmp_path) if not started else None
         server = Server(jax_client.EngineConfig(state_dir=tmp_path), journal=journal)
         started.append(Running(server, between=between))
         return started[-1]
@@ -495,7 +495,7 @@ def test_deleting_a_checkpoint_leaves_open_samplers_alone(start: Any) -> None:
 def test_a_full_queue_costs_time_and_no_request(start: Any, loaded: Any) -> None:
     between = Between()
     running = start(between)
-    running.server.room = Room(max_requests=8)
+    running.server.room = AdmissionLimits(max_requests=8)
     sampler = connect(running).create_sampling_client(base_model=MODEL).result(LIMIT)
     sampler.sample(PROMPT, 1, PARAMS).result(LIMIT)
     loaded[0].gate.clear()
@@ -514,7 +514,7 @@ def test_a_full_queue_costs_time_and_no_request(start: Any, loaded: Any) -> None
 
 def test_samples_count_too_and_one_large_request_always_fits(start: Any, loaded: Any) -> None:
     running = start()
-    running.server.room = Room(max_samples=100)
+    running.server.room = AdmissionLimits(max_samples=100)
     connect(running).create_sampling_client(base_model=MODEL).sample(PROMPT, 1, PARAMS).result(LIMIT)
     loaded[0].gate.clear()
     with raw(running) as http:
@@ -523,7 +523,7 @@ def test_samples_count_too_and_one_large_request_always_fits(start: Any, loaded:
             assert http.post("/asample", json=body).status_code == status
         assert http.post("/asample", json=sample_body(running, 10**6 + 1, num_samples=500)).status_code in (200, 429)
         for samples in (0, -1, 10**9):
-            running.server.room = Room()
+            running.server.room = AdmissionLimits()
             body = sample_body(running, 10**7 + samples, num_samples=samples)
             request_id = http.post("/asample", json=body).json()["request_id"]
             assert "num_samples" in poll(http, request_id).json()["error"]
@@ -533,7 +533,7 @@ def test_bodies_wait_for_room(start: Any, loaded: Any) -> None:
     between = Between()
     running = start(between)
     body = len(forward_backward_body("x" * 44, 1, DATA))
-    running.server.room = Room(max_bytes=4 * body)
+    running.server.room = AdmissionLimits(max_bytes=4 * body)
     clients = [connect(running).create_lora_training_client(MODEL, 4).result(LIMIT) for _ in range(2)]
     loaded[0].gate.clear()
     passes = [client.forward_backward(DATA, "cross_entropy") for _ in range(3) for client in clients]
@@ -549,7 +549,7 @@ def test_bodies_wait_for_room(start: Any, loaded: Any) -> None:
 
 def test_slow_bodies_hold_no_more_than_the_limit(start: Any) -> None:
     running = start()
-    running.server.room = Room(max_bytes=1_000_000)
+    running.server.room = AdmissionLimits(max_bytes=1_000_000)
     head = f"POST {API}/forward_backward HTTP/1.1\r\nContent-Length: 5000000"
     slow = [sent(running, head, b"\r\n" + b"x" * 100_000) for _ in range(20)]
     wait_for(lambda: running.server.room.bytes > 800_000)
@@ -569,7 +569,7 @@ def test_what_waits_for_nothing_makes_room(start: Any, monkeypatch: pytest.Monke
     running = start()
     client = connect(running).create_lora_training_client(MODEL, 4).result(LIMIT)
     body = forward_backward_body(client.model_id, 2, [datum()] * 20)
-    running.server.room = Room(running.server._give_up_gaps, max_bytes=len(body) + 10)
+    running.server.room = AdmissionLimits(running.server._give_up_gaps, max_bytes=len(body) + 10)
     with raw(running) as http:
         waiting = http.post("/forward_backward", content=body).json()["request_id"]
         third = forward_backward_body(client.model_id, 3, [datum()] * 20)

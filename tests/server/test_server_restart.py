@@ -23,8 +23,8 @@ from jax_client.runs.lifecycle import base_models
 from jax_client.runs.lifecycle import run as runs
 from jax_client.server import app
 from jax_client.server.state import live_objects, server
-from jax_client.server.state.ledger import Promises
-from jax_client.server.state.request_log import FILE, Journal
+from jax_client.server.state.ledger import RequestLedger
+from jax_client.server.state.request_log import FILE, RequestLog
 from jax_client.server.state.server import Server
 from jax_client.server.wire.answers import Answer
 from support.serving import ADAM, CASE, KEY, Running, config, data, held_model
@@ -41,13 +41,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
-    found = Running(Server(config(tmp_path), journal=Journal(tmp_path)))
+    found = Running(Server(config(tmp_path), journal=RequestLog(tmp_path)))
     yield found
     found.stop()
 
 
 def again(running: Running, directory: Path) -> Running:
-    return Running(Server(config(directory), journal=Journal(directory)), running.port)
+    return Running(Server(config(directory), journal=RequestLog(directory)), running.port)
 
 
 def step(client: Any) -> tuple[float, float]:
@@ -61,7 +61,7 @@ def sampled(sampler: Any) -> list[int]:
 
 
 def test_clients_go_on_over_a_restart(model: str, tmp_path: Path) -> None:
-    first = Running(Server(config(tmp_path), journal=Journal(tmp_path)))
+    first = Running(Server(config(tmp_path), journal=RequestLog(tmp_path)))
     service = tinker.ServiceClient(base_url=first.url, api_key=KEY, user_metadata={"who": "me"})
     client = service.create_lora_training_client(base_model=model, rank=4, seed=11).result()
     halfway = service.create_lora_training_client(base_model=model, rank=4, seed=11).result()
@@ -234,7 +234,7 @@ def test_superseded_samplers_leave_the_device_and_still_answer(
 def test_one_poll_serves_a_whole_sampling_session(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = app.CLIENT_CONFIG.model_copy(update={"sample_use_retrieve_futures": True})
     monkeypatch.setattr(app, "CLIENT_CONFIG", flags)
-    first = Running(Server(config(tmp_path), journal=Journal(tmp_path)))
+    first = Running(Server(config(tmp_path), journal=RequestLog(tmp_path)))
     service = tinker.ServiceClient(base_url=first.url, api_key=KEY)
     sampler = service.create_sampling_client(base_model=model)
     params = [types.SamplingParams(max_tokens=4, temperature=1.0, seed=i, stop=[]) for i in range(20)]
@@ -271,21 +271,21 @@ def test_a_cancelled_request_frees_its_place(model: str, running: Running) -> No
 
 
 def test_clients_that_join_a_sampler_get_numbers_of_their_own(model: str, tmp_path: Path) -> None:
-    first = Server(config(tmp_path), journal=Journal(tmp_path))
+    first = Server(config(tmp_path), journal=RequestLog(tmp_path))
     made = first.create_session(types.CreateSessionRequest(tags=[], user_metadata=None, sdk_version="0.38"))
     asked = types.CreateSamplingSessionRequest(session_id=made.session_id, sampling_session_seq_id=0, base_model=model)
     sampler_id = first.create_sampling_session(asked).sampling_session_id
     first.sampler(sampler_id).result()
     numbers = [first.join_sampling_session(sampler_id) for _ in range(3)]
     first.close(60)
-    second = Server(config(tmp_path), journal=Journal(tmp_path))
+    second = Server(config(tmp_path), journal=RequestLog(tmp_path))
     assert [*numbers, second.join_sampling_session(sampler_id)] == [1, 2, 3, 4]
     second.close(60)
 
 
 def test_a_damaged_journal_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / FILE).write_bytes(b"no database at all" * 1000)
-    journal = Journal(tmp_path)
+    journal = RequestLog(tmp_path)
     journal.put("session", "s", {"a": 1})
     assert journal.get("session", "s") == {"a": 1} and "is damaged" in caplog.text
     journal.close()
@@ -293,17 +293,17 @@ def test_a_damaged_journal_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_a_journal_that_cannot_be_opened_now_is_not_set_aside(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
+    journal = RequestLog(tmp_path)
     journal.put("session", "s", {"a": 1})
     journal.close()
     whole = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).unlink()
     (tmp_path / FILE).mkdir()  # SQLite: unable to open database file
     with pytest.raises(JaxClientError, match="cannot be opened: unable to open database file"):
-        Journal(tmp_path)
+        RequestLog(tmp_path)
     (tmp_path / FILE).rmdir()
     (tmp_path / FILE).write_bytes(whole)
-    journal = Journal(tmp_path)
+    journal = RequestLog(tmp_path)
     assert journal.get("session", "s") == {"a": 1}
     journal.close()
 
@@ -312,8 +312,8 @@ def test_old_answers_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("jax_client.server.state.request_log.MAX_ANSWERS", 10)
     monkeypatch.setattr("jax_client.server.state.request_log._PRUNE_EVERY", 5)
     monkeypatch.setattr("jax_client.server.state.ledger.KEPT", 3)
-    journal = Journal(tmp_path)
-    promises = Promises(journal)
+    journal = RequestLog(tmp_path)
+    promises = RequestLedger(journal)
     for i in range(40):
         promise, new = promises.make(f"s:{i}", b"d", "sample")
         assert new
@@ -322,7 +322,7 @@ def test_old_answers_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.
         assert promises.get(f"s:{i}").answer.result().body == str(i).encode()
         assert promises.make(f"s:{i}", b"d", "sample")[1] is False
     journal.close()
-    assert sum(size > 0 for size in Journal(tmp_path).sizes("s:").values()) == 10
+    assert sum(size > 0 for size in RequestLog(tmp_path).sizes("s:").values()) == 10
 
 
 def test_the_memory_of_a_client_that_is_gone_is_given_to_the_next(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_client.checkpoint.store import CheckpointStore, Record
-from jax_client.engine.core.requests import AdapterState, LoraSpec
+from jax_client.values import AdapterState, LoraSpec
 
 RUN = "0b1c2d3e-session:train:0"
 

@@ -14,8 +14,9 @@ import pytest
 
 import jax_client
 from jax_client import errors, types
-from jax_client.engine.core.requests import AdapterState, GeneratedRow, GenerationResult, LoraSpec, TrainResult
+from jax_client.engine.core.requests import GeneratedRow, GenerationResult, TrainResult
 from jax_client.runs.lifecycle import base_models
+from jax_client.values import AdapterState, LoraSpec
 from jax_client.weights.read.source import ModelSource
 
 MODEL = "tiny/model"
@@ -51,11 +52,11 @@ class FakeEngine:
     def usage(self):
         memory = {"weights": 1, "adapters": 0, "optimizer": 0, "gradients": 0, "cache": 0, "available": 9}
         sampling = ("rows_running", "rows_waiting", "prompt_tokens", "prompt_tokens_cached", "sampled_tokens")
-        counts = dict.fromkeys((*sampling, "decode_rows", "decode_row_places"), 0)
+        counts = dict.fromkeys((*sampling, "decode_rows", "decode_slots"), 0)
         return {"memory_bytes": memory, "sampling": counts, "training": {}}
 
     def health(self):
-        return {"state": "idle", "waiting": 0, "still_seconds": 0.0, "compiling": []}
+        return {"state": "idle", "waiting": 0, "stalled_seconds": 0.0, "compiling": []}
 
     def compiled(self, since=0):
         return []

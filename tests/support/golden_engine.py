@@ -10,8 +10,9 @@ import numpy as np
 
 from jax_client.config import EngineConfig
 from jax_client.engine.core import adapters
-from jax_client.engine.core.requests import AdamSettings, AdapterState, LoraSpec, LossSpec, Sequence, TrainResult
+from jax_client.engine.core.requests import AdamSettings, LossSpec, TrainResult
 from jax_client.engine.engine import Engine
+from jax_client.values import AdapterState, LoraSpec, TrainExample
 from jax_client.weights.read.source import resolve
 from support.golden_cases import ADAM, RANK, STEPS, base_values, lora_values, module_shapes, sequences
 from support.weight_files import write_hf
@@ -27,9 +28,9 @@ def open_engine(directory: Path, config: dict[str, Any], **settings: Any) -> Eng
     return Engine(resolve(str(path)), EngineConfig(**settings))
 
 
-def data(config: dict[str, Any]) -> list[Sequence]:
+def data(config: dict[str, Any]) -> list[TrainExample]:
     return [
-        Sequence(tokens_T=s["tokens"], targets=s["targets"], inputs={"weights": s["weights"]})
+        TrainExample(tokens_T=s["tokens"], targets=s["targets"], inputs={"weights": s["weights"]})
         for s in sequences(config)
     ]
 

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_client.engine.core.requests import AdamSettings, AdapterState, LoraSpec
+from jax_client.engine.core.requests import AdamSettings
 from jax_client.engine.engine import Engine
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError, UnsupportedError
 from jax_client.runs.lifecycle.export_check import check_export, logits, probe_tokens
+from jax_client.values import AdapterState, LoraSpec
 from jax_client.weights.read.gguf import GgufReader, read_gguf
 from jax_client.weights.read.load import read_config
 from jax_client.weights.read.source import resolve

@@ -26,7 +26,7 @@ class Owner:
     since: float
 
 
-class Claim:
+class RunLock:
     """The right to add to a run, until `release` or the end of the process."""
 
     def __init__(self, descriptor: int) -> None:
@@ -40,15 +40,15 @@ class Claim:
             (files.unlock if os.getpid() == self._process else os.close)(descriptor)
 
 
-class TakenError(Exception):
+class RunLockedError(Exception):
     """Another process, or another part of this one, has it; the message is which. Never leaves the package."""
 
 
-def claim(directory: Path) -> Claim:
+def claim(directory: Path) -> RunLock:
     """Take a directory, such as a run's, for this process.
 
     Raises:
-        TakenError: it is taken.
+        RunLockedError: it is taken.
         UnsupportedError: the file system has no locks.
     """
     descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT, 0o600)
@@ -57,7 +57,7 @@ def claim(directory: Path) -> Claim:
         while not files.lock(descriptor, directory, wait=False):
             if time.monotonic() > deadline:
                 there = _read(descriptor)
-                raise TakenError(f"process {there.pid} on {there.host}" if there else "another process")
+                raise RunLockedError(f"process {there.pid} on {there.host}" if there else "another process")
             time.sleep(0.01)
         os.ftruncate(descriptor, 0)
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
@@ -65,7 +65,7 @@ def claim(directory: Path) -> Claim:
     except BaseException:
         files.unlock(descriptor)
         raise
-    return Claim(descriptor)
+    return RunLock(descriptor)
 
 
 def owner(directory: Path) -> Owner | None:

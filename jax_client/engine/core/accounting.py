@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from jax_client.engine.core.requests import LoraSpec
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts.block import Remat
+from jax_client.values import LoraSpec
 
 
 @dataclass(kw_only=True, slots=True)

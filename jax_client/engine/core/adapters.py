@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jax_client.engine.core.accounting import Work
-from jax_client.engine.core.requests import AdapterState, LoraSpec
 from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import ParamSpec
 from jax_client.sharding import sharding_for
+from jax_client.values import AdapterState, LoraSpec
 
 Weights = dict[str, Any]
 # How often an adapter was loaded, and the optimizer steps it has; grows with every change of the weights.

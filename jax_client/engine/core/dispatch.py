@@ -65,13 +65,12 @@ class Liveness:
     Attributes:
         alive: whether its thread runs; False also after `close`.
         waiting: tasks that have not finished.
-        still_s: seconds since a task came to an idle dispatcher, or one had a turn or its result from elsewhere; 0 when
-            nothing waits.
+        stalled_s: seconds without progress: nothing arrived, ran or finished; 0 when no task waits.
     """
 
     alive: bool
     waiting: int
-    still_s: float
+    stalled_s: float
 
 
 class Dispatcher:
@@ -124,8 +123,8 @@ class Dispatcher:
     def liveness(self) -> Liveness:
         """Return how it does, without waiting for anything."""
         waiting = sum(len(lane.tasks) for lane in self._lanes.copy())
-        still_s = max(0.0, time.monotonic() - self._moved_at) if waiting else 0.0
-        return Liveness(alive=self._thread.is_alive() and self._death is None, waiting=waiting, still_s=still_s)
+        stalled_s = max(0.0, time.monotonic() - self._moved_at) if waiting else 0.0
+        return Liveness(alive=self._thread.is_alive() and self._death is None, waiting=waiting, stalled_s=stalled_s)
 
     def close(self) -> None:
         """Stop after the step in hand; tasks that have not finished fail."""

@@ -93,7 +93,7 @@ class Counts:
     rows_paid: int = 0
 
 
-class Sampler:
+class SamplingLoop:
     """Runs sampling requests with the engine's weights."""
 
     def __init__(
@@ -208,7 +208,7 @@ class Sampler:
             "sampled_tokens": counts.sampled_tokens,
             "decode_blocks": counts.blocks,
             "decode_rows": counts.rows_run,
-            "decode_row_places": counts.rows_paid,
+            "decode_slots": counts.rows_paid,
             "occupancy": counts.rows_run / counts.rows_paid if counts.rows_paid else 0.0,
         }
 

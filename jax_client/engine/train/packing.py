@@ -7,14 +7,13 @@ compiled once. Which ones a call takes depends on the call alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import numpy as np
 
-from jax_client.engine.core.requests import Sequence
+from jax_client.values import TrainExample
 
 # Tokens of a row. Small calls take small rows; beyond the usual ceiling the steps are finer, because there a row holds
 # few sequences.
@@ -124,7 +123,7 @@ def _usual_rows(limits: Limits) -> tuple[int, int]:
     return ceiling, min(ceiling, limits.row_length or ceiling)
 
 
-def plan_call(lengths: Seq[int], limits: Limits) -> list[Plan]:
+def plan_call(lengths: Sequence[int], limits: Limits) -> list[Plan]:
     """Lay out a call's sequences of these lengths; return plans that hold each sequence once.
 
     Rows are filled best-fit, longest sequence first. What is left over at the end, too little for a full micro-batch,
@@ -154,7 +153,7 @@ def plan_call(lengths: Seq[int], limits: Limits) -> list[Plan]:
     return plans + _plan_tail(rest, lengths, limits)
 
 
-def _plan_tail(indices: list[int], lengths: Seq[int], limits: Limits) -> list[Plan]:
+def _plan_tail(indices: list[int], lengths: Sequence[int], limits: Limits) -> list[Plan]:
     """Lay out sequences that fill at most a few micro-batches, one row per way each, at the least cost."""
     if not indices:
         return []
@@ -180,7 +179,7 @@ def _plan_tail(indices: list[int], lengths: Seq[int], limits: Limits) -> list[Pl
     return [plan for part in (indices[:half], indices[half:]) for plan in _plan_tail(part, lengths, limits)]
 
 
-def _cost(choice: Seq[int], limits: Limits) -> float:
+def _cost(choice: Sequence[int], limits: Limits) -> float:
     """Return what micro-batches of one row per way, of these lengths in ascending order, cost, in tokens of a way."""
     costs = [length + MICRO_BATCH_COST / limits.ways for length in reversed(choice)]
     return sum(cost * (SIDE_BY_SIDE_COST if i % limits.at_once else 1) for i, cost in enumerate(costs))
@@ -194,7 +193,7 @@ def side_by_side(plans: Iterable[Plan], limits: Limits) -> list[list[Plan]]:
     return [[plan] for plan in large] + [usual[i : i + n] for i in range(0, len(usual), n)]
 
 
-def chained(rounds: Seq[list[MicroBatch]]) -> list[list[list[MicroBatch]]]:
+def chained(rounds: Sequence[list[MicroBatch]]) -> list[list[list[MicroBatch]]]:
     """Return the rounds, each as chains: a chain runs its micro-batches in turn, beside the other chains of its round.
 
     All have one micro-batch, except that those of the last round, often an uneven one, follow those of the round before
@@ -214,7 +213,7 @@ def chained(rounds: Seq[list[MicroBatch]]) -> list[list[list[MicroBatch]]]:
 class _Bins:
     """Rows being filled."""
 
-    def __init__(self, sizes: Seq[int], most_members: int | None):
+    def __init__(self, sizes: Sequence[int], most_members: int | None):
         self._sizes = sizes
         self._most = most_members
         self.lengths: list[int] = []
@@ -242,7 +241,7 @@ class _Bins:
         return True
 
 
-def _plan(rows: Seq[list[int]], count: int, length: int, lengths: Seq[int]) -> Plan:
+def _plan(rows: Sequence[list[int]], count: int, length: int, lengths: Sequence[int]) -> Plan:
     slots = []
     for row, members in enumerate(rows):
         start = 0
@@ -253,7 +252,10 @@ def _plan(rows: Seq[list[int]], count: int, length: int, lengths: Seq[int]) -> P
 
 
 def fill(
-    plan: Plan, sequences: Seq[Sequence], input_defaults: Mapping[str, float], gradient_input: str | None = None
+    plan: Plan,
+    sequences: Sequence[TrainExample],
+    input_defaults: Mapping[str, float],
+    gradient_input: str | None = None,
 ) -> MicroBatch:
     """Copy the planned sequences into arrays.
 
@@ -303,7 +305,7 @@ def padding_waste(plans: Iterable[Plan]) -> float:
     return 1 - sum(slot.length for plan in plans for slot in plan.slots) / sum(p.rows * p.length for p in plans)
 
 
-def scatter(plan: Plan, sequences: Seq[Sequence], arrays: Seq[np.ndarray]) -> np.ndarray:
+def scatter(plan: Plan, sequences: Sequence[TrainExample], arrays: Sequence[np.ndarray]) -> np.ndarray:
     """Lay one float32 array per sequence of the call, in its targets' shape, into (B, T, C)."""
     C = _targets(plan, sequences)
     out_BTC = np.zeros((plan.rows, plan.length, C), np.float32)
@@ -314,7 +316,7 @@ def scatter(plan: Plan, sequences: Seq[Sequence], arrays: Seq[np.ndarray]) -> np
     return out_BTC
 
 
-def unpack(plan: Plan, sequences: Seq[Sequence], values_BTC: np.ndarray, out: list[np.ndarray | None]) -> None:
+def unpack(plan: Plan, sequences: Sequence[TrainExample], values_BTC: np.ndarray, out: list[np.ndarray | None]) -> None:
     """Write each sequence's part of (B, T, C), in its targets' shape, to `out` at the sequence's index in the call."""
     for slot in plan.slots:
         targets = sequences[slot.index].targets
@@ -322,10 +324,10 @@ def unpack(plan: Plan, sequences: Seq[Sequence], values_BTC: np.ndarray, out: li
         out[slot.index] = np.array(part, np.float32).reshape(targets.shape)
 
 
-def _width(sequence: Sequence) -> int:
+def _width(sequence: TrainExample) -> int:
     return 1 if sequence.targets.ndim == 1 else sequence.targets.shape[1]
 
 
-def _targets(plan: Plan, sequences: Seq[Sequence]) -> int:
+def _targets(plan: Plan, sequences: Sequence[TrainExample]) -> int:
     """Return C of a micro-batch: a rung of a ladder, so that not every K compiles programs of its own."""
     return ladder(max((_width(sequences[slot.index]) for slot in plan.slots), default=1), 1)

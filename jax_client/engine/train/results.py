@@ -10,25 +10,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_client.engine.core.requests import LossSpec, Sequence, TrainResult
+from jax_client.engine.core.requests import LossSpec, TrainResult
 from jax_client.engine.train import packing
 from jax_client.engine.train.packing import MicroBatch
 from jax_client.errors import RequestFailedError
 from jax_client.losses import registry
+from jax_client.values import TrainExample
 
 # Micro-batches whose programs may be queued on the device at once: one runs while the next is launched.
 IN_FLIGHT = 2
 Steps = Generator[Any, Any, Any]
 
 
-class Answers:
+class Results:
     """Collects logprobs and loss statistics of the micro-batches, at most `IN_FLIGHT` of them unfinished.
 
     Attributes:
         host_s: seconds of copying results to where they belong.
     """
 
-    def __init__(self, sequences: list[Sequence]):
+    def __init__(self, sequences: list[TrainExample]):
         self.host_s = 0.0
         self._sequences = sequences
         self._logprobs: list[np.ndarray | None] = [None] * len(sequences)

@@ -23,16 +23,17 @@ from jax_client.engine.core.adapters import Adapter, Weights
 from jax_client.engine.core.device_errors import is_out_of_memory, named_error
 from jax_client.engine.core.dispatch import Task
 from jax_client.engine.core.programs import Cause, CompileRecord, waited_for_s
-from jax_client.engine.core.requests import AdamSettings, CustomLoss, LossSpec, Sequence, TrainResult
+from jax_client.engine.core.requests import AdamSettings, CustomLoss, LossSpec, TrainResult
 from jax_client.engine.train import packing
 from jax_client.engine.train.packing import MicroBatch, Plan
 from jax_client.engine.train.programs import NO_ADAPTER, TrainPrograms
-from jax_client.engine.train.results import Answers, Steps
+from jax_client.engine.train.results import Results, Steps
 from jax_client.losses import registry
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.block import Remat
 from jax_client.sharding import put_rows, put_whole
+from jax_client.values import TrainExample
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -109,7 +110,7 @@ class Trainer:
             return self._remat  # type: ignore[return-value]
         return memory.choose_remat(self._model, self._dtype, tokens, self._free_at_start)
 
-    def prepare(self, sequences: list[Sequence], loss: LossSpec | None) -> Packed:
+    def prepare(self, sequences: list[TrainExample], loss: LossSpec | None) -> Packed:
         """Pack a call on the host; runs on a worker thread while the device is busy with earlier calls."""
         start = time.perf_counter()
         defaults, gradient_input = dict.fromkeys(registry.INPUTS, 0.0), None
@@ -123,13 +124,13 @@ class Trainer:
         return Packed(rounds=filled, seconds=time.perf_counter() - start)
 
     def forward_task(
-        self, adapter: Adapter | None, sequences: list[Sequence], loss: LossSpec, prepared: Future[Packed]
+        self, adapter: Adapter | None, sequences: list[TrainExample], loss: LossSpec, prepared: Future[Packed]
     ) -> Task[TrainResult]:
         """Score the sequences and their loss without a gradient."""
         weights = NO_ADAPTER if adapter is None else adapter.weights
 
         def run(packed: Packed) -> Task[TrainResult]:
-            out = Answers(sequences)
+            out = Results(sequences)
 
             def launch(batch: MicroBatch) -> Any:
                 logprobs_BTC, _, sums, _ = self._forward(weights, self._put(batch), loss, remat=None)
@@ -145,13 +146,13 @@ class Trainer:
         return (yield from self._halving(run, sequences, loss, prepared))
 
     def forward_backward_task(
-        self, adapter: Adapter, sequences: list[Sequence], loss: LossSpec, prepared: Future[Packed]
+        self, adapter: Adapter, sequences: list[TrainExample], loss: LossSpec, prepared: Future[Packed]
     ) -> Task[TrainResult]:
         """Accumulate the gradient of a built-in loss."""
 
         def run(packed: Packed) -> Task[TrainResult]:
             self._refuse_what_does_not_fit(adapter, packed)
-            out, work, totals = Answers(sequences), self._work(adapter, packed), self._accumulators(adapter, packed)
+            out, work, totals = Results(sequences), self._work(adapter, packed), self._accumulators(adapter, packed)
 
             def launch(batches: list[MicroBatch], total: Weights) -> Any:
                 answers = []
@@ -180,7 +181,7 @@ class Trainer:
         return (yield from self._halving(run, sequences, loss, prepared))
 
     def custom_task(
-        self, adapter: Adapter, sequences: list[Sequence], loss: CustomLoss, prepared: Future[Packed]
+        self, adapter: Adapter, sequences: list[TrainExample], loss: CustomLoss, prepared: Future[Packed]
     ) -> Task[TrainResult]:
         """Accumulate the gradient of a loss that runs on the host: one forward, the user's function, one backward.
 
@@ -190,7 +191,7 @@ class Trainer:
 
         def run(packed: Packed) -> Task[TrainResult]:
             self._refuse_what_does_not_fit(adapter, packed)
-            out, work, kept = Answers(sequences), self._work(adapter, packed), list[list[Any]]()
+            out, work, kept = Results(sequences), self._work(adapter, packed), list[list[Any]]()
             room = memory.ACTIVATION_SHARE * self.available_bytes()
 
             def forward(batch: MicroBatch, keep: bool) -> Any:
@@ -266,7 +267,7 @@ class Trainer:
             weights: an adapter's, or their shapes and places.
             targets_per_position: K of the targets.
         """
-        sequence = Sequence(tokens_T=np.zeros(1, np.int32), targets=np.zeros((1, targets_per_position), np.int32))
+        sequence = TrainExample(tokens_T=np.zeros(1, np.int32), targets=np.zeros((1, targets_per_position), np.int32))
         example = replace(plan, slots=(packing.Slot(index=0, row=0, start=0, length=1),))
         batch = self._put(packing.fill(example, [sequence], dict.fromkeys(registry.INPUTS, 0.0)))
         number, remat = put_whole(np.int32(0), self._mesh), self._remat_of(plan)
@@ -282,7 +283,7 @@ class Trainer:
     def _halving(
         self,
         run: Callable[[Packed], Task[TrainResult]],
-        sequences: list[Sequence],
+        sequences: list[TrainExample],
         loss: LossSpec | None,
         prepared: Future[Packed],
     ) -> Task[TrainResult]:
@@ -360,7 +361,7 @@ class Trainer:
             work.add(Work(tokens=sum(lengths), computed=computed, flops=useful, hardware_flops=hardware))
         return work
 
-    def _account(self, adapter: Adapter, work: Work, out: Answers) -> None:
+    def _account(self, adapter: Adapter, work: Work, out: Results) -> None:
         work.host_s += out.host_s
         adapter.work.add(work)
         self.total.add(work)

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 import numpy as np
 from tinker import types
 
-from jax_client.engine.core.requests import LossSpec, Sequence
+from jax_client.engine.core.requests import LossSpec
 from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
 from jax_client.losses.registry import LOSSES, Loss
 from jax_client.runs.checks.numbers import real, shown
 from jax_client.runs.checks.tensors import dense, finite_floats, token_ids
 from jax_client.runs.checks.tokens import text_tokens
+from jax_client.values import TrainExample
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ _REFUSED_LOSSES = {
 
 def training_data(
     data: object, loss_fn: object, loss_fn_config: object, *, vocab_size: int, max_context: int
-) -> tuple[list[Sequence], LossSpec]:
+) -> tuple[list[TrainExample], LossSpec]:
     """Check a forward or forward_backward call.
 
     Args:
@@ -59,7 +60,7 @@ def training_data(
     return sequences, LossSpec(name=loss.name, config=config)
 
 
-def custom_data(data: object, *, vocab_size: int, max_context: int) -> list[Sequence]:
+def custom_data(data: object, *, vocab_size: int, max_context: int) -> list[TrainExample]:
     """Check a forward_backward_custom call; inputs other than target_tokens belong to the user's function.
 
     Raises:
@@ -70,7 +71,7 @@ def custom_data(data: object, *, vocab_size: int, max_context: int) -> list[Sequ
     for i, datum in enumerate(_datums(data)):
         tokens_T, targets = _tokens_and_targets(datum, i, "forward_backward_custom", vocab_size, max_context)
         _check_shapes(i, tokens_T, {"target_tokens": targets})
-        sequences.append(Sequence(tokens_T=tokens_T, targets=targets))
+        sequences.append(TrainExample(tokens_T=tokens_T, targets=targets))
     return sequences
 
 
@@ -144,7 +145,7 @@ def _tokens_and_targets(
     return tokens_T, targets
 
 
-def _sequence(datum: types.Datum, i: int, loss: Loss, vocab_size: int, max_context: int) -> Sequence:
+def _sequence(datum: types.Datum, i: int, loss: Loss, vocab_size: int, max_context: int) -> TrainExample:
     tokens_T, targets = _tokens_and_targets(datum, i, loss.name, vocab_size, max_context)
     inputs: dict[str, np.ndarray] = {}
     for key, tensor in datum.loss_fn_inputs.items():
@@ -166,7 +167,7 @@ def _sequence(datum: types.Datum, i: int, loss: Loss, vocab_size: int, max_conte
     for key, value in loss.defaults.items():
         if key not in inputs:
             inputs[key] = np.full(targets.shape, value, dtype=np.float32)
-    return Sequence(tokens_T=tokens_T, targets=targets, inputs=inputs)
+    return TrainExample(tokens_T=tokens_T, targets=targets, inputs=inputs)
 
 
 def _check_shapes(i: int, tokens_T: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:

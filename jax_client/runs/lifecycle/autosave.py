@@ -19,7 +19,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
-from jax_client.runs.lifecycle.run_checkpointer import Keeper
+from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
 from jax_client.runs.paths import TinkerPath
 from jax_client.runs.results import run_metrics
 
@@ -31,7 +31,7 @@ SIGNAL_SECONDS = 25.0
 
 @dataclass(slots=True, eq=False)
 class _Watch:
-    keeper: Keeper
+    checkpointer: RunCheckpointer
     seconds: float
     due: float = field(init=False)
 
@@ -40,42 +40,42 @@ class _Watch:
 
 
 _lock = threading.Lock()
-_watched: dict[Keeper, _Watch] = {}
+_watched: dict[RunCheckpointer, _Watch] = {}
 # Keepers whose run was forgotten. A destructor may run inside any allocation, with any lock held, so it only puts here
 # (SimpleQueue.put is re-entrant); the thread does the rest. None wakes the thread up.
-_forgotten: SimpleQueue[Keeper | None] = SimpleQueue()
+_forgotten: SimpleQueue[RunCheckpointer | None] = SimpleQueue()
 _thread: threading.Thread | None = None
 _previous: Callable[[int, FrameType | None], Any] | int | None = None
 
 
-def watch(keeper: Keeper, minutes: float | None) -> None:
+def watch(checkpointer: RunCheckpointer, minutes: float | None) -> None:
     """Save a run every so many minutes from now on, and when the process ends; None only ends it when forgotten."""
     with _lock:
         if minutes is not None:
-            _watched[keeper] = _Watch(keeper, minutes * 60)
+            _watched[checkpointer] = _Watch(checkpointer, minutes * 60)
         _start()
     _forgotten.put(None)
 
 
-def forget(keeper: Keeper) -> None:
+def forget(checkpointer: RunCheckpointer) -> None:
     """Save a run a last time soon, and end it; for destructors."""
-    _forgotten.put(keeper)
+    _forgotten.put(checkpointer)
 
 
-def save_now(keepers: list[Keeper]) -> None:
+def save_now(checkpointers: list[RunCheckpointer]) -> None:
     """Save those of these runs that are watched, saying how to go on from them; they are watched no longer."""
-    for keeper in keepers:
-        if keeper in _watched:
-            _save(keeper, aloud=True)
+    for checkpointer in checkpointers:
+        if checkpointer in _watched:
+            _save(checkpointer, aloud=True)
             # Only now: until then an exit of the process would save it too, and waits for this.
             with _lock:
-                _watched.pop(keeper, None)
+                _watched.pop(checkpointer, None)
 
 
-def unwatch(keeper: Keeper) -> None:
+def unwatch(checkpointer: RunCheckpointer) -> None:
     """Save a run by itself no longer."""
     with _lock:
-        _watched.pop(keeper, None)
+        _watched.pop(checkpointer, None)
 
 
 def announce(run_id: str, path: TinkerPath, step: int) -> None:
@@ -143,12 +143,12 @@ def _loop() -> None:
         with _lock:
             due = min((each.due for each in _watched.values()), default=None)
         try:
-            keeper = _forgotten.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+            checkpointer = _forgotten.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
         except Empty:
             _save_due()
         else:
-            if keeper is not None:
-                _finish(keeper)
+            if checkpointer is not None:
+                _finish(checkpointer)
 
 
 def _save_due() -> None:
@@ -158,8 +158,8 @@ def _save_due() -> None:
         for each in due:
             each.due = now + each.seconds
     for each in due:
-        _save(each.keeper, aloud=False)
-    for store in {each.keeper.store for each in due}:
+        _save(each.checkpointer, aloud=False)
+    for store in {each.checkpointer.store for each in due}:
         try:
             store.sweep_expired()
         except Exception as error:
@@ -167,34 +167,34 @@ def _save_due() -> None:
             logger.warning("expired checkpoints could not be looked for: %s", error)
 
 
-def _finish(keeper: Keeper) -> None:
-    save_now([keeper])
+def _finish(checkpointer: RunCheckpointer) -> None:
+    save_now([checkpointer])
     try:
-        keeper.end()
+        checkpointer.end()
     except Exception as error:
-        logger.warning("run %s could not be ended: %s", keeper.run_id, error)
+        logger.warning("run %s could not be ended: %s", checkpointer.run_id, error)
 
 
 def _save_all() -> None:
     with _lock:
         # Those that are forgotten, too, until they are saved.
-        keepers = list(_watched)
-    save_now(keepers)
+        checkpointers = list(_watched)
+    save_now(checkpointers)
     run_metrics.shared.flush()
-    for store in {keeper.store for keeper in keepers}:
+    for store in {checkpointer.store for checkpointer in checkpointers}:
         store.flush_mirror(SIGNAL_SECONDS)
 
 
-def _save(keeper: Keeper, *, aloud: bool) -> None:
+def _save(checkpointer: RunCheckpointer, *, aloud: bool) -> None:
     try:
-        saved = keeper.save_if_needed()
+        saved = checkpointer.save_if_needed()
     except Exception as error:
         # Training goes on; the next time may find room.
-        logger.warning("run %s could not be saved by itself: %s", keeper.run_id, error)
+        logger.warning("run %s could not be saved by itself: %s", checkpointer.run_id, error)
         return
     if saved is None:
         return
     path, step = saved
-    logger.info("run %s was saved by itself at step %d: %s", keeper.run_id, step, path)
+    logger.info("run %s was saved by itself at step %d: %s", checkpointer.run_id, step, path)
     if aloud:
-        announce(keeper.run_id, path, step)
+        announce(checkpointer.run_id, path, step)

@@ -52,7 +52,7 @@ class _Entry:
     users: int = 0
     progress: Progress = field(default_factory=lambda: Progress(stage="loading"))
 
-    def come_further(self, progress: Progress) -> None:
+    def set_progress(self, progress: Progress) -> None:
         self.progress = progress
 
 
@@ -63,7 +63,7 @@ _named: dict[_Key, _Entry] = {}
 _lock = threading.Lock()
 # What sessions that were dropped without close() still held. A destructor may run inside any allocation, with any lock
 # held, so it only puts here (SimpleQueue.put is re-entrant); a thread of its own does the releasing.
-_dropped: SimpleQueue[list[Future[Lease]]] = SimpleQueue()
+_dropped: SimpleQueue[list[Future[ModelRef]]] = SimpleQueue()
 _janitor: threading.Thread | None = None
 
 
@@ -84,7 +84,7 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Lease:
+class ModelRef:
     """The right to use a base model until `release`; `name` is what this session calls it."""
 
     name: str
@@ -92,7 +92,7 @@ class Lease:
     model: BaseModel
 
 
-def acquire(name: str, config: EngineConfig) -> Lease:
+def acquire(name: str, config: EngineConfig) -> ModelRef:
     """Find or load the base model `name`; waits for the load.
 
     Raises:
@@ -104,7 +104,7 @@ def acquire(name: str, config: EngineConfig) -> Lease:
     _start_janitor()
     with _lock:
         _named.setdefault(called, new)
-    with observed(new.come_further):
+    with observed(new.set_progress):
         try:
             source = resolve(name)
         except BaseException:
@@ -126,7 +126,7 @@ def acquire(name: str, config: EngineConfig) -> Lease:
                     _entries.pop(key, None)
                     _forget_names(entry)
                 entry.model.set_exception(error)
-    return Lease(name=name, key=key, model=entry.model.result())
+    return ModelRef(name=name, key=key, model=entry.model.result())
 
 
 def loading(name: str, config: EngineConfig) -> Progress | None:
@@ -161,37 +161,37 @@ def loaded() -> list[BaseModel]:
     return [model.result() for model in models if model.done() and model.exception() is None]
 
 
-def share(lease: Lease) -> None:
-    """Count one more user of a lease that is held, who will `release` it too."""
+def retain(model_ref: ModelRef) -> None:
+    """Count one more user of a model that is held already; each user calls `release`."""
     with _lock:
-        _entries[lease.key].users += 1
+        _entries[model_ref.key].users += 1
 
 
-def release(lease: Lease) -> None:
-    """Let go of a lease. The last one closes the engine, and waits for that."""
+def release(model_ref: ModelRef) -> None:
+    """Release a base model. The last release closes its engine, and waits for that."""
     with _lock:
-        entry = _entries.get(lease.key)
-        if entry is None or entry.model.result() is not lease.model:
+        entry = _entries.get(model_ref.key)
+        if entry is None or entry.model.result() is not model_ref.model:
             return
         entry.users -= 1
         if entry.users:
             return
-        del _entries[lease.key]
+        del _entries[model_ref.key]
         _forget_names(entry)
-    lease.model.engine.close()
+    model_ref.model.engine.close()
 
 
-def release_all(leases: list[Future[Lease]]) -> None:
-    """Let go of leases that are there or still on their way; waits for them."""
-    for future in leases:
+def release_all(model_refs: list[Future[ModelRef]]) -> None:
+    """Release base models that are loaded or still loading; waits for them."""
+    for future in model_refs:
         if future.exception() is None:
             release(future.result())
 
 
-def drop(leases: list[Future[Lease]]) -> None:
-    """Let go of leases soon; for destructors."""
-    if leases:
-        _dropped.put(leases)
+def drop(model_refs: list[Future[ModelRef]]) -> None:
+    """Release base models soon, on another thread; for destructors."""
+    if model_refs:
+        _dropped.put(model_refs)
 
 
 def _start_janitor() -> None:

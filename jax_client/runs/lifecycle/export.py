@@ -24,8 +24,8 @@ from jax_client.weights.read.source import resolve
 if TYPE_CHECKING:
     from jax_client.checkpoint.store import CheckpointStore
     from jax_client.config import EngineConfig
-    from jax_client.engine.core.requests import AdapterState
     from jax_client.runs.lifecycle.export_check import ExportCheck
+    from jax_client.values import AdapterState
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +125,11 @@ def _check(
     from jax_client.runs.lifecycle.export_check import check_export
 
     try:
-        lease = base_models.acquire(base_model, config)
+        model_ref = base_models.acquire(base_model, config)
         try:
-            return check_export(lease.model.engine, state, directory), ""
+            return check_export(model_ref.model.engine, state, directory), ""
         finally:
-            base_models.release(lease)
+            base_models.release(model_ref)
     except RequestFailedError as error:
         text = error.message.replace(str(directory), str(output))
         # The files may be wanted for a machine that has the memory which this one lacks.

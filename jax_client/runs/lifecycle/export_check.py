@@ -13,7 +13,6 @@ import numpy as np
 
 from jax_client.engine.core import memory
 from jax_client.engine.core.dispatch import Task
-from jax_client.engine.core.requests import AdapterState
 from jax_client.engine.engine import Engine
 from jax_client.engine.train.programs import NO_ADAPTER
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, RequestFailedError
@@ -24,6 +23,7 @@ from jax_client.models.parts.layers import contract, from_bits
 from jax_client.models.parts.lora import lora_scale
 from jax_client.models.transformer import context, forward_pass
 from jax_client.sharding import put_whole
+from jax_client.values import AdapterState
 from jax_client.weights.read import hf
 from jax_client.weights.read.load import load_params, read_config
 from jax_client.weights.read.source import ModelSource

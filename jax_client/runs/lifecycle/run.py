@@ -13,22 +13,23 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tinker import types
 
-from jax_client.engine.core.requests import AdapterState, CustomLoss, LoraSpec, Sequence
+from jax_client.engine.core.requests import CustomLoss
 from jax_client.errors import NotFoundError, RequestFailedError
 from jax_client.runs import checks
 from jax_client.runs.lifecycle import autosave
-from jax_client.runs.lifecycle.base_models import Lease
+from jax_client.runs.lifecycle.base_models import ModelRef
 from jax_client.runs.lifecycle.futures import then
 from jax_client.runs.lifecycle.order import RequestOrder
-from jax_client.runs.lifecycle.run_checkpointer import Keeper
-from jax_client.runs.lifecycle.sampler_handle import Published, Sampler
+from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
+from jax_client.runs.lifecycle.sampler_handle import SamplerHandle, WeightsFeed
 from jax_client.runs.lifecycle.session import Session
 from jax_client.runs.paths import TinkerPath, training_path
 from jax_client.runs.results import api_records, convert, run_metrics
 from jax_client.runs.results.graph_loss import GraphCall
+from jax_client.values import AdapterState, LoraSpec, TrainExample
 
 if TYPE_CHECKING:
-    from jax_client.checkpoint.disk.run_lock import Claim
+    from jax_client.checkpoint.disk.run_lock import RunLock
     from jax_client.checkpoint.store import Record
     from jax_client.engine.core.adapters import Held, Version
     from jax_client.torch_graph.program import GraphProgram
@@ -47,24 +48,26 @@ class Run:
 
     Args:
         session: whose run this is.
-        lease: the base model.
+        model_ref: the base model.
         lane: the engine's queue for this run.
         adapter: the engine's handle.
-        keeper: writes this run's checkpoints, also after the run itself is forgotten.
+        checkpointer: writes this run's checkpoints, also after the run itself is forgotten.
     """
 
-    def __init__(self, session: Session, lease: Lease, lane: Any, adapter: Any, keeper: Keeper) -> None:
+    def __init__(
+        self, session: Session, model_ref: ModelRef, lane: Any, adapter: Any, checkpointer: RunCheckpointer
+    ) -> None:
         self.session = session
-        self.lease = lease
-        self.spec = keeper.spec
-        self.run_id = keeper.run_id
-        self._keeper = keeper
-        self._engine = lease.model.engine
+        self.model_ref = model_ref
+        self.spec = checkpointer.spec
+        self.run_id = checkpointer.run_id
+        self._checkpointer = checkpointer
+        self._engine = model_ref.model.engine
         self._lane = lane
         self._adapter = adapter
         self._order = RequestOrder()
-        self.published = Published()
-        weakref.finalize(self, autosave.forget, keeper).atexit = False
+        self.published = WeightsFeed()
+        weakref.finalize(self, autosave.forget, checkpointer).atexit = False
 
     def _request(self, start: Callable[[], Future[Any]], *, after: Future[Any] | None = None) -> Future[Any]:
         """Submit to the engine in order, unless the session is closed or the caller is this run's own loss function."""
@@ -87,14 +90,14 @@ class Run:
         self._check_usable()
         sequences, loss = self._training_data(data, loss_fn, loss_fn_config)
         source = self._request(lambda: self._engine.forward(self._lane, self._adapter, sequences, loss))
-        return self._answer(source, self._noting(convert.training_output, self._keeper.observed.scored))
+        return self._answer(source, self._noting(convert.training_output, self._checkpointer.observed.scored))
 
     def forward_backward(self, data: Any, loss_fn: Any, loss_fn_config: Any) -> Future[types.ForwardBackwardOutput]:
         """Compute logprobs and the loss, and add its gradient to the accumulated ones."""
         self._check_usable()
         sequences, loss = self._training_data(data, loss_fn, loss_fn_config)
         source = self._request(lambda: self._engine.forward_backward(self._lane, self._adapter, sequences, loss))
-        return self._answer(source, self._noting(convert.training_output, self._keeper.observed.passed))
+        return self._answer(source, self._noting(convert.training_output, self._checkpointer.observed.passed))
 
     @staticmethod
     def _noting(show: Callable[[Any], T], note: Callable[[Any], None]) -> Callable[[Any], T]:
@@ -130,11 +133,11 @@ class Run:
         sequences = self._custom_data(data)
         return self._custom(sequences, GraphCall(program, data, sequences).run, dict)
 
-    def _custom_data(self, data: Any) -> list[Sequence]:
+    def _custom_data(self, data: Any) -> list[TrainExample]:
         return checks.custom_data(data, vocab_size=self._engine.model.vocab_size, max_context=self._engine.max_context)
 
     def _custom(
-        self, sequences: list[Sequence], loss: CustomLoss, extra: Callable[[], Mapping[str, float]]
+        self, sequences: list[TrainExample], loss: CustomLoss, extra: Callable[[], Mapping[str, float]]
     ) -> Future[types.ForwardBackwardOutput]:
         def guarded(logprobs: Any) -> Any:
             with self._inside_loss():
@@ -148,7 +151,7 @@ class Run:
         source = self._request(
             lambda: self._engine.forward_backward_custom(self._lane, self._adapter, sequences, guarded)
         )
-        return self._answer(source, self._noting(show, self._keeper.observed.passed))
+        return self._answer(source, self._noting(show, self._checkpointer.observed.passed))
 
     @contextlib.contextmanager
     def _inside_loss(self) -> Iterator[None]:
@@ -162,10 +165,10 @@ class Run:
         """Take one AdamW step with the accumulated gradients, and clear them."""
         self._check_usable()
         settings = checks.adam_settings(optim_params, adam_params)
-        self._keeper.optimizer_config = settings
+        self._checkpointer.optimizer_config = settings
         source = self._request(lambda: self._engine.optim_step(self._lane, self._adapter, settings))
         show = lambda metrics: types.OptimStepResponse(metrics=convert.metrics(metrics))  # noqa: E731
-        return self._answer(source, self._noting(show, self._keeper.observed.stepped))
+        return self._answer(source, self._noting(show, self._checkpointer.observed.stepped))
 
     def save(
         self,
@@ -179,11 +182,11 @@ class Run:
         self._check_usable()
         path = TinkerPath(run_id=self.run_id, kind=kind, name=checks.checkpoint_name(name))
         ttl, about = checks.ttl(ttl_seconds), checks.user_metadata_or_none(user_metadata)
-        optimizer, keeper = kind == "weights", self._keeper
+        optimizer, checkpointer = kind == "weights", self._checkpointer
         held = self._request(lambda: self._engine.hold_state(self._lane, self._adapter, optimizer))
 
         def write(held: Held) -> Any:
-            keeper.write(
+            checkpointer.write(
                 held,
                 kind,
                 path.name,
@@ -201,11 +204,11 @@ class Run:
         """Write the adapter in the form that peft reads; the future resolves after it is durable and checked."""
         self._check_usable()
         path = TinkerPath(run_id=self.run_id, kind="external_weights", name=checks.checkpoint_name(name))
-        ttl, keeper = checks.ttl(ttl_seconds), self._keeper
+        ttl, checkpointer = checks.ttl(ttl_seconds), self._checkpointer
         held = self._request(lambda: self._engine.hold_state(self._lane, self._adapter, False))
 
         def write(held: Held) -> Any:
-            keeper.export(held.fetch(), path.name, ttl_seconds=ttl)
+            checkpointer.export(held.fetch(), path.name, ttl_seconds=ttl)
             return types.SaveWeightsExternalResponse(path=str(path))
 
         return self.session.track(self.session.save(str(path), held, write))
@@ -228,27 +231,27 @@ class Run:
         )
 
         def show(version: Version) -> types.LoadWeightsResponse:
-            self._keeper.loaded(version)
-            self._keeper.observed.event("load", reading.result().step, path=str(path))
+            self._checkpointer.loaded(version)
+            self._checkpointer.observed.event("load", reading.result().step, path=str(path))
             return types.LoadWeightsResponse(path=str(path), model_id=self.run_id, type="load_weights")
 
         return self._answer(source, show)
 
     def _check_fits(self, record: Record, optimizer: bool) -> None:
-        api_records.check_adapter(record, self.lease, self.spec)
+        api_records.check_adapter(record, self.model_ref, self.spec)
         if optimizer:
             api_records.check_optimizer(record)
 
-    def sampler(self, kind: types.SamplingClientKind, *, sampler_id: str | None = None) -> Future[Sampler]:
+    def sampler(self, kind: types.SamplingClientKind, *, sampler_id: str | None = None) -> Future[SamplerHandle]:
         """Return the future of a sampler of the current weights; nothing is written to disk.
 
         "snapshot" keeps these weights. "inflight" samplers of one run all follow the newest published weights.
         """
         source = self._request(lambda: self._engine.snapshot(self._lane, self._adapter))
 
-        def show(snapshot: Any) -> Sampler:
-            published = Published(snapshot) if kind == "snapshot" else self.published.publish(snapshot)
-            return Sampler(self.session, self.lease, published, model_path=None, sampler_id=sampler_id)
+        def show(snapshot: Any) -> SamplerHandle:
+            published = WeightsFeed(snapshot) if kind == "snapshot" else self.published.publish(snapshot)
+            return SamplerHandle(self.session, self.model_ref, published, model_path=None, sampler_id=sampler_id)
 
         return self._answer(source, show)
 
@@ -261,12 +264,12 @@ class Run:
         Raises:
             RequestFailedError: the disk failed; the run stays.
         """
-        parked = self._keeper.park()
+        parked = self._checkpointer.park()
         if parked is None:
             return None
         path, step = parked
-        autosave.unwatch(self._keeper)
-        self._keeper.end()
+        autosave.unwatch(self._checkpointer)
+        self._checkpointer.end()
         if aloud and step is not None:
             autosave.announce(self.run_id, path, step)
         return path
@@ -276,12 +279,12 @@ class Run:
         return types.GetInfoResponse(
             type="get_info",
             model_data=types.ModelData(
-                arch=self._engine.model.family, model_name=self.lease.name, tokenizer_id=self.lease.name
+                arch=self._engine.model.family, model_name=self.model_ref.name, tokenizer_id=self.model_ref.name
             ),
             model_id=self.run_id,
             is_lora=True,
             lora_rank=self.spec.rank,
-            model_name=self.lease.name,
+            model_name=self.model_ref.name,
         )
 
 
@@ -289,10 +292,10 @@ def create_run(
     session: Session, run_id: str, base_model: str, spec: LoraSpec, user_metadata: Mapping[str, str] | None
 ) -> Run:
     """Load the base model if need be and make a fresh adapter; waits for both."""
-    lease = session.base_model(base_model).result()
-    lane = lease.model.engine.open_lane()
-    adapter = lease.model.engine.create_adapter(lane, spec).result()
-    return _open(session, run_id, lease, lane, adapter, spec, user_metadata, step=0)
+    model_ref = session.base_model(base_model).result()
+    lane = model_ref.model.engine.open_lane()
+    adapter = model_ref.model.engine.create_adapter(lane, spec).result()
+    return _open(session, run_id, model_ref, lane, adapter, spec, user_metadata, step=0)
 
 
 def _user_metadata(session: Session, run_id: str) -> Mapping[str, str] | None:
@@ -319,23 +322,23 @@ def resume_run(
     record = session.read(str(path), lambda: session.store.record(path.run_id, path.kind, path.name)).result()
     if optimizer:
         api_records.check_optimizer(record)
-    lease = session.base_model(base_model or record.metadata["base_model"]).result()
-    api_records.check_base_model(record, lease)
+    model_ref = session.base_model(base_model or record.metadata["base_model"]).result()
+    api_records.check_base_model(record, model_ref)
     state, record = session.store.load(path.run_id, path.kind, path.name)
     if not optimizer:
         state = replace(state, step=0, mu=None, nu=None)
     if user_metadata is None:
         user_metadata = _user_metadata(session, path.run_id)
-    lane = lease.model.engine.open_lane()
-    adapter = lease.model.engine.load_adapter(lane, state).result()
+    lane = model_ref.model.engine.open_lane()
+    adapter = model_ref.model.engine.load_adapter(lane, state).result()
     spec = api_records.saved_spec(record)
-    return _open(session, run_id, lease, lane, adapter, spec, user_metadata, step=state.step, source=path)
+    return _open(session, run_id, model_ref, lane, adapter, spec, user_metadata, step=state.step, source=path)
 
 
 def _open(
     session: Session,
     run_id: str,
-    lease: Lease,
+    model_ref: ModelRef,
     lane: Any,
     adapter: Any,
     spec: LoraSpec,
@@ -346,7 +349,7 @@ def _open(
 ) -> Run:
     metadata = api_records.run_metadata(
         session_id=session.session_id,
-        base_model=api_records.lasting_name(lease.name),
+        base_model=api_records.lasting_name(model_ref.name),
         spec=spec,
         user_metadata=user_metadata,
         project_id=session.info.project_id,
@@ -354,7 +357,7 @@ def _open(
         session_metadata=session.info.user_metadata,
     )
 
-    def record() -> Claim:
+    def record() -> RunLock:
         claim = session.store.claim(run_id)
         try:
             session.store.put_run(run_id, metadata)
@@ -366,13 +369,15 @@ def _open(
     try:
         claim = session.on_disk(record).result()
     except BaseException:
-        lease.model.engine.release(adapter)
+        model_ref.model.engine.release(adapter)
         raise
-    observed = run_metrics.watch(run_id, lease.model.engine, session.state_dir, step, on=session.config.record_metrics)
-    observed.event("start", step, base_model=lease.name, rank=spec.rank, origin=source and str(source))
-    keeper = Keeper(
+    observed = run_metrics.watch(
+        run_id, model_ref.model.engine, session.state_dir, step, on=session.config.record_metrics
+    )
+    observed.event("start", step, base_model=model_ref.name, rank=spec.rank, origin=source and str(source))
+    checkpointer = RunCheckpointer(
         store=session.store,
-        lease=lease,
+        model_ref=model_ref,
         adapter=adapter,
         spec=spec,
         run_id=run_id,
@@ -381,5 +386,5 @@ def _open(
         observed=observed,
         source=source,
     )
-    session.keep(keeper)
-    return Run(session, lease, lane, adapter, keeper)
+    session.keep(checkpointer)
+    return Run(session, model_ref, lane, adapter, checkpointer)

@@ -1,6 +1,6 @@
 """How does a run become checkpoints, asked for or not?
 
-A keeper writes one run's adapter. It outlives the run's client: what was trained and not saved when the client is
+A checkpointer writes one run's adapter. It outlives the run's client: what was trained and not saved when the client is
 forgotten, or the process told to end, is still there to be written.
 """
 
@@ -13,17 +13,18 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from jax_client.engine.core.requests import AdamSettings, AdapterState, LoraSpec
+from jax_client.engine.core.requests import AdamSettings
 from jax_client.runs.lifecycle import base_models
-from jax_client.runs.lifecycle.base_models import Lease
+from jax_client.runs.lifecycle.base_models import ModelRef
 from jax_client.runs.paths import Kind, TinkerPath
 from jax_client.runs.results import api_records
+from jax_client.values import AdapterState, LoraSpec
 
 if TYPE_CHECKING:
-    from jax_client.checkpoint.disk.run_lock import Claim
+    from jax_client.checkpoint.disk.run_lock import RunLock
     from jax_client.checkpoint.store import CheckpointStore
     from jax_client.engine.core.adapters import Held, Version
-    from jax_client.runs.results.run_metrics import Observed
+    from jax_client.runs.results.run_metrics import RunMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +32,12 @@ logger = logging.getLogger(__name__)
 SLOTS = ("autosave-0", "autosave-1")
 
 
-class Keeper:
+class RunCheckpointer:
     """Writes the checkpoints of one run. Thread-safe.
 
     Args:
         store: where to.
-        lease: the base model, whose engine stays until `end`.
+        model_ref: the base model, whose engine stays until `end`.
         adapter: the engine's handle.
         spec: the adapter's configuration.
         run_id: `SESSION:train:N`.
@@ -53,13 +54,13 @@ class Keeper:
         self,
         *,
         store: CheckpointStore,
-        lease: Lease,
+        model_ref: ModelRef,
         adapter: Any,
         spec: LoraSpec,
         run_id: str,
-        claim: Claim,
+        claim: RunLock,
         step: int,
-        observed: Observed,
+        observed: RunMetrics,
         source: TinkerPath | None = None,
     ) -> None:
         self.run_id = run_id
@@ -67,9 +68,9 @@ class Keeper:
         self.store = store
         self.spec = spec
         self.optimizer_config: AdamSettings | None = None
-        base_models.share(lease)
-        self._lease = lease
-        self._engine = lease.model.engine
+        base_models.retain(model_ref)
+        self._model_ref = model_ref
+        self._engine = model_ref.model.engine
         self._adapter = adapter
         self._claim = claim
         self._saved = 0, step
@@ -114,7 +115,7 @@ class Keeper:
         from jax_client.weights.write import peft
 
         def write(directory: Any) -> None:
-            peft.write_adapter(directory, state, self._engine.model, self._lease.name)
+            peft.write_adapter(directory, state, self._engine.model, self._model_ref.name)
             check = check_export(self._engine, state, directory)
             logger.info(
                 "export %s: largest difference of logits on %d probe tokens: %.2g", name, check.tokens, check.difference
@@ -183,12 +184,12 @@ class Keeper:
         self.observed.end()
         self._engine.release(self._adapter)
         self._claim.release()
-        base_models.release(self._lease)
+        base_models.release(self._model_ref)
 
     def _metadata(self, state: AdapterState, user_metadata: Mapping[str, str] | None) -> dict[str, Any]:
         return api_records.checkpoint_metadata(
-            self._lease.name,
-            self._lease.model.fingerprint,
+            self._model_ref.name,
+            self._model_ref.model.fingerprint,
             self.spec,
             step=state.step,
             optimizer=None if state.mu is None else self._optimizer(),

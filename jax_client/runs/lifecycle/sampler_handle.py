@@ -11,16 +11,17 @@ from typing import Any
 
 from tinker import types
 
-from jax_client.engine.core.requests import AdapterState, GenerationRequest, GenerationResult
+from jax_client.engine.core.requests import GenerationRequest, GenerationResult
 from jax_client.runs import checks
-from jax_client.runs.lifecycle.base_models import Lease
+from jax_client.runs.lifecycle.base_models import ModelRef
 from jax_client.runs.lifecycle.futures import then
 from jax_client.runs.lifecycle.session import SamplerInfo, Session
 from jax_client.runs.paths import TinkerPath
 from jax_client.runs.results import api_records, convert
+from jax_client.values import AdapterState
 
 
-class Published:
+class WeightsFeed:
     """The snapshot that samplers read; None is the base model. Its samplers follow what is published."""
 
     def __init__(self, snapshot: Any = None) -> None:
@@ -28,7 +29,7 @@ class Published:
         self.followed = False
         self._lock = threading.Lock()
 
-    def publish(self, snapshot: Any) -> Published:
+    def publish(self, snapshot: Any) -> WeightsFeed:
         """Make `snapshot` the newest weights, for every sampler of this holder."""
         with self._lock:
             self._snapshot = snapshot
@@ -41,12 +42,12 @@ class Published:
             return self._snapshot
 
 
-class Sampler:
+class SamplerHandle:
     """Weights to sample from. Thread-safe; many requests may be in flight and are batched by the engine.
 
     Args:
         session: whose sampler this is.
-        lease: the base model.
+        model_ref: the base model.
         published: the adapter's weights.
         model_path: the checkpoint they came from, None for the base model and for weights that were never saved.
         sampler_id: `SESSION:sample:N`, None takes the next one.
@@ -55,21 +56,21 @@ class Sampler:
     def __init__(
         self,
         session: Session,
-        lease: Lease,
-        published: Published,
+        model_ref: ModelRef,
+        published: WeightsFeed,
         *,
         model_path: str | None,
         sampler_id: str | None = None,
     ) -> None:
         self.session = session
-        self.lease = lease
+        self.model_ref = model_ref
         self.sampler_id = sampler_id or session.new_id("sample")
-        self._engine = lease.model.engine
+        self._engine = model_ref.model.engine
         self._lane = self._engine.open_lane()
         self._published = published
         self._count = itertools.count()
         session.samplers[self.sampler_id] = SamplerInfo(
-            sampler_id=self.sampler_id, base_model=lease.name, model_path=model_path
+            sampler_id=self.sampler_id, base_model=model_ref.name, model_path=model_path
         )
 
     def sample(
@@ -113,13 +114,13 @@ class Sampler:
 
         return self._answer(request, show)
 
-    def park(self) -> Callable[[], Sampler] | None:
+    def park(self) -> Callable[[], SamplerHandle] | None:
         """Move the weights to the host and return what makes the same sampler of them again; waits for that.
 
         None, and nothing happens, for weights that others follow too. The caller forgets the sampler, and so frees
         its memory on the device.
         """
-        session, base_model, sampler_id = self.session, self.lease.name, self.sampler_id
+        session, base_model, sampler_id = self.session, self.model_ref.name, self.sampler_id
         model_path = session.samplers[sampler_id].model_path
         snapshot = self._published.newest()
         if snapshot is None:
@@ -144,7 +145,7 @@ class Sampler:
             vocab_size=model.vocab_size,
             max_context=self._engine.max_context + room,
             eos_token_ids=model.eos_token_ids,
-            decode=self.lease.model.decode,
+            decode=self.model_ref.model.decode,
             **scores,
         )
 
@@ -153,25 +154,25 @@ class Sampler:
         return self.session.track(then(source, show, owner=self))
 
 
-def base_sampler(session: Session, base_model: str, *, sampler_id: str | None = None) -> Sampler:
+def base_sampler(session: Session, base_model: str, *, sampler_id: str | None = None) -> SamplerHandle:
     """Return a sampler of the base model; waits until it is loaded."""
-    lease = session.base_model(base_model).result()
-    return Sampler(session, lease, Published(), model_path=None, sampler_id=sampler_id)
+    model_ref = session.base_model(base_model).result()
+    return SamplerHandle(session, model_ref, WeightsFeed(), model_path=None, sampler_id=sampler_id)
 
 
-def checkpoint_sampler(session: Session, path: TinkerPath, *, sampler_id: str | None = None) -> Sampler:
+def checkpoint_sampler(session: Session, path: TinkerPath, *, sampler_id: str | None = None) -> SamplerHandle:
     """Return a sampler of saved weights; waits until they are loaded."""
     record = session.read(str(path), lambda: session.store.record(path.run_id, path.kind, path.name)).result()
-    lease = session.base_model(record.metadata["base_model"]).result()
-    api_records.check_base_model(record, lease)
+    model_ref = session.base_model(record.metadata["base_model"]).result()
+    api_records.check_base_model(record, model_ref)
     state, _ = session.store.load(path.run_id, path.kind, path.name)
-    return _loaded(session, lease.name, state, model_path=str(path), sampler_id=sampler_id)
+    return _loaded(session, model_ref.name, state, model_path=str(path), sampler_id=sampler_id)
 
 
 def _loaded(
     session: Session, base_model: str, state: AdapterState, *, model_path: str | None, sampler_id: str | None
-) -> Sampler:
-    lease = session.base_model(base_model).result()
-    engine = lease.model.engine
+) -> SamplerHandle:
+    model_ref = session.base_model(base_model).result()
+    engine = model_ref.model.engine
     snapshot = engine.load_snapshot(engine.open_lane(), state).result()
-    return Sampler(session, lease, Published(snapshot), model_path=model_path, sampler_id=sampler_id)
+    return SamplerHandle(session, model_ref, WeightsFeed(snapshot), model_path=model_path, sampler_id=sampler_id)

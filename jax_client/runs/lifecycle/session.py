@@ -17,9 +17,9 @@ from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import EngineConfig, default_mirror, default_state_dir
 from jax_client.errors import NotFoundError
 from jax_client.runs.lifecycle import autosave, base_models
-from jax_client.runs.lifecycle.base_models import Lease
+from jax_client.runs.lifecycle.base_models import ModelRef
 from jax_client.runs.lifecycle.futures import background, link, settled
-from jax_client.runs.lifecycle.run_checkpointer import Keeper
+from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
 from jax_client.runs.results import run_metrics
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class _Resources:
     """What a session holds and must give back, kept apart so that a destructor can reach it."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    leases: dict[str, Future[Lease]] = field(default_factory=dict)
+    model_refs: dict[str, Future[ModelRef]] = field(default_factory=dict)
 
 
 # Samplers and sessions of this process, for RestClient; checkpoints tell about the other processes.
@@ -87,7 +87,7 @@ class Session:
         self._closed: str | None = None
         self._closing: Future[None] | None = None
         self._store: CheckpointStore | None = None
-        self._keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
+        self._checkpointers: weakref.WeakSet[RunCheckpointer] = weakref.WeakSet()
         self._at_close: list[Callable[[], None]] = []
         self._disk: ThreadPoolExecutor | None = None
         self._resources = _Resources()
@@ -115,34 +115,34 @@ class Session:
             self._counts[kind] = number + 1
         return f"{self.session_id}:{kind}:{number}"
 
-    def base_model(self, name: str) -> Future[Lease]:
+    def base_model(self, name: str) -> Future[ModelRef]:
         """Return the future of the base model `name`, loading it in the background if need be."""
         self.check_open()
         with self._resources.lock:
-            known = self._resources.leases.get(name)
+            known = self._resources.model_refs.get(name)
             if known is not None and not (known.done() and known.exception() is not None):
                 return known
             config = self.config
             loading = background(lambda: base_models.acquire(name, config), "load")
-            self._resources.leases[name] = loading
+            self._resources.model_refs[name] = loading
             return loading
 
-    def let_go_of_all_but(self, used: Collection[str | None]) -> bool:
+    def release_unused(self, used: Collection[str | None]) -> bool:
         """Give the other base models back, which nothing of this session uses; say whether there were any.
 
         Waits for the engines that are closed by that.
         """
         with self._resources.lock:
-            leases = self._resources.leases
-            unused = [name for name, lease in leases.items() if name not in used and lease.done()]
-            released = [leases.pop(name) for name in unused]
+            model_refs = self._resources.model_refs
+            unused = [name for name, model_ref in model_refs.items() if name not in used and model_ref.done()]
+            released = [model_refs.pop(name) for name in unused]
         base_models.release_all(released)
         return bool(released)
 
-    def keep(self, keeper: Keeper) -> None:
+    def keep(self, checkpointer: RunCheckpointer) -> None:
         """Save a run by itself, as often as the settings say, and when the session is closed."""
-        self._keepers.add(keeper)
-        autosave.watch(keeper, self.config.autosave_minutes)
+        self._checkpointers.add(checkpointer)
+        autosave.watch(checkpointer, self.config.autosave_minutes)
 
     def at_close(self, function: Callable[[], None]) -> None:
         """Call `function` when the session is closed and its requests are finished."""
@@ -231,7 +231,7 @@ class Session:
             when = time.strftime("%Y-%m-%d %H:%M:%S")
             self._closed = f"{status} at {when}" + (f": {detail}" if detail else "")
             pending = list(self._in_flight)
-            if not pending and not self._resources.leases:
+            if not pending and not self._resources.model_refs:
                 self._closing = settled(None)
                 return self._closing
             self._closing = background(lambda: self._finish(pending), "close")
@@ -243,10 +243,10 @@ class Session:
             function()
         if self._disk is not None:
             self._disk.shutdown(wait=True)
-        keepers = list(self._keepers)
-        autosave.save_now(keepers)
-        for keeper in keepers:
-            keeper.end()
+        checkpointers = list(self._checkpointers)
+        autosave.save_now(checkpointers)
+        for checkpointer in checkpointers:
+            checkpointer.end()
         run_metrics.shared.flush()
         if self._store is not None and not self._store.flush_mirror(MIRROR_SECONDS):
             logger.warning("not every checkpoint in %s was copied to the mirror", self.state_dir)
@@ -255,7 +255,7 @@ class Session:
     def describe(self) -> dict[str, Any]:
         """Return what the loaded engines say about themselves; the newest one's entries also at the top level."""
         with self._resources.lock:
-            loads = list(self._resources.leases.values())
+            loads = list(self._resources.model_refs.values())
         loaded = [load.result().model for load in loads if load.done() and load.exception() is None]
         described = [model.engine.describe() for model in dict.fromkeys(loaded)]
         newest = described[-1] if described else {}
@@ -270,12 +270,12 @@ def state_dir(config: EngineConfig) -> Path:
     return default_state_dir() if config.state_dir is None else Path(config.state_dir).expanduser().absolute()
 
 
-def _take(resources: _Resources) -> list[Future[Lease]]:
+def _take(resources: _Resources) -> list[Future[ModelRef]]:
     with resources.lock:
-        leases = list(resources.leases.values())
-        resources.leases.clear()
-    return leases
+        model_refs = list(resources.model_refs.values())
+        resources.model_refs.clear()
+    return model_refs
 
 
 def _drop(resources: _Resources) -> None:
-    base_models.drop(list(resources.leases.values()))
+    base_models.drop(list(resources.model_refs.values()))

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from tinker import types
 
-from jax_client.engine.core.requests import LoraSpec
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError
 from jax_client.runs.paths import TinkerPath
+from jax_client.values import LoraSpec
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.store import CheckpointStore, Record
-    from jax_client.runs.lifecycle.base_models import Lease
+    from jax_client.runs.lifecycle.base_models import ModelRef
 
 _TYPES: dict[str, types.CheckpointType] = {
     "weights": "training",
@@ -69,18 +69,19 @@ def saved_spec(record: Record) -> LoraSpec:
     return LoraSpec(**record.metadata["spec"])
 
 
-def check_base_model(record: Record, lease: Lease) -> None:
+def check_base_model(record: Record, model_ref: ModelRef) -> None:
     """Raise BadRequestError unless the checkpoint belongs to these base weights."""
-    if record.metadata["base_fingerprint"] != lease.model.fingerprint:
+    if record.metadata["base_fingerprint"] != model_ref.model.fingerprint:
         raise BadRequestError(
-            f"checkpoint {_path(record)} was trained on {record.metadata['base_model']!r}, but this is {lease.name!r}, "
-            "whose weights differ; nothing was loaded. Leave base_model out, or give the one it was trained on."
+            f"checkpoint {_path(record)} was trained on {record.metadata['base_model']!r}, but this is "
+            f"{model_ref.name!r}, whose weights differ; nothing was loaded. Leave base_model out, or give the one it "
+            "was trained on."
         )
 
 
-def check_adapter(record: Record, lease: Lease, spec: LoraSpec) -> None:
+def check_adapter(record: Record, model_ref: ModelRef, spec: LoraSpec) -> None:
     """Raise BadRequestError unless the checkpoint fits into an adapter of `spec` on this base model."""
-    check_base_model(record, lease)
+    check_base_model(record, model_ref)
     saved = saved_spec(record)
     if _shape(saved) != _shape(spec):
         raise BadRequestError(

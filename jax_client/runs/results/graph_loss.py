@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import numpy as np
 from tinker import types
 
-from jax_client.engine.core.requests import Sequence
 from jax_client.errors import BadRequestError, BadTypeError, RequestFailedError
 from jax_client.runs.checks.tensors import dense
 from jax_client.torch_graph.graph import Input
 from jax_client.torch_graph.program import GraphProgram, shapes_of
+from jax_client.values import TrainExample
 
 
 class GraphCall:
@@ -28,7 +28,7 @@ class GraphCall:
         BadTypeError: an input is of a type that is no number.
     """
 
-    def __init__(self, program: GraphProgram, data: Seq[types.Datum], sequences: Seq[Sequence]) -> None:
+    def __init__(self, program: GraphProgram, data: Sequence[types.Datum], sequences: Sequence[TrainExample]) -> None:
         self._program = program
         logprobs, *others = program.graph.inputs
         self._inputs = []

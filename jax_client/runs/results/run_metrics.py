@@ -18,7 +18,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
-from jax_client.metrics.store import FILE_NAME, Event, History, Point
+from jax_client.metrics.store import FILE_NAME, Event, MetricsStore, Point
 from jax_client.runs.results import convert
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Totals:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Item:
-    run: Observed
+    run: RunMetrics
     what: Literal["pass", "score", "step", "event"]
     time: float
     metrics: Mapping[str, Any]
@@ -62,7 +62,7 @@ class _Item:
     step: int | None = None
 
 
-class Observed:
+class RunMetrics:
     """One run as it is observed. What is called does not wait and does not raise.
 
     Args:
@@ -76,7 +76,7 @@ class Observed:
         totals, newest: what it has done, and the newest metrics by name; of the recorder's thread.
     """
 
-    def __init__(self, run_id: str, engine: Any, state_dir: Path, step: int, recorder: Recorder | None) -> None:
+    def __init__(self, run_id: str, engine: Any, state_dir: Path, step: int, recorder: MetricsWriter | None) -> None:
         self.run_id = run_id
         self.engine = engine
         self.path = state_dir / FILE_NAME
@@ -160,8 +160,8 @@ class Observed:
             "sampler/prompt_tokens_cached:sum": float(new["prompt_tokens_cached"]),
             "sampler/sampled_tokens:sum": float(new["sampled_tokens"]),
         }
-        if new["decode_row_places"]:
-            metrics["sampler/occupancy:mean"] = new["decode_rows"] / new["decode_row_places"]
+        if new["decode_slots"]:
+            metrics["sampler/occupancy:mean"] = new["decode_rows"] / new["decode_slots"]
         return Point(run=self.run_id, kind="device", step=self.step, time=now, metrics=metrics)
 
     def compiles(self) -> list[Event]:
@@ -175,7 +175,7 @@ class Observed:
         ]
 
 
-class Recorder:
+class MetricsWriter:
     """A bounded queue and the thread that empties it into the metrics files. Thread-safe.
 
     Args:
@@ -194,7 +194,7 @@ class Recorder:
         self._seconds = seconds
         self._queue: SimpleQueue[_Item | threading.Event] = SimpleQueue()
         self._hurry = threading.Event()
-        self._histories: dict[Path, History] = {}
+        self._histories: dict[Path, MetricsStore] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._complained = False
@@ -252,7 +252,7 @@ class Recorder:
 
     def _write(self, items: list[_Item]) -> None:
         files: dict[Path, tuple[list[Point], list[Event]]] = {}
-        stepped: dict[Observed, None] = {}
+        stepped: dict[RunMetrics, None] = {}
         for item in items:
             points, events = files.setdefault(item.run.path, ([], []))
             try:
@@ -276,7 +276,7 @@ class Recorder:
             else:
                 self._drop(count)
 
-    def _ask_engines(self, runs: list[Observed], files: dict[Path, tuple[list[Point], list[Event]]]) -> None:
+    def _ask_engines(self, runs: list[RunMetrics], files: dict[Path, tuple[list[Point], list[Event]]]) -> None:
         usages: dict[int, Any] = {}
         for run in runs:
             try:
@@ -288,8 +288,8 @@ class Recorder:
             except Exception:
                 self._complain()
 
-    def _history(self, path: Path) -> History:
-        return self._histories.setdefault(path, History(path))
+    def _history(self, path: Path) -> MetricsStore:
+        return self._histories.setdefault(path, MetricsStore(path))
 
     def _complain(self) -> None:
         # Once: what fails here fails at every step.
@@ -299,22 +299,22 @@ class Recorder:
 
 
 _lock = threading.Lock()
-_live: weakref.WeakSet[Observed] = weakref.WeakSet()
-shared = Recorder()
+_live: weakref.WeakSet[RunMetrics] = weakref.WeakSet()
+shared = MetricsWriter()
 # After the runs that are saved at exit.
 atexit.register(shared.flush)
 
 
-def watch(run_id: str, engine: Any, state_dir: Path, step: int, *, on: bool) -> Observed:
+def watch(run_id: str, engine: Any, state_dir: Path, step: int, *, on: bool) -> RunMetrics:
     """Begin to observe a run; `on` says whether anything is recorded."""
-    observed = Observed(run_id, engine, state_dir, step, shared if on else None)
+    observed = RunMetrics(run_id, engine, state_dir, step, shared if on else None)
     if on:
         with _lock:
             _live.add(observed)
     return observed
 
 
-def live() -> list[Observed]:
+def live() -> list[RunMetrics]:
     """Return the runs that are open in this process and observed."""
     with _lock:
         return sorted(_live, key=lambda run: run.run_id)

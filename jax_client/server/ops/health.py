@@ -48,7 +48,7 @@ class Watchdog:
 def _sentence(model: Any, health: dict[str, Any]) -> str:
     return (
         f"engine {model.source.name!r} is {health['state']}: {health['waiting']} requests wait, and nothing has moved "
-        f"for {health['still_seconds']:.0f} s"
+        f"for {health['stalled_seconds']:.0f} s"
     )
 
 

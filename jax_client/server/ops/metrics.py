@@ -15,10 +15,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from jax_client.errors import BadRequestError, NotFoundError
-from jax_client.metrics.store import FILE_NAME, Cursor, History
+from jax_client.metrics.store import FILE_NAME, Cursor, MetricsStore
 from jax_client.runs.lifecycle import base_models
 from jax_client.runs.results import run_metrics
-from jax_client.runs.results.run_metrics import Observed, Recorder
+from jax_client.runs.results.run_metrics import MetricsWriter, RunMetrics
 from jax_client.server.ops.prometheus import CONTENT_TYPE, Family, render
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -38,7 +38,7 @@ _RUN_GAUGES = {
     "ratio:mean": ("run_policy_ratio", "Mean of the trainer's probability over the sampler's."),
     "kl_sample_train:mean": ("run_kl_sample_train", "Mean gap of sampler and trainer, as KL divergence in nats."),
 }
-_RUN_COUNTERS: Mapping[str, tuple[str, Callable[[Observed], float]]] = {
+_RUN_COUNTERS: Mapping[str, tuple[str, Callable[[RunMetrics], float]]] = {
     "run_steps_total": ("Optimizer steps taken.", lambda run: run.totals.steps),
     "run_skipped_steps_total": ("Steps left out for a gradient that was not finite.", lambda run: run.totals.skipped),
     "run_passes_total": ("Calls with a gradient.", lambda run: run.totals.passes),
@@ -57,7 +57,7 @@ _SAMPLING = {
     "sampled_tokens": ("engine_sampled_tokens_total", "Tokens drawn."),
     "decode_blocks": ("engine_decode_blocks_total", "Blocks of decode steps."),
     "decode_rows": ("engine_decode_rows_total", "Samples in those blocks."),
-    "decode_row_places": ("engine_decode_row_places_total", "Places for samples in those blocks, used or not."),
+    "decode_slots": ("engine_decode_row_places_total", "Places for samples in those blocks, used or not."),
     "rows_running": ("engine_sample_rows_running", "Samples that are being drawn."),
     "rows_waiting": ("engine_sample_rows", "Samples without an answer yet."),
     "cache_tokens": ("engine_cache_tokens", "Tokens that the key/value cache has room for."),
@@ -66,7 +66,7 @@ _SAMPLING = {
 
 def list_runs(state_dir: Path) -> Handler:
     """Return the handler of GET metrics/runs: the runs that have points, the newest first."""
-    history = History(state_dir / FILE_NAME)
+    history = MetricsStore(state_dir / FILE_NAME)
 
     async def handler(request: Request) -> Response:
         limit, offset = _number(request, "limit", 100, 1, MOST_ROWS), _number(request, "offset", 0, 0, 2**31)
@@ -83,7 +83,7 @@ def read_run(state_dir: Path) -> Handler:
 
     `limit` is the most of either; `points` asks for all of them instead, thinned out to that many of each kind.
     """
-    history = History(state_dir / FILE_NAME)
+    history = MetricsStore(state_dir / FILE_NAME)
 
     async def handler(request: Request) -> Response:
         run, since = request.path_params["run"], _cursor(request)
@@ -157,7 +157,7 @@ def _of_engines(named: list[tuple[str, Any]]) -> Iterable[Family]:
         name="engine_still_seconds",
         kind="gauge",
         about="Time since anything moved while requests wait.",
-        values=[(labels, health["still_seconds"]) for labels, _, health, _ in found],
+        values=[(labels, health["stalled_seconds"]) for labels, _, health, _ in found],
     )
     yield Family(
         name="engine_memory_bytes",
@@ -211,7 +211,7 @@ def _of_compiles(compiled: list[tuple[Labels, list[dict[str, Any]]]]) -> Iterabl
         yield Family(name=name, kind="counter", about=text, values=labelled)
 
 
-def _of_runs(runs: list[Observed]) -> Iterable[Family]:
+def _of_runs(runs: list[RunMetrics]) -> Iterable[Family]:
     yield Family(
         name="run_step",
         kind="gauge",
@@ -234,7 +234,7 @@ def _of_runs(runs: list[Observed]) -> Iterable[Family]:
     )
 
 
-def _of_recorder(recorder: Recorder) -> Iterable[Family]:
+def _of_recorder(recorder: MetricsWriter) -> Iterable[Family]:
     for name, value in (("written", recorder.written), ("dropped", recorder.dropped)):
         about = f"Points and events that were {name}."
         yield Family(name=f"metrics_{name}_total", kind="counter", about=about, values=[({}, value)])

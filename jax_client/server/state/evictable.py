@@ -16,7 +16,7 @@ from jax_client.runs.lifecycle.futures import background, settled
 T = TypeVar("T")
 
 
-class Resident(Generic[T]):
+class Evictable(Generic[T]):
     """One thing. Thread-safe.
 
     Args:

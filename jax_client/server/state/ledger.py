@@ -16,7 +16,7 @@ from typing import Any
 
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError
 from jax_client.runs.lifecycle.futures import settled
-from jax_client.server.state.request_log import Entry, Journal
+from jax_client.server.state.request_log import Entry, RequestLog
 from jax_client.server.wire import answers
 from jax_client.server.wire.answers import Answer
 
@@ -31,7 +31,7 @@ Start = Callable[[], Future[Any]]
 
 
 @dataclass(slots=True, eq=False)
-class Promise:
+class PendingRequest:
     """One request and its answer to be.
 
     Attributes:
@@ -89,7 +89,7 @@ class Promise:
             work.cancel()
 
 
-class Promises:
+class RequestLedger:
     """The promises of a server. Thread-safe.
 
     Args:
@@ -97,22 +97,22 @@ class Promises:
         lost: from a promise that an earlier server did not answer to what the client is told.
     """
 
-    def __init__(self, journal: Journal | None = None, lost: Callable[[str, Entry], Answer] | None = None) -> None:
+    def __init__(self, journal: RequestLog | None = None, lost: Callable[[str, Entry], Answer] | None = None) -> None:
         self._journal = journal
         self._lost = lost
-        self._open: dict[str, Promise] = {}
-        self._answered: OrderedDict[str, Promise] = OrderedDict()
+        self._open: dict[str, PendingRequest] = {}
+        self._answered: OrderedDict[str, PendingRequest] = OrderedDict()
         self._bytes = 0
         self._closing = False
         self._lock = threading.Lock()
 
-    def make(self, request_id: str, digest: bytes, kind: str) -> tuple[Promise, bool]:
+    def make(self, request_id: str, digest: bytes, kind: str) -> tuple[PendingRequest, bool]:
         """Return the promise of a request, and whether it is new.
 
         Raises:
             BadRequestError: another request had this number.
         """
-        promise = Promise(request_id, digest, kind)
+        promise = PendingRequest(request_id, digest, kind)
         with self._lock:
             known = self._open.get(request_id) or self._answered.get(request_id)
             if known is None:
@@ -130,17 +130,17 @@ class Promises:
             promise.settle(known.answer.result())
         return _same(known, digest), False
 
-    def find(self, request_id: str, digest: bytes) -> Promise | None:
+    def find(self, request_id: str, digest: bytes) -> PendingRequest | None:
         """Return the promise of a request that was sent before, None if it is new. Raises as `make`."""
         known = self.in_memory(request_id) or self._of_journal(request_id)
         return None if known is None else _same(known, digest)
 
-    def in_memory(self, request_id: str) -> Promise | None:
+    def in_memory(self, request_id: str) -> PendingRequest | None:
         """Return a promise that is in memory, without a look at the disk."""
         with self._lock:
             return self._open.get(request_id) or self._answered.get(request_id)
 
-    def get(self, request_id: str) -> Promise:
+    def get(self, request_id: str) -> PendingRequest:
         """Return a promise.
 
         Raises:
@@ -153,7 +153,7 @@ class Promises:
             )
         return promise
 
-    def _of_journal(self, request_id: str) -> Promise | None:
+    def _of_journal(self, request_id: str) -> PendingRequest | None:
         entry = None if self._journal is None else self._journal.find(request_id)
         if entry is None:
             return None
@@ -161,11 +161,11 @@ class Promises:
         if answer is None:
             # This server would still have it open.
             answer = self._lost(request_id, entry) if self._lost else answers.again("the server was restarted.")
-        promise = Promise(request_id, entry.digest, entry.kind)
+        promise = PendingRequest(request_id, entry.digest, entry.kind)
         promise.settle(answer)
         return promise
 
-    def _keep(self, promise: Promise, answer: Answer) -> None:
+    def _keep(self, promise: PendingRequest, answer: Answer) -> None:
         # A future that is done keeps its callbacks, and these keep what was used: samplers, runs.
         promise.answer, promise._work = settled(answer), None
         with self._lock:
@@ -196,12 +196,12 @@ class Promises:
                 if promise is not None:
                     self._bytes -= len(promise.answer.result().body)
 
-    def open(self) -> list[Promise]:
+    def open(self) -> list[PendingRequest]:
         """Return what is not answered yet, in the order in which it came."""
         with self._lock:
             return list(self._open.values())
 
-    def ahead_of(self, promise: Promise) -> int:
+    def ahead_of(self, promise: PendingRequest) -> int:
         """Return how many requests that came before this one are not answered yet."""
         with self._lock:
             for place, each in enumerate(self._open.values()):
@@ -222,7 +222,7 @@ class Promises:
         wait(waiting, seconds)
 
 
-def _same(known: Promise, digest: bytes) -> Promise:
+def _same(known: PendingRequest, digest: bytes) -> PendingRequest:
     if known.digest != digest:
         raise BadRequestError(
             f"request {known.request_id} was sent before with another body; no number is used twice. Make a new client."
@@ -239,11 +239,11 @@ class Sequence:
 
     def __init__(self, following: int = 1) -> None:
         self.following = following
-        self._waiting: dict[int, tuple[Promise, Start]] = {}
+        self._waiting: dict[int, tuple[PendingRequest, Start]] = {}
         self._arrived = time.monotonic()
         self._lock = threading.RLock()
 
-    def submit(self, number: int, promise: Promise, start: Start) -> None:
+    def submit(self, number: int, promise: PendingRequest, start: Start) -> None:
         """Start a request when its turn has come; what `start` raises fails the promise, and its turn is over.
 
         One whose turn is over fails: others went on without it.

@@ -20,17 +20,17 @@ from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, DoesNotFitError, NotFoundError
 from jax_client.runs.lifecycle.futures import settled
 from jax_client.runs.lifecycle.run import Run, resume_run
-from jax_client.runs.lifecycle.sampler_handle import Sampler, base_sampler, checkpoint_sampler
+from jax_client.runs.lifecycle.sampler_handle import SamplerHandle, base_sampler, checkpoint_sampler
 from jax_client.runs.lifecycle.session import Session, SessionInfo, Status
 from jax_client.runs.paths import TinkerPath, sampler_path
 from jax_client.server.state import custom_losses
-from jax_client.server.state.evictable import Resident
+from jax_client.server.state.evictable import Evictable
 from jax_client.server.state.ledger import Sequence
-from jax_client.server.state.request_log import Journal
+from jax_client.server.state.request_log import RequestLog
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-R = TypeVar("R", Run, Sampler)
+R = TypeVar("R", Run, SamplerHandle)
 
 # What was not used for so long may be unloaded when something else needs its memory.
 IDLE_SECONDS = 60.0
@@ -50,14 +50,14 @@ class _Served(Generic[R]):
     """
 
     session_id: str
-    resident: Resident[R]
+    resident: Evictable[R]
     base_model: str | None
 
     @property
     def name(self) -> str | None:
         """What its session calls the base model."""
         there = self.resident.there
-        return self.base_model if there is None else there.lease.name
+        return self.base_model if there is None else there.model_ref.name
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -68,7 +68,7 @@ class Model(_Served[Run]):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Sampling(_Served[Sampler]):
+class Sampling(_Served[SamplerHandle]):
     """A sampler.
 
     Attributes:
@@ -79,12 +79,12 @@ class Sampling(_Served[Sampler]):
     ephemeral: bool = False
 
     @classmethod
-    def of(cls, sampler: Sampler) -> Sampling:
+    def of(cls, sampler: SamplerHandle) -> Sampling:
         """Return a sampler of this process as one that is served."""
         return cls(
             session_id=sampler.session.session_id,
-            resident=Resident(lambda: sampler, "sampler", settled(sampler)),
-            base_model=sampler.lease.name,
+            resident=Evictable(lambda: sampler, "sampler", settled(sampler)),
+            base_model=sampler.model_ref.name,
             ephemeral=True,
         )
 
@@ -97,7 +97,7 @@ class Holdings:
         journal: tells over a restart what there was; None keeps it in memory.
     """
 
-    def __init__(self, config: EngineConfig, journal: Journal | None) -> None:
+    def __init__(self, config: EngineConfig, journal: RequestLog | None) -> None:
         self.config = config
         self.own = Session(config)
         self._journal = journal
@@ -161,7 +161,7 @@ class Holdings:
                     f"model {model_id!r} is not in memory, the server was restarted. {self._way_on(model_id)}"
                 )
             path = TinkerPath.parse(about["path"])
-            resident = Resident(lambda: self._with_room(lambda: self._revive(model_id, about, path)), "resume")
+            resident = Evictable(lambda: self._with_room(lambda: self._revive(model_id, about, path)), "resume")
             return Model(
                 session_id=about["session_id"],
                 resident=resident,
@@ -186,7 +186,7 @@ class Holdings:
         about = {
             "session_id": model.session_id,
             "path": str(path),
-            "base_model": run.lease.name,
+            "base_model": run.model_ref.name,
             "following": model.order.following,
         }
         self._note("model", run_id, about)
@@ -212,7 +212,7 @@ class Holdings:
         path = TinkerPath(run_id=run_id, kind="weights", name=newest.name)
         return f'Go on from step {newest.step}: create_training_client_from_state_with_optimizer("{path}").'
 
-    def sampler(self, sampler_id: str) -> Future[Sampler]:
+    def sampler(self, sampler_id: str) -> Future[SamplerHandle]:
         """Return a sampler that is there or on its way.
 
         Raises:
@@ -242,10 +242,10 @@ class Holdings:
             # Now, so that a wrong path fails the call that gave it.
             base_model = session.store.record(path.run_id, path.kind, path.name).metadata["base_model"]
             make = lambda: checkpoint_sampler(session, path, sampler_id=sampler_id)  # noqa: E731
-        resident = Resident(lambda: self._with_room(make), "sampler")
+        resident = Evictable(lambda: self._with_room(make), "sampler")
         return Sampling(session_id=session.session_id, resident=resident, base_model=base_model)
 
-    def adopt(self, sampler: Sampler) -> None:
+    def adopt(self, sampler: SamplerHandle) -> None:
         """Serve a sampler of this process."""
         with self._lock:
             self._samplers[sampler.sampler_id] = Sampling.of(sampler)
@@ -271,7 +271,7 @@ class Holdings:
                 idle.append((since, partial(self._unload_model, run_id, model)))
         for sampling in samplings:
             if (since := sampling.resident.idle_since()) is not None:
-                idle.append((since, partial(sampling.resident.unload, Sampler.park)))
+                idle.append((since, partial(sampling.resident.unload, SamplerHandle.park)))
         idle.sort(key=lambda each: each[0])
         for since, unload in idle:
             if time.monotonic() - since >= IDLE_SECONDS and unload():
@@ -296,7 +296,7 @@ class Holdings:
             used = {each.name for each in served if each.session_id == session_id and each.resident.wanted}
             # None: something is on its way there, of which only its checkpoint tells what it needs.
             if None not in used:
-                freed |= session.let_go_of_all_but(used)
+                freed |= session.release_unused(used)
         return freed
 
     def _tidy(self, session_id: str) -> None:
@@ -304,7 +304,7 @@ class Holdings:
         with self._lock:
             own = [(k, s) for k, s in self._samplers.items() if s.session_id == session_id and s.ephemeral]
         for _, sampling in own[:-ON_DEVICE]:
-            sampling.resident.unload(Sampler.park)
+            sampling.resident.unload(SamplerHandle.park)
         for key, sampling in own[:-IN_MEMORY]:
             if not sampling.resident.busy:
                 with self._lock:

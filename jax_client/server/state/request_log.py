@@ -1,6 +1,6 @@
 """What does a server still know after it was killed? One SQLite file, written beside the requests.
 
-Sessions, models and samplers are written before the client hears of them. Promises and answers are written in batches
+Sessions, models and samplers are written before the client hears of them. Requests and answers are written in batches
 by one thread, a few milliseconds later: what is lost with them was not answered yet. The file is a convenience, not
 the truth: checkpoints do not depend on it, and a damaged one is set aside.
 """
@@ -63,7 +63,7 @@ class Entry:
 _Write = Callable[[sqlite3.Connection], Any]
 
 
-class Journal:
+class RequestLog:
     """The file behind a server. Thread-safe.
 
     A disk that fails is reported once in the log; the server goes on with what it has in memory.

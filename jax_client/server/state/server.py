@@ -21,17 +21,17 @@ from jax_client.runs import checks
 from jax_client.runs.lifecycle import base_models
 from jax_client.runs.lifecycle.futures import settled, then
 from jax_client.runs.lifecycle.run import Run, create_run, resume_run
-from jax_client.runs.lifecycle.sampler_handle import Sampler
+from jax_client.runs.lifecycle.sampler_handle import SamplerHandle
 from jax_client.runs.lifecycle.session import Session, SessionInfo
 from jax_client.runs.paths import training_path
 from jax_client.server.state import custom_losses
 from jax_client.server.state.completions import Completions
-from jax_client.server.state.evictable import Resident
-from jax_client.server.state.ledger import Promise, Promises, Start
+from jax_client.server.state.evictable import Evictable
+from jax_client.server.state.ledger import PendingRequest, RequestLedger, Start
 from jax_client.server.state.live_objects import Holdings, Model, Sampling
-from jax_client.server.state.request_log import Entry, Journal
+from jax_client.server.state.request_log import Entry, RequestLog
 from jax_client.server.wire import answers, protocol
-from jax_client.server.wire.admission import Room
+from jax_client.server.wire.admission import AdmissionLimits
 from jax_client.server.wire.answers import Answer
 from jax_client.torch_graph.program import GraphProgram
 
@@ -48,11 +48,11 @@ class Server(Holdings):
     """
 
     def __init__(
-        self, config: EngineConfig, aliases: Mapping[str, str] | None = None, journal: Journal | None = None
+        self, config: EngineConfig, aliases: Mapping[str, str] | None = None, journal: RequestLog | None = None
     ) -> None:
         super().__init__(config, journal)
-        self.promises = Promises(journal, self._lost)
-        self.room = Room(self._give_up_gaps)
+        self.promises = RequestLedger(journal, self._lost)
+        self.room = AdmissionLimits(self._give_up_gaps)
         self.completions = Completions(self.promises.answered_of)
         self.rest = RestClient(self.own)
         self._aliases = dict(aliases or {})
@@ -82,7 +82,7 @@ class Server(Holdings):
         # Not the clones: a number that was given once would lead a new client to the answers of an old one.
         self.completions.forget(session_id)
 
-    def create_model(self, request: types.CreateModelRequest, digest: bytes) -> Promise:
+    def create_model(self, request: types.CreateModelRequest, digest: bytes) -> PendingRequest:
         """Make a fresh adapter."""
         session = self.session(request.session_id)
         session.check_open()
@@ -101,7 +101,7 @@ class Server(Holdings):
             lambda run: types.CreateModelResponse(model_id=run.run_id),
         )
 
-    def load_weights(self, request: types.LoadWeightsRequest, digest: bytes) -> Promise:
+    def load_weights(self, request: types.LoadWeightsRequest, digest: bytes) -> PendingRequest:
         """Load a checkpoint into a model, or make a model from one."""
         method = "load_state_with_optimizer" if request.optimizer else "load_state"
         if request.session_id is None or request.model_seq_id is None:
@@ -135,10 +135,10 @@ class Server(Holdings):
         digest: bytes,
         make: Callable[[], Run],
         show: Callable[[Run], Any],
-    ) -> Promise:
+    ) -> PendingRequest:
         promise, new = self.promises.make(run_id, digest, "train")
         if new:
-            resident = Resident(lambda: self._with_room(make), "create")
+            resident = Evictable(lambda: self._with_room(make), "create")
             with self._lock:
                 self._models[run_id] = Model(session_id=session.session_id, resident=resident, base_model=base_model)
             # A run that is only in memory has no path, and so ends with the server.
@@ -158,7 +158,7 @@ class Server(Holdings):
             raise NotFoundError(f"model {model_id!r} is not there yet, or could not be made; await its creation.")
         return resident.use().result()
 
-    def forward_backward(self, message: pb.ForwardBackwardRequest, digest: bytes) -> Promise:
+    def forward_backward(self, message: pb.ForwardBackwardRequest, digest: bytes) -> PendingRequest:
         """Compute logprobs and the loss, with the gradient unless the request is forward only."""
 
         def work(run: Run) -> Future[Any]:
@@ -170,7 +170,7 @@ class Server(Holdings):
 
         return self._on_model(message.model_id, message.seq_id, digest, work)
 
-    def create_custom_loss(self, request: types.CreateCustomLossRequest, digest: bytes) -> Promise:
+    def create_custom_loss(self, request: types.CreateCustomLossRequest, digest: bytes) -> PendingRequest:
         """Take a loss that was sent as a graph; what is refused is refused in this call."""
         self.session(request.session_id).check_open()
         loss_id, about = custom_losses.loss_id_of(request), custom_losses.written(request)
@@ -195,12 +195,12 @@ class Server(Holdings):
         again = custom_losses.custom_loss
         return self._known(self._losses, "custom loss", loss_id, again, "; create it again.").program
 
-    def optim_step(self, request: types.OptimStepRequest, digest: bytes) -> Promise:
+    def optim_step(self, request: types.OptimStepRequest, digest: bytes) -> PendingRequest:
         """Take an optimizer step."""
         work = lambda run: run.optim_step(request.optim_params, None)  # noqa: E731
         return self._on_model(request.model_id, request.seq_id, digest, work)
 
-    def save_weights(self, request: types.SaveWeightsRequest, digest: bytes) -> Promise:
+    def save_weights(self, request: types.SaveWeightsRequest, digest: bytes) -> PendingRequest:
         """Save weights and optimizer."""
 
         def work(run: Run) -> Future[Any]:
@@ -208,7 +208,7 @@ class Server(Holdings):
 
         return self._on_model(request.model_id, request.seq_id, digest, work)
 
-    def save_weights_for_sampler(self, request: types.SaveWeightsForSamplerRequest, digest: bytes) -> Promise:
+    def save_weights_for_sampler(self, request: types.SaveWeightsForSamplerRequest, digest: bytes) -> PendingRequest:
         """Save weights to sample from, or make a sampler of the weights as they are."""
 
         def work(run: Run) -> Future[Any]:
@@ -218,12 +218,12 @@ class Server(Holdings):
             sampler_id = self._sampler_id(session_id, request.sampling_session_seq_id)
             made = run.sampler(request.kind, sampler_id=sampler_id)
             # It is there, or can be parked; nothing else makes it again.
-            resident = Resident(made.result, "sampler", made)
+            resident = Evictable(made.result, "sampler", made)
             with self._lock:
                 self._samplers[sampler_id] = Sampling(
                     session_id=session_id,
                     resident=resident,
-                    base_model=run.lease.name,
+                    base_model=run.model_ref.name,
                     ephemeral=request.kind != "inflight",
                 )
             self._note("sampler", sampler_id, {"session_id": session_id, "of": run.run_id})
@@ -232,7 +232,7 @@ class Server(Holdings):
 
         return self._on_model(request.model_id, request.seq_id, digest, work)
 
-    def save_weights_external(self, request: types.SaveWeightsExternalRequest, digest: bytes) -> Promise:
+    def save_weights_external(self, request: types.SaveWeightsExternalRequest, digest: bytes) -> PendingRequest:
         """Save the adapter as peft does."""
 
         def work(run: Run) -> Future[Any]:
@@ -245,7 +245,7 @@ class Server(Holdings):
 
     def _on_model(
         self, model_id: str | None, number: int | None, digest: bytes, work: Callable[[Run], Future[Any]]
-    ) -> Promise:
+    ) -> PendingRequest:
         if model_id is None or number is None or number < 1:
             raise BadRequestError(f"model_id is {model_id!r} and seq_id {number!r}; give both, seq_id from 1 on.")
         # Before the model is looked for: an answer that was given outlives it.
@@ -308,7 +308,7 @@ class Server(Holdings):
             self._note("clones", sampler_id, {"count": count})
         return count
 
-    def sample(self, request: types.SampleRequest, digest: bytes) -> Promise:
+    def sample(self, request: types.SampleRequest, digest: bytes) -> PendingRequest:
         """Sample from, or score, a prompt."""
         if request.sampling_session_id is None or request.seq_id is None:
             raise BadRequestError("sampling_session_id and seq_id are needed; make a sampling session first.")
@@ -319,7 +319,7 @@ class Server(Holdings):
         if not new:
             return promise
 
-        def start(sampler: Sampler) -> Future[types.SampleResponse]:
+        def start(sampler: SamplerHandle) -> Future[types.SampleResponse]:
             targets = _targets(request)
             return sampler.sample(
                 request.prompt,
@@ -367,7 +367,7 @@ class Server(Holdings):
             raise BadRequestError(f"sampling_session_seq_id is {number!r}; give a number from 0 on.")
         return f"{session_id}:sample:{number}"
 
-    def waiting_for(self, promise: Promise) -> str | None:
+    def waiting_for(self, promise: PendingRequest) -> str | None:
         """Say what a request that is not answered waits for, None while it is carried out.
 
         One that waits too long for an earlier request that never came is given up.

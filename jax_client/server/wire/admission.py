@@ -26,7 +26,7 @@ class BusyError(JaxClientError):
     """There is no room for a request now; it may be sent again."""
 
 
-class Room:
+class AdmissionLimits:
     """Counts what waits. Thread-safe.
 
     Args:
@@ -108,7 +108,7 @@ class Room:
 class Load:
     """The room that one request takes, from its first byte on. Free it, as a context, unless it was kept."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: AdmissionLimits) -> None:
         self.room = room
         self._size = 0
 

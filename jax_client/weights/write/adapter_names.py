@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from jax_client.engine.core import adapters
-from jax_client.engine.core.requests import AdapterState, LoraSpec
 from jax_client.models.config import ModelConfig
+from jax_client.values import AdapterState, LoraSpec
 
 UNEMBED = "unembed"
 ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jax_client.engine.core.requests import AdapterState
 from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts.lora import LORA_ALPHA
+from jax_client.values import AdapterState
 from jax_client.weights.read import hf, safetensors
 from jax_client.weights.read.gguf import GgufReader, architecture, as_hf_config, read_gguf
 from jax_client.weights.read.names import expected_tensors

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from jax_client.engine.core.requests import AdapterState, LoraSpec
 from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts.lora import LORA_ALPHA
+from jax_client.values import AdapterState, LoraSpec
 from jax_client.weights.read import hf, safetensors
 from jax_client.weights.write.adapter_names import (
     ATTENTION,

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from jax_client.checkpoint.store import CheckpointStore
-from jax_client.engine.core.requests import AdapterState
 from jax_client.errors import NotFoundError
+from jax_client.values import AdapterState
 from support.checkpoints import RUN, assert_same, make_state, save
 
 # The run that checkpoints are copied to.
