@@ -5,18 +5,25 @@ Source: MiniMax-M1, arXiv 2506.13585, equation 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 
-from jax_client.losses.policy_ratio import clip_bounds, policy_ratio
+from jax_client.losses.loss import Arrays, Loss
+from jax_client.losses.policy_ratio import CLIPPED_INPUTS, RATIO_STATS, clip_bounds, policy_ratio
 
-CONFIG = {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}
 
-
-def loss(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(logprobs: jax.Array, inputs: Arrays) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return -sg(clip(r)) log p A per target."""
     ratio, stats = policy_ratio(logprobs, inputs)
     weight = jax.lax.stop_gradient(jnp.clip(ratio, *clip_bounds(inputs)))
     return -weight * logprobs * inputs["advantages"], {**stats, "clip_fraction": (weight != ratio).astype(jnp.float32)}
+
+
+CISPO = Loss(
+    name="cispo",
+    fn=loss,
+    inputs=CLIPPED_INPUTS,
+    stats=(*RATIO_STATS, "clip_fraction"),
+    mask="advantages",
+    config={"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
+)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax
 
+from jax_client.losses.loss import Arrays, Loss
 
-def loss(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+
+def loss(logprobs: jax.Array, inputs: Arrays) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return -w log p per target; weights may be negative, as in the two-pass form of a custom loss."""
     return -inputs["weights"] * logprobs, {"nll": -logprobs}
+
+
+CROSS_ENTROPY = Loss(
+    name="cross_entropy",
+    fn=loss,
+    inputs={"weights": False},
+    stats=("nll",),
+    mask="weights",
+    defaults={"weights": 1.0},
+)

@@ -1,7 +1,7 @@
 """GSPO: PPO's clipped surrogate with one ratio per sequence, s = exp(mean over its masked tokens of log p - log q).
 
-A token's ratio is exp(log sg(s) + log p - sg(log p)): its value is s, its gradient s times that of log p. So every
-token of a sequence is clipped or none, and advantages may still differ by token.
+A token's ratio is exp(log sg(s) + log p - sg(log p)): its value is s, its gradient s times that of log p. So either
+every token of a sequence is clipped or none is, and advantages may still differ by token.
 
 Source: arXiv 2507.18071, section 4.3 (GSPO-token). No default bounds are documented for the hosted service; these are
 PPO's. The paper's own bounds are much narrower, about 1 - 3e-4 and 1 + 4e-4, because s is close to 1.
@@ -9,17 +9,20 @@ PPO's. The paper's own bounds are much narrower, about 1 - 3e-4 and 1 + 4e-4, be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 
-from jax_client.losses.policy_ratio import clip_bounds, clipped_surrogate, policy_ratio
+from jax_client.losses.loss import Arrays, Loss
+from jax_client.losses.policy_ratio import (
+    CLIPPED_INPUTS,
+    RATIO_STATS,
+    clip_bounds,
+    clipped_surrogate,
+    policy_ratio,
+)
 
-CONFIG = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 
-
-def loss(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(logprobs: jax.Array, inputs: Arrays) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the clipped surrogate per target; `ratio` is the sequence's.
 
     Args:
@@ -40,8 +43,8 @@ def loss(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> tuple[jax.Arra
 def segment_totals(x_BTC: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Return, at each position, the sum over the positions of its row that have its segment's number.
 
-    The positions of a segment lie side by side. Sums grow by doubling, in an order that depends on the length of the
-    row alone: a scatter would add in whatever order a GPU's threads come, and differences of a running sum would lose
+    The positions of a segment are adjacent. Sums grow by doubling, in an order that depends only on the row's length:
+    a scatter would add in the nondeterministic order of a GPU's threads, and differences of a running sum would lose
     the digits of short segments behind long ones.
     """
     T = segments_BT.shape[1]
@@ -56,3 +59,14 @@ def segment_totals(x_BTC: jax.Array, segments_BT: jax.Array) -> jax.Array:
     ends_BT = jnp.concatenate([segments_BT[:, 1:] != segments_BT[:, :-1], jnp.ones_like(segments_BT[:, :1], bool)], 1)
     last_BT = jax.lax.cummin(jnp.where(ends_BT, place_T, T - 1), axis=1, reverse=True)
     return jnp.take_along_axis(up_to_BTC, last_BT[..., None], axis=1)
+
+
+GSPO = Loss(
+    name="gspo",
+    fn=loss,
+    inputs={**CLIPPED_INPUTS, "sequence_ratio_mask": True},
+    stats=(*RATIO_STATS, "clip_fraction"),
+    mask="advantages",
+    config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+    one_target=True,
+)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 
+from jax_client.losses.loss import Arrays
 
-def policy_ratio(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+# Fields of a `Loss` that reads the sampling policy's logprobs, of one that clips the ratio too, and their statistics.
+SAMPLED_INPUTS = {"logprobs": True, "advantages": True}
+CLIPPED_INPUTS = {**SAMPLED_INPUTS, "clip_low_threshold": False, "clip_high_threshold": False}
+RATIO_STATS = ("ratio", "kl_sample_train")
+
+
+def policy_ratio(logprobs: jax.Array, inputs: Arrays) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return r = p / q per target, and the statistics that every off-policy loss reports.
 
     `kl_sample_train` is the unbiased, never negative estimate r - 1 - log r of KL(q || p), with expm1: between float32
@@ -20,7 +25,7 @@ def policy_ratio(logprobs: jax.Array, inputs: Mapping[str, jax.Array]) -> tuple[
     return ratio, {"ratio": ratio, "kl_sample_train": jnp.expm1(log_ratio) - log_ratio}
 
 
-def clip_bounds(inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def clip_bounds(inputs: Arrays) -> tuple[jax.Array, jax.Array]:
     """Return the ratio's lower and upper bound per target."""
     return inputs["clip_low_threshold"], inputs["clip_high_threshold"]
 

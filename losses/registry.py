@@ -6,105 +6,22 @@ of a loss nor its settings compile anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from jax_client.losses import cispo, cross_entropy, dro, gspo, importance_sampling, ppo
+# A loss is built in by its import here: `LOSSES` collects every `Loss` among this module's names.
+from jax_client.losses.cispo import CISPO as CISPO
+from jax_client.losses.cross_entropy import CROSS_ENTROPY as CROSS_ENTROPY
+from jax_client.losses.dro import DRO as DRO
+from jax_client.losses.gspo import GSPO as GSPO
+from jax_client.losses.importance_sampling import IMPORTANCE_SAMPLING as IMPORTANCE_SAMPLING
+from jax_client.losses.loss import Arrays, Loss
+from jax_client.losses.ppo import PPO as PPO
 
-Arrays = Mapping[str, jax.Array]
-# From target logprobs and inputs of the same shape to (loss per target, statistics per target). Beside the inputs there
-# is `segments_BT`, which says what belongs to one datum.
-LossFn = Callable[[jax.Array, Arrays], tuple[jax.Array, dict[str, jax.Array]]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Loss:
-    """One built-in loss.
-
-    Attributes:
-        inputs: by name, whether the datum must carry it; all float32 in the shape of the targets. An optional input
-            that is absent has the value given in `defaults` or `config`.
-        config: the settings and their defaults.
-        fn: the loss itself; what it returns is summed over targets and datums, never normalised.
-        stats: the statistics that `fn` returns.
-        mask: the input whose nonzero entries count as scored tokens in the metrics.
-        masked_has_gradient: whether a target outside the mask can have a gradient.
-        one_target: whether the loss has no meaning for several targets per position.
-    """
-
-    name: str
-    inputs: Mapping[str, bool]
-    fn: LossFn
-    stats: tuple[str, ...]
-    mask: str
-    config: Mapping[str, float] = field(default_factory=dict)
-    defaults: Mapping[str, float] = field(default_factory=dict)
-    masked_has_gradient: bool = False
-    one_target: bool = False
-
-
-_SAMPLED = {"logprobs": True, "advantages": True}
-_CLIPPED = {**_SAMPLED, "clip_low_threshold": False, "clip_high_threshold": False}
-_RATIO = ("ratio", "kl_sample_train")
-
-LOSSES: dict[str, Loss] = {
-    loss.name: loss
-    for loss in (
-        Loss(
-            name="cross_entropy",
-            inputs={"weights": False},
-            fn=cross_entropy.loss,
-            stats=("nll",),
-            mask="weights",
-            defaults={"weights": 1.0},
-        ),
-        Loss(
-            name="importance_sampling",
-            inputs=_SAMPLED,
-            fn=importance_sampling.loss,
-            stats=_RATIO,
-            mask="advantages",
-        ),
-        Loss(
-            name="ppo",
-            inputs=_CLIPPED,
-            fn=ppo.loss,
-            stats=(*_RATIO, "clip_fraction"),
-            mask="advantages",
-            config=ppo.CONFIG,
-        ),
-        Loss(
-            name="cispo",
-            inputs=_CLIPPED,
-            fn=cispo.loss,
-            stats=(*_RATIO, "clip_fraction"),
-            mask="advantages",
-            config=cispo.CONFIG,
-        ),
-        Loss(
-            name="dro",
-            inputs=_SAMPLED,
-            fn=dro.loss,
-            stats=_RATIO,
-            mask="advantages",
-            config=dro.CONFIG,
-            masked_has_gradient=True,
-        ),
-        Loss(
-            name="gspo",
-            inputs={**_CLIPPED, "sequence_ratio_mask": True},
-            fn=gspo.loss,
-            stats=(*_RATIO, "clip_fraction"),
-            mask="advantages",
-            config=gspo.CONFIG,
-            one_target=True,
-        ),
-    )
-}
+LOSSES: dict[str, Loss] = {value.name: value for value in tuple(globals().values()) if isinstance(value, Loss)}
 # What the loss program takes, whichever loss it is told to compute.
 INPUTS = tuple(sorted({name for loss in LOSSES.values() for name in (*loss.inputs, *loss.config)}))
 _STATS = tuple(sorted({name for loss in LOSSES.values() for name in loss.stats}))
