@@ -1,7 +1,7 @@
-"""Which losses are built in, what does each read, and how is it applied to packed rows?
+"""Which losses are built in, and how is one applied to packed rows?
 
-A loss's settings reach it as inputs too, one value per target, and the loss itself as a number: so neither the choice
-of a loss nor its settings compile anything.
+`LOSSES` holds them by name, and `apply_loss` computes the one whose number it gets. A loss's settings are inputs like
+the others, one value per target. So neither the choice of a loss nor its settings compile anything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jax_client.losses.loss import Arrays, Loss
 from jax_client.losses.ppo import PPO as PPO
 
 LOSSES: dict[str, Loss] = {value.name: value for value in tuple(globals().values()) if isinstance(value, Loss)}
-# What the loss program takes, whichever loss it is told to compute.
+# The inputs of `apply_loss`: those of all losses.
 INPUTS = tuple(sorted({name for loss in LOSSES.values() for name in (*loss.inputs, *loss.config)}))
 _STATS = tuple(sorted({name for loss in LOSSES.values() for name in loss.stats}))
 NO_LOSS = len(LOSSES)
@@ -41,9 +41,9 @@ def apply_loss(
     Args:
         number: int32 scalar, see `loss_number`.
         logprobs_BTC: float32.
-        inputs: all of `INPUTS` (B, T, C); those that the loss does not read hold anything finite.
+        inputs: all of `INPUTS`, float32 (B, T, C); any finite value where the loss does not read one.
         real_BTC: bool, False on padding.
-        segments_BT: int32; positions of one datum lie side by side in one row and share a number.
+        segments_BT: int32; the positions of one datum are adjacent in one row and share a number.
     """
     branches = [partial(_apply, loss) for loss in LOSSES.values()]
     inputs = {**inputs, "segments_BT": segments_BT}

@@ -15,7 +15,8 @@ from tinker import types
 
 from jax_client.engine.core.requests import LossSpec
 from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
-from jax_client.losses.registry import LOSSES, Loss
+from jax_client.losses.loss import Loss
+from jax_client.losses.registry import LOSSES
 from jax_client.runs.checks.numbers import real, shown
 from jax_client.runs.checks.tensors import dense, finite_floats, token_ids
 from jax_client.runs.checks.tokens import text_tokens
