@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from jax_client import losses
-from jax_client.engine.core.requests import Sequence as TrainExample
 from jax_client.engine.train import packing
 from jax_client.losses import registry
 from jax_client.losses.loss import Loss
+from jax_client.values import TrainExample
 
 Inputs = Mapping[str, np.ndarray]
 Config = Mapping[str, float]
