@@ -26,7 +26,6 @@ from tinker.types.client_config_response import ClientConfigResponse
 from tinker.types.client_dynamic_config_response import ClientDynamicConfigResponse
 from tinker.types.copy_weights_request import CopyWeightsRequest
 from tinker.types.future_retrieve_request import FutureRetrieveRequest
-from tinker.types.futures_retrieve_request import FuturesRetrieveRequest
 from tinker.types.join_sampling_session_request import JoinSamplingSessionRequest
 from tinker.types.session_heartbeat_request import SessionHeartbeatRequest
 
@@ -142,7 +141,6 @@ def routes(server: Server) -> list[Route]:
         *(_route("POST", f"/{name}", _promising(server, *entry)) for name, entry in promised.items()),
         *(_route("POST", f"/{name}", _answering(*entry)) for name, entry in direct.items()),
         _route("POST", "/create_custom_loss", _create_custom_loss(server)),
-        _route("POST", "/retrieve_futures", _retrieve_many(server)),
         _route("POST", "/sessions/{session}/finish", _finish(server)),
         _route("POST", "/weights_info", _weights_info(rest)),
         _route("POST", "/copy_weights", _copy_weights(rest)),
@@ -359,21 +357,6 @@ async def _within(answer: Future[Answer], seconds: float) -> Answer | None:
         finally:
             timer.cancel()
     return answer.result() if answer.done() else None
-
-
-def _retrieve_many(server: Server) -> Handler:
-    async def handler(request: Request) -> Response:
-        parsed, _ = await read_json(request, FuturesRetrieveRequest)
-        await run_in_threadpool(server.promises.retrieved, parsed.retrieved_request_ids)
-        target = parsed.target
-        seconds = POLL_SECONDS if parsed.timeout is None else min(max(parsed.timeout, 0.0), POLL_SECONDS)
-        completions, cursor = await server.completions.after(
-            target.sampling_session_id, target.cloned_sampler_id, parsed.prev_cursor, seconds
-        )
-        shown = [completion.model_dump(mode="json", exclude_none=True) for completion in completions]
-        return JSONResponse({"completions": shown, "cursor": cursor})
-
-    return handler
 
 
 def _heartbeat(server: Server, session_id: str) -> dict[str, str]:

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from tinker import types
 from tinker.types.copy_weights_request import CopyWeightsRequest
 from tinker.types.future_retrieve_request import FutureRetrieveRequest
-from tinker.types.futures_retrieve_request import FuturesRetrieveRequest
 from tinker.types.join_sampling_session_request import JoinSamplingSessionRequest
 from tinker.types.session_heartbeat_request import SessionHeartbeatRequest
 
@@ -57,7 +56,6 @@ JSON_TYPES = {
     "create_custom_loss": types.CreateCustomLossRequest,
     "asample": types.SampleRequest,
     "retrieve_future": FutureRetrieveRequest,
-    "retrieve_futures": FuturesRetrieveRequest,
     "copy_weights": CopyWeightsRequest,
 }
 # Read without a type of the SDK's.
@@ -200,12 +198,6 @@ class Target:
                 "target_prompt_logprobs": {"data": [1, 2], "dtype": "int64", "shape": [2, 1]},
             },
             "retrieve_future": {"request_id": f"{self.sampler_id}:{n - 1}", "allow_metadata_only": True},
-            "retrieve_futures": {
-                "target": {"sampling_session_id": self.sampler_id, "cloned_sampler_id": 0},
-                "prev_cursor": 0,
-                "timeout": 0.01,
-                "retrieved_request_ids": [f"{self.sampler_id}:{n - 1}"],
-            },
             "copy_weights": {"source_path": path, "destination_project_id": None, "ttl_seconds": 60},
             "weights_info": {"tinker_path": path},
             "telemetry": {"events": []},

@@ -21,13 +21,12 @@ from tinker import types
 from jax_client.errors import DoesNotFitError, JaxClientError
 from jax_client.runs.lifecycle import base_models
 from jax_client.runs.lifecycle import run as runs
-from jax_client.server import app
 from jax_client.server.state import live_objects, server
 from jax_client.server.state.ledger import RequestLedger
 from jax_client.server.state.request_log import FILE, RequestLog
 from jax_client.server.state.server import Server
 from jax_client.server.wire.answers import Answer
-from support.serving import ADAM, CASE, KEY, Running, config, data, held_model
+from support.serving import ADAM, CASE, KEY, Between, Running, config, data, held_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPT = types.ModelInput.from_ints([3, 1, 4, 1, 5])
@@ -231,10 +230,9 @@ def test_superseded_samplers_leave_the_device_and_still_answer(
     assert sampled(follower) == sampled(newest), "it follows its run, however many have come after it"
 
 
-def test_one_poll_serves_a_whole_sampling_session(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = app.CLIENT_CONFIG.model_copy(update={"sample_use_retrieve_futures": True})
-    monkeypatch.setattr(app, "CLIENT_CONFIG", flags)
-    first = Running(Server(config(tmp_path), journal=RequestLog(tmp_path)))
+def test_samples_asked_for_together_are_those_asked_for_alone_also_after_a_restart(model: str, tmp_path: Path) -> None:
+    between = Between()
+    first = Running(Server(config(tmp_path), journal=RequestLog(tmp_path)), between=between)
     service = tinker.ServiceClient(base_url=first.url, api_key=KEY)
     sampler = service.create_sampling_client(base_model=model)
     params = [types.SamplingParams(max_tokens=4, temperature=1.0, seed=i, stop=[]) for i in range(20)]
@@ -246,6 +244,7 @@ def test_one_poll_serves_a_whole_sampling_session(model: str, tmp_path: Path, mo
     first.stop()
     second = again(first, tmp_path)
     assert sampler.sample(PROMPT, 1, params[3]).result().sequences[0].tokens == alone[3]
+    assert not between.counts["retrieve_futures"], "the server tells the SDK to poll for each request"
     second.stop()
 
 
@@ -322,7 +321,10 @@ def test_old_answers_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.
         assert promises.get(f"s:{i}").answer.result().body == str(i).encode()
         assert promises.make(f"s:{i}", b"d", "sample")[1] is False
     journal.close()
-    assert sum(size > 0 for size in RequestLog(tmp_path).sizes("s:").values()) == 10
+    reopened = RequestLog(tmp_path)
+    kept = [entry for i in range(40) if (entry := reopened.find(f"s:{i}")) is not None]
+    reopened.close()
+    assert len(kept) == 10 and all(entry.answer is not None and entry.answer.body for entry in kept)
 
 
 def test_the_memory_of_a_client_that_is_gone_is_given_to_the_next(

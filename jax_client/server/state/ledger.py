@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,22 +179,6 @@ class RequestLedger:
             journal = None if dropped else self._journal
         if journal is not None:
             journal.answered(promise.request_id, promise.digest, promise.kind, answer)
-
-    def answered_of(self, owner: str) -> dict[str, int]:
-        """Return the answered requests of a sampler, as `Answer.size`; what an earlier server lost counts as failed."""
-        prefix = f"{owner}:"
-        kept = {} if self._journal is None else self._journal.sizes(prefix)
-        with self._lock:
-            here = {key: each.answer.result().size for key, each in self._answered.items() if key.startswith(prefix)}
-            return {key: size for key, size in (kept | here).items() if key not in self._open}
-
-    def retrieved(self, request_ids: Iterable[str]) -> None:
-        """Free the memory of answers that their client has; they can still be asked for while the journal has them."""
-        with self._lock:
-            for request_id in request_ids:
-                promise = self._answered.pop(request_id, None)
-                if promise is not None:
-                    self._bytes -= len(promise.answer.result().body)
 
     def open(self) -> list[PendingRequest]:
         """Return what is not answered yet, in the order in which it came."""

@@ -159,13 +159,6 @@ class RequestLog:
         answer = None if row[2] is None else Answer(body=row[2], media_type=row[3], status=row[4], failed=bool(row[5]))
         return Entry(digest=row[0], kind=row[1], answer=answer)
 
-    def sizes(self, prefix: str) -> dict[str, int]:
-        """Return the sizes of the answers whose ids begin so, 0 for failures and for requests without an answer."""
-        query = "SELECT id, CASE WHEN failed THEN 0 ELSE coalesce(length(body), 0) END FROM promises"
-        return dict(
-            self._read_all(f"{query} WHERE id >= ? AND id < ?", (prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1)))
-        )
-
     def close(self) -> None:
         """Write what is still to be written."""
         self._hurry.set()

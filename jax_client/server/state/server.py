@@ -25,7 +25,6 @@ from jax_client.runs.lifecycle.sampler_handle import SamplerHandle
 from jax_client.runs.lifecycle.session import Session, SessionInfo
 from jax_client.runs.paths import training_path
 from jax_client.server.state import custom_losses
-from jax_client.server.state.completions import Completions
 from jax_client.server.state.evictable import Evictable
 from jax_client.server.state.ledger import PendingRequest, RequestLedger, Start
 from jax_client.server.state.live_objects import Holdings, Model, Sampling
@@ -53,9 +52,9 @@ class Server(Holdings):
         super().__init__(config, journal)
         self.promises = RequestLedger(journal, self._lost)
         self.room = AdmissionLimits(self._give_up_gaps)
-        self.completions = Completions(self.promises.answered_of)
         self.rest = RestClient(self.own)
         self._aliases = dict(aliases or {})
+        # Outlive their session: a number given twice would lead a new client to the answers of an old one.
         self._clones: dict[str, int] = {}
 
     def model_name(self, name: str) -> str:
@@ -76,11 +75,6 @@ class Server(Holdings):
         """End a session; what it holds is saved and given back in the background."""
         status = reason if reason in ("success", "errored", "interrupted") else "success"
         self._end(session_id, self.session(session_id), status, detail)
-
-    def _forget(self, session_id: str) -> None:
-        super()._forget(session_id)
-        # Not the clones: a number that was given once would lead a new client to the answers of an old one.
-        self.completions.forget(session_id)
 
     def create_model(self, request: types.CreateModelRequest, digest: bytes) -> PendingRequest:
         """Make a fresh adapter."""
@@ -333,7 +327,6 @@ class Server(Holdings):
                 prompt_alt_tokens_k=request.prompt_alt_tokens_k,
             )
 
-        promise.answer.add_done_callback(lambda done: self.completions.add(promise.request_id, done.result().size))
         made = sampling.resident.use(promise.answer)
         made.add_done_callback(lambda done: promise.begin(lambda: start(done.result())))
         return promise

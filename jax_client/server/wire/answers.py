@@ -38,11 +38,6 @@ class Answer:
     status: int = 200
     failed: bool = False
 
-    @property
-    def size(self) -> int:
-        """Bytes of the body, 0 for a failure."""
-        return 0 if self.failed else len(self.body)
-
 
 def success(value: Any) -> Answer:
     """Encode what a run or a sampler answered: tensors as protobuf, everything else as JSON."""
