@@ -53,3 +53,9 @@ class RequestFailedError(JaxClientError, RuntimeError):
 
 class DoesNotFitError(RequestFailedError):
     """The device has too little free memory for a model or an adapter; less in memory, and it may fit."""
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return `repr(value)`, cut to `limit` characters, for use in a message."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

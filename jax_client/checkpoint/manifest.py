@@ -17,7 +17,7 @@ from jax_client.checkpoint.disk import files, sealed
 from jax_client.checkpoint.disk.hashes import EarlyHashes
 from jax_client.checkpoint.disk.sealed import DamagedError
 from jax_client.errors import UnsupportedError
-from jax_client.values import LoraSpec
+from jax_client.values import CheckpointKey, LoraSpec
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -29,7 +29,7 @@ class Manifest:
     """What a checkpoint is, and its files.
 
     Attributes:
-        run_id, kind, name: which checkpoint it is; a directory that was moved is noticed.
+        key: which checkpoint it is; a directory that was moved is noticed.
         created: unix seconds.
         spec: of the adapter.
         step: optimizer steps taken.
@@ -38,9 +38,7 @@ class Manifest:
         files: path below the checkpoint's directory to [size in bytes, sha256].
     """
 
-    run_id: str
-    kind: str
-    name: str
+    key: CheckpointKey
     created: float
     spec: LoraSpec
     step: int
@@ -70,7 +68,7 @@ def write(directory: Path, draft: Manifest, hashes: EarlyHashes) -> Manifest:
         listed = list(pool.map(hashes.of, paths))
     names = [path.relative_to(directory).as_posix() for path in paths]
     written = replace(draft, files=dict(zip(names, listed, strict=True)))
-    files.write_new(directory / FILE_NAME, sealed.seal({"format": FORMAT_VERSION, **asdict(written)}, "metadata"))
+    files.write_new(directory / FILE_NAME, sealed.seal(_to_json(written), "metadata"))
     return written
 
 
@@ -92,10 +90,22 @@ def read(directory: Path) -> Manifest:
             f"{path} has checkpoint format {version}, this version reads up to {FORMAT_VERSION}. "
             "Upgrade jax_client to the version that wrote it, or a later one."
         )
+    key, content = split_key(content)
     content["spec"] = LoraSpec(**content["spec"])
     content["arrays"] = {name: tuple(shape) for name, shape in content["arrays"].items()}
     content["files"] = {name: (size, digest) for name, (size, digest) in content["files"].items()}
-    return Manifest(**content)
+    return Manifest(key=key, **content)
+
+
+def split_key(fields: Mapping[str, Any]) -> tuple[CheckpointKey, dict[str, Any]]:
+    """Return the key that JSON has as run_id, kind and name, and the other fields."""
+    others = dict(fields)
+    return CheckpointKey(others.pop("run_id"), others.pop("kind"), others.pop("name")), others
+
+
+def _to_json(manifest: Manifest) -> dict[str, Any]:
+    fields = asdict(manifest)
+    return {"format": FORMAT_VERSION, **fields.pop("key"), **fields}
 
 
 def verify(directory: Path, manifest: Manifest) -> None:

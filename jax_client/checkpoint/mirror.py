@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from jax_client.checkpoint import manifest
+from jax_client.checkpoint.names import place
 from jax_client.errors import BadRequestError
+from jax_client.values import CheckpointKey
 
 logger = logging.getLogger(__name__)
 
@@ -52,43 +54,44 @@ class Mirror:
         self._owed: dict[str, Callable[[], None]] = {}
         self._failed: dict[str, str] = {}
 
-    def push(self, place: str, version: Path) -> None:
-        """Copy a version of a checkpoint; `place` is RUN/KIND/NAME as on the disk."""
-        self._later(place, lambda: self._push(place, version))
+    def push(self, key: CheckpointKey, version: Path) -> None:
+        """Copy a version of a checkpoint."""
+        self._later(place(key), lambda: self._push(place(key), version))
 
-    def push_file(self, place: str, path: Path) -> None:
-        """Copy one file; `place` is where it lies below the runs."""
+    def push_file(self, below: str, path: Path) -> None:
+        """Copy one file; `below` is its path below the runs."""
 
         def work() -> None:
-            self._fs.makedirs(self._at(place).rsplit("/", 1)[0], exist_ok=True)
-            self._fs.pipe_file(self._at(place), path.read_bytes())
+            self._fs.makedirs(self._at(below).rsplit("/", 1)[0], exist_ok=True)
+            self._fs.pipe_file(self._at(below), path.read_bytes())
 
-        self._later(place, work)
+        self._later(below, work)
 
-    def push_label(self, place: str, label: Path) -> None:
+    def push_label(self, key: CheckpointKey, label: Path) -> None:
         """Copy a label to the newest version."""
 
         def work() -> None:
-            found = self._versions(place)
+            found = self._versions(place(key))
             if found:
                 self._fs.pipe_file(f"{found[-1]}/{label.name}", label.read_bytes())
 
-        self._later(f"{place}/{label.name}", work)
+        self._later(f"{place(key)}/{label.name}", work)
 
-    def delete(self, place: str) -> None:
+    def delete(self, key: CheckpointKey) -> None:
         """Delete the copy of a checkpoint, manifests first, so that no half of it is ever restored."""
+        remote = self._at(place(key))
 
         def work() -> None:
-            for version in reversed(self._versions(place)):
+            for version in reversed(self._versions(place(key))):
                 self._fs.rm_file(f"{version}/{manifest.FILE_NAME}")
-            if self._fs.exists(self._at(place)):
-                self._fs.rm(self._at(place), recursive=True)
+            if self._fs.exists(remote):
+                self._fs.rm(remote, recursive=True)
 
-        self._later(place, work)
+        self._later(place(key), work)
 
-    def fetch(self, place: str, into: Path) -> bool:
+    def fetch(self, key: CheckpointKey, into: Path) -> bool:
         """Download the newest whole version into an empty directory; False where there is none."""
-        found = self._versions(place)
+        found = self._versions(place(key))
         if not found:
             return False
         for remote in self._fs.find(found[-1]):
@@ -97,10 +100,10 @@ class Mirror:
             self._fs.get_file(remote, str(target))
         return True
 
-    def fetch_file(self, place: str) -> bytes | None:
+    def fetch_file(self, below: str) -> bytes | None:
         """Download one file, None where there is none."""
         try:
-            return self._fs.cat_file(self._at(place))
+            return self._fs.cat_file(self._at(below))
         except FileNotFoundError:
             return None
 
@@ -115,40 +118,40 @@ class Mirror:
         with self._lock:
             return {"url": self.url, "waiting": len(self._owed) - len(self._failed), "failed": dict(self._failed)}
 
-    def _later(self, place: str, work: Callable[[], None]) -> None:
+    def _later(self, below: str, work: Callable[[], None]) -> None:
         with self._lock:
             # Only the newest state of a place is worth uploading.
-            self._owed[place] = work
-            self._failed.pop(place, None)
+            self._owed[below] = work
+            self._failed.pop(below, None)
         self._thread.submit(self._settle_debts)
 
     def _settle_debts(self) -> None:
         with self._lock:
             owed = list(self._owed.items())
-        for place, work in owed:
+        for below, work in owed:
             error = _attempt(work)
             with self._lock:
-                if self._owed.get(place) is not work:
+                if self._owed.get(below) is not work:
                     continue
                 if error is None:
-                    del self._owed[place]
-                    self._failed.pop(place, None)
+                    del self._owed[below]
+                    self._failed.pop(below, None)
                     continue
-                self._failed[place] = f"{type(error).__name__}: {error}"
+                self._failed[below] = f"{type(error).__name__}: {error}"
             logger.warning(
                 "%s is safe on this disk, but was not copied to %s (%s); it is tried again with the next save",
-                place,
+                below,
                 self.url,
                 error,
             )
 
-    def _push(self, place: str, version: Path) -> None:
+    def _push(self, below: str, version: Path) -> None:
         # An overwrite may have taken the version away since; then a newer upload is waiting.
         if not (version / manifest.FILE_NAME).exists():
             return
-        older = self._numbered(place)
+        older = self._numbered(below)
         number = max((int(path.rsplit("/", 1)[1]) for path in older), default=0) + 1
-        remote = f"{self._at(place)}/{number:06d}"
+        remote = f"{self._at(below)}/{number:06d}"
         paths = sorted(path for path in version.rglob("*") if path.is_file() and path.name != manifest.FILE_NAME)
         for path in (*paths, version / manifest.FILE_NAME):
             target = f"{remote}/{path.relative_to(version).as_posix()}"
@@ -158,19 +161,19 @@ class Mirror:
         for path in older:
             self._fs.rm(path, recursive=True)
 
-    def _at(self, place: str) -> str:
-        return f"{self._root}/runs/{place}"
+    def _at(self, below: str) -> str:
+        return f"{self._root}/runs/{below}"
 
-    def _numbered(self, place: str) -> list[str]:
+    def _numbered(self, below: str) -> list[str]:
         self._fs.invalidate_cache()
         try:
-            names = [path.rstrip("/") for path in self._fs.ls(self._at(place), detail=False)]
+            names = [path.rstrip("/") for path in self._fs.ls(self._at(below), detail=False)]
         except FileNotFoundError:
             return []
         return sorted(name for name in names if name.rsplit("/", 1)[1].isdigit())
 
-    def _versions(self, place: str) -> list[str]:
-        return [path for path in self._numbered(place) if self._fs.exists(f"{path}/{manifest.FILE_NAME}")]
+    def _versions(self, below: str) -> list[str]:
+        return [path for path in self._numbered(below) if self._fs.exists(f"{path}/{manifest.FILE_NAME}")]
 
 
 def _attempt(work: Callable[[], None]) -> Exception | None:

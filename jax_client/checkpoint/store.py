@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -25,20 +25,12 @@ from jax_client.checkpoint.disk.clock import Deadline
 from jax_client.checkpoint.disk.hashes import EarlyHashes
 from jax_client.checkpoint.disk.sealed import DamagedError
 from jax_client.checkpoint.index_cache import Key
-from jax_client.checkpoint.manifest import Manifest
-from jax_client.checkpoint.names import (
-    KINDS,
-    checkpoint_directory,
-    children,
-    is_name,
-    newest_version,
-    run_directory,
-    versions,
-)
+from jax_client.checkpoint.manifest import Manifest, split_key
+from jax_client.checkpoint.names import checkpoint_directory, children, newest_version, run_directory, versions
 from jax_client.checkpoint.state_directory import StateDirectory, first_line, stamp
 from jax_client.checkpoint.tags import Tags
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, RequestFailedError, UnsupportedError
-from jax_client.values import AdapterState
+from jax_client.values import KINDS, AdapterState, CheckpointKey, Kind, is_name
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +46,7 @@ class Record:
     """One checkpoint.
 
     Attributes:
-        run_id, kind, name: where it is; kind is "weights", "sampler_weights" or "external_weights".
+        key: its run, kind and name.
         created: unix seconds.
         step: optimizer steps taken.
         size_bytes: on disk.
@@ -63,9 +55,7 @@ class Record:
         public: as `set_public` left it.
     """
 
-    run_id: str
-    kind: str
-    name: str
+    key: CheckpointKey
     created: float
     step: int
     size_bytes: int
@@ -73,10 +63,36 @@ class Record:
     expires_at: float | None = None
     public: bool = False
 
+    @property
+    def run_id(self) -> str:
+        """The run of the key."""
+        return self.key.run_id
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the key."""
+        return self.key.kind
+
+    @property
+    def name(self) -> str:
+        """The name of the key."""
+        return self.key.name
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON has it, its key as three fields."""
+        fields = asdict(self)
+        return fields.pop("key") | fields
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Record:
+        """Undo `to_json`."""
+        key, others = split_key(fields)
+        return cls(key=key, **others)
+
 
 # Named here, because inside the class `list` is a method.
 Records: TypeAlias = list[Record]
-Keys: TypeAlias = list[Key]
+Keys: TypeAlias = list[CheckpointKey]
 Fill: TypeAlias = Callable[[Path], None]
 
 
@@ -98,9 +114,7 @@ class CheckpointStore(StateDirectory):
     def save(
         self,
         *,
-        run_id: str,
-        kind: str,
-        name: str,
+        key: CheckpointKey,
         state: AdapterState,
         metadata: dict[str, Any],
         overwrite: bool = False,
@@ -115,16 +129,15 @@ class CheckpointStore(StateDirectory):
             UnsupportedError: the file system has no locks.
         """
         arrays = array_files.flatten(state)
-        draft = _draft(run_id, kind, name, state, metadata)
-        draft = replace(draft, arrays={key: array.shape for key, array in arrays.items()})
+        draft = _draft(key, state, metadata)
+        draft = replace(draft, arrays={name: array.shape for name, array in arrays.items()})
         fill = lambda directory: array_files.write(directory / array_files.DIRECTORY, arrays)  # noqa: E731
         return self._commit(draft, fill, array_files.size_bytes(arrays), overwrite, ttl_seconds)
 
     def save_files(
         self,
         *,
-        run_id: str,
-        name: str,
+        key: CheckpointKey,
         state: AdapterState,
         metadata: dict[str, Any],
         write: Fill,
@@ -134,8 +147,7 @@ class CheckpointStore(StateDirectory):
         """Write an export, of kind "external_weights": whatever `write` puts into the new directory it is given.
 
         Args:
-            run_id: whose adapter it is.
-            name: of the checkpoint.
+            key: of kind "external_weights".
             state: the adapter, for what the manifest says about it.
             metadata: JSON.
             write: called once.
@@ -150,10 +162,11 @@ class CheckpointStore(StateDirectory):
             os.mkdir(directory / EXPORT_DIRECTORY, 0o700)
             write(directory / EXPORT_DIRECTORY)
 
-        draft = _draft(run_id, "external_weights", name, state, metadata)
+        _check_export(key)
+        draft = _draft(key, state, metadata)
         return self._commit(draft, fill, size_bytes, overwrite=False, ttl_seconds=ttl_seconds)
 
-    def copy(self, run_id: str, kind: str, name: str, *, to_run: str, ttl_seconds: float | None = None) -> Record:
+    def copy(self, key: CheckpointKey, *, to_run: str, ttl_seconds: float | None = None) -> Record:
         """Copy a checkpoint into another run, under the same name; its files are shared.
 
         Raises:
@@ -161,7 +174,7 @@ class CheckpointStore(StateDirectory):
         """
 
         def work(version: Path) -> Record:
-            found = self._read_manifest(version, run_id, kind, name)
+            found = self._read_manifest(version, key)
 
             def fill(directory: Path) -> None:
                 for part in (array_files.DIRECTORY, EXPORT_DIRECTORY):
@@ -170,16 +183,17 @@ class CheckpointStore(StateDirectory):
                 # What was linked, and not the source, whose name another process may have taken over meanwhile.
                 manifest.verify(directory, found)
 
-            return self._commit(replace(found, run_id=to_run), fill, found.size_bytes, False, ttl_seconds)
+            draft = replace(found, key=replace(key, run_id=to_run))
+            return self._commit(draft, fill, found.size_bytes, False, ttl_seconds)
 
-        return self._reading(run_id, kind, name, work)
+        return self._reading(key, work)
 
     def _commit(
         self, draft: Manifest, fill: Fill, size_bytes: int, overwrite: bool, ttl_seconds: float | None
     ) -> Record:
-        run_id, kind, name = draft.run_id, draft.kind, draft.name
-        directory = checkpoint_directory(self._runs, run_id, kind, name)
-        run_place = run_directory(self._runs, run_id)
+        key = draft.key
+        directory = checkpoint_directory(self._runs, key)
+        run_place = run_directory(self._runs, key.run_id)
         sealed.seal({"metadata": draft.metadata}, "metadata")
         try:
             self._make(run_place)
@@ -193,13 +207,13 @@ class CheckpointStore(StateDirectory):
         except Exception as error:
             # Orbax reports a failed write as ValueError, the system as OSError.
             raise RequestFailedError(
-                f"checkpoint {kind}/{name} of run {run_id} was not saved: {first_line(error)}. It needs about "
+                f"{key.in_words} was not saved: {first_line(error)}. It needs about "
                 f"{size_bytes} bytes under {self._runs}, {files.free_bytes(self._runs)} are free. "
                 "Earlier checkpoints are as they were; make room or check the disk, and save again."
             ) from error
         version = newest_version(directory)
         if self._mirror is not None and version is not None:
-            self._mirror.push(_place(directory), version)
+            self._mirror.push(key, version)
         return record
 
     def _refuse_taken(self, directory: Path, draft: Manifest) -> None:
@@ -213,7 +227,7 @@ class CheckpointStore(StateDirectory):
         except (DamagedError, UnsupportedError) as error:
             about = f"but cannot be read: {error}"
         raise RequestFailedError(
-            f"checkpoint {draft.kind}/{draft.name} of run {draft.run_id} exists already ({about}); pass overwrite=True "
+            f"{draft.key.in_words} exists already ({about}); pass overwrite=True "
             "where the call takes it, or choose another name.",
             category="user",
         )
@@ -267,7 +281,7 @@ class CheckpointStore(StateDirectory):
                     for place in places:
                         files.sweep(place)
 
-    def load(self, run_id: str, kind: str, name: str) -> tuple[AdapterState, Record]:
+    def load(self, key: CheckpointKey) -> tuple[AdapterState, Record]:
         """Read a checkpoint after comparing every file with its hash.
 
         Raises:
@@ -276,150 +290,153 @@ class CheckpointStore(StateDirectory):
             RequestFailedError: a file is missing or damaged; the message names it and the newest good checkpoint.
             UnsupportedError: a newer version of this package wrote it.
         """
-        if kind == "external_weights":
+        if key.kind == "external_weights":
             raise BadRequestError(
-                f"checkpoint {kind}/{name} of run {run_id} is an export, which is not loaded from here. Load what "
+                f"{key.in_words} is an export, which is not loaded from here. Load what "
                 "save_state saved, or import the exported files as a new run."
             )
 
         def read(version: Path) -> tuple[AdapterState, Record]:
             with files.reading(version / manifest.FILE_NAME):
-                found = self._read_manifest(version, run_id, kind, name)
+                found = self._read_manifest(version, key)
                 manifest.verify(version, found)
                 restored = array_files.read(version / array_files.DIRECTORY)
-            shapes = {key: array.shape for key, array in restored.items()}
+            shapes = {name: array.shape for name, array in restored.items()}
             if shapes != found.arrays or any(array.dtype != "float32" for array in restored.values()):
                 raise DamagedError(f"{version / array_files.DIRECTORY} holds other arrays than its manifest lists")
             tag = tags.read_or_none_set(version)
             return array_files.unflatten(restored, found.spec, found.step), _record(found, tag)
 
-        return self._reading(run_id, kind, name, read)
+        return self._reading(key, read)
 
-    def record(self, run_id: str, kind: str, name: str) -> Record:
+    def record(self, key: CheckpointKey) -> Record:
         """Return what is known of a checkpoint; its arrays are not looked at. Raises as `load` does."""
 
         def read(version: Path) -> Record:
-            found = self._read_manifest(version, run_id, kind, name)
+            found = self._read_manifest(version, key)
             return _record(found, tags.read_or_none_set(version))
 
-        return self._reading(run_id, kind, name, read)
+        return self._reading(key, read)
 
-    def verify(self, run_id: str, kind: str, name: str) -> Record:
+    def verify(self, key: CheckpointKey) -> Record:
         """Compare every file of a checkpoint with its hash, without reading arrays. Raises as `load` does."""
 
         def check(version: Path) -> tuple[Record, str]:
-            found = self._read_manifest(version, run_id, kind, name)
+            found = self._read_manifest(version, key)
             manifest.verify(version, found)
             try:
                 return _record(found, tags.read(version)), ""
             except DamagedError as error:
                 return _record(found, Tags()), str(error)
 
-        record, problem = self._reading(run_id, kind, name, check)
+        record, problem = self._reading(key, check)
         if problem:
             raise RequestFailedError(
-                f"checkpoint {kind}/{name} of run {run_id} can be loaded, but {problem}. Until its lifetime or "
+                f"{key.in_words} can be loaded, but {problem}. Until its lifetime or "
                 "visibility is set again, it is private and does not expire."
             )
         return record
 
-    def exported_files(self, run_id: str, name: str) -> dict[str, Path]:
+    def exported_files(self, key: CheckpointKey) -> dict[str, Path]:
         """Return the files of an export after comparing them with their hashes, by name. Raises as `load` does."""
 
+        _check_export(key)
+
         def check(version: Path) -> dict[str, Path]:
-            found = self._read_manifest(version, run_id, "external_weights", name)
+            found = self._read_manifest(version, key)
             manifest.verify(version, found)
             return {file.removeprefix(f"{EXPORT_DIRECTORY}/"): version / file for file in found.files}
 
-        return self._reading(run_id, "external_weights", name, check)
+        return self._reading(key, check)
 
-    def exists(self, run_id: str, kind: str, name: str) -> bool:
+    def exists(self, key: CheckpointKey) -> bool:
         """Say whether a checkpoint of this name is on this disk."""
-        return newest_version(checkpoint_directory(self._runs, run_id, kind, name)) is not None
+        return newest_version(checkpoint_directory(self._runs, key)) is not None
 
     def list(self, run_id: str | None = None) -> Records:
         """Return the checkpoints of a run, or of all, oldest first; one with a damaged manifest is logged instead."""
         ids = self._run_ids() if run_id is None else [run_id]
         places = {key: version for one in ids for key, version in self._newest_versions(one)}
-        stamps = {key: stamp(version / manifest.FILE_NAME, version / tags.FILE_NAME) for key, version in places.items()}
+        stamps = {
+            astuple(key): stamp(version / manifest.FILE_NAME, version / tags.FILE_NAME)
+            for key, version in places.items()
+        }
 
-        def read(key: Key) -> Mapping[str, Any] | None:
+        def read(row: Key) -> Mapping[str, Any] | None:
             try:
-                return asdict(self.record(*key))
+                return self.record(CheckpointKey(*row)).to_json()
             except (NotFoundError, UnsupportedError, RequestFailedError) as error:
                 logger.warning("%s", error)
                 return None
 
         found = self._catalogue.look_up("checkpoints", stamps, read, run_id)
-        records = [Record(**entry) for entry in found]
-        return sorted(records, key=lambda record: (record.created, record.run_id, record.kind, record.name))
+        records = [Record.from_json(entry) for entry in found]
+        return sorted(records, key=lambda record: (record.created, record.key))
 
     def everything(self) -> Keys:
-        """Return run, kind and name of every checkpoint, those too whose manifest is damaged; only names are read."""
+        """Return the key of every checkpoint, those too whose manifest is damaged; only names are read."""
         return [key for run_id in self._run_ids() for key, _ in self._newest_versions(run_id)]
 
-    def set_ttl(self, run_id: str, kind: str, name: str, ttl_seconds: float | None) -> Record:
+    def set_ttl(self, key: CheckpointKey, ttl_seconds: float | None) -> Record:
         """Let a checkpoint end so many seconds from now, or never. Raises as `delete` does."""
         expires = None if ttl_seconds is None else Deadline.after(ttl_seconds, clock.now())
-        return self._relabel(run_id, kind, name, lambda tag: replace(tag, expires=expires))
+        return self._relabel(key, lambda tag: replace(tag, expires=expires))
 
-    def set_public(self, run_id: str, kind: str, name: str, public: bool) -> Record:
+    def set_public(self, key: CheckpointKey, public: bool) -> Record:
         """Publish a checkpoint, or take that back. Raises as `delete` does."""
-        return self._relabel(run_id, kind, name, lambda tag: replace(tag, public=public))
+        return self._relabel(key, lambda tag: replace(tag, public=public))
 
-    def _relabel(self, run_id: str, kind: str, name: str, change: Callable[[Tags], Tags]) -> Record:
-        self.record(run_id, kind, name)
-        directory = checkpoint_directory(self._runs, run_id, kind, name)
+    def _relabel(self, key: CheckpointKey, change: Callable[[Tags], Tags]) -> Record:
+        self.record(key)
+        directory = checkpoint_directory(self._runs, key)
         try:
-            with files.locked(run_directory(self._runs, run_id)):
+            with files.locked(run_directory(self._runs, key.run_id)):
                 version = newest_version(directory)
                 if version is None:
-                    raise self._not_found(run_id, kind, name)
+                    raise self._not_found(key)
                 tags.write(version, change(tags.read_or_none_set(version)))
         except OSError as error:
             raise RequestFailedError(
-                f"checkpoint {kind}/{name} of run {run_id} was not changed: {first_line(error)}. "
-                f"Check that {directory} is writable and has room."
+                f"{key.in_words} was not changed: {first_line(error)}. Check that {directory} is writable and has room."
             ) from error
         if self._mirror is not None:
-            self._mirror.push_label(_place(directory), version / tags.FILE_NAME)
-        return self.record(run_id, kind, name)
+            self._mirror.push_label(key, version / tags.FILE_NAME)
+        return self.record(key)
 
-    def delete(self, run_id: str, kind: str, name: str) -> None:
+    def delete(self, key: CheckpointKey) -> None:
         """Delete a checkpoint, damaged or not, here and in the mirror.
 
         Raises:
             NotFoundError: there is none of this name.
             RequestFailedError: the disk failed.
         """
-        directory = checkpoint_directory(self._runs, run_id, kind, name)
+        directory = checkpoint_directory(self._runs, key)
         if newest_version(directory) is None:
-            raise self._not_found(run_id, kind, name)
+            raise self._not_found(key)
         try:
-            with files.locked(run_directory(self._runs, run_id)):
+            with files.locked(run_directory(self._runs, key.run_id)):
                 files.remove(directory)
         except FileNotFoundError:
-            raise self._not_found(run_id, kind, name) from None
+            raise self._not_found(key) from None
         except OSError as error:
             raise RequestFailedError(
-                f"checkpoint {kind}/{name} of run {run_id} was not deleted: {first_line(error)}. "
-                f"Check that {directory.parent} is writable."
+                f"{key.in_words} was not deleted: {first_line(error)}. Check that {directory.parent} is writable."
             ) from error
         if self._mirror is not None:
-            self._mirror.delete(_place(directory))
+            self._mirror.delete(key)
 
     def sweep_expired(self) -> None:
         """Delete the checkpoints whose time has passed for certain (see `clock`) and that nobody is reading."""
         for record in self.list():
             if record.expires_at is None:
                 continue
-            directory = checkpoint_directory(self._runs, record.run_id, record.kind, record.name)
+            directory = checkpoint_directory(self._runs, record.key)
             try:
                 with files.locked(run_directory(self._runs, record.run_id), wait=False) as held:
                     if held and self._ends_now(directory):
                         files.remove(directory)
                         if self._mirror is not None:
-                            self._mirror.delete(_place(directory))
+                            self._mirror.delete(record.key)
             except OSError as error:
                 logger.warning("the expired checkpoint %s could not be deleted: %s", directory, error)
 
@@ -443,30 +460,30 @@ class CheckpointStore(StateDirectory):
         self.runs()
         return len(self.list())
 
-    def _newest_versions(self, run_id: str) -> Iterator[tuple[Key, Path]]:
+    def _newest_versions(self, run_id: str) -> Iterator[tuple[CheckpointKey, Path]]:
         try:
             for kind in KINDS:
                 for directory in children(run_directory(self._runs, run_id) / kind):
                     version = newest_version(directory) if is_name(directory.name) else None
                     if version is not None:
-                        yield (run_id, kind, directory.name), version
+                        yield CheckpointKey(run_id, kind, directory.name), version
         except OSError as error:  # such as another user's run; the others are no worse for it
             logger.warning("the checkpoints of run %s could not be listed: %s", run_id, first_line(error))
 
-    def _read_manifest(self, version: Path, run_id: str, kind: str, name: str) -> Manifest:
+    def _read_manifest(self, version: Path, key: CheckpointKey) -> Manifest:
         found = manifest.read(version)
-        if (found.run_id, found.kind, found.name) != (run_id, kind, name):
+        if found.key != key:
             raise DamagedError(
-                f"{version / manifest.FILE_NAME} is that of {found.kind}/{found.name} of run {found.run_id}"
+                f"{version / manifest.FILE_NAME} is that of {found.key.checkpoint_id} of run {found.key.run_id}"
             )
         return found
 
-    def _reading(self, run_id: str, kind: str, name: str, read: Callable[[Path], T]) -> T:
-        directory = checkpoint_directory(self._runs, run_id, kind, name)
+    def _reading(self, key: CheckpointKey, read: Callable[[Path], T]) -> T:
+        directory = checkpoint_directory(self._runs, key)
         while True:
-            version = newest_version(directory) or self._restored(directory, run_id, kind, name)
+            version = newest_version(directory) or self._restored(directory, key)
             if version is None:
-                raise self._not_found(run_id, kind, name)
+                raise self._not_found(key)
             identity = _identity(version)
             try:
                 found = read(version)
@@ -479,9 +496,9 @@ class CheckpointStore(StateDirectory):
                 # An overwrite or delete by another thread or process takes files away under a reader.
                 if newest_version(directory) != version or _identity(version) != identity:
                     continue
-                good = self._newest_good(run_id, kind, name)
+                good = self._newest_good(key)
                 raise RequestFailedError(
-                    f"checkpoint {kind}/{name} of run {run_id} cannot be loaded: {first_line(error)}. "
+                    f"{key.in_words} cannot be loaded: {first_line(error)}. "
                     + (
                         f"The newest good checkpoint of this run is {good}."
                         if good
@@ -489,27 +506,27 @@ class CheckpointStore(StateDirectory):
                     )
                 ) from error
 
-    def _restored(self, directory: Path, run_id: str, kind: str, name: str) -> Path | None:
+    def _restored(self, directory: Path, key: CheckpointKey) -> Path | None:
         """Bring a checkpoint back from the mirror; None if it has none."""
         if self._mirror is None:
             return None
         try:
             self._make(directory)
             with (
-                files.locked(run_directory(self._runs, run_id)),
+                files.locked(run_directory(self._runs, key.run_id)),
                 files.temporary_directory(directory) as temporary,
             ):
                 # Another process may have brought it back while this one waited.
                 if (there := newest_version(directory)) is not None:
                     return there
-                if not self._mirror.fetch(_place(directory), temporary):
+                if not self._mirror.fetch(key, temporary):
                     return None
-                manifest.verify(temporary, self._read_manifest(temporary, run_id, kind, name))
+                manifest.verify(temporary, self._read_manifest(temporary, key))
                 files.fsync_tree(temporary)
                 files.move(temporary, directory / "000001")
         except Exception as error:
             raise RequestFailedError(
-                f"checkpoint {kind}/{name} of run {run_id} is not on this disk and could not be brought back from "
+                f"{key.in_words} is not on this disk and could not be brought back from "
                 f"{self._mirror.url}: {first_line(error)}."
             ) from error
         finally:
@@ -517,42 +534,43 @@ class CheckpointStore(StateDirectory):
             for place in (directory, directory.parent):
                 with contextlib.suppress(OSError):
                     os.rmdir(place)
-        logger.info("checkpoint %s/%s of run %s was brought back from %s", kind, name, run_id, self._mirror.url)
+        logger.info("%s was brought back from %s", key.in_words, self._mirror.url)
         return directory / "000001"
 
-    def _newest_good(self, run_id: str, kind: str, name: str) -> str | None:
+    def _newest_good(self, key: CheckpointKey) -> str | None:
         candidates = []
-        for other in KINDS:
-            for directory in children(run_directory(self._runs, run_id) / other):
-                version = newest_version(directory)
-                if version is None or (other, directory.name) == (kind, name):
-                    continue
-                try:
-                    found = self._read_manifest(version, run_id, other, directory.name)
-                except (DamagedError, UnsupportedError):
-                    continue
-                candidates.append((found.created, version, found))
+        for other, version in self._newest_versions(key.run_id):
+            if other == key:
+                continue
+            try:
+                candidates.append((version, self._read_manifest(version, other)))
+            except (DamagedError, UnsupportedError):
+                continue
         # One that can be loaded the same way comes before a newer one of the other kind.
-        candidates.sort(key=lambda candidate: (candidate[2].kind == kind, candidate[0]), reverse=True)
-        for _, version, found in candidates:
+        candidates.sort(key=lambda candidate: (candidate[1].key.kind == key.kind, candidate[1].created), reverse=True)
+        for version, found in candidates:
             try:
                 manifest.verify(version, found)
-                return f"{found.kind}/{found.name}"
+                return found.key.checkpoint_id
             except DamagedError:
                 continue
         return None
 
-    def _not_found(self, run_id: str, kind: str, name: str) -> NotFoundError:
-        names = [path.name for path in children(run_directory(self._runs, run_id) / kind) if newest_version(path)]
+    def _not_found(self, key: CheckpointKey) -> NotFoundError:
+        places = children(run_directory(self._runs, key.run_id) / key.kind)
+        names = [path.name for path in places if newest_version(path)]
         there = f"of this kind it has {', '.join(names)}" if names else "it has none of this kind"
-        return NotFoundError(f"run {run_id!r} has no checkpoint {kind}/{name} under {self._runs}; {there}.")
+        return NotFoundError(f"run {key.run_id!r} has no checkpoint {key.checkpoint_id} under {self._runs}; {there}.")
 
 
-def _draft(run_id: str, kind: str, name: str, state: AdapterState, metadata: dict[str, Any]) -> Manifest:
+def _check_export(key: CheckpointKey) -> None:
+    if key.kind != "external_weights":
+        raise BadRequestError(f"{key.in_words} is no export; give a key of kind external_weights.")
+
+
+def _draft(key: CheckpointKey, state: AdapterState, metadata: dict[str, Any]) -> Manifest:
     return Manifest(
-        run_id=run_id,
-        kind=kind,
-        name=name,
+        key=key,
         created=time.time(),
         spec=state.spec,
         step=state.step,
@@ -563,9 +581,7 @@ def _draft(run_id: str, kind: str, name: str, state: AdapterState, metadata: dic
 
 def _record(found: Manifest, tag: Tags) -> Record:
     return Record(
-        run_id=found.run_id,
-        kind=found.kind,
-        name=found.name,
+        key=found.key,
         created=found.created,
         step=found.step,
         size_bytes=found.size_bytes,
@@ -582,11 +598,6 @@ def _identity(version: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_ctime_ns
-
-
-def _place(directory: Path) -> str:
-    """Return RUN/KIND/NAME of a checkpoint's directory."""
-    return "/".join(directory.parts[-3:])
 
 
 def _remove_quietly(directory: Path) -> None:

@@ -14,7 +14,7 @@ from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.store import CheckpointStore, Record
-    from jax_client.runs.paths import TinkerPath
+    from jax_client.values import CheckpointKey
 
 
 @click.group("checkpoint")
@@ -48,9 +48,9 @@ def list_checkpoints(home: Path, run_id: str | None, as_json: bool) -> None:
 @click.argument("path", type=CheckpointPath())
 @json_option
 @reads_state
-def info(home: Path, path: TinkerPath, as_json: bool) -> None:
+def info(home: Path, path: CheckpointKey, as_json: bool) -> None:
     """Show one checkpoint."""
-    about = _about(open_store(home).record(path.run_id, path.kind, path.name))
+    about = _about(open_store(home).record(path))
     if as_json:
         output.print_json([about])
         return
@@ -74,7 +74,7 @@ def info(home: Path, path: TinkerPath, as_json: bool) -> None:
 @click.argument("paths", type=CheckpointPath(), nargs=-1, metavar="[PATH]...")
 @json_option
 @reads_state
-def verify(home: Path, paths: tuple[TinkerPath, ...], as_json: bool) -> None:
+def verify(home: Path, paths: tuple[CheckpointKey, ...], as_json: bool) -> None:
     """Compare every byte of checkpoints with its hash; of all checkpoints without a PATH.
 
     Prints a line for each, OK or DAMAGED, and exits with 1 if one is damaged. NEWER is one that only a newer version of
@@ -82,7 +82,7 @@ def verify(home: Path, paths: tuple[TinkerPath, ...], as_json: bool) -> None:
     """
     store = open_store(home)
     results = []
-    for path in paths or _everything(store):
+    for path in paths or store.everything():
         result = _verify(store, path)
         results.append(result)
         if not as_json:
@@ -96,24 +96,18 @@ def verify(home: Path, paths: tuple[TinkerPath, ...], as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _everything(store: CheckpointStore) -> list[TinkerPath]:
-    from jax_client.runs.paths import TinkerPath
-
-    return [TinkerPath.parse(f"tinker://{'/'.join(key)}") for key in store.everything()]
-
-
 @checkpoint.command("delete")
 @click.argument("paths", type=CheckpointPath(), nargs=-1, required=True, metavar="PATH...")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @reads_state
-def delete(home: Path, paths: tuple[TinkerPath, ...], yes: bool) -> None:
+def delete(home: Path, paths: tuple[CheckpointKey, ...], yes: bool) -> None:
     """Delete checkpoints, damaged or not, for good. Asks first; without a terminal, --yes must be given."""
     store = open_store(home)
     chosen = dict.fromkeys(paths)
     for path in chosen:
-        if not store.exists(path.run_id, path.kind, path.name):
+        if not store.exists(path):
             # For its message; nothing is deleted unless all are there.
-            store.record(path.run_id, path.kind, path.name)
+            store.record(path)
     if not yes:
         if not sys.stdin.isatty():
             raise click.UsageError("there is no terminal to ask on, nothing was deleted; give --yes to delete.")
@@ -123,7 +117,7 @@ def delete(home: Path, paths: tuple[TinkerPath, ...], yes: bool) -> None:
             click.echo("Nothing was deleted.", err=True)
             raise click.exceptions.Exit(1)
     for path in chosen:
-        store.delete(path.run_id, path.kind, path.name)
+        store.delete(path)
         click.echo(f"deleted {path}")
 
 
@@ -131,7 +125,7 @@ def delete(home: Path, paths: tuple[TinkerPath, ...], yes: bool) -> None:
 @click.argument("path", type=CheckpointPath())
 @click.argument("seconds", metavar="SECONDS|never")
 @reads_state
-def ttl(home: Path, path: TinkerPath, seconds: str) -> None:
+def ttl(home: Path, path: CheckpointKey, seconds: str) -> None:
     """Let a checkpoint expire in so many seconds from now, or never."""
     from jax_client.runs import checks
 
@@ -141,7 +135,7 @@ def ttl(home: Path, path: TinkerPath, seconds: str) -> None:
         except ValueError:
             raise BadRequestError(f"{seconds!r} is neither a whole number nor 'never'.") from None
         lifetime = checks.ttl(number)
-    expires = output.iso_time(open_store(home).set_ttl(path.run_id, path.kind, path.name, lifetime).expires_at)
+    expires = output.iso_time(open_store(home).set_ttl(path, lifetime).expires_at)
     click.echo(f"{path} expires {output.human_time(expires) if expires else 'never'}")
 
 
@@ -170,7 +164,7 @@ def ttl(home: Path, path: TinkerPath, seconds: str) -> None:
     help="Of the merged weights; an adapter is always float32.",
 )
 @reads_state
-def export(home: Path, path: TinkerPath, form: str, directory: Path, dtype: str) -> None:
+def export(home: Path, path: CheckpointKey, form: str, directory: Path, dtype: str) -> None:
     """Write a checkpoint as files that other programs load, then read them back and compare logits."""
     from jax_client.config import EngineConfig
     from jax_client.runs.lifecycle.export import export_checkpoint
@@ -212,7 +206,7 @@ def _about(record: Record) -> dict[str, Any]:
     said = record.metadata
     spec = said.get("spec", {})
     return {
-        "path": f"tinker://{record.run_id}/{record.kind}/{record.name}",
+        "path": str(record.key),
         "run_id": record.run_id,
         "kind": record.kind,
         "name": record.name,
@@ -242,9 +236,9 @@ def _row(about: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _verify(store: CheckpointStore, path: TinkerPath) -> dict[str, Any]:
+def _verify(store: CheckpointStore, path: CheckpointKey) -> dict[str, Any]:
     try:
-        size = store.verify(path.run_id, path.kind, path.name).size_bytes
+        size = store.verify(path).size_bytes
     except UnsupportedError as error:
         return {"path": str(path), "status": "NEWER", "size_bytes": None, "problem": str(error)}
     except RequestFailedError as error:
@@ -252,9 +246,9 @@ def _verify(store: CheckpointStore, path: TinkerPath) -> dict[str, Any]:
     return {"path": str(path), "status": "OK", "size_bytes": size, "problem": None}
 
 
-def _size(store: CheckpointStore, path: TinkerPath) -> str:
+def _size(store: CheckpointStore, path: CheckpointKey) -> str:
     try:
-        return output.human_size(store.record(path.run_id, path.kind, path.name).size_bytes)
+        return output.human_size(store.record(path).size_bytes)
     except (NotFoundError, RequestFailedError, UnsupportedError):
         return "damaged"
 

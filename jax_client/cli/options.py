@@ -52,16 +52,16 @@ def json_option(command: Command) -> Command:
 
 
 class CheckpointPath(click.ParamType):
-    """A tinker:// path on the command line, given to the command as a TinkerPath."""
+    """A tinker:// path on the command line, given to the command as a CheckpointKey."""
 
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse the text, or fail as wrong usage."""
-        from jax_client.runs.paths import TinkerPath
+        from jax_client.values import CheckpointKey
 
         try:
-            return TinkerPath.parse(value)
+            return CheckpointKey.parse(value)
         except BadRequestError as error:
             self.fail(str(error), param, ctx)
 

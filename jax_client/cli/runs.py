@@ -120,7 +120,7 @@ def _about(run_id: str, kept: dict[str, Any], records: list[Record]) -> dict[str
         "steps": max((record.step for record in records), default=0),
         "checkpoints": len(records),
         "size_bytes": sum(record.size_bytes for record in records),
-        "last_checkpoint": f"tinker://{run_id}/{last.kind}/{last.name}" if last else None,
+        "last_checkpoint": str(last.key) if last else None,
         "last_saved": output.iso_time(last.created if last else None),
         "user_metadata": kept.get("user_metadata"),
     }

@@ -21,8 +21,9 @@ from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, Un
 from jax_client.runs import checks
 from jax_client.runs.lifecycle.futures import background
 from jax_client.runs.lifecycle.session import Session, live_sessions
-from jax_client.runs.paths import TinkerPath, external_path
+from jax_client.runs.paths import external_path
 from jax_client.runs.results import api_records
+from jax_client.values import CheckpointKey
 from jax_client.weights.read.source import known_models, local_models, resolve
 
 Scope = Literal["owned", "accessible"]
@@ -94,7 +95,7 @@ class RestClient:
         self, tinker_path: str, access_scope: Scope = "owned"
     ) -> tinker.APIFuture[types.TrainingRun]:
         """Give the run that saved a checkpoint."""
-        return self.get_training_run(TinkerPath.parse(tinker_path).run_id, access_scope)
+        return self.get_training_run(CheckpointKey.parse(tinker_path).run_id, access_scope)
 
     async def get_training_run_by_tinker_path_async(
         self, tinker_path: str, access_scope: Scope = "owned"
@@ -104,10 +105,10 @@ class RestClient:
 
     def get_weights_info_by_tinker_path(self, tinker_path: str) -> tinker.APIFuture[types.WeightsInfoResponse]:
         """Give the base model and the LoRA configuration of a checkpoint."""
-        path = TinkerPath.parse(tinker_path)
+        path = CheckpointKey.parse(tinker_path)
 
         def info() -> types.WeightsInfoResponse:
-            record = self._session.store.record(path.run_id, path.kind, path.name)
+            record = self._session.store.record(path)
             spec = api_records.saved_spec(record)
             return types.WeightsInfoResponse(
                 base_model=record.metadata["base_model"],
@@ -172,7 +173,7 @@ class RestClient:
 
     def delete_checkpoint(self, training_run_id: types.ModelID, checkpoint_id: str) -> tinker.APIFuture[None]:
         """Delete a checkpoint, given as `weights/NAME` or `sampler_weights/NAME`."""
-        return self.delete_checkpoint_from_tinker_path(f"tinker://{training_run_id}/{checkpoint_id}")
+        return self._delete(CheckpointKey.of_run(training_run_id, checkpoint_id))
 
     async def delete_checkpoint_async(self, training_run_id: types.ModelID, checkpoint_id: str) -> None:
         """Await `delete_checkpoint`."""
@@ -180,14 +181,7 @@ class RestClient:
 
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> tinker.APIFuture[None]:
         """Delete a checkpoint."""
-        path = TinkerPath.parse(tinker_path)
-
-        def delete() -> None:
-            store = self._session.store
-            store.record(path.run_id, path.kind, path.name)
-            store.delete(path.run_id, path.kind, path.name)
-
-        return _future(delete)
+        return self._delete(CheckpointKey.parse(tinker_path))
 
     async def delete_checkpoint_from_tinker_path_async(self, tinker_path: str) -> None:
         """Await `delete_checkpoint_from_tinker_path`."""
@@ -216,10 +210,10 @@ class RestClient:
             tinker_path: of any kind.
             ttl_seconds: an hour to ten years.
         """
-        path, ttl = TinkerPath.parse(tinker_path), checks.ttl(ttl_seconds)
+        path, ttl = CheckpointKey.parse(tinker_path), checks.ttl(ttl_seconds)
 
         def work() -> None:
-            self._session.store.set_ttl(path.run_id, path.kind, path.name, ttl)
+            self._session.store.set_ttl(path, ttl)
 
         return _future(work)
 
@@ -237,8 +231,8 @@ class RestClient:
 
         def urls() -> types.ExternalWeightsUrlsResponse:
             store = self._session.store
-            found = store.exported_files(path.run_id, path.name)
-            ends = store.record(path.run_id, path.kind, path.name).expires_at
+            found = store.exported_files(path)
+            ends = store.record(path).expires_at
             return types.ExternalWeightsUrlsResponse(
                 urls={name: file.as_uri() for name, file in found.items()},
                 expires=datetime.max.replace(tzinfo=UTC) if ends is None else datetime.fromtimestamp(ends, UTC),
@@ -275,7 +269,7 @@ class RestClient:
         project = destination_project_id or os.environ.get("TINKER_PROJECT_ID")
         if not project:
             raise BadRequestError("copy_weights: give destination_project_id, or set TINKER_PROJECT_ID.")
-        source, ttl = TinkerPath.parse(path), checks.ttl(ttl_seconds)
+        source, ttl = CheckpointKey.parse(path), checks.ttl(ttl_seconds)
         return _future(lambda: str(api_records.copy_into_project(self._session.store, source, project, ttl)))
 
     async def copy_weights_async(
@@ -368,11 +362,19 @@ class RestClient:
         """Await `get_sampler`."""
         return await self.get_sampler(sampler_id)
 
+    def _delete(self, key: CheckpointKey) -> LocalFuture[None]:
+        def delete() -> None:
+            store = self._session.store
+            store.record(key)
+            store.delete(key)
+
+        return _future(delete)
+
     def _set_public(self, tinker_path: str, public: bool) -> LocalFuture[None]:
-        path = TinkerPath.parse(tinker_path)
+        path = CheckpointKey.parse(tinker_path)
 
         def work() -> None:
-            self._session.store.set_public(path.run_id, path.kind, path.name, public)
+            self._session.store.set_public(path, public)
 
         return _future(work)
 

@@ -51,6 +51,7 @@ from jax_client.server.wire.bodies import (
     read_json,
 )
 from jax_client.server.wire.guard import Guard
+from jax_client.values import CheckpointKey
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=pydantic.BaseModel)
@@ -440,7 +441,7 @@ def _project(rest: Any) -> Handler:
 
 def _path(request: Request) -> str:
     at = request.path_params
-    return f"tinker://{at['run']}/{at['kind']}/{at['name']}"
+    return str(CheckpointKey.of_run(at["run"], f"{at['kind']}/{at['name']}"))
 
 
 def _page(request: Request, limit: int) -> tuple[int, int]:

@@ -28,11 +28,12 @@ from rich.table import Table
 
 from bench_rows import machine, seconds
 from jax_client.checkpoint.store import CheckpointStore
-from jax_client.values import AdapterState, LoraSpec
+from jax_client.values import AdapterState, CheckpointKey, LoraSpec
 
 console = Console(soft_wrap=True)
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GROUP = 10
+KEY = CheckpointKey("bench", "weights", "new")
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def _against_the_disk(place: Path, state: AdapterState, repeats: int) -> dict[st
     store = CheckpointStore(place / "state")
     arrays = [array for group in (state.weights, state.mu, state.nu) for array in (group or {}).values()]
     _save(store, state)  # imports, and whatever else only the first one does
-    store.delete("bench", "weights", "new")
+    store.delete(KEY)
     saves, writes = [], []
     turns = [
         lambda: saves.append(seconds(lambda: _save(store, state))),
@@ -95,7 +96,7 @@ def _against_the_disk(place: Path, state: AdapterState, repeats: int) -> dict[st
     for i in range(repeats):
         for turn in turns if i % 2 else turns[::-1]:
             turn()
-        store.delete("bench", "weights", "new")
+        store.delete(KEY)
         (place / "plain").unlink()
     size = sum(array.nbytes for array in arrays)
     ratios = [saved / written for saved, written in zip(saves, writes, strict=True)]
@@ -112,7 +113,7 @@ def _against_the_disk(place: Path, state: AdapterState, repeats: int) -> dict[st
 
 
 def _save(store: CheckpointStore, state: AdapterState) -> None:
-    store.save(run_id="bench", kind="weights", name="new", state=state, metadata={})
+    store.save(key=KEY, state=state, metadata={})
 
 
 def _write_and_fsync(path: Path, arrays: list[np.ndarray]) -> None:

@@ -19,8 +19,8 @@ import pytest
 from jax_client.checkpoint.disk import files
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError, UnsupportedError
-from jax_client.values import AdapterState, LoraSpec
-from support.checkpoints import RUN, assert_same, files_of, make_state, save
+from jax_client.values import AdapterState, CheckpointKey, LoraSpec
+from support.checkpoints import RUN, assert_same, files_of, key, make_state, save
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +78,11 @@ def test_round_trip_is_bitwise(tmp_path: Path) -> None:
     assert store.list() == [] and store.runs() == []
     record = save(store, "step-1", 5, metadata={"text": "é", "nested": {"list": [1, None, 2.5]}})
     sampler = save(store, "step-1", 6, kind="sampler_weights", state=make_state(6, optimizer=False))
-    state, again = store.load(RUN, "weights", "step-1")
+    state, again = store.load(key("step-1"))
     assert_same(state, make_state(5))
-    assert again == record == store.record(RUN, "weights", "step-1") == store.verify(RUN, "weights", "step-1")
+    assert again == record == store.record(key("step-1")) == store.verify(key("step-1"))
     assert record.metadata == {"text": "é", "nested": {"list": [1, None, 2.5]}}
-    assert_same(store.load(RUN, "sampler_weights", "step-1")[0], make_state(6, optimizer=False))
+    assert_same(store.load(key("step-1", "sampler_weights"))[0], make_state(6, optimizer=False))
     # Another process sees the same.
     assert CheckpointStore(tmp_path / "not" / "there" / "yet").list(RUN) == [record, sampler]
     assert store.list("other:train:0") == []
@@ -94,17 +94,17 @@ def test_name_is_taken_until_overwritten_or_deleted(tmp_path: Path) -> None:
     with pytest.raises(RequestFailedError, match=r"from step 4, saved \d{4}-.*pass overwrite=True") as caught:
         save(store, "a", 2)
     assert caught.value.category == "user"
-    assert_same(store.load(RUN, "weights", "a")[0], make_state(1))
+    assert_same(store.load(key("a"))[0], make_state(1))
     save(store, "a", 2, overwrite=True)
-    assert_same(store.load(RUN, "weights", "a")[0], make_state(2))
+    assert_same(store.load(key("a"))[0], make_state(2))
     assert [record.metadata for record in store.list()] == [{"seed": 2}]
     assert len(list(tmp_path.glob("runs/*/weights/a/*"))) == 1
-    store.delete(RUN, "weights", "a")
-    assert not store.exists(RUN, "weights", "a") and store.list() == []
+    store.delete(key("a"))
+    assert not store.exists(key("a")) and store.list() == []
     with pytest.raises(NotFoundError):
-        store.delete(RUN, "weights", "a")
+        store.delete(key("a"))
     save(store, "a", 3)
-    assert_same(store.load(RUN, "weights", "a")[0], make_state(3))
+    assert_same(store.load(key("a"))[0], make_state(3))
 
 
 def test_missing_checkpoint_names_those_that_exist(tmp_path: Path, plain_arrays: None) -> None:
@@ -112,7 +112,7 @@ def test_missing_checkpoint_names_those_that_exist(tmp_path: Path, plain_arrays:
     save(store, "here")
     for call in (store.load, store.record, store.verify, store.delete):
         with pytest.raises(NotFoundError, match=r"no checkpoint weights/gone .* it has here"):
-            call(RUN, "weights", "gone")
+            call(key("gone"))
 
 
 @pytest.mark.parametrize(
@@ -139,9 +139,13 @@ def test_names_stay_inside_the_directory(tmp_path: Path, field: str, value: str)
     where: dict[str, Any] = {"run_id": RUN, "kind": "weights", "name": "a", field: value}
     for call in (store.load, store.record, store.delete, store.exists):
         with pytest.raises(BadRequestError, match=field):
-            call(**where)
+            call(CheckpointKey(**where))
     with pytest.raises(BadRequestError, match=field):
-        store.save(**where, state=make_state(), metadata={})
+        store.save(key=CheckpointKey(**where), state=make_state(), metadata={})
+    if field == "run_id":
+        for call in (store.list, store.run, store.claim, lambda run_id: store.put_run(run_id, {})):
+            with pytest.raises(BadRequestError, match=field):
+                call(value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -182,13 +186,13 @@ def test_every_damaged_file_is_detected(saved_dir: Path, tmp_path: Path) -> None
             with pytest.raises(
                 RequestFailedError, match="newest good checkpoint of this run is weights/good"
             ) as caught:
-                store.load(RUN, "weights", "bad")
+                store.load(key("bad"))
             assert path.name in str(caught.value) and caught.value.category == "server"
         path.unlink()
         with pytest.raises(RequestFailedError, match=path.name):
-            store.verify(RUN, "weights", "bad")
+            store.verify(key("bad"))
         path.write_bytes(original)
-    assert_same(store.load(RUN, "weights", "bad")[0], make_state(2))
+    assert_same(store.load(key("bad"))[0], make_state(2))
 
 
 def test_swapped_files_and_directories_are_detected(saved_dir: Path, tmp_path: Path) -> None:
@@ -198,7 +202,7 @@ def test_swapped_files_and_directories_are_detected(saved_dir: Path, tmp_path: P
     shutil.rmtree(bad)
     shutil.copytree(good, bad)
     with pytest.raises(RequestFailedError, match="is that of weights/good"):
-        CheckpointStore(copy).load(RUN, "weights", "bad")
+        CheckpointStore(copy).load(key("bad"))
 
 
 def test_damaged_manifest_is_logged_and_not_listed(
@@ -215,7 +219,7 @@ def test_damaged_manifest_is_logged_and_not_listed(
     with pytest.raises(RequestFailedError, match=r"exists already \(but cannot be read"):
         save(store, "bad")
     save(store, "bad", 4, overwrite=True)
-    assert_same(store.load(RUN, "weights", "bad")[0], make_state(4))
+    assert_same(store.load(key("bad"))[0], make_state(4))
 
 
 def test_newer_format_is_refused_by_version(
@@ -226,7 +230,7 @@ def test_newer_format_is_refused_by_version(
         newer.setattr("jax_client.checkpoint.manifest.FORMAT_VERSION", 7)
         save(store, "a")
     with pytest.raises(UnsupportedError, match=r"format 7, this version reads up to 1\. Upgrade"):
-        store.load(RUN, "weights", "a")
+        store.load(key("a"))
 
 
 def test_runs_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -292,15 +296,15 @@ def test_a_kill_at_any_point_keeps_what_was_acknowledged(
             with pytest.raises(Killed):
                 save(store, "name", 3, overwrite=overwrite)
         after = CheckpointStore(place)
-        assert_same(after.load(RUN, "weights", "kept")[0], make_state(1))
-        if overwrite or after.exists(RUN, "weights", "name"):
-            state = after.load(RUN, "weights", "name")[0]
+        assert_same(after.load(key("kept"))[0], make_state(1))
+        if overwrite or after.exists(key("name")):
+            state = after.load(key("name"))[0]
             outcomes.add(state.step)
             assert_same(state, make_state(state.step - 3))
         listed = [record.name for record in after.list()]
-        assert listed == (["kept", "name"] if after.exists(RUN, "weights", "name") else ["kept"])
+        assert listed == (["kept", "name"] if after.exists(key("name")) else ["kept"])
         save(after, "name", 4, overwrite=True)
-        assert_same(after.load(RUN, "weights", "name")[0], make_state(4))
+        assert_same(after.load(key("name"))[0], make_state(4))
         assert list(place.rglob(".tmp-*")) == [], f"leftovers of point {point} are swept"
         assert len(list(place.glob("runs/*/weights/name/*"))) == 1
     assert outcomes == ({5, 6} if overwrite else {6})
@@ -324,7 +328,7 @@ def test_a_full_disk_at_any_point_is_reported(
             except RequestFailedError as error:
                 assert "No space left on device" in str(error) and "bytes" in str(error)
                 assert error.category == "server"
-        state = store.load(RUN, "weights", "name")[0]
+        state = store.load(key("name"))[0]
         assert_same(state, make_state(state.step - 3))
         save(store, "name", 2, overwrite=True)
 
@@ -377,14 +381,14 @@ def test_real_kills_keep_acknowledged_checkpoints(tmp_path: Path) -> None:
         assert output == "acknowledged\n", point
         assert child.returncode in (-signal.SIGKILL, -signal.SIGALRM), point
         store = CheckpointStore(tmp_path / point)
-        assert_same(store.load(RUN, "weights", "kept")[0], make_state(1))
-        state = store.load(RUN, "weights", "name")[0]
+        assert_same(store.load(key("kept"))[0], make_state(1))
+        state = store.load(key("name"))[0]
         assert_same(state, make_state(state.step - 3))
         if point != "orbax":
             assert state.step == (6 if point == "remove" else 5), point
         assert [record.name for record in store.list()] == ["kept", "name"]
         save(store, "name", 4, overwrite=True)
-        assert_same(store.load(RUN, "weights", "name")[0], make_state(4))
+        assert_same(store.load(key("name"))[0], make_state(4))
         assert list((tmp_path / point).rglob(".tmp-*")) == []
 
 
@@ -400,7 +404,7 @@ def test_leftovers_are_neither_listed_nor_in_the_way(tmp_path: Path, plain_array
         path.mkdir(parents=True)
     (tmp_path / "runs" / "a stranger's").mkdir()
     store = CheckpointStore(tmp_path)
-    assert store.list() == [] and store.runs() == [] and not store.exists(RUN, "weights", "a")
+    assert store.list() == [] and store.runs() == [] and not store.exists(key("a"))
     with files.locked(tmp_path / "runs" / "old-run"):
         save(store, "a")
     assert [path.name for path in tmp_path.rglob(".tmp-*")] == [".tmp-4"], "a run that is being written is left alone"
@@ -412,9 +416,10 @@ def test_listing_needs_no_jax(saved_dir: Path) -> None:
     import sys
     from pathlib import Path
     from jax_client.checkpoint.store import CheckpointStore
+    from jax_client.values import CheckpointKey
     store = CheckpointStore(Path({str(saved_dir)!r}))
     assert [record.name for record in store.list()] == ["good", "bad"]
-    store.verify({RUN!r}, "weights", "good")
+    store.verify(CheckpointKey({RUN!r}, "weights", "good"))
     assert not {{"jax", "orbax", "orbax.checkpoint", "tinker", "torch"}} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-W", "error", "-c", textwrap.dedent(code)], check=True, timeout=120)

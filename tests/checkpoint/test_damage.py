@@ -19,7 +19,7 @@ import pytest
 
 from jax_client.checkpoint.store import CheckpointStore, Record
 from jax_client.errors import RequestFailedError
-from support.checkpoints import RUN, assert_same, files_of, make_state, save
+from support.checkpoints import RUN, assert_same, files_of, key, make_state, save
 from support.faults.fault_history import spread
 
 
@@ -55,13 +55,13 @@ def test_damage_anywhere_is_detected(
             path.write_bytes(data)
             for call in (store.load, store.verify):
                 with pytest.raises(RequestFailedError) as caught:
-                    call(RUN, "weights", "bad")
+                    call(key("bad"))
                 assert str(path) in str(caught.value), what
                 assert "newest good checkpoint of this run is weights/good" in str(caught.value), what
                 assert caught.value.category == "server"
             tally["damaged files, all detected by load and by verify"] += 1
         path.write_bytes(original)
-    assert_same(store.load(RUN, "weights", "bad")[0], make_state(2))
+    assert_same(store.load(key("bad"))[0], make_state(2))
     tally["files of a checkpoint that were damaged"] += len(paths)
 
 
@@ -70,20 +70,20 @@ def test_a_damaged_label_neither_deletes_nor_publishes(
     labelled: CheckpointStore, tmp_path: Path, tally: Counter[str], whole: bool, public: bool
 ) -> None:
     store = labelled
-    record = store.set_public(RUN, "weights", "bad", public)
+    record = store.set_public(key("bad"), public)
     (path,) = (path for path in files_of(tmp_path / "state", "bad") if path.name == "label.json")
     original = path.read_bytes()
     for what, data in damages(original, 50 if whole else 6):
         path.write_bytes(data)
         with pytest.raises(RequestFailedError, match=r"label\.json"):
-            store.verify(RUN, "weights", "bad")
+            store.verify(key("bad"))
         store.sweep_expired()
         private = dataclasses.replace(record, public=False, expires_at=None)
         (listed,) = (other for other in CheckpointStore(tmp_path / "state").list() if other.name == "bad")
-        assert listed == private == store.load(RUN, "weights", "bad")[1], what
+        assert listed == private == store.load(key("bad"))[1], what
         tally["damaged labels, all detected by verify"] += 1
     path.write_bytes(original)
-    assert store.record(RUN, "weights", "bad") == record
+    assert store.record(key("bad")) == record
 
 
 def test_a_damaged_entry_of_a_run_is_detected(
@@ -141,9 +141,9 @@ def assert_unmoved(state_dir: Path, before: tuple[list[Record], list[Any]], live
     for store in (live, CheckpointStore(state_dir), live):
         assert answers(store) == before
     save(live, "more", 7)
-    assert_same(CheckpointStore(state_dir).load(RUN, "weights", "more")[0], make_state(7))
+    assert_same(CheckpointStore(state_dir).load(key("more"))[0], make_state(7))
     assert [record.name for record in live.list(RUN)] == ["more"]
-    live.delete(RUN, "weights", "more")
+    live.delete(key("more"))
     assert answers(live) == before
 
 
@@ -183,7 +183,7 @@ def test_flipped_bits_in_the_catalogue_change_no_answer(
     holder = sqlite3.connect(path)
     holder.execute("SELECT count(*) FROM sqlite_master").fetchone()
     live = CheckpointStore(state_dir)
-    live.set_ttl(f"{RUN}0", "weights", "a", 7200.0)
+    live.set_ttl(key("a", run_id=f"{RUN}0"), 7200.0)
     before = answers(live)
     originals = catalogue_files(state_dir)
     holder.close()

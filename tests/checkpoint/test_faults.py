@@ -28,7 +28,8 @@ import pytest
 from jax_client.checkpoint import manifest
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.errors import RequestFailedError
-from support.checkpoints import RUN, assert_same, files_of, make_state, save
+from jax_client.values import CheckpointKey
+from support.checkpoints import RUN, assert_same, files_of, key, make_state, save
 from support.faults import fault_child
 from support.faults.fault_child import Action, Calls
 from support.faults.fault_disk import Disk, Event, read_log
@@ -54,7 +55,12 @@ class Children:
     """A process that forks the processes of jobs; see fault_child."""
 
     def __init__(self, library: Path) -> None:
-        environment = {"LD_PRELOAD": str(library), "OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+        environment = {
+            "LD_PRELOAD": str(library),
+            "OPENBLAS_NUM_THREADS": "1",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-W", "error", fault_child.__file__],
             stdin=subprocess.PIPE,
@@ -217,7 +223,7 @@ def test_a_power_failure_after_a_kill_loses_nothing_acknowledged(
         (status,) = children.run(job("history", state_dir, steps=steps, plan=plan))
         Disk(take_history(children, state_dir, steps)).cut_power()
         store = CheckpointStore(state_dir)
-        assert_same(store.load(RUN, "weights", "a")[0], state_of("weights", 1))
+        assert_same(store.load(key("a"))[0], state_of("weights", 1))
         return status != 0
 
     tally["power failures after a kill and a save, simulated"] += everywhere(
@@ -340,10 +346,10 @@ def test_a_disk_that_refuses_calls_is_reported(
 
 
 def assert_answered(fault: dict[str, Any], answer: dict[str, Any]) -> None:
-    def found(key: str) -> tuple[Checkpoints, int | None]:
-        suffix = key.removeprefix("found")
+    def found(part: str) -> tuple[Checkpoints, int | None]:
+        suffix = part.removeprefix("found")
         ((_, metadata),) = answer[f"runs{suffix}"]
-        return {tuple(place): Saved(seed, public) for *place, seed, public in answer[key]}, metadata["seed"]
+        return {CheckpointKey(*place): Saved(seed, public) for *place, seed, public in answer[part]}, metadata["seed"]
 
     before = [*BASE, *fault["before"]]
     done = [*before, fault["step"]]
@@ -440,7 +446,7 @@ def test_two_processes_save_at_the_same_time(
         assert newer == [], "a version that was acknowledged before is not forgotten"
     for i in range(2):
         for seed in seeds[i]:
-            assert_same(store.load(f"own-{i}", "weights", f"own-{seed}")[0], make_state(seed))
+            assert_same(store.load(key(f"own-{seed}", run_id=f"own-{i}"))[0], make_state(seed))
         assert len(store.list(f"own-{i}")) == number
     assert_swept(tmp_path / "state")
     tally["saves by two processes at the same time"] += 4 * number
@@ -468,7 +474,7 @@ def replaced(tmp_path: Path) -> Callable[[], None]:
     save(store, "a", 1)
 
     def replace() -> None:
-        store.delete(RUN, "weights", "a")
+        store.delete(key("a"))
         save(store, "a", 2)
 
     return replace
@@ -485,7 +491,7 @@ def test_a_load_meets_a_deletion_and_a_save(
         verify(*arguments)
 
     monkeypatch.setattr(manifest, "verify", late)
-    assert_same(CheckpointStore(tmp_path / "state").load(RUN, "weights", "a")[0], make_state(2))
+    assert_same(CheckpointStore(tmp_path / "state").load(key("a"))[0], make_state(2))
 
 
 def test_a_copy_meets_a_deletion_and_a_save(
@@ -503,15 +509,15 @@ def test_a_copy_meets_a_deletion_and_a_save(
     store = CheckpointStore(tmp_path / "state")
     # An error is as good as a whole copy.
     with contextlib.suppress(RequestFailedError):
-        store.copy(RUN, "weights", "a", to_run=COPIES)
+        store.copy(key("a"), to_run=COPIES)
     assert len(links) >= 5
-    if store.exists(COPIES, "weights", "a"):
-        state = store.load(COPIES, "weights", "a")[0]
+    if store.exists(key("a", run_id=COPIES)):
+        state = store.load(key("a", run_id=COPIES))[0]
         assert_same(state, make_state(state.step - 3))
 
 
 def found_in_shared(store: CheckpointStore) -> int:
-    state, record = store.load(RUN, "weights", "shared")
+    state, record = store.load(key("shared"))
     assert_same(state, make_state(state.step - 3))
     assert record.metadata == {"seed": state.step - 3}
     return state.step - 3

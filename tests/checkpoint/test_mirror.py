@@ -15,7 +15,7 @@ from jax_client.checkpoint import mirror
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError
-from support.checkpoints import RUN, assert_same, make_state, save
+from support.checkpoints import RUN, assert_same, key, make_state, save
 
 
 class FailingFileSystem(MemoryFileSystem):
@@ -63,36 +63,36 @@ def test_a_lost_disk_comes_back(tmp_path: Path, url: str) -> None:
     first.put_run(RUN, {"base_model": "tiny"})
     save(first, "a", 1)
     save(first, "a", 2, overwrite=True, ttl_seconds=3600)
-    first.set_public(RUN, "weights", "a", True)
+    first.set_public(key("a"), True)
     save(first, "b", 3, kind="sampler_weights", state=make_state(3, optimizer=False))
-    record = first.record(RUN, "weights", "a")
+    record = first.record(key("a"))
     assert first.flush_mirror(60) and first.describe() == {"mirror": {"url": url, "waiting": 0, "failed": {}}}
     shutil.rmtree(tmp_path / "spot")
 
     second = CheckpointStore(tmp_path / "fresh", url)
     assert second.list() == [] and second.run(RUN) == {"base_model": "tiny"}
-    state, again = second.load(RUN, "weights", "a")
+    state, again = second.load(key("a"))
     assert_same(state, make_state(2))
-    assert again == record == second.verify(RUN, "weights", "a")
-    assert second.record(RUN, "sampler_weights", "b").name == "b"
+    assert again == record == second.verify(key("a"))
+    assert second.record(key("b", "sampler_weights")).name == "b"
     assert len(second.list()) == 2, "they are on this disk now"
     with pytest.raises(NotFoundError):
-        second.load(RUN, "weights", "never")
+        second.load(key("never"))
     assert not list((tmp_path / "fresh").rglob("never"))
     # The numbers of a fresh disk begin again; the newest upload wins.
     save(second, "a", 5, overwrite=True)
     assert second.flush_mirror(60)
-    assert_same(CheckpointStore(tmp_path / "third", url).load(RUN, "weights", "a")[0], make_state(5))
+    assert_same(CheckpointStore(tmp_path / "third", url).load(key("a"))[0], make_state(5))
     assert len({path.split("/")[5] for path in found(url) if "/weights/a/" in path}) == 1, "one version is kept"
 
 
 def test_deletes_reach_the_mirror(tmp_path: Path, url: str, plain_arrays: None) -> None:
     store = CheckpointStore(tmp_path / "state", url)
     save(store, "a", 1)
-    store.delete(RUN, "weights", "a")
+    store.delete(key("a"))
     assert store.flush_mirror(60) and found(url) == []
     with pytest.raises(NotFoundError):
-        store.load(RUN, "weights", "a")
+        store.load(key("a"))
 
 
 def test_damage_in_the_mirror_is_not_restored(tmp_path: Path, url: str, plain_arrays: None) -> None:
@@ -105,7 +105,7 @@ def test_damage_in_the_mirror_is_not_restored(tmp_path: Path, url: str, plain_ar
     system.pipe_file(victim, bytes(data))
     second = CheckpointStore(tmp_path / "fresh", url)
     with pytest.raises(RequestFailedError, match=r"could not be brought back from .* is damaged"):
-        second.load(RUN, "weights", "a")
+        second.load(key("a"))
     assert second.list() == [] and not list((tmp_path / "fresh").rglob("*.json"))
 
 
@@ -124,16 +124,14 @@ def test_a_store_that_fails_midway_harms_nothing(
         assert not store.flush_mirror(60)
         assert "was not copied to failing://bucket/path (the bucket does not answer)" in caplog.text
         assert list(store.describe()["mirror"]["failed"]) == [f"{RUN.replace(':', '%3A')}/weights/a"]
-        assert_same(store.load(RUN, "weights", "a")[0], make_state(2))
+        assert_same(store.load(key("a"))[0], make_state(2))
         # Half an upload is none: the older one is what another machine finds.
         elsewhere = CheckpointStore(tmp_path / "elsewhere", "failing://bucket/path")
-        assert_same(elsewhere.load(RUN, "weights", "a")[0], make_state(1))
+        assert_same(elsewhere.load(key("a"))[0], make_state(1))
     finally:
         FailingFileSystem.failing = False
     assert store.flush_mirror(60), "what was owed is paid"
-    assert_same(
-        CheckpointStore(tmp_path / "third", "failing://bucket/path").load(RUN, "weights", "a")[0], make_state(2)
-    )
+    assert_same(CheckpointStore(tmp_path / "third", "failing://bucket/path").load(key("a"))[0], make_state(2))
     MemoryFileSystem.store.clear()
 
 

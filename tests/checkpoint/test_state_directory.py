@@ -24,7 +24,7 @@ from jax_client.checkpoint.disk.clock import GRACE_SECONDS, Deadline, Moment
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError, UnsupportedError
-from support.checkpoints import RUN, assert_same, make_state, save
+from support.checkpoints import RUN, assert_same, key, make_state, save
 
 DAY = 24 * 3600.0
 
@@ -60,9 +60,9 @@ def test_a_second_listing_reads_no_manifest(
 def test_the_listing_follows_every_change(filled: CheckpointStore, tmp_path: Path, manifests_read: list[Path]) -> None:
     other = CheckpointStore(tmp_path)
     save(other, "step-1", 7, overwrite=True)
-    other.delete(RUN, "weights", "step-2")
-    other.set_ttl(RUN, "weights", "step-3", 3600)
-    other.set_public(RUN, "weights", "step-4", True)
+    other.delete(key("step-2"))
+    other.set_ttl(key("step-3"), 3600)
+    other.set_public(key("step-4"), True)
     save(other, "new", 9)
     manifests_read.clear()
     by_name = {record.name: record for record in filled.list()}
@@ -71,7 +71,7 @@ def test_the_listing_follows_every_change(filled: CheckpointStore, tmp_path: Pat
     assert abs((by_name["step-3"].expires_at or 0) - clock.now().wall - 3600) < 60
     assert len(manifests_read) == 4, "only what changed"
     for name, record in by_name.items():
-        assert filled.record(RUN, "weights", name) == record
+        assert filled.record(key(name)) == record
     other.put_run(RUN, {"base_model": "other", "created": 1.0})
     assert filled.runs() == [(RUN, {"base_model": "other", "created": 1.0})]
 
@@ -110,7 +110,7 @@ def test_the_catalogue_is_never_the_truth(filled: CheckpointStore, tmp_path: Pat
     for again in (CheckpointStore(tmp_path), filled):
         assert again.list() == records and again.runs() == runs
         save(again, "more", 8, overwrite=True)
-        again.delete(RUN, "weights", "more")
+        again.delete(key("more"))
     assert filled.repair() == 5 and filled.list() == records
 
 
@@ -237,14 +237,14 @@ def test_expired_checkpoints_go(tmp_path: Path, plain_arrays: None, monkeypatch:
     save(kept, "for-ever")
     save(kept, "for-a-day", ttl_seconds=DAY)
     save(kept, "longer", ttl_seconds=DAY)
-    assert kept.set_ttl(RUN, "weights", "longer", 3 * DAY).expires_at == 1003 * DAY
+    assert kept.set_ttl(key("longer"), 3 * DAY).expires_at == 1003 * DAY
     clocks.moment = replace(clocks.moment, wall=5000 * DAY)  # a jump deletes nothing
     kept.sweep_expired()
     assert len(names(kept)) == 3
     clocks.go_on(DAY)
     kept.sweep_expired()
     assert names(kept) == ["for-ever", "longer"]
-    assert kept.set_ttl(RUN, "weights", "longer", None).expires_at is None
+    assert kept.set_ttl(key("longer"), None).expires_at is None
     clocks.go_on(1000 * DAY)
     kept.sweep_expired()
     assert names(kept) == ["for-ever", "longer"]
@@ -265,7 +265,7 @@ def test_expiry_spares_readers(tmp_path: Path, plain_arrays: None, monkeypatch: 
 
     monkeypatch.setattr(array_files, "read", slow)
     answer: list[Any] = []
-    reader = threading.Thread(target=lambda: answer.append(kept.load(RUN, "weights", "a")))
+    reader = threading.Thread(target=lambda: answer.append(kept.load(key("a"))))
     reader.start()
     assert inside.wait(30)
     CheckpointStore(tmp_path).sweep_expired()
@@ -276,16 +276,16 @@ def test_expiry_spares_readers(tmp_path: Path, plain_arrays: None, monkeypatch: 
     CheckpointStore(tmp_path).sweep_expired()
     assert names(kept) == []
     with pytest.raises(NotFoundError):
-        kept.load(RUN, "weights", "a")
+        kept.load(key("a"))
 
 
 def test_an_overwrite_keeps_who_may_see_it_and_has_a_lifetime_of_its_own(tmp_path: Path, plain_arrays: None) -> None:
     kept = CheckpointStore(tmp_path)
     save(kept, "a", 1, ttl_seconds=3600)
-    kept.set_public(RUN, "weights", "a", True)
+    kept.set_public(key("a"), True)
     record = save(kept, "a", 2, overwrite=True)
     assert record.public and record.expires_at is None
-    assert kept.record(RUN, "weights", "a") == record == kept.list()[0]
+    assert kept.record(key("a")) == record == kept.list()[0]
 
 
 def test_a_damaged_label_neither_deletes_nor_publishes(
@@ -294,31 +294,31 @@ def test_a_damaged_label_neither_deletes_nor_publishes(
     clocks = Clocks(monkeypatch)
     kept = CheckpointStore(tmp_path)
     save(kept, "a", 1, ttl_seconds=3600)
-    kept.set_public(RUN, "weights", "a", True)
+    kept.set_public(key("a"), True)
     path = next(tmp_path.rglob(tags.FILE_NAME))
     path.write_bytes(path.read_bytes().replace(b'"wall": 8', b'"wall": 1'))
     clocks.go_on(100 * DAY)
     kept.sweep_expired()
     record = kept.list()[0]
     assert record.expires_at is None and not record.public and "label.json is damaged" in caplog.text
-    assert_same(kept.load(RUN, "weights", "a")[0], make_state(1))
+    assert_same(kept.load(key("a"))[0], make_state(1))
     with pytest.raises(RequestFailedError, match=r"label\.json is damaged"):
-        kept.verify(RUN, "weights", "a")
-    kept.set_public(RUN, "weights", "a", False)
-    kept.verify(RUN, "weights", "a")
+        kept.verify(key("a"))
+    kept.set_public(key("a"), False)
+    kept.verify(key("a"))
 
 
 def test_a_copy_shares_files_and_outlives_its_source(tmp_path: Path) -> None:
     kept = CheckpointStore(tmp_path)
     source = save(kept, "a", 4, ttl_seconds=3600)
-    copied = kept.copy(RUN, "weights", "a", to_run="copy:train:0")
-    assert copied == replace(source, run_id="copy:train:0", expires_at=None)
+    copied = kept.copy(key("a"), to_run="copy:train:0")
+    assert copied == replace(source, key=key("a", run_id="copy:train:0"), expires_at=None)
     shared = [path for path in tmp_path.glob("runs/copy*/weights/a/*/arrays/**/*") if path.is_file()]
     assert shared and all(path.stat().st_nlink == 2 for path in shared)
-    kept.delete(RUN, "weights", "a")
-    assert_same(kept.load("copy:train:0", "weights", "a")[0], make_state(4))
+    kept.delete(key("a"))
+    assert_same(kept.load(copied.key)[0], make_state(4))
     with pytest.raises(NotFoundError):
-        kept.copy(RUN, "weights", "a", to_run="copy:train:1")
+        kept.copy(key("a"), to_run="copy:train:1")
 
 
 def test_exports_are_checkpoints_of_files(tmp_path: Path) -> None:
@@ -327,25 +327,26 @@ def test_exports_are_checkpoints_of_files(tmp_path: Path) -> None:
     def write(directory: Path) -> None:
         (directory / "adapter_config.json").write_text("{}")
 
-    about: dict[str, Any] = {"run_id": RUN, "name": "x", "state": make_state(), "metadata": {}, "size_bytes": 2}
+    export = key("x", "external_weights")
+    about: dict[str, Any] = {"key": export, "state": make_state(), "metadata": {}, "size_bytes": 2}
     record = kept.save_files(**about, write=write)
     assert kept.list() == [record] and record.kind == "external_weights"
-    found = kept.exported_files(RUN, "x")
+    found = kept.exported_files(export)
     assert {name: path.read_text() for name, path in found.items()} == {"adapter_config.json": "{}"}
     with pytest.raises(BadRequestError, match="is an export"):
-        kept.load(RUN, "external_weights", "x")
+        kept.load(export)
     with pytest.raises(RequestFailedError, match="exists already"):
         kept.save_files(**about, write=write)
     found["adapter_config.json"].write_text("[]")
     with pytest.raises(RequestFailedError, match=r"adapter_config\.json is damaged"):
-        kept.exported_files(RUN, "x")
+        kept.exported_files(export)
 
     def fail(directory: Path) -> None:
         raise UnsupportedError("no such form")
 
     with pytest.raises(UnsupportedError, match="no such form"):
-        kept.save_files(**about | {"name": "y"}, write=fail)
-    assert not kept.exists(RUN, "external_weights", "y") and not list(tmp_path.rglob(".tmp-*"))
+        kept.save_files(**about | {"key": key("y", "external_weights")}, write=fail)
+    assert not kept.exists(key("y", "external_weights")) and not list(tmp_path.rglob(".tmp-*"))
 
 
 def test_sealed_text_is_whole_or_refused() -> None:
@@ -363,7 +364,7 @@ def test_the_state_dir_can_be_moved(filled: CheckpointStore, tmp_path: Path) -> 
     moved = tmp_path.with_name("moved")
     shutil.move(tmp_path, moved)
     assert names(CheckpointStore(moved)) == [f"step-{i}" for i in range(5)]
-    assert_same(CheckpointStore(moved).load(RUN, "weights", "step-2")[0], make_state(2))
+    assert_same(CheckpointStore(moved).load(key("step-2"))[0], make_state(2))
     shutil.move(moved, tmp_path)
 
 

@@ -20,7 +20,7 @@ import jax_client
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.cli import main, options, output
 from jax_client.cli.doctor import devices, software, storage
-from jax_client.values import AdapterState, LoraSpec
+from jax_client.values import AdapterState, CheckpointKey, LoraSpec
 from support.golden_cases import CASES, base_values
 from support.weight_files import write_hf
 
@@ -53,9 +53,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (OTHER, "weights", "b", 7),
     ):
         store.save(
-            run_id=run,
-            kind=kind,
-            name=name,
+            key=CheckpointKey(run, kind, name),
             state=state(step, kind == "weights"),
             metadata={
                 "base_model": "org/model",

@@ -20,6 +20,7 @@ import jax_client
 from jax_client.checkpoint import store as store_module
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.runs.lifecycle import autosave, run_checkpointer
+from jax_client.values import CheckpointKey
 from support import fake_engine
 from support.fake_engine import MODEL, step
 
@@ -284,4 +285,4 @@ def test_however_a_process_ends_its_steps_are_saved(model: Path, tmp_path: Path)
         store = CheckpointStore(tmp_path / how)
         (record,) = store.list()
         assert path == f"tinker://{record.run_id}/weights/autosave-0"
-        store.load(record.run_id, "weights", "autosave-0")
+        store.load(CheckpointKey(record.run_id, "weights", "autosave-0"))

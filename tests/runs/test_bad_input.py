@@ -30,6 +30,7 @@ from jax_client.engine.core import memory
 from jax_client.engine.engine import STEP_RATES, STEP_SUMS
 from jax_client.engine.train import packing
 from jax_client.errors import JaxClientError
+from jax_client.values import CheckpointKey
 from support.golden_cases import CASES, base_values, sequences
 from support.weight_files import hf_tensors, write_hf
 
@@ -187,7 +188,7 @@ def save_variants(bench: Bench) -> None:
     bench.paths = {"taken": state.path, "sampler": sampler.path}
     bench.paths |= {f"no-{kind}": f"tinker://{run}/{kind}/none" for kind in ("weights", "sampler_weights")}
     store = bench.service._session.store
-    saved, record = store.load(run, "weights", "taken")
+    saved, record = store.load(CheckpointKey(run, "weights", "taken"))
     variants = {
         "small": {"spec": {**record.metadata["spec"], "rank": 2, "train_mlp": False}},
         "foreign": {"base_model": bench.other_model, "base_fingerprint": "another"},
@@ -195,8 +196,9 @@ def save_variants(bench: Bench) -> None:
         "newer": {},
     }
     for name, changes in variants.items():
-        store.save(run_id=run, kind="weights", name=name, state=saved, metadata={**record.metadata, **changes})
-        bench.paths[name] = f"tinker://{run}/weights/{name}"
+        key = CheckpointKey(run, "weights", name)
+        store.save(key=key, state=saved, metadata={**record.metadata, **changes})
+        bench.paths[name] = str(key)
     (written,) = (bench.home / "state").rglob("newer/*/manifest.json")
     content = sealed.unseal(written.read_bytes(), "newer")
     written.write_bytes(sealed.seal({**content, "format": manifest.FORMAT_VERSION + 1}, "newer"))

@@ -18,6 +18,7 @@ from jax_client.checkpoint.store import CheckpointStore
 from jax_client.engine.core.adapters import Adapter
 from jax_client.engine.core.requests import AdamSettings
 from jax_client.engine.engine import Engine
+from jax_client.values import CheckpointKey
 from support.golden_cases import ADAM, CASES, base_values
 from support.golden_engine import CROSS_ENTROPY, SPEC, data, open_engine
 from support.weight_files import write_hf
@@ -119,11 +120,11 @@ def test_every_optimizer_setting_resumes_exactly(engine: Engine, changes: dict[s
     # Gradients that were not stepped with are not part of a checkpoint: the loop computes that batch again.
     engine.forward_backward(lane, adapter, data(CASES["llama_tied"]), CROSS_ENTROPY).result()
     state = engine.hold_state(lane, adapter, True).result().fetch()
-    store.save(run_id="run", kind="weights", name="a", state=state, metadata={})
+    store.save(key=CheckpointKey("run", "weights", "a"), state=state, metadata={})
     engine.optim_step(lane, adapter, settings).result()
     take_steps(engine, adapter, settings, 2)
 
-    resumed = engine.load_adapter(lane, store.load("run", "weights", "a")[0]).result()
+    resumed = engine.load_adapter(lane, store.load(CheckpointKey("run", "weights", "a"))[0]).result()
     assert resumed.grads is None and resumed.step == 3
     take_steps(engine, resumed, settings, 3)
     ours, theirs = (engine.hold_state(lane, a, True).result().fetch() for a in (resumed, adapter))
@@ -143,6 +144,7 @@ from support.golden_cases import ADAM, CASES
 from support.golden_engine import CROSS_ENTROPY, SPEC, data, open_engine
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.engine.core.requests import AdamSettings
+from jax_client.values import CheckpointKey
 
 mesh, model, state, load, save = json.loads(sys.argv[1]), *sys.argv[2:]
 config, store = CASES["qwen2_untied"], CheckpointStore(Path(state))
@@ -150,7 +152,7 @@ engine = open_engine(Path(model), config, mesh=mesh)
 lane = engine.open_lane()
 logprobs = lambda: np.concatenate(engine.forward(lane, adapter, data(config), CROSS_ENTROPY).result().logprobs).tolist()
 if load:
-    adapter = engine.load_adapter(lane, store.load("run", "weights", load)[0]).result()
+    adapter = engine.load_adapter(lane, store.load(CheckpointKey("run", "weights", load))[0]).result()
 else:
     adapter = engine.create_adapter(lane, SPEC).result()
 loaded = logprobs()
@@ -158,7 +160,7 @@ for _ in range(3):
     engine.forward_backward(lane, adapter, data(config), CROSS_ENTROPY)
     engine.optim_step(lane, adapter, AdamSettings(**(ADAM | {"learning_rate": 1e-2}))).result()
 state = engine.hold_state(lane, adapter, True).result().fetch()
-store.save(run_id="run", kind="weights", name=save, state=state, metadata={})
+store.save(key=CheckpointKey("run", "weights", save), state=state, metadata={})
 print(json.dumps([loaded, logprobs()]))
 engine.close()
 """

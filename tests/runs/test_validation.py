@@ -15,7 +15,8 @@ from tinker import types
 from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
 from jax_client.runs import checks
 from jax_client.runs.checks import data
-from jax_client.runs.paths import TinkerPath, sampler_path, training_path
+from jax_client.runs.paths import sampler_path, training_path
+from jax_client.values import CheckpointKey
 
 VOCAB, CONTEXT = 100, 16
 NAN = float("nan")
@@ -327,7 +328,7 @@ BAD: list[tuple[int, Callable[[], object], type[Exception], list[str]]] = [
         for ttl in (0, -5, 3599, 10**12, 1.5)
     ),
     *(
-        (55, lambda path=path: TinkerPath.parse(path), BadRequestError, [repr(path), "tinker://RUN/KIND/NAME"])
+        (55, lambda path=path: CheckpointKey.parse(path), BadRequestError, [repr(path), "tinker://RUN/KIND/NAME"])
         for path in (
             "",
             "weights/a",
@@ -342,7 +343,7 @@ BAD: list[tuple[int, Callable[[], object], type[Exception], list[str]]] = [
             "tinker://run/weights/a\n",
         )
     ),
-    (55, lambda: TinkerPath.parse(None), BadTypeError, ["path is None"]),
+    (55, lambda: CheckpointKey.parse(None), BadTypeError, ["path is None"]),
     (
         55,
         lambda: training_path("tinker://s:train:0/sampler_weights/a", "load_state"),
@@ -554,7 +555,7 @@ def test_stop_kinds() -> None:
 @pytest.mark.parametrize("kind", ["weights", "sampler_weights", "external_weights"])
 def test_paths_round_trip(kind: str) -> None:
     written = f"tinker://0b1c-2d:train:3/{kind}/step-0100"
-    path = TinkerPath.parse(written)
+    path = CheckpointKey.parse(written)
     assert (path.run_id, path.kind, path.name) == ("0b1c-2d:train:3", kind, "step-0100")
     assert str(path) == written
     sdk = types.ParsedCheckpointTinkerPath.from_tinker_path(written)

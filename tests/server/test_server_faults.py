@@ -22,13 +22,13 @@ from tinker.types import UntypedAPIFuture
 
 import jax_client
 from jax_client.checkpoint.store import CheckpointStore
-from jax_client.runs.paths import TinkerPath
 from jax_client.server import app
 from jax_client.server.state import ledger
 from jax_client.server.state.request_log import RequestLog
 from jax_client.server.state.server import Server
 from jax_client.server.wire import bodies, connections
 from jax_client.server.wire.admission import AdmissionLimits
+from jax_client.values import CheckpointKey
 from support import fake_engine
 from support.fake_engine import ADAM, DATA, MODEL, PARAMS, PROMPT, datum
 from support.serving import (
@@ -151,8 +151,8 @@ def test_chunks_in_any_order_give_the_same_weights(tmp_path: Path, monkeypatch: 
         passed = client.forward_backward(datums, "cross_entropy")
         client.optim_step(types.AdamParams(learning_rate=1e-2)).result(LIMIT)
         output = passed.result(LIMIT)
-        path = TinkerPath.parse(client.save_state("end").result(LIMIT).path)
-        state, _ = CheckpointStore(state_dir).load(path.run_id, path.kind, path.name)
+        path = CheckpointKey.parse(client.save_state("end").result(LIMIT).path)
+        state, _ = CheckpointStore(state_dir).load(path)
         logprobs = [datum["logprobs"].to_numpy().tobytes() for datum in output.loss_fn_outputs]
         return output.metrics, logprobs, dict(state.weights)
 

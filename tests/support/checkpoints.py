@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_client.checkpoint.store import CheckpointStore, Record
-from jax_client.values import AdapterState, LoraSpec
+from jax_client.values import AdapterState, CheckpointKey, Kind, LoraSpec
 
 RUN = "0b1c2d3e-session:train:0"
 
@@ -46,9 +46,15 @@ def assert_same(got: AdapterState, want: AdapterState) -> None:
                 assert mine[name].tobytes() == array.tobytes(), f"{group} {name}"
 
 
-def save(store: CheckpointStore, name: str, seed: int = 0, **changes: Any) -> Record:
-    arguments = {"run_id": RUN, "kind": "weights", "metadata": {"seed": seed}, "state": make_state(seed)} | changes
-    return store.save(name=name, **arguments)
+def key(name: str, kind: Kind = "weights", run_id: str = RUN) -> CheckpointKey:
+    return CheckpointKey(run_id, kind, name)
+
+
+def save(
+    store: CheckpointStore, name: str, seed: int = 0, *, kind: Kind = "weights", run_id: str = RUN, **changes: Any
+) -> Record:
+    arguments = {"metadata": {"seed": seed}, "state": make_state(seed)} | changes
+    return store.save(key=key(name, kind, run_id), **arguments)
 
 
 def files_of(store_dir: Path, name: str) -> list[Path]:

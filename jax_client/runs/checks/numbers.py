@@ -6,13 +6,7 @@ import math
 import numbers
 import operator
 
-from jax_client.errors import BadRequestError, BadTypeError
-
-
-def shown(value: object, limit: int = 80) -> str:
-    """Return `repr(value)`, cut to `limit` characters, for use in a message."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+from jax_client.errors import BadRequestError, BadTypeError, shown
 
 
 def integer(field: str, value: object, low: int, high: int | None = None, hint: str = "") -> int:

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from tinker import types
 from tinker.types.optimizer import OptimParamsBase
 
-from jax_client.checkpoint.names import NAME_FORM, is_name
 from jax_client.engine.core.requests import AdamSettings
 from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
 from jax_client.runs.checks.numbers import flag, integer, real, shown
-from jax_client.values import LoraSpec
+from jax_client.values import NAME_FORM, LoraSpec, is_name
 
 MAX_RANK = 512
 # Random keys are made of 32 bits; a larger seed would start like a smaller one.

@@ -20,8 +20,8 @@ from types import FrameType
 from typing import Any
 
 from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
-from jax_client.runs.paths import TinkerPath
 from jax_client.runs.results import run_metrics
+from jax_client.values import CheckpointKey
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def unwatch(checkpointer: RunCheckpointer) -> None:
         _watched.pop(checkpointer, None)
 
 
-def announce(run_id: str, path: TinkerPath, step: int) -> None:
+def announce(run_id: str, path: CheckpointKey, step: int) -> None:
     """Print how to go on from a run that was saved by itself."""
     print(
         f"jax_client saved step {step} of run {run_id}, which nobody had saved. To go on from it:\n"

@@ -17,8 +17,8 @@ from jax_client.checkpoint.disk import files
 from jax_client.errors import BadRequestError, RequestFailedError
 from jax_client.runs import checks
 from jax_client.runs.lifecycle import base_models
-from jax_client.runs.paths import TinkerPath
 from jax_client.runs.results import api_records
+from jax_client.values import CheckpointKey
 from jax_client.weights.read.source import resolve
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class ExportReport:
 
 
 def export_checkpoint(
-    store: CheckpointStore, path: TinkerPath, output: Path, format: Format, dtype: DType, config: EngineConfig
+    store: CheckpointStore, path: CheckpointKey, output: Path, format: Format, dtype: DType, config: EngineConfig
 ) -> ExportReport:
     """Write a checkpoint's adapter, alone or merged into its base model, and check what it computes.
 
@@ -76,14 +76,14 @@ def export_checkpoint(
     """
     output = output.expanduser().absolute()
     _refuse_taken(output)
-    base_model = store.record(path.run_id, path.kind, path.name).metadata["base_model"]
+    base_model = store.record(path).metadata["base_model"]
     # Imported here, as all that imports jax: most commands do without.
     from jax_client.weights.read.load import fingerprint, read_config
     from jax_client.weights.write.merged import write_merged
     from jax_client.weights.write.peft import write_adapter
 
     source = resolve(base_model)
-    state, record = store.load(path.run_id, path.kind, path.name)
+    state, record = store.load(path)
     if fingerprint(source) != record.metadata["base_fingerprint"]:
         raise BadRequestError(
             f"checkpoint {path} was trained on other weights than {source.path} holds now; nothing was exported. Put "
@@ -138,7 +138,7 @@ def _check(
         raise RequestFailedError(f"nothing was exported: {text}") from error
 
 
-def import_adapter(store: CheckpointStore, directory: Path, base_model: str, name: str) -> TinkerPath:
+def import_adapter(store: CheckpointStore, directory: Path, base_model: str, name: str) -> CheckpointKey:
     """Make a PEFT adapter a checkpoint of a new run: to sample from, or to train on with a fresh optimizer.
 
     Args:
@@ -172,7 +172,7 @@ def import_adapter(store: CheckpointStore, directory: Path, base_model: str, nam
             base_model,
         )
     session_id = str(uuid.uuid4())
-    path = TinkerPath(run_id=f"{session_id}:train:0", kind="weights", name=name)
+    path = CheckpointKey(f"{session_id}:train:0", "weights", name)
     run = api_records.run_metadata(
         session_id=session_id,
         base_model=api_records.lasting_name(base_model),
@@ -186,5 +186,5 @@ def import_adapter(store: CheckpointStore, directory: Path, base_model: str, nam
         base_model, fingerprint(source), state.spec, step=state.step, optimizer=None, user_metadata=None
     )
     store.put_run(path.run_id, run)
-    store.save(run_id=path.run_id, kind=path.kind, name=name, state=state, metadata=saved)
+    store.save(key=path, state=state, metadata=saved)
     return path

@@ -23,10 +23,10 @@ from jax_client.runs.lifecycle.order import RequestOrder
 from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
 from jax_client.runs.lifecycle.sampler_handle import SamplerHandle, WeightsFeed
 from jax_client.runs.lifecycle.session import Session
-from jax_client.runs.paths import TinkerPath, training_path
+from jax_client.runs.paths import training_path
 from jax_client.runs.results import api_records, convert, run_metrics
 from jax_client.runs.results.graph_loss import GraphCall
-from jax_client.values import AdapterState, LoraSpec, TrainExample
+from jax_client.values import AdapterState, CheckpointKey, LoraSpec, TrainExample
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.disk.run_lock import RunLock
@@ -180,7 +180,7 @@ class Run:
     ) -> Future[Any]:
         """Write a checkpoint; the future resolves after it is durable."""
         self._check_usable()
-        path = TinkerPath(run_id=self.run_id, kind=kind, name=checks.checkpoint_name(name))
+        path = CheckpointKey(self.run_id, kind, checks.checkpoint_name(name))
         ttl, about = checks.ttl(ttl_seconds), checks.user_metadata_or_none(user_metadata)
         optimizer, checkpointer = kind == "weights", self._checkpointer
         held = self._request(lambda: self._engine.hold_state(self._lane, self._adapter, optimizer))
@@ -203,7 +203,7 @@ class Run:
     def export(self, name: Any, ttl_seconds: Any) -> Future[types.SaveWeightsExternalResponse]:
         """Write the adapter in the form that peft reads; the future resolves after it is durable and checked."""
         self._check_usable()
-        path = TinkerPath(run_id=self.run_id, kind="external_weights", name=checks.checkpoint_name(name))
+        path = CheckpointKey(self.run_id, "external_weights", checks.checkpoint_name(name))
         ttl, checkpointer = checks.ttl(ttl_seconds), self._checkpointer
         held = self._request(lambda: self._engine.hold_state(self._lane, self._adapter, False))
 
@@ -218,10 +218,10 @@ class Run:
         self._check_usable()
         path = training_path(text, method)
         if not self.session.is_saving(str(path)):
-            self._check_fits(self.session.store.record(path.run_id, path.kind, path.name), optimizer)
+            self._check_fits(self.session.store.record(path), optimizer)
 
         def read() -> AdapterState:
-            state, record = self.session.store.load(path.run_id, path.kind, path.name)
+            state, record = self.session.store.load(path)
             self._check_fits(record, optimizer)
             return state if optimizer else replace(state, step=0, mu=None, nu=None)
 
@@ -255,7 +255,7 @@ class Run:
 
         return self._answer(source, show)
 
-    def park(self, *, aloud: bool = False) -> TinkerPath | None:
+    def park(self, *, aloud: bool = False) -> CheckpointKey | None:
         """Save the run with its optimizer, give back its memory and return from where `resume_run` goes on exactly.
 
         None, and the run stays, if it holds gradients. No request of it may be in flight. `aloud` prints how to go on
@@ -312,19 +312,19 @@ def _user_metadata(session: Session, run_id: str) -> Mapping[str, str] | None:
 def resume_run(
     session: Session,
     run_id: str,
-    path: TinkerPath,
+    path: CheckpointKey,
     base_model: str | None,
     user_metadata: Mapping[str, str] | None,
     *,
     optimizer: bool,
 ) -> Run:
     """Make a new run from a checkpoint, with the configuration it was saved with; waits for it."""
-    record = session.read(str(path), lambda: session.store.record(path.run_id, path.kind, path.name)).result()
+    record = session.read(str(path), lambda: session.store.record(path)).result()
     if optimizer:
         api_records.check_optimizer(record)
     model_ref = session.base_model(base_model or record.metadata["base_model"]).result()
     api_records.check_base_model(record, model_ref)
-    state, record = session.store.load(path.run_id, path.kind, path.name)
+    state, record = session.store.load(path)
     if not optimizer:
         state = replace(state, step=0, mu=None, nu=None)
     if user_metadata is None:
@@ -345,7 +345,7 @@ def _open(
     user_metadata: Mapping[str, str] | None,
     *,
     step: int,
-    source: TinkerPath | None = None,
+    source: CheckpointKey | None = None,
 ) -> Run:
     metadata = api_records.run_metadata(
         session_id=session.session_id,

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 from jax_client.engine.core.requests import AdamSettings
 from jax_client.runs.lifecycle import base_models
 from jax_client.runs.lifecycle.base_models import ModelRef
-from jax_client.runs.paths import Kind, TinkerPath
 from jax_client.runs.results import api_records
-from jax_client.values import AdapterState, LoraSpec
+from jax_client.values import AdapterState, CheckpointKey, Kind, LoraSpec
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.disk.run_lock import RunLock
@@ -61,7 +60,7 @@ class RunCheckpointer:
         claim: RunLock,
         step: int,
         observed: RunMetrics,
-        source: TinkerPath | None = None,
+        source: CheckpointKey | None = None,
     ) -> None:
         self.run_id = run_id
         self.observed = observed
@@ -76,7 +75,7 @@ class RunCheckpointer:
         self._saved = 0, step
         # Not over the one that this run goes on from.
         self._autosaves = int(source is not None and source.run_id == run_id and source.name == SLOTS[0])
-        self._autosaved: tuple[TinkerPath, Version] | None = None
+        self._autosaved: tuple[CheckpointKey, Version] | None = None
         self._ended = False
         self._lock = threading.Lock()
 
@@ -89,13 +88,12 @@ class RunCheckpointer:
         ttl_seconds: int | None = None,
         user_metadata: Mapping[str, str] | None = None,
         overwrite: bool = False,
-    ) -> TinkerPath:
+    ) -> CheckpointKey:
         """Write a checkpoint; on return it is durable. Raises as `CheckpointStore.save` does."""
         state, began = held.fetch(), time.monotonic()
+        path = CheckpointKey(self.run_id, kind, name)
         self.store.save(
-            run_id=self.run_id,
-            kind=kind,
-            name=name,
+            key=path,
             state=state,
             metadata=self._metadata(state, user_metadata),
             overwrite=overwrite,
@@ -103,12 +101,11 @@ class RunCheckpointer:
         )
         if kind == "weights":
             self._saved = max(self._saved, held.version)
-        path = TinkerPath(run_id=self.run_id, kind=kind, name=name)
         event = "autosave" if name in SLOTS else "save"
         self.observed.event(event, state.step, path=str(path), seconds=time.monotonic() - began)
         return path
 
-    def export(self, state: AdapterState, name: str, *, ttl_seconds: int | None = None) -> TinkerPath:
+    def export(self, state: AdapterState, name: str, *, ttl_seconds: int | None = None) -> CheckpointKey:
         """Write the adapter as peft does, as a checkpoint of kind external_weights, and check it. Raises as `write`."""
         # Imported here: a process without a model has no use for it.
         from jax_client.runs.lifecycle.export_check import check_export
@@ -121,20 +118,19 @@ class RunCheckpointer:
                 "export %s: largest difference of logits on %d probe tokens: %.2g", name, check.tokens, check.difference
             )
 
+        path = CheckpointKey(self.run_id, "external_weights", name)
         self.store.save_files(
-            run_id=self.run_id,
-            name=name,
+            key=path,
             state=state,
             metadata=self._metadata(state, None),
             write=write,
             size_bytes=sum(array.nbytes for array in state.weights.values()),
             ttl_seconds=ttl_seconds,
         )
-        path = TinkerPath(run_id=self.run_id, kind="external_weights", name=name)
         self.observed.event("export", state.step, path=str(path))
         return path
 
-    def save_if_needed(self) -> tuple[TinkerPath, int] | None:
+    def save_if_needed(self) -> tuple[CheckpointKey, int] | None:
         """Write the adapter with its optimizer as it is now into the next slot, unless its steps are saved already.
 
         Requests of the run that are still queued do not count: it is read between two turns of the device.
@@ -148,7 +144,7 @@ class RunCheckpointer:
                 return None
             return self._autosave(held), held.step
 
-    def park(self) -> tuple[TinkerPath, int | None] | None:
+    def park(self) -> tuple[CheckpointKey, int | None] | None:
         """Make sure that the run can go on exactly from a checkpoint that no one else deletes.
 
         Returns:
@@ -169,7 +165,7 @@ class RunCheckpointer:
         """Take note that the adapter has saved weights, as this version."""
         self._saved = max(self._saved, version)
 
-    def _autosave(self, held: Held) -> TinkerPath:
+    def _autosave(self, held: Held) -> CheckpointKey:
         path = self.write(held, "weights", SLOTS[self._autosaves % len(SLOTS)], overwrite=True)
         self._autosaves += 1
         self._autosaved = path, held.version

@@ -16,9 +16,8 @@ from jax_client.runs import checks
 from jax_client.runs.lifecycle.base_models import ModelRef
 from jax_client.runs.lifecycle.futures import then
 from jax_client.runs.lifecycle.session import SamplerInfo, Session
-from jax_client.runs.paths import TinkerPath
 from jax_client.runs.results import api_records, convert
-from jax_client.values import AdapterState
+from jax_client.values import AdapterState, CheckpointKey
 
 
 class WeightsFeed:
@@ -160,12 +159,12 @@ def base_sampler(session: Session, base_model: str, *, sampler_id: str | None = 
     return SamplerHandle(session, model_ref, WeightsFeed(), model_path=None, sampler_id=sampler_id)
 
 
-def checkpoint_sampler(session: Session, path: TinkerPath, *, sampler_id: str | None = None) -> SamplerHandle:
+def checkpoint_sampler(session: Session, path: CheckpointKey, *, sampler_id: str | None = None) -> SamplerHandle:
     """Return a sampler of saved weights; waits until they are loaded."""
-    record = session.read(str(path), lambda: session.store.record(path.run_id, path.kind, path.name)).result()
+    record = session.read(str(path), lambda: session.store.record(path)).result()
     model_ref = session.base_model(record.metadata["base_model"]).result()
     api_records.check_base_model(record, model_ref)
-    state, _ = session.store.load(path.run_id, path.kind, path.name)
+    state, _ = session.store.load(path)
     return _loaded(session, model_ref.name, state, model_path=str(path), sampler_id=sampler_id)
 
 

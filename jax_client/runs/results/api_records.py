@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tinker import types
 
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError
-from jax_client.runs.paths import TinkerPath
-from jax_client.values import LoraSpec
+from jax_client.values import CheckpointKey, LoraSpec
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.store import CheckpointStore, Record
@@ -73,7 +72,7 @@ def check_base_model(record: Record, model_ref: ModelRef) -> None:
     """Raise BadRequestError unless the checkpoint belongs to these base weights."""
     if record.metadata["base_fingerprint"] != model_ref.model.fingerprint:
         raise BadRequestError(
-            f"checkpoint {_path(record)} was trained on {record.metadata['base_model']!r}, but this is "
+            f"checkpoint {record.key} was trained on {record.metadata['base_model']!r}, but this is "
             f"{model_ref.name!r}, whose weights differ; nothing was loaded. Leave base_model out, or give the one it "
             "was trained on."
         )
@@ -85,7 +84,7 @@ def check_adapter(record: Record, model_ref: ModelRef, spec: LoraSpec) -> None:
     saved = saved_spec(record)
     if _shape(saved) != _shape(spec):
         raise BadRequestError(
-            f"checkpoint {_path(record)} does not fit into this client; nothing was loaded.\n"
+            f"checkpoint {record.key} does not fit into this client; nothing was loaded.\n"
             f"  checkpoint: {_shape(saved)}\n  client:     {_shape(spec)}\n"
             "Use create_training_client_from_state, which takes the configuration from the checkpoint."
         )
@@ -95,7 +94,7 @@ def check_optimizer(record: Record) -> None:
     """Raise BadRequestError unless the checkpoint holds the optimizer's state."""
     if not record.metadata.get("optimizer"):
         raise BadRequestError(
-            f"checkpoint {_path(record)} has weights only, Adam's moments are missing; nothing was loaded. "
+            f"checkpoint {record.key} has weights only, Adam's moments are missing; nothing was loaded. "
             "Use load_state or create_training_client_from_state, which start a fresh optimizer."
         )
 
@@ -107,20 +106,16 @@ def _shape(spec: LoraSpec) -> str:
     )
 
 
-def _path(record: Record) -> str:
-    return f"tinker://{record.run_id}/{record.kind}/{record.name}"
-
-
-def copy_into_project(store: CheckpointStore, source: TinkerPath, project_id: str, ttl: int | None) -> TinkerPath:
+def copy_into_project(store: CheckpointStore, source: CheckpointKey, project_id: str, ttl: int | None) -> CheckpointKey:
     """Copy a checkpoint into a new run of a project, and return where it is."""
     try:
         about = store.run(source.run_id)
     except (NotFoundError, RequestFailedError):  # not there, or damaged; its checkpoints tell enough
-        saved = store.record(source.run_id, source.kind, source.name).metadata
+        saved = store.record(source).metadata
         about = {"base_model": saved["base_model"], "spec": saved["spec"]}
     session_id = str(uuid.uuid4())
     run_id = f"{session_id}:train:0"
-    store.copy(source.run_id, source.kind, source.name, to_run=run_id, ttl_seconds=ttl)
+    store.copy(source, to_run=run_id, ttl_seconds=ttl)
     now = {"session_id": session_id, "created": time.time(), "project_id": project_id}
     store.put_run(run_id, {**about, **now})
     return replace(source, run_id=run_id)
@@ -129,10 +124,10 @@ def copy_into_project(store: CheckpointStore, source: TinkerPath, project_id: st
 def checkpoint(record: Record) -> types.Checkpoint:
     """Show a record as the API does."""
     return types.Checkpoint(
-        checkpoint_id=f"{record.kind}/{record.name}",
+        checkpoint_id=record.key.checkpoint_id,
         checkpoint_type=_TYPES[record.kind],
         time=datetime.fromtimestamp(record.created, UTC),
-        tinker_path=_path(record),
+        tinker_path=str(record.key),
         size_bytes=record.size_bytes,
         user_metadata=record.metadata.get("user_metadata"),
         expires_at=None if record.expires_at is None else datetime.fromtimestamp(record.expires_at, UTC),

@@ -22,11 +22,12 @@ from jax_client.runs.lifecycle.futures import settled
 from jax_client.runs.lifecycle.run import Run, resume_run
 from jax_client.runs.lifecycle.sampler_handle import SamplerHandle, base_sampler, checkpoint_sampler
 from jax_client.runs.lifecycle.session import Session, SessionInfo, Status
-from jax_client.runs.paths import TinkerPath, sampler_path
+from jax_client.runs.paths import sampler_path
 from jax_client.server.state import custom_losses
 from jax_client.server.state.evictable import Evictable
 from jax_client.server.state.ledger import Sequence
 from jax_client.server.state.request_log import RequestLog
+from jax_client.values import CheckpointKey
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -160,7 +161,7 @@ class Holdings:
                 raise NotFoundError(
                     f"model {model_id!r} is not in memory, the server was restarted. {self._way_on(model_id)}"
                 )
-            path = TinkerPath.parse(about["path"])
+            path = CheckpointKey.parse(about["path"])
             resident = Evictable(lambda: self._with_room(lambda: self._revive(model_id, about, path)), "resume")
             return Model(
                 session_id=about["session_id"],
@@ -172,7 +173,7 @@ class Holdings:
         advice = ". Make one, or go on from a checkpoint of its run."
         return self._known(self._models, "model", model_id, again, advice)
 
-    def _revive(self, run_id: str, about: dict[str, Any], path: TinkerPath) -> Run:
+    def _revive(self, run_id: str, about: dict[str, Any], path: CheckpointKey) -> Run:
         session = self.session(about["session_id"])
         run = resume_run(session, run_id, path, about["base_model"], None, optimizer=True)
         # From now on the checkpoint is not all that there is.
@@ -209,7 +210,7 @@ class Holdings:
         if not saved:
             return "Its run has no checkpoint; begin again."
         newest = max(saved, key=lambda record: (record.step, record.created))
-        path = TinkerPath(run_id=run_id, kind="weights", name=newest.name)
+        path = newest.key
         return f'Go on from step {newest.step}: create_training_client_from_state_with_optimizer("{path}").'
 
     def sampler(self, sampler_id: str) -> Future[SamplerHandle]:
@@ -240,7 +241,7 @@ class Holdings:
         else:
             path = sampler_path(model_path, "create_sampling_client")
             # Now, so that a wrong path fails the call that gave it.
-            base_model = session.store.record(path.run_id, path.kind, path.name).metadata["base_model"]
+            base_model = session.store.record(path).metadata["base_model"]
             make = lambda: checkpoint_sampler(session, path, sampler_id=sampler_id)  # noqa: E731
         resident = Evictable(lambda: self._with_room(make), "sampler")
         return Sampling(session_id=session.session_id, resident=resident, base_model=base_model)

@@ -22,7 +22,7 @@ from typing import Any
 from jax_client.checkpoint.disk import files
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.errors import NotFoundError, RequestFailedError
-from support.checkpoints import RUN, assert_same, make_state, save
+from support.checkpoints import assert_same, key, make_state, save
 from support.faults.fault_history import read_all, take
 
 
@@ -137,7 +137,7 @@ def coming_and_going(child: Child) -> None:
         save(store, "shared", seed)
         # For as long as a reader needs, more or less.
         time.sleep(0.005 * (seed % 10))
-        store.delete(RUN, "weights", "shared")
+        store.delete(key("shared"))
     save(store, "shared", child.job["seeds"][-1])
     Path(child.job["done"]).touch()
 
@@ -149,7 +149,7 @@ def reader(child: Child) -> None:
         last = all(Path(done).exists() for done in child.job["done"])
         began = time.monotonic_ns()
         try:
-            state, record = store.load(RUN, "weights", "shared")
+            state, record = store.load(key("shared"))
         except NotFoundError:
             assert child.job["goes"]
             continue
@@ -171,7 +171,7 @@ def without_rights(child: Child) -> None:
         raise OSError(ctypes.get_errno(), "capset")
     store = CheckpointStore(child.state_dir)
     listed = [[record.name, record.metadata] for record in store.list()]
-    loaded = [store.load(RUN, "weights", name)[0].step for name, _ in listed]
+    loaded = [store.load(key(name))[0].step for name, _ in listed]
     try:
         save(store, "another")
         refused = ""

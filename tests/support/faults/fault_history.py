@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import pytest
 
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.errors import NotFoundError
-from jax_client.values import AdapterState
-from support.checkpoints import RUN, assert_same, make_state, save
+from jax_client.values import AdapterState, CheckpointKey
+from support.checkpoints import RUN, assert_same, key, make_state, save
 
 # The run that checkpoints are copied to.
 COPIES = "copies:train:0"
@@ -54,16 +54,16 @@ def take(store: CheckpointStore, step: Sequence[Any]) -> Any:
     """Take a step of a history: one call of the store."""
     match step:
         case ["save", kind, name, seed]:
-            save(store, name, seed, kind=kind, state=state_of(kind, seed), overwrite=store.exists(RUN, kind, name))
+            save(store, name, seed, kind=kind, state=state_of(kind, seed), overwrite=store.exists(key(name, kind)))
         case ["delete", kind, name]:
-            store.delete(RUN, kind, name)
+            store.delete(key(name, kind))
         case ["copy", kind, name]:
-            store.copy(RUN, kind, name, to_run=COPIES)
+            store.copy(key(name, kind), to_run=COPIES)
         case ["drop_copy", kind, name]:
-            if store.exists(COPIES, kind, name):
-                store.delete(COPIES, kind, name)
+            if store.exists(key(name, kind, COPIES)):
+                store.delete(key(name, kind, COPIES))
         case ["publish", kind, name]:
-            store.set_public(RUN, kind, name, True)
+            store.set_public(key(name, kind), True)
         case ["put_run", seed]:
             store.put_run(RUN, {"seed": seed})
         case ["list"]:
@@ -74,13 +74,12 @@ def read_all(store: CheckpointStore) -> list[Any]:
     """Return run, kind, name, seed and visibility of every checkpoint, whose arrays have to be those of its seed."""
     found = []
     for record in store.list():
-        place = (record.run_id, record.kind, record.name)
-        state, again = store.load(*place)
+        state, again = store.load(record.key)
         seed = state.step - 3
         assert_same(state, state_of(record.kind, seed))
         assert again == record
         assert record.metadata == {"seed": seed}
-        found.append([*place, seed, record.public])
+        found.append([*astuple(record.key), seed, record.public])
     return found
 
 
@@ -92,8 +91,7 @@ class Saved:
     public: bool = False
 
 
-# Run, kind, name.
-Checkpoints = dict[tuple[str, str, str], Saved]
+Checkpoints = dict[CheckpointKey, Saved]
 
 
 def outcome(steps: Sequence[Sequence[Any]]) -> tuple[Checkpoints, int | None]:
@@ -103,16 +101,16 @@ def outcome(steps: Sequence[Sequence[Any]]) -> tuple[Checkpoints, int | None]:
     for step in steps:
         match step:
             case ["save", kind, name, seed]:
-                before = checkpoints.get((RUN, kind, name))
-                checkpoints[RUN, kind, name] = Saved(seed, before is not None and before.public)
+                before = checkpoints.get(key(name, kind))
+                checkpoints[key(name, kind)] = Saved(seed, before is not None and before.public)
             case ["copy", kind, name]:
-                checkpoints[COPIES, kind, name] = Saved(checkpoints[RUN, kind, name].seed)
+                checkpoints[key(name, kind, COPIES)] = Saved(checkpoints[key(name, kind)].seed)
             case ["publish", kind, name]:
-                checkpoints[RUN, kind, name] = replace(checkpoints[RUN, kind, name], public=True)
+                checkpoints[key(name, kind)] = replace(checkpoints[key(name, kind)], public=True)
             case ["delete", kind, name]:
-                del checkpoints[RUN, kind, name]
+                del checkpoints[key(name, kind)]
             case ["drop_copy", kind, name]:
-                checkpoints.pop((COPIES, kind, name), None)
+                checkpoints.pop(key(name, kind, COPIES), None)
             case ["put_run", seed]:
                 kept = seed
     return checkpoints, kept
@@ -121,15 +119,15 @@ def outcome(steps: Sequence[Sequence[Any]]) -> tuple[Checkpoints, int | None]:
 def found_in(store: CheckpointStore) -> Checkpoints:
     """Load and verify every checkpoint that the history makes; each has to be one that was saved, bit for bit."""
     found = {}
-    for place in {key for done in range(len(HISTORY)) for key in outcome(HISTORY[: done + 1])[0]}:
-        if not store.exists(*place):
+    for place in {place for done in range(len(HISTORY)) for place in outcome(HISTORY[: done + 1])[0]}:
+        if not store.exists(place):
             with pytest.raises(NotFoundError):
-                store.load(*place)
+                store.load(place)
             continue
-        state, record = store.load(*place)
+        state, record = store.load(place)
         seed = state.step - 3
         assert_same(state, state_of(record.kind, seed))
-        assert record == store.verify(*place) and record.metadata == {"seed": seed}
+        assert record == store.verify(place) and record.metadata == {"seed": seed}
         found[place] = Saved(seed, record.public)
     return found
 
@@ -141,8 +139,8 @@ def assert_kept(state_dir: Path, done: int) -> None:
     found = found_in(store)
     assert found in (before[0], after[0])
     for _ in range(2):  # Read from the files, then from the catalogue.
-        listed = {(record.run_id, record.kind, record.name): record for record in store.list()}
-        assert {key: Saved(record.metadata["seed"], record.public) for key, record in listed.items()} == found
+        listed = {record.key: record for record in store.list()}
+        assert {place: Saved(record.metadata["seed"], record.public) for place, record in listed.items()} == found
         assert [metadata["seed"] for _, metadata in store.runs()] in [
             [] if kept is None else [kept] for kept in (before[1], after[1])
         ]
