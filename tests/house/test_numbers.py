@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from support.golden_cases import CASES, GOLDENS, base_values
 from support.number_hashes import (
     LOSS_CASE,

@@ -33,14 +33,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-
-import jax_client
 from tinker import types
 
-try:
-    from support.golden_cases import CASES, RANK, base_values, sequences
-except ModuleNotFoundError:
-    from golden_cases import CASES, RANK, base_values, sequences
+import jax_client
+from support.golden_cases import CASES, RANK, base_values, sequences
 
 REMATS = ("none", "selective", "full")
 DTYPES = ("float32", "bfloat16")
@@ -143,17 +139,16 @@ class Run:
             return {name: np.asarray(array) for name, array in reader.restore(new).items()}
 
     def step(self, data: list[types.Datum], loss: Any, adam: types.AdamParams) -> dict[str, np.ndarray]:
-        """Train one step; return the state after it, and what the pass gave as "pass/logprobs.I" and "pass/METRIC"."""
+        """Train one step; return the state after it, and what the pass gave as "pass/logprobs.I" and "pass/loss:sum"."""
         passed = self.client.forward_backward(data, loss)
         self.client.optim_step(adam).result()
         return self.saved() | output(passed.result())
 
 
 def output(passed: Any) -> dict[str, np.ndarray]:
-    """Return the logprobs of each datum and the metrics of a pass."""
+    """Return the logprobs of each datum, and the loss, of a pass."""
     logprobs = {f"pass/logprobs.{i}": out["logprobs"].to_numpy() for i, out in enumerate(passed.loss_fn_outputs)}
-    sums = {f"pass/{name}": np.float64(value) for name, value in passed.metrics.items() if name == "loss:sum"}
-    return logprobs | sums
+    return logprobs | {"pass/loss:sum": np.asarray(passed.metrics["loss:sum"], np.float64)}
 
 
 def group(arrays: Mapping[str, np.ndarray], *names: str) -> str:
