@@ -139,7 +139,7 @@ class Run:
             return {name: np.asarray(array) for name, array in reader.restore(new).items()}
 
     def step(self, data: list[types.Datum], loss: Any, adam: types.AdamParams) -> dict[str, np.ndarray]:
-        """Train one step; return the state after it, and what the pass gave as "pass/logprobs.I" and "pass/loss:sum"."""
+        """Train one step; return the state after it, and of the pass "pass/logprobs.I" and "pass/loss:sum"."""
         passed = self.client.forward_backward(data, loss)
         self.client.optim_step(adam).result()
         return self.saved() | output(passed.result())
