@@ -7,20 +7,16 @@ catalogue that is missing, damaged, locked or of another version costs time and 
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from jax_client.checkpoint.disk import sealed
 from jax_client.checkpoint.disk.sealed import DamagedError
-
-logger = logging.getLogger(__name__)
+from jax_client.sqlite_file import SqliteFile, transaction
 
 FILE_NAME = "catalogue.sqlite"
-VERSION = 1
 # Every write is a favour to the next listing: not worth waiting long for another process.
 BUSY_SECONDS = 0.2
 
@@ -28,7 +24,17 @@ Table = Literal["runs", "checkpoints"]
 # Run, kind, name; a run's own entry has no kind and no name.
 Key = tuple[str, str, str]
 Stamp = str
-T = TypeVar("T")
+
+# Older versions need no migration: what they remembered is read from the files again.
+_TABLES = "".join(
+    f"""
+    DROP TABLE IF EXISTS {table};
+    CREATE TABLE {table} (
+        run TEXT, kind TEXT, name TEXT, stamp TEXT NOT NULL, entry BLOB NOT NULL, PRIMARY KEY (run, kind, name)
+    ) WITHOUT ROWID;
+    """
+    for table in get_args(Table)
+)
 
 
 class IndexCache:
@@ -39,7 +45,14 @@ class IndexCache:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = SqliteFile(
+            path,
+            (_TABLES,),
+            busy_seconds=BUSY_SECONDS,
+            synchronous="FULL",
+            unused="checkpoints are listed from their manifests",
+            quiet=True,
+        )
 
     def look_up(
         self,
@@ -72,74 +85,32 @@ class IndexCache:
         return found
 
     def forget_all(self) -> None:
-        """Remove the file; the next listing makes it anew."""
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            with contextlib.suppress(OSError):
-                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+        """Delete the file; the next listing makes it anew."""
+        self._file.delete()
 
     def _remembered(self, table: Table, run_id: str | None) -> dict[Key, tuple[Stamp, bytes]]:
-        if not self._path.exists():
+        if not self._file.path.exists():
             return {}
         where, values = ("", ()) if run_id is None else (" WHERE run = ?", (run_id,))
         query = f"SELECT run, kind, name, stamp, entry FROM {table}{where}"
-        rows = self._try(lambda database: database.execute(query, values).fetchall()) or []
+
+        def work(database: sqlite3.Connection) -> list[tuple[str, str, str, Stamp, bytes]]:
+            # A flipped bit may leave text that is no UTF-8; then it fits no key.
+            database.text_factory = lambda data: data.decode(errors="replace")
+            return database.execute(query, values).fetchall()
+
+        rows = self._file.use(work, [])
         return {(run, kind, name): (stamp, entry) for run, kind, name, stamp, entry in rows}
 
     def _remember(self, table: Table, new: Iterable[tuple[Key, Stamp, bytes]], gone: Collection[Key]) -> None:
         rows = [(*key, stamp, entry) for key, stamp, entry in new]
 
         def work(database: sqlite3.Connection) -> None:
-            with database:
-                database.execute("BEGIN IMMEDIATE")
+            with transaction(database):
                 database.executemany(f"DELETE FROM {table} WHERE run = ? AND kind = ? AND name = ?", gone)
                 database.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?, ?)", rows)
 
-        self._try(work)
-
-    def _try(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """Do something with the file; None where SQLite cannot, and then a damaged file goes away."""
-        try:
-            with contextlib.closing(
-                sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)
-            ) as database:
-                _prepare(database)
-                return work(database)
-        except _OtherVersionError as error:
-            logger.warning("%s is of version %s, which this version does not use", self._path, error)
-        except sqlite3.OperationalError as error:
-            # Locked for too long, read-only, no room: the files say the same.
-            logger.info("%s was not used: %s", self._path, error)
-        except sqlite3.DatabaseError as error:
-            logger.warning("%s is damaged (%s) and is made anew from the manifests", self._path, error)
-            self.forget_all()
-        return None
-
-
-class _OtherVersionError(Exception):
-    pass
-
-
-def _prepare(database: sqlite3.Connection) -> None:
-    (version,) = database.execute("PRAGMA user_version").fetchone()
-    if version > VERSION:
-        raise _OtherVersionError(version)
-    database.execute("PRAGMA synchronous = FULL")
-    # A flipped bit may leave text that is no UTF-8; then it fits no key.
-    database.text_factory = lambda data: data.decode(errors="replace")
-    if version == VERSION:
-        return
-    database.execute("PRAGMA journal_mode = WAL")
-    # Older versions need no migration: what they remembered is read from the files again.
-    tables = [
-        f"""
-        DROP TABLE IF EXISTS {table};
-        CREATE TABLE {table} (
-            run TEXT, kind TEXT, name TEXT, stamp TEXT NOT NULL, entry BLOB NOT NULL, PRIMARY KEY (run, kind, name)
-        ) WITHOUT ROWID;
-        """
-        for table in get_args(Table)
-    ]
-    database.executescript(f"BEGIN IMMEDIATE; {''.join(tables)} PRAGMA user_version = {VERSION}; COMMIT;")
+        self._file.use(work, None)
 
 
 def _open(remembered: tuple[Stamp, bytes] | None, key: Key, stamp: Stamp) -> Mapping[str, Any] | None:

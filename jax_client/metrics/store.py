@@ -13,21 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
-import os
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-logger = logging.getLogger(__name__)
+from jax_client.sqlite_file import SqliteFile, transaction
+
 T = TypeVar("T")
 
 FILE_NAME = "metrics.sqlite"
 DAMAGED = ".damaged"
-VERSION = 1
 # Only the recorder's own thread and readers wait for it.
 BUSY_SECONDS = 5.0
 # Rows of a series before it is thinned; the newest are kept in full; events of a run, of which the oldest go.
@@ -128,15 +126,16 @@ class MetricsStore:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._reported: str | None = None
+        self._file = SqliteFile(
+            path, _MIGRATIONS, busy_seconds=BUSY_SECONDS, unused="metrics are not recorded", damaged=DAMAGED
+        )
 
     def add(self, points: Iterable[Point] = (), events: Iterable[Event] = ()) -> bool:
         """Write points and events, and thin out what has become too much; say whether they are in the file."""
         new_points, new_events = list(points), list(events)
 
         def work(database: sqlite3.Connection) -> bool:
-            with _transaction(database):
+            with transaction(database):
                 for point in new_points:
                     _add_point(database, point)
                 for event in new_events:
@@ -148,7 +147,7 @@ class MetricsStore:
                     _forget_old_events(database, run)
             return True
 
-        return self._try(work, False)
+        return self._file.use(work, False)
 
     def read(self, run: str, since: Cursor | None = None, *, limit: int = 1_000) -> Found:
         """Return what a run has after a cursor, at most `limit` points and `limit` events, the oldest first."""
@@ -198,95 +197,7 @@ class MetricsStore:
         )
 
     def _reading(self, work: Callable[[sqlite3.Connection], T], nothing: T) -> T:
-        return self._try(work, nothing) if self._path.exists() else nothing
-
-    def _try(self, work: Callable[[sqlite3.Connection], T], otherwise: T, *, again: bool = True) -> T:
-        """Do something with the file; where SQLite cannot, report it once and return `otherwise`.
-
-        A damaged file is set aside, and the work tried once more, with a new one.
-        """
-        identity = _identity(self._path)
-        try:
-            with contextlib.closing(
-                sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)
-            ) as database:
-                _prepare(database)
-                done = work(database)
-            self._reported = None
-            return done
-        except _OtherVersionError as error:
-            self._report(f"{self._path} is of version {error}, which this version does not use")
-        except (sqlite3.OperationalError, OSError) as error:
-            # No room, read-only, no directory, locked for too long: another day it may work.
-            self._report(f"metrics are not recorded: {self._path}: {error}")
-        except (sqlite3.DatabaseError, ValueError) as error:
-            if self._set_aside(identity, error) and again:
-                return self._try(work, otherwise, again=False)
-        return otherwise
-
-    def _report(self, text: str) -> None:
-        if self._reported != text:
-            self._reported = text
-            logger.warning("%s", text)
-
-    def _set_aside(self, identity: tuple[int, int] | None, error: Exception) -> bool:
-        """Move the file away, and say whether it is gone."""
-        aside = self._path.with_name(self._path.name + DAMAGED)
-        # Another process may have been first; the file that is there now is a new one.
-        if identity is None or _identity(self._path) != identity:
-            return True
-        try:
-            self._path.replace(aside)
-            for suffix in ("-wal", "-shm"):
-                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
-        except OSError as problem:
-            self._report(f"metrics are not recorded: {self._path} is damaged and stays where it is: {problem}")
-            return False
-        logger.warning("%s was damaged (%s); it is kept as %s, and a new one begun", self._path, error, aside.name)
-        return True
-
-
-class _OtherVersionError(Exception):
-    pass
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _prepare(database: sqlite3.Connection) -> None:
-    # NORMAL: what the last seconds brought may be gone when the power fails; the file is whole.
-    database.execute("PRAGMA synchronous = NORMAL")
-    (version,) = database.execute("PRAGMA user_version").fetchone()
-    if version > VERSION:
-        raise _OtherVersionError(version)
-    if version == VERSION:
-        return
-    with contextlib.suppress(sqlite3.OperationalError):  # another process is about to do the same
-        database.execute("PRAGMA journal_mode = WAL")
-    with _transaction(database):
-        # Again, as another process may have been first.
-        (version,) = database.execute("PRAGMA user_version").fetchone()
-        for migration in _MIGRATIONS[version:]:
-            for statement in filter(str.strip, migration.split(";")):
-                database.execute(statement)
-        database.execute(f"PRAGMA user_version = {VERSION}")
-
-
-@contextlib.contextmanager
-def _transaction(database: sqlite3.Connection) -> Any:
-    database.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):
-            database.execute("ROLLBACK")
-        raise
-    database.execute("COMMIT")
+        return self._file.use(work, nothing) if self._file.path.exists() else nothing
 
 
 def _add_point(database: sqlite3.Connection, point: Point) -> None:

@@ -7,6 +7,7 @@ the truth: checkpoints do not depend on it, and a damaged one is set aside.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sqlite3
@@ -21,11 +22,12 @@ from typing import Any
 
 from jax_client.errors import RequestFailedError
 from jax_client.server.wire.answers import Answer
+from jax_client.sqlite_file import SqliteFile, is_damage, transaction
 
 logger = logging.getLogger(__name__)
 
 FILE = "server.sqlite"
-VERSION = 1
+BUSY_SECONDS = 10.0
 # The newest answers are kept, as many as fit.
 MAX_ANSWERS = 50_000
 MAX_BYTES = 512 * 2**20
@@ -73,22 +75,18 @@ class RequestLog:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / FILE
+        self._file = SqliteFile(directory / FILE, (_SCHEMA,), busy_seconds=BUSY_SECONDS)
         self._queue: SimpleQueue[tuple[_Write, Callable[[], None] | None] | None] = SimpleQueue()
         self._hurry = threading.Event()
         self._ahead: dict[str, Entry] = {}
         self._lock = threading.Lock()
         self._failed = False
         self._answers = 0
-        connection = _open_or_set_aside(self._path)
-        connection.execute("DELETE FROM things WHERE written < ?", (time.time() - FORGOTTEN_SECONDS,))
-        newest = "(SELECT max(number) FROM promises)"
-        connection.execute(f"DELETE FROM promises WHERE body IS NULL AND number < {newest} - ?", (MAX_ANSWERS,))
-        connection.commit()
-        # Nearly every request is new: it costs no look at the file.
-        self._ids = {row[0] for row in connection.execute("SELECT id FROM promises")}
-        connection.close()
+        with contextlib.closing(_open_or_set_aside(self._file)) as connection:
+            # Nearly every request is new: it costs no look at the file.
+            self._ids = {row[0] for row in connection.execute("SELECT id FROM promises")}
         self._reading = threading.local()
+        self._readers: list[sqlite3.Connection] = []
         self._thread = threading.Thread(target=self._write, name="jax_client-journal", daemon=True)
         self._thread.start()
 
@@ -164,6 +162,8 @@ class RequestLog:
         self._hurry.set()
         self._queue.put(None)
         self._thread.join()
+        for connection in self._readers:
+            connection.close()
 
     def _read(self, query: str, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return next(iter(self._read_all(query, values)), None)
@@ -173,7 +173,8 @@ class RequestLog:
         connection = getattr(self._reading, "connection", None)
         try:
             if connection is None:
-                connection = self._reading.connection = _connect(self._path)
+                connection = self._reading.connection = self._file.open()
+                self._readers.append(connection)
             return connection.execute(query, values).fetchall()
         except sqlite3.Error as error:
             self._report(error)
@@ -189,7 +190,7 @@ class RequestLog:
         self._queue.put((write, then))
 
     def _write(self) -> None:
-        connection = _connect(self._path)
+        connection = self._file.open()
         stopped = False
         while not stopped:
             batch = [self._queue.get()]
@@ -201,7 +202,7 @@ class RequestLog:
             stopped = None in batch
             writes = [each for each in batch if each is not None]
             try:
-                with connection:
+                with transaction(connection):
                     for write, _ in writes:
                         write(connection)
             except sqlite3.Error as error:
@@ -217,53 +218,39 @@ class RequestLog:
     def _report(self, error: sqlite3.Error) -> None:
         if not self._failed:
             self._failed = True
-            logger.warning("%s: %s; what was asked will not be known after a restart", self._path, error)
+            logger.warning("%s: %s; what was asked will not be known after a restart", self._file.path, error)
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=10.0, check_same_thread=False)
-    connection.execute("PRAGMA journal_mode = WAL")
-    # What a killed process wrote is there; after a loss of power the newest answers may be missing, never torn.
-    connection.execute("PRAGMA synchronous = NORMAL")
-    return connection
-
-
-def _open_or_set_aside(path: Path) -> sqlite3.Connection:
+def _open_or_set_aside(file: SqliteFile) -> sqlite3.Connection:
     try:
-        return _opened(path)
+        return _opened(file)
     except sqlite3.DatabaseError as error:
-        if not _is_damage(error):
+        if not is_damage(error):
             # A full disk, a lock: what is in the file is not lost.
             raise RequestFailedError(
-                f"{path} cannot be opened: {error}. Check that the disk has room and can be written and that no other "
-                "process has the file, then start the server again."
+                f"{file.path} cannot be opened: {error}. Check that the disk has room and can be written and that no "
+                "other process has the file, then start the server again."
             ) from error
-        aside = path.with_suffix(f".damaged-{int(time.time())}")
-        logger.warning("%s is damaged (%s); it is now %s, and old promises are forgotten", path, error, aside.name)
-        for suffix in ("", "-wal", "-shm"):
-            broken = path.with_name(path.name + suffix)
-            if broken.exists():
-                broken.rename(aside.with_name(aside.name + suffix))
-        return _opened(path)
+        aside = file.set_aside(f"{file.path.stem}.damaged-{int(time.time())}")
+        logger.warning("%s is damaged (%s); it is now %s, and old promises are forgotten", file.path, error, aside.name)
+        return _opened(file)
 
 
-def _opened(path: Path) -> sqlite3.Connection:
-    connection = _connect(path)
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == 0:
-        connection.executescript(f"{_SCHEMA} PRAGMA user_version = {VERSION};")
-    elif version != VERSION:
-        raise sqlite3.DatabaseError(f"it has version {version}, this package knows {VERSION}")
-    (found,) = connection.execute("PRAGMA quick_check").fetchone()
-    if found != "ok":
-        raise sqlite3.DatabaseError(found)
+def _opened(file: SqliteFile) -> sqlite3.Connection:
+    """Return a connection to a file that is whole from end to end, without what nobody needs any more."""
+    connection = file.open()
+    try:
+        (found,) = connection.execute("PRAGMA quick_check").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+        with transaction(connection):
+            connection.execute("DELETE FROM things WHERE written < ?", (time.time() - FORGOTTEN_SECONDS,))
+            newest = "(SELECT max(number) FROM promises)"
+            connection.execute(f"DELETE FROM promises WHERE body IS NULL AND number < {newest} - ?", (MAX_ANSWERS,))
+    except BaseException:
+        connection.close()
+        raise
     return connection
-
-
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Say whether the file is of no use: by SQLite's code, or by `_opened`, whose own errors have none."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return code is None or code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def _prune(connection: sqlite3.Connection) -> list[str]:

@@ -1,0 +1,190 @@
+"""Who opens, migrates and sets aside the SQLite files of a state directory? A `SqliteFile`, one for each path.
+
+No file is worth the training. A file that cannot be used is reported once and left alone until it can be; only a
+damaged one is moved away, so that a new one begins. A full disk, a lock or a later version is no damage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Beside the file: what is not yet in it, and an index of that, which SQLite makes anew. Then the rollback mode's.
+LOG = "-wal"
+OTHERS = ("-shm", "-journal")
+
+
+class OtherVersionError(sqlite3.DatabaseError):
+    """A later version of this package wrote the file."""
+
+
+class SqliteFile:
+    """One SQLite file in WAL mode. Thread-safe; any number of processes may share the file.
+
+    Args:
+        path: of the file; made when it is first opened.
+        migrations: statements that lead from version N to N + 1, at place N. The file's `user_version` is their number.
+        busy_seconds: how long an operation waits for another process.
+        synchronous: "NORMAL" may lose the last seconds at a loss of power, "FULL" does not; the file is whole.
+        unused: what follows when the file cannot be used, for the log.
+        quiet: log that at level INFO, because nothing is lost by it.
+        damaged: the suffix of a damaged file that `use` sets aside; None deletes the file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        migrations: Sequence[str],
+        *,
+        busy_seconds: float,
+        synchronous: Literal["NORMAL", "FULL"] = "NORMAL",
+        unused: str = "nothing is remembered",
+        quiet: bool = False,
+        damaged: str | None = None,
+    ) -> None:
+        self.path = path
+        self._migrations = migrations
+        self._busy_seconds = busy_seconds
+        self._synchronous = synchronous
+        self._unused = unused
+        self._level = logging.INFO if quiet else logging.WARNING
+        self._damaged = damaged
+        self._reported: str | None = None
+
+    def open(self) -> sqlite3.Connection:
+        """Return a connection without implicit transactions, after the file is migrated; the caller closes it.
+
+        Raises:
+            OtherVersionError: a later version wrote the file; it is as it was.
+            sqlite3.Error: the file is damaged (`is_damage`), or cannot be used now.
+        """
+        # Used by one thread at a time; another one may close it.
+        database = sqlite3.connect(self.path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False)
+        try:
+            self._migrate(database)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def use(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
+        """Return `work(connection)`; where SQLite cannot, report it once and return `otherwise`.
+
+        A damaged file is set aside, and the work tried once more, with a new one. A ValueError is damage, too: the
+        text in the file is not what was written.
+        """
+        for _ in range(2):
+            identity = _identity(self.path)
+            try:
+                with contextlib.closing(self.open()) as database:
+                    done = work(database)
+                self._reported = None
+                return done
+            except OtherVersionError as error:
+                self._report(f"{self._unused}: {self.path}: {error}", logging.WARNING)
+                return otherwise
+            except (sqlite3.OperationalError, OSError) as error:
+                # No room, read-only, no directory, locked for too long: another day it may work.
+                self._report(f"{self._unused}: {self.path}: {error}", self._level)
+                return otherwise
+            except (sqlite3.DatabaseError, ValueError) as error:
+                # Another process may have been first; the file that is there now is a new one.
+                if identity is not None and _identity(self.path) == identity and not self._clear(error):
+                    return otherwise
+        return otherwise
+
+    def set_aside(self, name: str) -> Path:
+        """Rename the file, and its log with it; return the new path.
+
+        Raises:
+            OSError: it stays where it is.
+        """
+        aside = self.path.with_name(name)
+        self.path.replace(aside)
+        aside.with_name(aside.name + LOG).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self._beside(LOG).replace(aside.with_name(aside.name + LOG))
+        for other in OTHERS:
+            self._beside(other).unlink(missing_ok=True)
+        return aside
+
+    def delete(self) -> None:
+        """Delete the file as far as that is possible; the next `open` makes a new one."""
+        for suffix in ("", LOG, *OTHERS):
+            with contextlib.suppress(OSError):
+                self._beside(suffix).unlink(missing_ok=True)
+
+    def _beside(self, suffix: str) -> Path:
+        return self.path.with_name(self.path.name + suffix)
+
+    def _clear(self, error: Exception) -> bool:
+        """Set the damaged file aside, or delete it; say whether it is gone."""
+        if self._damaged is None:
+            logger.warning("%s is damaged (%s) and is made anew", self.path, error)
+            self.delete()
+            return not self.path.exists()
+        try:
+            aside = self.set_aside(self.path.name + self._damaged)
+        except OSError as problem:
+            self._report(f"{self._unused}: {self.path} is damaged and stays where it is: {problem}", logging.WARNING)
+            return False
+        logger.warning("%s was damaged (%s); it is kept as %s, and a new one begun", self.path, error, aside.name)
+        return True
+
+    def _report(self, text: str, level: int) -> None:
+        if self._reported != text:
+            self._reported = text
+            logger.log(level, "%s", text)
+
+    def _migrate(self, database: sqlite3.Connection) -> None:
+        database.execute(f"PRAGMA synchronous = {self._synchronous}")
+        if self._version(database) == len(self._migrations):
+            return
+        with contextlib.suppress(sqlite3.OperationalError):  # another process is about to do the same
+            database.execute("PRAGMA journal_mode = WAL")
+        with transaction(database):
+            # Read again, as another process may have been first.
+            for migration in self._migrations[self._version(database) :]:
+                for statement in filter(str.strip, migration.split(";")):
+                    database.execute(statement)
+            database.execute(f"PRAGMA user_version = {len(self._migrations)}")
+
+    def _version(self, database: sqlite3.Connection) -> int:
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version > len(self._migrations):
+            raise OtherVersionError(f"it has version {version}, this package knows {len(self._migrations)}")
+        return version
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Say whether an error means that the file is of no use: SQLite says what may pass as OperationalError."""
+    return isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+
+
+@contextlib.contextmanager
+def transaction(database: sqlite3.Connection) -> Iterator[None]:
+    """Write all that the body executes, or nothing."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            database.execute("ROLLBACK")
+        raise
+    database.execute("COMMIT")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
