@@ -1,4 +1,4 @@
-"""Which errors can a call raise, and what does each promise?
+"""Which errors can a call raise, and what does each guarantee?
 
 The classes carry the SDK's names but do not import it: `clients/` turns each of them into a class that is also the
 SDK's own (see `clients/sdk_errors.py`), so `except tinker.BadRequestError` works and the engine stays free of `tinker`.

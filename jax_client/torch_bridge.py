@@ -80,11 +80,11 @@ def _noted(call: Callable[[], Any]) -> Any:
 
 def _unpack(answer: Any) -> tuple[Any, Any]:
     if not isinstance(answer, tuple | list) or len(answer) != 2:
-        what = type(answer).__name__
+        returned = type(answer).__name__
         if isinstance(answer, tuple | list):
-            what += f" of {len(answer)}"
+            returned += f" of {len(answer)}"
         raise BadTypeError(
-            f"your loss function must return (loss, metrics); got {what}. Return (loss, {{}}) without metrics."
+            f"your loss function must return (loss, metrics); got {returned}. Return (loss, {{}}) without metrics."
         )
     return answer[0], answer[1]
 

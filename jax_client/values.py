@@ -24,12 +24,12 @@ _PATH_FORM = "tinker://RUN/KIND/NAME with KIND weights, sampler_weights or exter
 
 
 def is_name(text: object) -> bool:
-    """Say whether `text` has the form of a checkpoint's name."""
+    """Return whether `text` has the form of a checkpoint's name."""
     return isinstance(text, str) and re.fullmatch(NAME_FORM, text) is not None
 
 
 def is_run_id(text: object) -> bool:
-    """Say whether `text` has the form of a run id."""
+    """Return whether `text` has the form of a run id."""
     return isinstance(text, str) and re.fullmatch(RUN_ID_FORM, text) is not None
 
 

@@ -95,7 +95,7 @@ def _over_blocks(step: Any, carry: Any, head_VD: jax.Array, b_RV: jax.Array | No
 
 
 def _over_chunks(chunks: int, start: Any, stop: Any, step: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """Run step(i, carry) for the chunks from start to stop, of so many that a row has.
+    """Run step(i, carry) for the chunks from start to stop, of the `chunks` that a row has.
 
     A single one is no loop: XLA would move all of its work out of the loop, and do it even where there are no turns.
     """

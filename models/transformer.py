@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.block import (
-    KEPT,
+    SAVED_FOR_BACKWARD,
     Context,
     Linears,
     Remat,
@@ -65,7 +65,8 @@ def forward_pass(
     Args:
         lora: the stacked adapters of the layers, by module name; empty for the base model.
         tokens_BT, segments_BT: int32; segment 0 is padding.
-        remat: what to keep for `backward_pass`, see `block.KEPT`; None keeps nothing (no backward pass will follow).
+        remat: what to keep for `backward_pass`, see `block.SAVED_FOR_BACKWARD`; None keeps nothing (no backward pass
+            will follow).
 
     Returns:
         h_BTD float32, the input of the output projection, and what `backward_pass` needs.
@@ -76,7 +77,7 @@ def forward_pass(
         w, layer_lora = from_bits(layer)
         y_BTD, saved, (_, _, residual) = layer_forward(x_BTD, w, Linears(layer_lora, c.dtype), c, attend)
         saved["attention"] = residual
-        names = () if remat is None else KEPT[remat]
+        names = () if remat is None else SAVED_FOR_BACKWARD[remat]
         return c.split_rows(y_BTD), to_bits({name: saved[name] for name in names if name in saved})
 
     x_BTD = c.split_rows(embed(params, tokens_BT))

@@ -53,7 +53,7 @@ def size_bytes(arrays: Mapping[str, np.ndarray]) -> int:
 
 
 class _Unchanging(np.ndarray):
-    """An array that nobody writes to. Orbax copies others before it goes on in the background."""
+    """An array that is never written to. Orbax copies every other array before it continues in the background."""
 
     def __deepcopy__(self, memo: object) -> _Unchanging:
         return self

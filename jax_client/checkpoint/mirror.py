@@ -51,7 +51,7 @@ class Mirror:
         self._root = root.rstrip("/")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="jax_client-mirror")
         self._lock = threading.Lock()
-        self._owed: dict[str, Callable[[], None]] = {}
+        self._pending: dict[str, Callable[[], None]] = {}
         self._failed: dict[str, str] = {}
 
     def push(self, key: CheckpointKey, version: Path) -> None:
@@ -109,32 +109,32 @@ class Mirror:
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait for the uploads, trying once more what failed; say whether everything is there."""
-        last = self._thread.submit(self._settle_debts)
+        last = self._thread.submit(self._upload_pending)
         wait([last], timeout)
         return last.done() and not self._failed
 
     def describe(self) -> dict[str, Any]:
         """Return the URL, how many uploads wait, and what failed, by place."""
         with self._lock:
-            return {"url": self.url, "waiting": len(self._owed) - len(self._failed), "failed": dict(self._failed)}
+            return {"url": self.url, "waiting": len(self._pending) - len(self._failed), "failed": dict(self._failed)}
 
     def _later(self, below: str, work: Callable[[], None]) -> None:
         with self._lock:
             # Only the newest state of a place is worth uploading.
-            self._owed[below] = work
+            self._pending[below] = work
             self._failed.pop(below, None)
-        self._thread.submit(self._settle_debts)
+        self._thread.submit(self._upload_pending)
 
-    def _settle_debts(self) -> None:
+    def _upload_pending(self) -> None:
         with self._lock:
-            owed = list(self._owed.items())
-        for below, work in owed:
+            pending = list(self._pending.items())
+        for below, work in pending:
             error = _attempt(work)
             with self._lock:
-                if self._owed.get(below) is not work:
+                if self._pending.get(below) is not work:
                     continue
                 if error is None:
-                    del self._owed[below]
+                    del self._pending[below]
                     self._failed.pop(below, None)
                     continue
                 self._failed[below] = f"{type(error).__name__}: {error}"

@@ -134,7 +134,7 @@ class StateDirectory:
         return run_lock.owner(run_directory(self._runs, run_id))
 
     def flush_mirror(self, timeout: float | None = None) -> bool:
-        """Wait until the mirror has everything, so many seconds at most; say whether it has."""
+        """Wait until the mirror has everything, `timeout` seconds at most; return whether it has."""
         return self._mirror is None or self._mirror.flush(timeout)
 
     def describe(self) -> dict[str, Any]:

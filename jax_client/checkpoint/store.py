@@ -223,11 +223,11 @@ class CheckpointStore(StateDirectory):
         try:
             taken = manifest.read(version)
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(taken.created))
-            about = f"from step {taken.step}, saved {when}"
+            state = f"from step {taken.step}, saved {when}"
         except (DamagedError, UnsupportedError) as error:
-            about = f"but cannot be read: {error}"
+            state = f"but cannot be read: {error}"
         raise RequestFailedError(
-            f"{draft.key.in_words} exists already ({about}); pass overwrite=True "
+            f"{draft.key.in_words} exists already ({state}); pass overwrite=True "
             "where the call takes it, or choose another name.",
             category="user",
         )
@@ -350,7 +350,7 @@ class CheckpointStore(StateDirectory):
         return self._reading(key, check)
 
     def exists(self, key: CheckpointKey) -> bool:
-        """Say whether a checkpoint of this name is on this disk."""
+        """Return whether a checkpoint of this name is on this disk."""
         return newest_version(checkpoint_directory(self._runs, key)) is not None
 
     def list(self, run_id: str | None = None) -> Records:
@@ -378,7 +378,7 @@ class CheckpointStore(StateDirectory):
         return [key for run_id in self._run_ids() for key, _ in self._newest_versions(run_id)]
 
     def set_ttl(self, key: CheckpointKey, ttl_seconds: float | None) -> Record:
-        """Let a checkpoint end so many seconds from now, or never. Raises as `delete` does."""
+        """Let a checkpoint end `ttl_seconds` from now, or never (None). Raises as `delete` does."""
         expires = None if ttl_seconds is None else Deadline.after(ttl_seconds, clock.now())
         return self._relabel(key, lambda tag: replace(tag, expires=expires))
 
@@ -426,7 +426,7 @@ class CheckpointStore(StateDirectory):
             self._mirror.delete(key)
 
     def sweep_expired(self) -> None:
-        """Delete the checkpoints whose time has passed for certain (see `clock`) and that nobody is reading."""
+        """Delete the checkpoints whose deadline has passed for certain (see `clock`) and that no process is reading."""
         for record in self.list():
             if record.expires_at is None:
                 continue
@@ -517,8 +517,8 @@ class CheckpointStore(StateDirectory):
                 files.temporary_directory(directory) as temporary,
             ):
                 # Another process may have brought it back while this one waited.
-                if (there := newest_version(directory)) is not None:
-                    return there
+                if (version := newest_version(directory)) is not None:
+                    return version
                 if not self._mirror.fetch(key, temporary):
                     return None
                 manifest.verify(temporary, self._read_manifest(temporary, key))
@@ -559,8 +559,8 @@ class CheckpointStore(StateDirectory):
     def _not_found(self, key: CheckpointKey) -> NotFoundError:
         places = children(run_directory(self._runs, key.run_id) / key.kind)
         names = [path.name for path in places if newest_version(path)]
-        there = f"of this kind it has {', '.join(names)}" if names else "it has none of this kind"
-        return NotFoundError(f"run {key.run_id!r} has no checkpoint {key.checkpoint_id} under {self._runs}; {there}.")
+        others = f"of this kind it has {', '.join(names)}" if names else "it has none of this kind"
+        return NotFoundError(f"run {key.run_id!r} has no checkpoint {key.checkpoint_id} under {self._runs}; {others}.")
 
 
 def _check_export(key: CheckpointKey) -> None:

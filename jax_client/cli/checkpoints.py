@@ -34,14 +34,14 @@ def list_checkpoints(home: Path, run_id: str | None, as_json: bool) -> None:
         known = {run for run, _ in store.runs()} | {record.run_id for record in records}
         run_id = find_run(sorted(known), run_id, home)
         records, where = [record for record in records if record.run_id == run_id], f"of run {run_id} {where}"
-    found = [_about(record) for record in reversed(records)]
+    found = [_as_json(record) for record in reversed(records)]
     if as_json:
         output.print_json(found)
     elif not found:
         click.echo(f"No checkpoints {where}. save_state makes one; --state-dir looks elsewhere.", err=True)
     else:
         headers = ("SAVED", "EXPIRES", "STEP", "SIZE", "BASE MODEL", "PATH")
-        output.print_table(headers, [_row(about) for about in found], right=("STEP", "SIZE"))
+        output.print_table(headers, [_row(entry) for entry in found], right=("STEP", "SIZE"))
 
 
 @checkpoint.command("info")
@@ -50,23 +50,23 @@ def list_checkpoints(home: Path, run_id: str | None, as_json: bool) -> None:
 @reads_state
 def info(home: Path, path: CheckpointKey, as_json: bool) -> None:
     """Show one checkpoint."""
-    about = _about(open_store(home).record(path))
+    entry = _as_json(open_store(home).record(path))
     if as_json:
-        output.print_json([about])
+        output.print_json([entry])
         return
-    covers = [part for part in ("attn", "mlp", "unembed") if about[f"train_{part}"]]
+    covers = [part for part in ("attn", "mlp", "unembed") if entry[f"train_{part}"]]
     fields = {
-        "path": about["path"],
-        "base model": output.shown(about["base_model"]),
-        "rank": output.shown(about["rank"]),
+        "path": entry["path"],
+        "base model": output.shown(entry["base_model"]),
+        "rank": output.shown(entry["rank"]),
         "covers": ", ".join(covers) or "-",
-        "step": output.shown(about["step"]),
-        "optimizer": "with Adam's moments" if about["optimizer"] else "weights only",
-        "size": f"{output.human_size(about['size_bytes'])} ({about['size_bytes']} bytes)",
-        "saved": output.human_time(about["created"]),
-        "expires": output.human_time(about["expires_at"]) if about["expires_at"] else "never",
+        "step": output.shown(entry["step"]),
+        "optimizer": "with Adam's moments" if entry["optimizer"] else "weights only",
+        "size": f"{output.human_size(entry['size_bytes'])} ({entry['size_bytes']} bytes)",
+        "saved": output.human_time(entry["created"]),
+        "expires": output.human_time(entry["expires_at"]) if entry["expires_at"] else "never",
     }
-    fields |= {output.shown(key): output.shown(value) for key, value in (about["user_metadata"] or {}).items()}
+    fields |= {output.shown(key): output.shown(value) for key, value in (entry["user_metadata"] or {}).items()}
     output.print_fields(fields)
 
 
@@ -126,7 +126,7 @@ def delete(home: Path, paths: tuple[CheckpointKey, ...], yes: bool) -> None:
 @click.argument("seconds", metavar="SECONDS|never")
 @reads_state
 def ttl(home: Path, path: CheckpointKey, seconds: str) -> None:
-    """Let a checkpoint expire in so many seconds from now, or never."""
+    """Let a checkpoint expire SECONDS from now, or never."""
     from jax_client.runs import checks
 
     with wrong_usage("SECONDS"):
@@ -201,7 +201,7 @@ def import_(home: Path, directory: Path, base_model: str, name: str) -> None:
     click.echo(path)
 
 
-def _about(record: Record) -> dict[str, Any]:
+def _as_json(record: Record) -> dict[str, Any]:
     """Return a checkpoint as --json shows it."""
     said = record.metadata
     spec = said.get("spec", {})
@@ -225,14 +225,14 @@ def _about(record: Record) -> dict[str, Any]:
     }
 
 
-def _row(about: dict[str, Any]) -> tuple[str, ...]:
+def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     return (
-        output.human_time(about["created"]),
-        output.human_time(about["expires_at"]) if about["expires_at"] else "never",
-        output.shown(about["step"]),
-        output.human_size(about["size_bytes"]),
-        output.shown(about["base_model"]),
-        about["path"],
+        output.human_time(entry["created"]),
+        output.human_time(entry["expires_at"]) if entry["expires_at"] else "never",
+        output.shown(entry["step"]),
+        output.human_size(entry["size_bytes"]),
+        output.shown(entry["base_model"]),
+        entry["path"],
     )
 
 

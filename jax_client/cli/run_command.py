@@ -166,7 +166,7 @@ class _Child:
 
 
 def _in_foreground() -> bool:
-    """Say whether Ctrl-C reaches the program without us, as everything in the terminal's foreground group."""
+    """Return whether Ctrl-C reaches the program without us, as everything in the terminal's foreground group."""
     try:
         terminal = os.open("/dev/tty", os.O_RDONLY)
     except OSError:

@@ -46,7 +46,7 @@ def list_runs(home: Path, limit: int | None, as_json: bool) -> None:
         click.echo(f"No runs under {home}. A training client makes one; --state-dir looks elsewhere.", err=True)
     else:
         headers = ("CREATED", "LAST CHECKPOINT", "STEPS", "CHECKPOINTS", "SIZE", "RANK", "BASE MODEL", "RUN")
-        output.print_table(headers, [_row(about) for about in chosen], right=("STEPS", "CHECKPOINTS", "SIZE", "RANK"))
+        output.print_table(headers, [_row(entry) for entry in chosen], right=("STEPS", "CHECKPOINTS", "SIZE", "RANK"))
         if len(chosen) < len(known):
             click.echo(f"{len(chosen)} of {len(known)} runs are shown.", err=True)
 
@@ -58,38 +58,38 @@ def list_runs(home: Path, limit: int | None, as_json: bool) -> None:
 def info(home: Path, run_id: str, as_json: bool) -> None:
     """Show one run. RUN is its id, or as much of the beginning as no other run shares."""
     store = open_store(home)
-    known = {about["run_id"]: about for about in _runs(store)}
-    about = known[find_run(list(known), run_id, home)]
-    owner = store.owner(about["run_id"])
-    about["owner"] = None if owner is None else {"pid": owner.pid, "host": owner.host}
+    known = {entry["run_id"]: entry for entry in _runs(store)}
+    entry = known[find_run(list(known), run_id, home)]
+    owner = store.owner(entry["run_id"])
+    entry["owner"] = None if owner is None else {"pid": owner.pid, "host": owner.host}
     if as_json:
-        output.print_json([about])
+        output.print_json([entry])
         return
     fields = {
-        "run": about["run_id"],
-        "base model": output.shown(about["base_model"]),
-        "rank": output.shown(about["rank"]),
-        "created": output.human_time(about["created"]),
-        "steps": output.shown(about["steps"]),
-        "checkpoints": f"{about['checkpoints']}, {output.human_size(about['size_bytes'])}",
-        "last checkpoint": output.shown(about["last_checkpoint"]),
-        "saved": output.human_time(about["last_saved"]),
+        "run": entry["run_id"],
+        "base model": output.shown(entry["base_model"]),
+        "rank": output.shown(entry["rank"]),
+        "created": output.human_time(entry["created"]),
+        "steps": output.shown(entry["steps"]),
+        "checkpoints": f"{entry['checkpoints']}, {output.human_size(entry['size_bytes'])}",
+        "last checkpoint": output.shown(entry["last_checkpoint"]),
+        "saved": output.human_time(entry["last_saved"]),
         "open in": "no process" if owner is None else f"process {owner.pid} on {output.shown(owner.host)}",
     }
-    fields |= {output.shown(key): output.shown(value) for key, value in (about["user_metadata"] or {}).items()}
+    fields |= {output.shown(key): output.shown(value) for key, value in (entry["user_metadata"] or {}).items()}
     output.print_fields(fields)
 
 
-def _row(about: dict[str, Any]) -> tuple[str, ...]:
+def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     return (
-        output.human_time(about["created"]),
-        output.human_time(about["last_saved"]),
-        str(about["steps"]),
-        str(about["checkpoints"]),
-        output.human_size(about["size_bytes"]),
-        output.shown(about["rank"]),
-        output.shown(about["base_model"]),
-        about["run_id"],
+        output.human_time(entry["created"]),
+        output.human_time(entry["last_saved"]),
+        str(entry["steps"]),
+        str(entry["checkpoints"]),
+        output.human_size(entry["size_bytes"]),
+        output.shown(entry["rank"]),
+        output.shown(entry["base_model"]),
+        entry["run_id"],
     )
 
 
@@ -101,14 +101,14 @@ def _runs(store: CheckpointStore) -> list[dict[str, Any]]:
         saved.setdefault(record.run_id, []).append(record)
     known = [(run_id, kept.get(run_id, {}), saved.get(run_id, [])) for run_id in {*kept, *saved}]
     known.sort(key=lambda run: (_created(run[1], run[2]), run[0]), reverse=True)
-    return [_about(*run) for run in known]
+    return [_as_json(*run) for run in known]
 
 
 def _created(kept: dict[str, Any], records: list[Record]) -> float:
     return kept.get("created") or min((record.created for record in records), default=0.0)
 
 
-def _about(run_id: str, kept: dict[str, Any], records: list[Record]) -> dict[str, Any]:
+def _as_json(run_id: str, kept: dict[str, Any], records: list[Record]) -> dict[str, Any]:
     """Return a run as --json shows it; `records` are in the order of saving."""
     last = records[-1] if records else None
     said = kept or (last.metadata if last else {})

@@ -62,7 +62,7 @@ def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterato
     Args:
         settings: of the server.
         advice: what to do when another process has the directory.
-        remembers: whether its clients may go on with the next server on this directory.
+        remembers: whether its clients may continue with the next server on this directory.
 
     Raises:
         click.ClickException: another process has it.
@@ -124,7 +124,7 @@ def uvicorn_server(app: Any) -> Any:
 
 
 def save(server: Server, *, hurried: bool) -> None:
-    """End every session: what was trained and nobody saved is saved, and the line to go on from it is printed.
+    """End every session: unsaved steps are saved, and the line that resumes from them is printed.
 
     Args:
         server: that answers no more.
@@ -142,14 +142,14 @@ def _load(server: Server, name: str, settings: ServerSettings) -> None:
     start, meant = time.monotonic(), server.model_name(name)
     loading = server.own.base_model(meant)
 
-    def about() -> str:
+    def progress_text() -> str:
         progress = base_models.loading(meant, settings.engine)
         if progress is None:
             return f"loading {name}"
         _, _, bytes_ = str(progress).partition(" ")
         return f"{progress.stage} {name} {bytes_}".rstrip()
 
-    engine = stages.wait(loading, about).model.engine
+    engine = stages.wait(loading, progress_text).model.engine
     found = engine.describe()
     device, weights = found["device"], found["memory_bytes"]["weights"] / 1e9
     stages.say(

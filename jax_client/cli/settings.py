@@ -230,7 +230,7 @@ def read_settings(ctx: click.Context) -> ServerSettings:
     Raises:
         click.UsageError: a value is outside its range, or an alias is given twice.
     """
-    _warn_of_strange_variables()
+    _warn_unknown_variables()
     said = ctx.params
     chosen = {name: said[name] for name in _DEFAULTS if name in said}
     chosen["state_dir"] = _state_dir(ctx)[0]
@@ -255,7 +255,7 @@ def read_settings(ctx: click.Context) -> ServerSettings:
     )
 
 
-def _warn_of_strange_variables() -> None:
+def _warn_unknown_variables() -> None:
     known = [str(option.envvar) for option in (*PUBLIC, *SHARED, *_CONTROL) if option.envvar] + [PREFIX + "STATE_DIR"]
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:

@@ -21,15 +21,15 @@ def say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def wait(future: Future[T], about: Callable[[], str]) -> T:
-    """Return what a future gives, and show until then what `about` says.
+def wait(future: Future[T], text: Callable[[], str]) -> T:
+    """Return what a future gives, and show until then the text that `text() -> str` gives.
 
     What it says is shown live on a terminal. Elsewhere its first word and each change of that is a line, and so is
     what it says every 15 seconds.
     """
     with _shown() as show:
         while not future.done():
-            show(about())
+            show(text())
             wait_for([future], LIVE_SECONDS)
     return future.result()
 

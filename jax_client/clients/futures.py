@@ -48,7 +48,7 @@ class LocalFuture(tinker.APIFuture[T]):
             timeout: seconds; None waits as long as it takes.
 
         Raises:
-            TimeoutError: no answer in time; the request goes on.
+            TimeoutError: no answer in time; the request continues.
             RuntimeError: called in a done callback, where waiting for another request would never end.
         """
         if not self._future.done() and on_answer_thread():

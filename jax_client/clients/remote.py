@@ -50,7 +50,7 @@ class OwnerTransport(httpx.AsyncBaseTransport):
         self._http = httpx.AsyncHTTPTransport(uds=handle.socket, limits=limits)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request, or answer that there is nobody to send it to."""
+        """Send a request, or answer that the process to send it to has ended."""
         if self._is_ours():
             try:
                 return await self._http.handle_async_request(request)

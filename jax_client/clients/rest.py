@@ -130,7 +130,7 @@ class RestClient:
         def runs() -> types.TrainingRunsResponse:
             known = [item for item in self._runs() if project_id in (None, item[1].get("project_id"))]
             store = self._session.store
-            page = [api_records.training_run(run, about, store.list(run)) for run, about in known[offset:][:limit]]
+            page = [api_records.training_run(run, fields, store.list(run)) for run, fields in known[offset:][:limit]]
             return types.TrainingRunsResponse(training_runs=page, cursor=_cursor(limit, offset, len(known)))
 
         return _future(runs)
@@ -188,7 +188,7 @@ class RestClient:
         return await self.delete_checkpoint_from_tinker_path(tinker_path)
 
     def publish_checkpoint_from_tinker_path(self, tinker_path: str) -> tinker.APIFuture[None]:
-        """Mark a checkpoint as public: a note for whoever lists it, since all who see the disk can load from it."""
+        """Mark a checkpoint as public: a note in listings, since read access to the disk is enough to load it."""
         return self._set_public(tinker_path, True)
 
     async def publish_checkpoint_from_tinker_path_async(self, tinker_path: str) -> None:
@@ -204,7 +204,7 @@ class RestClient:
         return await self.unpublish_checkpoint_from_tinker_path(tinker_path)
 
     def set_checkpoint_ttl_from_tinker_path(self, tinker_path: str, ttl_seconds: int | None) -> tinker.APIFuture[None]:
-        """Let a checkpoint end so many seconds from now; None keeps it for ever.
+        """Let a checkpoint end `ttl_seconds` from now; None keeps it for ever.
 
         Args:
             tinker_path: of any kind.
@@ -252,7 +252,7 @@ class RestClient:
         ttl_seconds: int | None = None,
         weights_access_token: str | None = None,
     ) -> tinker.APIFuture[str]:
-        """Copy a checkpoint into a project, as the only one of a new run that nobody trains; no bytes are copied.
+        """Copy a checkpoint into a project, as the only one of a new run that has no client; no bytes are copied.
 
         Args:
             path: of any kind.
@@ -289,14 +289,14 @@ class RestClient:
         """Put every run of a session, and those that it will make, into a project."""
 
         def assign() -> None:
-            runs = [(run, about) for run, about in self._runs() if about["session_id"] == session_id]
+            runs = [(run, fields) for run, fields in self._runs() if fields["session_id"] == session_id]
             live = self._live().get(session_id)
             if live is None and not runs:
                 raise _no_session(session_id)
             if live is not None:
                 live.info = replace(live.info, project_id=project_id)
-            for run, about in runs:
-                self._session.store.put_run(run, {**about, "project_id": project_id})
+            for run, fields in runs:
+                self._session.store.put_run(run, {**fields, "project_id": project_id})
 
         return _future(assign)
 
@@ -308,16 +308,16 @@ class RestClient:
         """Give a session's runs, and its samplers if it lives in this process."""
 
         def session() -> types.GetSessionResponse:
-            runs = [(run, about) for run, about in self._runs() if about["session_id"] == session_id]
+            runs = [(run, fields) for run, fields in self._runs() if fields["session_id"] == session_id]
             live = self._live().get(session_id)
             if live is None and not runs:
                 raise _no_session(session_id)
-            about = runs[0][1] if runs else {}
+            fields = runs[0][1] if runs else {}
             return types.GetSessionResponse(
                 training_run_ids=[run for run, _ in runs],
                 sampler_ids=list(live.samplers) if live else [],
-                user_metadata=dict(live.info.user_metadata or {}) if live else about.get("session_metadata"),
-                display_name=live.info.display_name if live else about.get("display_name"),
+                user_metadata=dict(live.info.user_metadata or {}) if live else fields.get("session_metadata"),
+                display_name=live.info.display_name if live else fields.get("display_name"),
             )
 
         return _future(session)
@@ -334,7 +334,7 @@ class RestClient:
 
         def sessions() -> types.ListSessionsResponse:
             live = [key for key, session in self._live().items() if session.samplers]
-            known = dict.fromkeys([*live, *(about["session_id"] for _, about in self._runs())])
+            known = dict.fromkeys([*live, *(fields["session_id"] for _, fields in self._runs())])
             return types.ListSessionsResponse(sessions=list(known)[offset:][:limit])
 
         return _future(sessions)

@@ -152,9 +152,9 @@ class ServiceClient:
         self._session.check_open()
         spec = checks.lora_spec(base_model, rank, seed, train_mlp, train_attn, train_unembed)
         checks.refuse_optimizer(optimizer)
-        about = checks.user_metadata_or_none(user_metadata)
+        metadata = checks.user_metadata_or_none(user_metadata)
         session, run_id = self._session, self._session.new_id("train")
-        creating = background(lambda: create_run(session, run_id, base_model, spec, about), "create")
+        creating = background(lambda: create_run(session, run_id, base_model, spec, metadata), "create")
         return BackcompatTrainingClientFuture(session.track(creating), TrainingClient)
 
     async def create_lora_training_client_async(
@@ -214,7 +214,7 @@ class ServiceClient:
         user_metadata: dict[str, str] | None = None,
         weights_access_token: str | None = None,
     ) -> BackcompatTrainingClientFuture:
-        """Make a new run that goes on exactly where `save_state` was called, optimizer included.
+        """Make a new run that continues exactly where `save_state` was called, optimizer included.
 
         Arguments as `create_training_client_from_state`.
         """
@@ -238,12 +238,12 @@ class ServiceClient:
     ) -> BackcompatTrainingClientFuture:
         self._session.check_open()
         note_access_token(token)
-        saved, about = training_path(path, method), checks.user_metadata_or_none(user_metadata)
+        saved, metadata = training_path(path, method), checks.user_metadata_or_none(user_metadata)
         if base_model is not None and not (isinstance(base_model, str) and base_model.strip()):
             raise BadRequestError(f"base_model is {base_model!r}; give a name, or None for the checkpoint's own.")
         session, run_id = self._session, self._session.new_id("train")
         creating = background(
-            lambda: resume_run(session, run_id, saved, base_model, about, optimizer=optimizer), "resume"
+            lambda: resume_run(session, run_id, saved, base_model, metadata, optimizer=optimizer), "resume"
         )
         return BackcompatTrainingClientFuture(session.track(creating), TrainingClient)
 
@@ -376,7 +376,7 @@ class ServiceClient:
 
         Args:
             status: "success", "errored" or "interrupted".
-            detail: shown to whoever uses the session later.
+            detail: shown where the session is used later.
         """
         if status not in ("success", "errored", "interrupted"):
             raise BadRequestError(f"status is {status!r}; choose 'success', 'errored' or 'interrupted'.")

@@ -344,6 +344,6 @@ register_as_sdk_class(tinker.BackcompatTrainingClientFuture, BackcompatTrainingC
 
 
 def note_access_token(weights_access_token: str | None) -> None:
-    """Say that a token was not used."""
+    """Warn that a token is not used."""
     if weights_access_token is not None:
         logger.warning("weights_access_token is not used: checkpoints of this machine need none.")

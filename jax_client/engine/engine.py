@@ -93,11 +93,12 @@ class Engine:
         self.attention = choose_attention(self.mesh, self.model, self.dtype)
         shared = self.params, self.model, self.dtype, self.mesh, self.attention, self._log
         self.sampler = SamplingLoop(*shared, settings.memory_fraction)
-        at_once = memory.choose_at_once(self.mesh)
+        concurrent = memory.choose_concurrency(self.mesh)
         self.trainer = Trainer(
             *shared,
-            max_tokens=settings.max_tokens_per_micro_batch or at_once * memory.choose_micro_batch_tokens(device, ways),
-            at_once=at_once,
+            max_tokens=settings.max_tokens_per_micro_batch
+            or concurrent * memory.choose_micro_batch_tokens(device, ways),
+            concurrent=concurrent,
             remat=settings.remat,
             memory_fraction=settings.memory_fraction,
             make_room=self.sampler.release_cache,
@@ -208,7 +209,7 @@ class Engine:
     def hold_state(self, lane: Lane, adapter: Adapter, optimizer: bool) -> Future[Held]:
         """Return the adapter as of this place in its lane, with Adam's moments if asked, to be fetched to the host.
 
-        The lane goes on at once. A lane of its own reads between two turns of the device, whatever else is queued.
+        The lane continues at once. A lane of its own reads between two turns of the device, whatever else is queued.
         """
 
         def task() -> Task[Held]:
@@ -289,7 +290,7 @@ class Engine:
             "attention": self.attention.name,
             "remat": self.trainer.remat(limits.tokens_at_once),
             "max_tokens_per_micro_batch": limits.tokens_at_once * limits.ways,
-            "micro_batches_at_once": limits.at_once,
+            "micro_batches_at_once": limits.concurrent,
             "max_context": self.max_context,
             "memory_bytes": usage["memory_bytes"],
             "sampling": usage["sampling"],
@@ -325,7 +326,7 @@ class Engine:
         return [asdict(record) for record in self._log[since:]]
 
     def health(self) -> dict[str, Any]:
-        """Say whether the engine does what it was asked: idle, busy, compiling, stuck, dead or closed. Never waits.
+        """Return how the engine does: idle, busy, compiling, stuck, dead or closed. Never waits.
 
         Returns:
             state; waiting: requests that have not finished; stalled_seconds: since anything moved; compiling: what is

@@ -177,8 +177,8 @@ class _Reader:
         elif op in ("call_function", "call_method"):
             self._call(name, target, op, args, kwargs)
         elif op in ("call_module", "get_attr"):
-            what = "calls a module" if op == "call_module" else "reads a tensor or module from outside"
-            raise _Refused(f"{what} ({_short(target)}); a loss on the server has only functions and its inputs")
+            action = "calls a module" if op == "call_module" else "reads a tensor or module from outside"
+            raise _Refused(f"{action} ({_short(target)}); a loss on the server has only functions and its inputs")
         else:
             raise _Refused(f"is of kind {_short(op)}, which is not known")
 
@@ -188,8 +188,8 @@ class _Reader:
         key = f".{target}" if op == "call_method" else target
         operation = None if op == "call_function" and target.startswith(".") else OPERATIONS.get(key)
         if operation is None:
-            what = "method" if op == "call_method" else "function"
-            raise _Refused(f"calls the {what} {_short(target)}, which is not among those that run on the server")
+            noun = "method" if op == "call_method" else "function"
+            raise _Refused(f"calls the {noun} {_short(target)}, which is not among those that run on the server")
         decoder = _Decoder(self._depends)
         decoded = tuple(decoder.value(arg, 0) for arg in args)
         named = {_argument(key): decoder.value(arg, 0) for key, arg in kwargs.items()}
@@ -229,10 +229,10 @@ class _Reader:
             metrics={key: self._result(value, f"metric {key}") for key, value in metrics.items()},
         )
 
-    def _result(self, value: Any, what: str) -> str:
+    def _result(self, value: Any, result: str) -> str:
         found = _Decoder(self._depends).value(value, 0)
         if not isinstance(found, Ref):
-            raise _Refused(f"returns {what} as {_short(value)}; it must be a tensor")
+            raise _Refused(f"returns {result} as {_short(value)}; it must be a tensor")
         return found.name
 
 

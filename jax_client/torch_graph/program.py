@@ -21,8 +21,8 @@ import numpy as np
 
 from jax_client.torch_graph.graph import Graph
 
-# Programs kept per loss. One that is needed again after so many others is compiled again.
-KEPT = 512
+# Programs kept per loss. One that is needed again after this number of others is compiled again.
+MOST_PROGRAMS = 512
 WORKERS = 8
 # These programs run once or a few times: time spent on making them faster is lost.
 _CPU_OPTIONS = {"xla_backend_optimization_level": 0}
@@ -98,7 +98,7 @@ class GraphProgram:
     def _keep(self, table: OrderedDict[Shapes, Any], shapes: Shapes, value: Any) -> None:
         with self._lock:
             table[shapes] = value
-            while len(table) > KEPT:
+            while len(table) > MOST_PROGRAMS:
                 table.popitem(last=False)
 
 

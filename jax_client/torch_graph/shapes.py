@@ -333,7 +333,7 @@ def split(tensor: Any, split_size: Any, dim: Any = 0) -> tuple[jax.Array, ...]:
 
 @OPERATIONS.add("torch.chunk", ".chunk")
 def chunk(input: Any, chunks: Any, dim: Any = 0) -> tuple[jax.Array, ...]:
-    """Cut into so many pieces, the last perhaps smaller."""
+    """Cut into `chunks` pieces, the last perhaps smaller."""
     x = tensor(input)
     if integer(chunks) < 1:
         raise ValueError(f"chunks is {chunks}; give 1 or more")

@@ -10,7 +10,7 @@ reaches it by a function that is not public, so what that function wants is writ
 - bfloat16 or float16; H a multiple of 8, up to 256; Hopper or later: else NotImplementedError, while it is traced. No
   cuDNN: RuntimeError. Unchecked: cuDNN 9.6 or later, and offsets count elements in int32, so a device's B x T x N x H
   stays below 2**31.
-- what lies outside every segment comes back as memory that nobody has written, in the output and in the cotangents.
+- what lies outside every segment comes back as memory that was never written, in the output and in the cotangents.
 - its softmax statistics are (B x M, N, T) float32, M times what they hold: keep M near the segments that a row has.
 - it takes lengths and offsets of all rows to be split over devices as the queries are, and cannot see to it: on several
   devices call it under `jax.shard_map`.

@@ -3,7 +3,7 @@
 One layer's pool is (P, K, S, H): P pages, each with the keys (or values) of S successive tokens of one row. A row's
 pages stand in a table in the order of its tokens. The queries of all rows visit their tables in blocks of `BLOCK`
 pages with an online softmax, as far as the longest row reaches: the work follows the live context and not the capacity,
-and a row's sums are the same whoever its batch mates are.
+and a row's sums do not depend on its batch mates.
 """
 
 from __future__ import annotations

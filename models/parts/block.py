@@ -1,8 +1,8 @@
 """What does one decoder layer compute, and what is its backward pass?
 
-Written by hand, because that decides what is kept: only the inputs of the matmuls and of the attention, in the matmul
-type; norms and the gated activation are recomputed from them, and more where memory is short (`KEPT`). Frozen weights
-get no gradient. The tests compare it with `jax.vjp` of the forward pass.
+The backward pass is written by hand, because that decides what is kept: only the inputs of the matmuls and of the
+attention, in the matmul type. Norms and the gated activation are recomputed from them, and more where memory is short
+(`SAVED_FOR_BACKWARD`). Frozen weights get no gradient. The tests compare it with `jax.vjp` of the forward pass.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Saved = dict[str, Any]
 Remat = Literal["none", "selective", "full"]
 # What of a layer's forward pass is kept for its backward pass; "selective" recomputes the wide half of the layer only.
 _SELECTIVE = ("x", "q", "k", "v", "o", "x2", "u_qkv", "u_o", "attention")
-KEPT: dict[Remat, tuple[str, ...]] = {
+SAVED_FOR_BACKWARD: dict[Remat, tuple[str, ...]] = {
     "none": (*_SELECTIVE, "gate", "up", "u_gate_up", "u_down"),
     "selective": _SELECTIVE,
     "full": ("x",),
@@ -100,7 +100,8 @@ def layer_forward(
         attend: the attention to use: over the row (training, prefill) or over a cache (decoding).
 
     Returns:
-        The new residual stream, everything that `layer_backward` reads (see `KEPT`), and what `attend` gave to keep.
+        The new residual stream, everything that `layer_backward` reads (see `SAVED_FOR_BACKWARD`), and what `attend`
+        gave to keep.
     """
     rows, D, w_DKJH = x_BTD.shape[:2], c.config.d_model, w["qkv_LDKJH"]
     x_MD = x_BTD.reshape(-1, D)
@@ -147,8 +148,8 @@ def layer_backward(
     """Return the cotangent of the layer's input and the gradients of its adapters, for the cotangent of its output.
 
     Args:
-        kept: of what `layer_forward` saved, and under "attention" of what the attention did, any set of `KEPT`; the
-            rest is recomputed.
+        kept: of what `layer_forward` saved, and under "attention" of what the attention did, any set of
+            `SAVED_FOR_BACKWARD`; the rest is recomputed.
     """
     D, eps = c.config.d_model, c.config.norm_eps
     saved = _recompute(kept, segments_BT, w, lora, c)

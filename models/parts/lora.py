@@ -114,16 +114,16 @@ def linear_backward(
     if pair is None or u_Mn is None:
         return dx_MI, None
     a_nI, bs_RO = pair
-    us_RM = jnp.split(_turned(u_Mn), len(bs_RO))
+    us_RM = jnp.split(_transposed(u_Mn), len(bs_RO))
     dbs_RO = [contract("RM,MO->RO", u, dy, dtype) for u, dy in zip(us_RM, dys_MO, strict=True)]
     dus_MR = [contract("MO,RO->MR", dy, b, dtype) for dy, b in zip(dys_MO, bs_RO, strict=True)]
     du_Mn = jnp.concatenate(dus_MR, axis=1) * scale
-    da_nI = contract("nM,MI->nI", _turned(du_Mn), x_MI, dtype)
+    da_nI = contract("nM,MI->nI", _transposed(du_Mn), x_MI, dtype)
     return dx_MI + contract("Mn,nI->MI", du_Mn, a_nI, dtype), (da_nI, dbs_RO)
 
 
-def _turned(u_Mn: jax.Array) -> jax.Array:
-    """Return the transpose, really carried out.
+def _transposed(u_Mn: jax.Array) -> jax.Array:
+    """Return a materialised transpose.
 
     XLA would fold it into the matmul that follows, which then contracts the left operand's first axis: on a CPU that
     is two to three times slower in bfloat16. Not on a mesh: XLA does not split what has a layout constraint, and each

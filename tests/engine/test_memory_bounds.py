@@ -106,7 +106,7 @@ def compile_step(
 
     params = jax.tree.map(stored, param_specs(c, dtype), is_leaf=lambda p: isinstance(p, ParamSpec))
     attention = choose_attention(mesh, c, dtype)
-    settings: dict[str, Any] = {"max_tokens": tokens, "at_once": 1, "remat": remat, "memory_fraction": 0.9}
+    settings: dict[str, Any] = {"max_tokens": tokens, "concurrent": 1, "remat": remat, "memory_fraction": 0.9}
     trainer = Trainer(params, c, dtype, mesh, attention, [], **settings, make_room=bool)
     trainer.programs.optim_step.prepare = lambda *args, **options: None  # not looked at, and slow to compile
     plan = Plan(rows=1, length=tokens, slots=())

@@ -24,7 +24,7 @@ LIMITS = st.sampled_from(
         Limits(ways=1, tokens=16384, row_length=4096, segments=3),
         Limits(ways=2, tokens=8192, row_length=2048),
         Limits(ways=1, tokens=100),
-        Limits(ways=1, tokens=2048, at_once=2),
+        Limits(ways=1, tokens=2048, concurrent=2),
     ]
 )
 
@@ -37,7 +37,7 @@ def test_every_sequence_lies_once_and_apart(lengths: list[int], limits: Limits) 
     rounds = packing.side_by_side(plans, limits)
     assert sorted(map(id, plans)) == sorted(id(plan) for together in rounds for plan in together)
     for together in rounds:
-        assert len(together) <= limits.at_once
+        assert len(together) <= limits.concurrent
         assert len(together) == 1 or all(p.rows * p.length <= limits.ways * limits.tokens for p in together)
     for plan in plans:
         taken = np.zeros((plan.rows, plan.length), int)
@@ -86,17 +86,17 @@ def test_ladder() -> None:
     assert [packing.row_length(n) for n in (1, 257, 2049, 8192, 8193, 17000)] == [256, 512, 3072, 8192, 16384, 24576]
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("concurrent", [1, 2])
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize(("count", "most"), [(16, 0.15), (256, 0.1)])
-def test_little_padding_on_ragged_batches(count: int, most: float, seed: int, at_once: int) -> None:
+def test_little_padding_on_ragged_batches(count: int, most: float, seed: int, concurrent: int) -> None:
     lengths = [int(n) for n in np.random.default_rng(seed).integers(32, 513, count)]
-    assert padding_waste(plan_call(lengths, Limits(ways=1, tokens=2048, at_once=at_once))) < most
+    assert padding_waste(plan_call(lengths, Limits(ways=1, tokens=2048, concurrent=concurrent))) < most
 
 
 def test_a_call_is_shared_out_to_what_runs_at_once() -> None:
     """Two halves rather than a whole, without a round for which little is left."""
-    limits = Limits(ways=1, tokens=2048, at_once=2)
+    limits = Limits(ways=1, tokens=2048, concurrent=2)
     for lengths, rounds in (([256] * 8, [[1024, 1024]]), ([1024] * 4, [[2048, 2048]]), ([300], [[512]])):
         plans = packing.side_by_side(plan_call(lengths, limits), limits)
         assert [[plan.length for plan in together] for together in plans] == rounds
@@ -104,7 +104,7 @@ def test_a_call_is_shared_out_to_what_runs_at_once() -> None:
 
 def test_the_last_round_follows_without_waiting() -> None:
     """Its largest micro-batch goes after the one whose attention is over first."""
-    limits = Limits(ways=1, tokens=2048, at_once=2)
+    limits = Limits(ways=1, tokens=2048, concurrent=2)
 
     def chains(lengths: list[int]) -> list[list[list[list[int]]]]:
         sequences = [TrainExample(tokens_T=np.zeros(n, np.int32), targets=np.zeros(n, np.int32)) for n in lengths]
@@ -136,7 +136,7 @@ def test_little_padding_on_a_long_tailed_batch(seed: int, tokens: int) -> None:
     "limits",
     [
         Limits(ways=1, tokens=2048),
-        Limits(ways=1, tokens=2048, at_once=2),
+        Limits(ways=1, tokens=2048, concurrent=2),
         Limits(ways=8, tokens=2048, row_length=2048),
         Limits(ways=1, tokens=16384, row_length=4096),
         Limits(ways=4, tokens=8192, row_length=2048),

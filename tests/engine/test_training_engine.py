@@ -88,7 +88,7 @@ def test_what_a_datum_lacks_comes_from_the_settings(engine: Engine) -> None:
 def test_warmup_leaves_nothing_to_compile(engine: Engine) -> None:
     spec = LoraSpec(rank=3, seed=0)
     warmed = engine.warmup(spec, [300, 200], 1).result()
-    add = {"add"} if engine.trainer.limits.at_once > 1 else set()
+    add = {"add"} if engine.trainer.limits.concurrent > 1 else set()
     assert {record["program"] for record in warmed} == {"forward", "backward", "optim_step"} | add
     before = len(engine.describe()["compiled"])
     lane = engine.open_lane()
@@ -125,16 +125,16 @@ def exhausted(*_: Any, **__: Any) -> Any:
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("concurrent", [1, 2])
 def test_out_of_memory_halves_the_micro_batch_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, concurrent: int
 ) -> None:
     """The call succeeds, adds its gradient once, and the smaller ceiling stays."""
-    monkeypatch.setattr(memory, "choose_at_once", lambda mesh: at_once)
+    monkeypatch.setattr(memory, "choose_concurrency", lambda mesh: concurrent)
     engine = open_engine(tmp_path / "m", CONFIG)
     lane = engine.open_lane()
     adapter, twin = (engine.create_adapter(lane, SPEC).result() for _ in range(2))
-    batch = data(8 * at_once, 120)
+    batch = data(8 * concurrent, 120)
     engine.forward_backward(lane, adapter, batch, CROSS_ENTROPY).result()
     engine.forward_backward(lane, twin, batch, CROSS_ENTROPY).result()
     expected = engine.forward_backward(lane, twin, batch, CROSS_ENTROPY).result()
@@ -149,7 +149,7 @@ def test_out_of_memory_halves_the_micro_batch_once(
         np.testing.assert_allclose(got, want, atol=1e-5)
     for name, array in gradients(adapter).items():
         np.testing.assert_allclose(array, gradients(twin)[name], rtol=1e-4, atol=1e-4)
-    assert engine.describe()["max_tokens_per_micro_batch"] == 512 * at_once
+    assert engine.describe()["max_tokens_per_micro_batch"] == 512 * concurrent
 
     before = gradients(adapter)
     monkeypatch.setattr(engine.trainer.programs, "forward", exhausted)
@@ -162,10 +162,10 @@ def test_out_of_memory_halves_the_micro_batch_once(
 
 def test_two_micro_batches_at_once_are_two_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, results = data(12, 200), []
-    for at_once, tokens in ((1, 512), (2, 1024)):
-        monkeypatch.setattr(memory, "choose_at_once", lambda mesh, at_once=at_once: at_once)
+    for concurrent, tokens in ((1, 512), (2, 1024)):
+        monkeypatch.setattr(memory, "choose_concurrency", lambda mesh, concurrent=concurrent: concurrent)
         engine = open_engine(tmp_path / "m", CONFIG, max_tokens_per_micro_batch=tokens)
-        assert engine.describe()["micro_batches_at_once"] == at_once
+        assert engine.describe()["micro_batches_at_once"] == concurrent
         lane = engine.open_lane()
         built_in, twin, custom = (engine.create_adapter(lane, SPEC).result() for _ in range(3))
         for adapter in (built_in, twin):

@@ -278,7 +278,7 @@ def test_whole_losses_equal_torchs(seed: int) -> None:
 
 
 def test_one_program_per_shape_and_no_more_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_client.torch_graph.program.KEPT", 2)
+    monkeypatch.setattr("jax_client.torch_graph.program.MOST_PROGRAMS", 2)
     program = GraphProgram(read_graph(*wire(lambda logprobs: (logprobs.sum() ** 2, {}), {"p": 1}), "loss"))
     batch = [numbers(i, (length,)) for i, length in enumerate((3, 5, 3, 4))]
     for _ in range(2):

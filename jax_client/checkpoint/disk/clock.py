@@ -1,8 +1,9 @@
 """How long is something kept when clocks jump and machines restart?
 
-The wall clock jumps: set by hand, by a time server, or wrong until one answers after a start. The clock since the boot
-does not, and it goes on while a laptop sleeps, but it says nothing across boots. So a lifetime is told by the clock
-since the boot while the machine runs, and afterwards by the wall clock, which must then insist for an hour.
+A lifetime is measured by the clock since the boot while the machine runs, and after a reboot by the wall clock, once it
+has been past the deadline for an hour. The wall clock jumps: it is set by hand, by a time server, or wrong until one
+answers after a start. The clock since the boot does not jump, and runs while a laptop sleeps, but starts anew with each
+boot.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float, moment: Moment) -> Deadline:
-        """Return the deadline so many seconds from `moment`."""
+        """Return the deadline `seconds` after `moment`."""
         return cls(wall=moment.wall + seconds, boot_id=moment.boot_id, since_boot=moment.since_boot + seconds)
 
     @classmethod
@@ -72,7 +73,7 @@ class Deadline:
         return None if fields is None else cls(**fields)
 
     def passed(self, moment: Moment) -> bool:
-        """Say whether the end has come for certain."""
+        """Return whether the deadline has passed for certain."""
         if self.boot_id and self.boot_id == moment.boot_id:
             return moment.since_boot >= self.since_boot
         insisted = self._doubted(moment) and moment.since_boot - self.doubted_since >= GRACE_SECONDS

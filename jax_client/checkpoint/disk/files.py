@@ -24,7 +24,7 @@ NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "l
 
 
 def make_directories(path: Path, root: Path) -> None:
-    """Make a directory and its parents, for this user only; they are durable, whoever made them.
+    """Make a directory and its parents, for this user only, and make those durable that were there already.
 
     A directory that is there may have been made by a process that was killed before it waited for the disk.
 
@@ -130,7 +130,7 @@ def locked(directory: Path, *, wait: bool = True) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Tell `is_read` of other processes that a file is in use. Waits for nobody; where it cannot tell, it does not."""
+    """Mark a file as in use, for `is_read` in other processes. Never waits; without locks it marks nothing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -141,7 +141,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def is_read(path: Path) -> bool:
-    """Say whether anybody is `reading` a file."""
+    """Return whether a process is `reading` a file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return not lock(descriptor, path, wait=False)

@@ -46,7 +46,7 @@ class EarlyHashes:
         self._thread.join()
 
     def of(self, path: Path) -> tuple[int, str]:
-        """Return size and sha256 of a file that nobody writes any more."""
+        """Return size and sha256 of a file that is complete."""
         found = os.stat(path)
         size, changed, digest = self._known.get(found.st_ino, (-1, -1, ""))
         if (size, changed) == (found.st_size, found.st_mtime_ns):

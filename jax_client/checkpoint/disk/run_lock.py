@@ -34,7 +34,7 @@ class RunLock:
         self._process = os.getpid()
 
     def release(self) -> None:
-        """Let other processes open the run; releasing again does nothing. A fork only lets go of its parent's claim."""
+        """Let other processes open the run; a second call does nothing. A fork closes only its own descriptor."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             (files.unlock if os.getpid() == self._process else os.close)(descriptor)
@@ -56,12 +56,12 @@ def claim(directory: Path) -> RunLock:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while not files.lock(descriptor, directory, wait=False):
             if time.monotonic() > deadline:
-                there = _read(descriptor)
-                raise RunLockedError(f"process {there.pid} on {there.host}" if there else "another process")
+                holder = _read(descriptor)
+                raise RunLockedError(f"process {holder.pid} on {holder.host}" if holder else "another process")
             time.sleep(0.01)
         os.ftruncate(descriptor, 0)
-        about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-        os.pwrite(descriptor, json.dumps(about).encode(), 0)
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
     except BaseException:
         files.unlock(descriptor)
         raise
@@ -69,7 +69,7 @@ def claim(directory: Path) -> RunLock:
 
 
 def owner(directory: Path) -> Owner | None:
-    """Return who has taken a directory, None for nobody."""
+    """Return the process that has locked a directory, None if it is not locked."""
     try:
         descriptor = os.open(directory / FILE_NAME, os.O_RDWR)
     except OSError:

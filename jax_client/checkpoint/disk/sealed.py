@@ -17,17 +17,17 @@ class DamagedError(Exception):
     """A file of a checkpoint is missing or not as it was written; the message names it. Never leaves the store."""
 
 
-def seal(content: Mapping[str, Any], what: str) -> bytes:
+def seal(content: Mapping[str, Any], subject: str) -> bytes:
     """Return `content`, which is not empty, as JSON that ends with its own hash.
 
     Raises:
-        BadRequestError: it holds something that JSON cannot; `what` names it.
+        BadRequestError: it holds something that JSON cannot; `subject` names it.
     """
     try:
         text = json.dumps(content, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise BadRequestError(
-            f"{what} cannot be written as JSON ({error}); keep text, finite numbers, lists, dicts."
+            f"{subject} cannot be written as JSON ({error}); keep text, finite numbers, lists, dicts."
         ) from error
     head = text.removesuffix("\n}").encode() + _KEY
     return head + hashlib.sha256(head).hexdigest().encode() + _END

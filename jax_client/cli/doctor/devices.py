@@ -36,9 +36,9 @@ class Holder:
 
 def accelerator_files() -> dict[str, list[str]]:
     """Return the device files of accelerators, under "tpu" and "nvidia"."""
-    there = [str(path) for pattern in ("accel*", "vfio/*", "nvidia*") for path in sorted(Path("/dev").glob(pattern))]
+    paths = [str(path) for pattern in ("accel*", "vfio/*", "nvidia*") for path in sorted(Path("/dev").glob(pattern))]
     found = {"tpu": TPU_FILE, "nvidia": NVIDIA_FILE}
-    return {kind: [path for path in there if form.fullmatch(path)] for kind, form in found.items()}
+    return {kind: [path for path in paths if form.fullmatch(path)] for kind, form in found.items()}
 
 
 def holders(files: list[str], proc: Path = Path("/proc")) -> tuple[list[Holder], int]:
@@ -65,7 +65,7 @@ def holders(files: list[str], proc: Path = Path("/proc")) -> tuple[list[Holder],
 
 
 def users_of_devices() -> Iterator[Finding]:
-    """Say which processes have an accelerator open; nothing where there is none."""
+    """Report which processes have an accelerator open; nothing where there is none."""
     for kind, files in accelerator_files().items():
         if not files:
             continue
@@ -88,13 +88,13 @@ def users_of_devices() -> Iterator[Finding]:
 
 
 def devices(timeout: float) -> Iterator[Finding]:
-    """Start jax in a child process and say what it finds, within so many seconds."""
+    """Start jax in a child process and report what it finds within `timeout` seconds."""
     found, problem = _probe(timeout)
-    there = {kind: files for kind, files in accelerator_files().items() if files}
+    present = {kind: files for kind, files in accelerator_files().items() if files}
     if found is None:
-        used = ", ".join(f"process {holder.pid}" for files in there.values() for holder in holders(files)[0])
+        used = ", ".join(f"process {holder.pid}" for files in present.values() for holder in holders(files)[0])
         hint = f"End {used}, which uses the accelerator" if used else "See that no other process uses the accelerator"
-        if not there:
+        if not present:
             hint = "Install the package's requirements again"
         yield Finding(
             check="devices",
@@ -107,12 +107,12 @@ def devices(timeout: float) -> Iterator[Finding]:
     text = f"{found['count']} x {found['kind']} ({found['platform']})"
     text += f", {human_size(memory)} each for jax" if memory else ""
     chosen = os.environ.get("JAX_PLATFORMS", "")
-    if found["platform"] == "cpu" and there and "cpu" not in chosen.split(","):
-        extra = "[tpu]'" if "tpu" in there else "[cuda12]', or [cuda13] for drivers from 580 on"
+    if found["platform"] == "cpu" and present and "cpu" not in chosen.split(","):
+        extra = "[tpu]'" if "tpu" in present else "[cuda12]', or [cuda13] for drivers from 580 on"
         yield Finding(
             check="devices",
             status="FAIL",
-            found=f"{text}, although there are {' and '.join(map(str.upper, there))} device files",
+            found=f"{text}, although there are {' and '.join(map(str.upper, present))} device files",
             advice="Training would run on the CPU. "
             f"Run: pip install 'jax_client{extra}; if that is done, see who uses the device.",
             details=found,

@@ -25,7 +25,7 @@ _CLOCK_SECONDS = 60
 
 
 def memory() -> Iterator[Finding]:
-    """Say what memory the host has left; a container's limit counts."""
+    """Report what memory the host has left; a container's limit counts."""
     from jax_client.engine.core.memory import host_memory
 
     _, free = host_memory()
@@ -44,28 +44,28 @@ def state_directory(home: Path) -> Iterator[Finding]:
     """See whether a checkpoint can be saved, and will last."""
     from jax_client.checkpoint.disk.files import network_file_system
 
-    there = _nearest(home)
-    missing = "" if there == home else ", which does not exist yet"
+    nearest = _nearest(home)
+    missing = "" if nearest == home else ", which does not exist yet"
     details: dict[str, Any] = {"path": str(home), "exists": home.is_dir()}
     elsewhere = "choose another with --state-dir or $JAX_CLIENT_HOME."
-    if (problem := _write_problem(there, missing != "")) is not None:
-        found = f"{home}{missing}: {there} cannot be written to ({problem})"
+    if (problem := _write_problem(nearest, missing != "")) is not None:
+        found = f"{home}{missing}: {nearest} cannot be written to ({problem})"
         advice = f"Nothing can be saved: make it writable, or {elsewhere}"
         yield Finding(check="state dir", status="FAIL", found=found, advice=advice, details=details)
-    elif (network := network_file_system(there)) is not None:
+    elif (network := network_file_system(nearest)) is not None:
         advice = f"Locks and fsync may not hold there: {elsewhere}"
         details["file_system"] = network
         yield Finding(
             check="state dir", status="WARN", found=f"{home} lies on {network}", advice=advice, details=details
         )
-    elif stat.S_IMODE(there.stat().st_mode) & stat.S_IWOTH and not missing:
+    elif stat.S_IMODE(nearest.stat().st_mode) & stat.S_IWOTH and not missing:
         advice = f"Anyone can change checkpoints: chmod o-w {home}"
         yield Finding(
             check="state dir", status="WARN", found=f"{home} is writable for all users", advice=advice, details=details
         )
     else:
         yield Finding(check="state dir", found=f"{home}{missing}", details=details)
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(nearest).free
     yield Finding(
         check="disk",
         status="FAIL" if free < _NO_DISK else "WARN" if free < _LOW_DISK else "OK",

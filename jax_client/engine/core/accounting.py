@@ -78,7 +78,7 @@ def flops(c: ModelConfig, spec: LoraSpec, lengths: Sequence[int], remat: Remat) 
     tokens = sum(lengths)
     attention = sum(2 * n * n * N * H for n in lengths) * c.n_layers
     useful = tokens * (4 * frozen + 6 * adapters) + 3 * attention
-    again = {"none": 0, "selective": gate_up, "full": qkv + o + gate_up}[remat] * c.n_layers
+    recomputed_matmuls = {"none": 0, "selective": gate_up, "full": qkv + o + gate_up}[remat] * c.n_layers
     # The backward pass of attention recomputes its scores, whatever is kept.
-    recomputed = tokens * (2 * again + (2 * adapters if remat == "full" else 0)) + 0.5 * attention
+    recomputed = tokens * (2 * recomputed_matmuls + (2 * adapters if remat == "full" else 0)) + 0.5 * attention
     return float(useful), float(useful + recomputed + (attention if remat == "full" else 0))

@@ -166,11 +166,11 @@ def array_shapes(c: ModelConfig, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry[0]) for name, entry in flatten(_shapes(c, spec)).items()}
 
 
-def refuse_other_shapes(what: str, flat: Any, c: ModelConfig, spec: LoraSpec, advice: str) -> None:
+def refuse_other_shapes(subject: str, flat: Any, c: ModelConfig, spec: LoraSpec, advice: str) -> None:
     """Raise BadRequestError unless flat arrays have the names and shapes of this model with this configuration.
 
     Args:
-        what: they are, for the message.
+        subject: of the message.
         flat: arrays by name.
         c, spec: the model and the adapter's configuration.
         advice: what to do.
@@ -181,7 +181,7 @@ def refuse_other_shapes(what: str, flat: Any, c: ModelConfig, spec: LoraSpec, ad
         names = [n for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n)]
         wrong = [f"{n}: {found.get(n)} instead of {expected.get(n)}" for n in names]
         raise BadRequestError(
-            f"{what} does not fit this model: {len(wrong)} arrays differ, {'; '.join(wrong[:5])}. {advice}"
+            f"{subject} does not fit this model: {len(wrong)} arrays differ, {'; '.join(wrong[:5])}. {advice}"
         )
 
 

@@ -47,6 +47,6 @@ def _shape_and_remedy(batches: Sequence[MicroBatch], limits: Limits) -> tuple[st
     smallest = limits.ways * row_length(longest)
     where = f" in a micro-batch of {B} x {T} tokens"
     if smallest < B * T:
-        fits = max(smallest, B * T // 2) * limits.at_once
+        fits = max(smallest, B * T // 2) * limits.concurrent
         return where, f"Set EngineConfig.max_tokens_per_micro_batch to {fits}, or set remat='full'."
     return where, f"A smaller one cannot hold a sequence of {longest} tokens: send shorter ones, or set remat='full'."

@@ -21,7 +21,7 @@ from jax_client.losses.logprob_head import block_shape
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import ParamSpec
 from jax_client.models.kernels.blockwise import SHORT_ROW
-from jax_client.models.parts.block import KEPT, Remat
+from jax_client.models.parts.block import SAVED_FOR_BACKWARD, Remat
 from jax_client.sharding import Device, sharding_for
 
 # Share of the memory that is free after the weights which saved activations of one micro-batch may take.
@@ -94,7 +94,7 @@ def activation_bytes_per_token(c: ModelConfig, dtype: jnp.dtype, remat: Remat) -
     """
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     widths = {"x": c.d_model, "q": heads, "k": kv, "v": kv, "o": heads, "x2": c.d_model, "gate": c.d_ff, "up": c.d_ff}
-    return c.n_layers * sum(widths.get(name, 0) for name in KEPT[remat]) * dtype.itemsize
+    return c.n_layers * sum(widths.get(name, 0) for name in SAVED_FOR_BACKWARD[remat]) * dtype.itemsize
 
 
 def step_bytes(
@@ -119,7 +119,7 @@ def step_bytes(
     }
 
 
-def choose_at_once(mesh: Mesh) -> int:
+def choose_concurrency(mesh: Mesh) -> int:
     """Return how many micro-batches run side by side: two on a CPU of several cores, else one.
 
     Between large matmuls, most of what XLA runs on a CPU keeps one core busy.
@@ -149,19 +149,19 @@ def choose_remat(c: ModelConfig, dtype: jnp.dtype, tokens: int, free: int) -> Re
 
 
 def refuse_unless_fits(
-    what: str,
+    subject: str,
     parts: Mapping[str, int],
     available: Callable[[], int],
-    levers: str,
+    hints: str,
     make_room: Callable[[], bool] = lambda: False,
 ) -> None:
     """Raise DoesNotFitError if the parts do not fit; nothing has been allocated yet.
 
     Args:
-        what: subject of the message.
+        subject: of the message.
         parts: bytes per device, by kind.
         available: bytes that are free on a device, at the time of the call.
-        levers: what the user can change.
+        hints: what the user can change.
         make_room: frees what can be done without, and says whether there was anything.
     """
     needed = sum(parts.values())
@@ -169,8 +169,8 @@ def refuse_unless_fits(
         return
     listed = ", ".join(f"{name} {_human(size)}" for name, size in parts.items())
     raise DoesNotFitError(
-        f"{what} needs {_human(needed)} per device ({listed}), but {_human(available())} are free. Nothing was "
-        f"allocated or changed. {levers}",
+        f"{subject} needs {_human(needed)} per device ({listed}), but {_human(available())} are free. Nothing was "
+        f"allocated or changed. {hints}",
         category="user",
     )
 

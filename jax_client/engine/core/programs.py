@@ -182,7 +182,7 @@ def compiling(log: list[CompileRecord]) -> list[dict[str, Any]]:
 def enable_compilation_cache(directory: str | os.PathLike[str]) -> None:
     """Keep compiled programs in `directory` between processes; it is made readable for its owner only.
 
-    Whoever can write there can run code in this process, hence the mode.
+    Write access to the directory is the right to run code in this process, hence the mode.
     """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ class GenerationRequest:
         topk_sample: report the k most likely tokens at each sampled position; 0 is off.
         targets_TK: int32 (T - 1, K), ids to score at the prompt positions after the first; -1 asks for nothing.
         alternatives: tokens to draw at each prompt position after the first, at the request's temperature; 0 is off.
-        score_last: score only the last so many prompt tokens; None scores all.
+        score_last: how many of the last prompt tokens are scored; None scores all.
     """
 
     tokens_T: np.ndarray

@@ -285,13 +285,13 @@ class SamplingLoop:
 
     def _open(self) -> Schedule:
         """Return the schedule; make the pool if there is none, or a larger one if this one is idle and small."""
-        there = 0
+        pages_now = 0
         if (schedule := self._schedule) is not None:
-            there = schedule.pages[0].count - 2
-            if schedule.placed or schedule.waiting or there >= self._most_pages:
+            pages_now = schedule.pages[0].count - 2
+            if schedule.placed or schedule.waiting or pages_now >= self._most_pages:
                 return schedule
-        pages = self._fitting_pages(there)
-        if schedule is not None and pages <= there:
+        pages = self._fitting_pages(pages_now)
+        if schedule is not None and pages <= pages_now:
             return schedule
         self._pool = self._schedule = None
         while True:
@@ -310,10 +310,10 @@ class SamplingLoop:
         schedule.waiting += [row for row in returned if row.job not in refused]
         return schedule
 
-    def _fitting_pages(self, there: int) -> int:
-        """Return how many pages a way's pool may have; `there` is what it has now."""
+    def _fitting_pages(self, pages_now: int) -> int:
+        """Return how many pages a way's pool may have; `pages_now` is what it has."""
         page_bytes = self._programs.page_bytes() // self._mesh.shape["tensor"]
-        free = memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction) + there * page_bytes
+        free = memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction) + pages_now * page_bytes
         if not isinstance(self._params["layers"], list):  # a decode program takes the stacks apart, once more as much
             free -= sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(self._params["layers"]))
         pages = self._most_pages
@@ -396,7 +396,7 @@ class SamplingLoop:
         yield partial(_extend, rows, host)
 
     def _steps(self, rows: int) -> np.ndarray:
-        """Return how many steps a block of so many rows may run."""
+        """Return how many steps a block of `rows` rows may run."""
         known = self._step_s.get(rows)
         steps = FEWEST_STEPS if known is None else int(BLOCK_S / known)
         return np.asarray(min(max(steps, FEWEST_STEPS), BLOCK_STEPS), np.int32)

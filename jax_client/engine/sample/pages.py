@@ -54,7 +54,7 @@ class Pages:
 
     @property
     def available(self) -> int:
-        """Pages that `take` could give: free ones, and known ones that nobody uses."""
+        """Pages that `take` could give: free ones, and known ones that no row uses."""
         return len(self._free) + len(self._idle)
 
     def find(self, version: int, tokens_T: np.ndarray) -> Prefix:

@@ -53,19 +53,19 @@ class Limits:
         row_length: longest row that several sequences are packed into, where attention costs by the row; None where it
             costs by the segment, so that one row per way is best.
         segments: most sequences of a row; None for any number.
-        at_once: micro-batches that run side by side, see `side_by_side`.
+        concurrent: micro-batches that run side by side, see `side_by_side`.
     """
 
     ways: int
     tokens: int
     row_length: int | None = None
     segments: int | None = None
-    at_once: int = 1
+    concurrent: int = 1
 
     @property
     def tokens_at_once(self) -> int:
         """Return the ceiling of the tokens of all micro-batches that run side by side, per way."""
-        return self.tokens * self.at_once
+        return self.tokens * self.concurrent
 
     def alone(self, plan: Plan) -> bool:
         """Return whether a micro-batch is above the ceiling, and runs alone: its size is then all that is in memory."""
@@ -107,7 +107,7 @@ def ladder(value: int, smallest: int) -> int:
 
 
 def row_length(tokens: int) -> int:
-    """Return the shortest row length that holds so many tokens."""
+    """Return the shortest row length that holds `tokens` tokens."""
     return next((rung for rung in ROW_LENGTHS if rung >= tokens), ladder(tokens, ROW_LENGTHS[-1]))
 
 
@@ -146,7 +146,7 @@ def plan_call(lengths: Sequence[int], limits: Limits) -> list[Plan]:
         # A longer row is large enough alone; two of them would be one more rectangle.
         most = limits.ways * (ceiling // length if length == usual else 1)
         # The fullest rows come first; up to two rounds of micro-batches are held back: the last one is seldom full.
-        turn = most * limits.at_once
+        turn = most * limits.concurrent
         keep = max(0, (len(rows) - 1) // turn - 1) * turn if length == usual else len(rows)
         plans += [_plan(rows[i : i + most], most, length, lengths) for i in range(0, keep, most)]
         rest += [index for members in rows[keep:] for index in members]
@@ -163,7 +163,7 @@ def _plan_tail(indices: list[int], lengths: Sequence[int], limits: Limits) -> li
     if ceiling > usual:  # many rows at once: such a device gains nothing from the smallest
         rungs = rungs[1:]
     total = sum(lengths[i] for i in indices)
-    most = 2 * limits.at_once + 1
+    most = 2 * limits.concurrent + 1
     choices = [c for n in range(1, most + 1) for c in combinations_with_replacement(rungs, n)]
     choices = [c for c in choices if sum(c) * limits.ways >= total and c[-1] >= lengths[indices[0]]]
     for choice in sorted(choices, key=lambda c: (_cost(c, limits), len(c))):
@@ -182,14 +182,14 @@ def _plan_tail(indices: list[int], lengths: Sequence[int], limits: Limits) -> li
 def _cost(choice: Sequence[int], limits: Limits) -> float:
     """Return what micro-batches of one row per way, of these lengths in ascending order, cost, in tokens of a way."""
     costs = [length + MICRO_BATCH_COST / limits.ways for length in reversed(choice)]
-    return sum(cost * (SIDE_BY_SIDE_COST if i % limits.at_once else 1) for i, cost in enumerate(costs))
+    return sum(cost * (SIDE_BY_SIDE_COST if i % limits.concurrent else 1) for i, cost in enumerate(costs))
 
 
 def side_by_side(plans: Iterable[Plan], limits: Limits) -> list[list[Plan]]:
-    """Return the plans in rounds of up to `limits.at_once` that run at the same time, the largest first."""
+    """Return the plans in rounds of up to `limits.concurrent` that run at the same time, the largest first."""
     ordered = sorted(plans, key=lambda plan: -plan.rows * plan.length)
     large = [plan for plan in ordered if limits.alone(plan)]
-    usual, n = ordered[len(large) :], limits.at_once
+    usual, n = ordered[len(large) :], limits.concurrent
     return [[plan] for plan in large] + [usual[i : i + n] for i in range(0, len(usual), n)]
 
 

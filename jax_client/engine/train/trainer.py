@@ -57,8 +57,8 @@ class Trainer:
 
     Args:
         max_tokens: ceiling of the tokens that are computed at once, all devices together.
-        at_once: micro-batches that run side by side, launched by a thread each; more than one only where a program has
-            no collectives. One program alone leaves a CPU's cores idle at times.
+        concurrent: micro-batches that run side by side, launched by a thread each; more than one only where a program
+            has no collectives. One program alone leaves a CPU's cores idle at times.
         remat: what the backward pass recomputes; "auto" decides by the size of the micro-batch.
         memory_fraction: of a device's memory that may be filled.
         make_room: frees memory that can be done without, and says whether there was any; called before a request is
@@ -75,7 +75,7 @@ class Trainer:
         log: list[CompileRecord],
         *,
         max_tokens: int,
-        at_once: int,
+        concurrent: int,
         remat: str,
         memory_fraction: float,
         make_room: Callable[[], bool],
@@ -94,8 +94,8 @@ class Trainer:
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self.limits = packing.Limits(
             ways=ways,
-            tokens=min(max(1, max_tokens // (ways * at_once)), packing.ROW_LENGTHS[-1]),
-            at_once=at_once,
+            tokens=min(max(1, max_tokens // (ways * concurrent)), packing.ROW_LENGTHS[-1]),
+            concurrent=concurrent,
             row_length=attention.row_length,
             segments=attention.max_segments,
         )
@@ -105,7 +105,7 @@ class Trainer:
         return memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction)
 
     def remat(self, tokens: int) -> Remat:
-        """Return what the backward pass recomputes where so many tokens per way are computed at once."""
+        """Return what the backward pass recomputes where `tokens` tokens per way are computed at once."""
         if self._remat != "auto":
             return self._remat  # type: ignore[return-value]
         return memory.choose_remat(self._model, self._dtype, tokens, self._free_at_start)
@@ -274,7 +274,7 @@ class Trainer:
         forward, backward = self.programs.forward, self.programs.backward
         _, g_BTC, _, saved = forward.prepare(self._params, weights, batch, number, remat=remat, cause=cause)
         backward.prepare(self._params, weights, batch, saved, g_BTC, weights, cause=cause)
-        if self.limits.at_once > 1:
+        if self.limits.concurrent > 1:
             self.programs.add.prepare(weights, weights, cause=cause)
         hyper = {field.name: put_whole(np.float32(0), self._mesh) for field in fields(AdamSettings)}
         step = put_whole(np.int32(0), self._mesh)
@@ -350,7 +350,7 @@ class Trainer:
         return plan.rows * plan.length // self.limits.ways
 
     def _remat_of(self, plan: Plan) -> Remat:
-        return self.remat(self._tokens(plan) * (1 if self.limits.alone(plan) else self.limits.at_once))
+        return self.remat(self._tokens(plan) * (1 if self.limits.alone(plan) else self.limits.concurrent))
 
     def _work(self, adapter: Adapter, packed: Packed) -> Work:
         work = Work(host_s=packed.seconds)

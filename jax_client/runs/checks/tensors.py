@@ -158,7 +158,7 @@ def _from_csr(tensor: types.TensorData, shape: tuple[int, ...] | None, where: st
     return array
 
 
-def _indices(values: object, what: str) -> np.ndarray:
+def _indices(values: object, field: str) -> np.ndarray:
     try:
         array = np.asarray(values)
     except (ValueError, OverflowError):
@@ -166,5 +166,5 @@ def _indices(values: object, what: str) -> np.ndarray:
     if array.size == 0 and array.ndim == 1:
         return array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind != "i":
-        raise BadRequestError(f"{what} must be a flat list of integers, got {shown(values)}.")
+        raise BadRequestError(f"{field} must be a flat list of integers, got {shown(values)}.")
     return array.astype(np.int64)

@@ -109,15 +109,15 @@ def _shape(spec: LoraSpec) -> str:
 def copy_into_project(store: CheckpointStore, source: CheckpointKey, project_id: str, ttl: int | None) -> CheckpointKey:
     """Copy a checkpoint into a new run of a project, and return where it is."""
     try:
-        about = store.run(source.run_id)
+        fields = store.run(source.run_id)
     except (NotFoundError, RequestFailedError):  # not there, or damaged; its checkpoints tell enough
         saved = store.record(source).metadata
-        about = {"base_model": saved["base_model"], "spec": saved["spec"]}
+        fields = {"base_model": saved["base_model"], "spec": saved["spec"]}
     session_id = str(uuid.uuid4())
     run_id = f"{session_id}:train:0"
     store.copy(source, to_run=run_id, ttl_seconds=ttl)
     now = {"session_id": session_id, "created": time.time(), "project_id": project_id}
-    store.put_run(run_id, {**about, **now})
+    store.put_run(run_id, {**fields, **now})
     return replace(source, run_id=run_id)
 
 

@@ -55,7 +55,7 @@ class Totals:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Item:
     run: RunMetrics
-    what: Literal["pass", "score", "step", "event"]
+    topic: Literal["pass", "score", "step", "event"]
     time: float
     metrics: Mapping[str, Any]
     kind: str = ""
@@ -111,22 +111,22 @@ class RunMetrics:
         with _lock:
             _live.discard(self)
 
-    def _put(self, what: Any, metrics: Mapping[str, Any], kind: str = "", step: int | None = None) -> None:
+    def _put(self, topic: Any, metrics: Mapping[str, Any], kind: str = "", step: int | None = None) -> None:
         if self._recorder is not None:
-            item = _Item(run=self, what=what, time=time.time(), metrics=metrics, kind=kind, step=step)
+            item = _Item(run=self, topic=topic, time=time.time(), metrics=metrics, kind=kind, step=step)
             self._recorder.record(item)
 
     def take(self, item: _Item) -> Point | Event | None:
         """Turn what was noted into what is written; for the recorder's thread."""
-        if item.what == "event":
+        if item.topic == "event":
             self.step = self.step if item.step is None else item.step
             if item.kind == "load":  # which drops the gradients
                 self._passes = []
             return Event(run=self.run_id, kind=item.kind, step=self.step, time=item.time, details=item.metrics)
         metrics = convert.metrics(item.metrics)
-        if item.what == "score":
+        if item.topic == "score":
             return Point(run=self.run_id, kind="forward", step=self.step, time=item.time, metrics=metrics)
-        if item.what == "pass":
+        if item.topic == "pass":
             self._passes.append(metrics)
             if len(self._passes) == MOST_PASSES:
                 self._passes = [merged(self._passes)]
@@ -213,7 +213,7 @@ class MetricsWriter:
             self._drop(1)
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
-        """Wait until all that was recorded so far is in the files, so many seconds at most; say whether it is."""
+        """Wait until all that was recorded so far is in the files, `timeout` seconds at most; return whether it is."""
         if self._thread is None or not self._thread.is_alive():
             return self._queue.empty()
         done = threading.Event()
@@ -265,7 +265,7 @@ class MetricsWriter:
                 points.append(taken)
             elif taken is not None:
                 events.append(taken)
-            if item.what in ("step", "event"):
+            if item.topic in ("step", "event"):
                 stepped[item.run] = None
         self._ask_engines(list(stepped), files)
         for path, (points, events) in files.items():

@@ -101,10 +101,10 @@ class _Cursor:
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.bytes(struct.calcsize("<" + code)))[0]
 
-    def count(self, what: str) -> int:
+    def count(self, noun: str) -> int:
         value = self.scalar("Q")
         if value > MAX_COUNT:
-            raise BadRequestError(f"{self.path}: {value} {what}, more than the limit of {MAX_COUNT}. {AGAIN}")
+            raise BadRequestError(f"{self.path}: {value} {noun}, more than the limit of {MAX_COUNT}. {AGAIN}")
         return value
 
     def string(self) -> str:

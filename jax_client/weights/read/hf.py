@@ -29,7 +29,7 @@ class HfReader:
         """Read and check every shard's header; no tensor is read.
 
         Raises:
-            BadRequestError: a shard is damaged, missing, outside the directory, or not the one the index promises.
+            BadRequestError: a shard is damaged, missing, outside the directory, or not the one that the index names.
         """
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[Path, safetensors.Entry]] = {}

@@ -1,4 +1,4 @@
-"""How far is a model on its way here? Whoever moves the bytes counts them, whoever asked for the model is told.
+"""How far is a model on its way here? The code that moves the bytes counts them and calls the requester's observer.
 
 The observer is a context variable, so that it need not be handed through every function between the two. It is read on
 the thread that asked; the counter that is made there may then be used by any thread.
@@ -38,7 +38,7 @@ _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 @contextlib.contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """Call `observer`, from any thread, whenever what the body loads has come further."""
+    """Call `observer`, from any thread, whenever what the body loads has advanced."""
     token = _observer.set(observer)
     try:
         yield

@@ -166,7 +166,9 @@ def _no_such_model(name: str, path: Path) -> str:
     near = _nearest(name)
     guess = f"Did you mean {near[0]!r}? " if near else ""
     if "/" in name or path.suffix == ".gguf":
-        what = f"base_model {name!r}: there is no such file or directory, and it is no hub name (organisation/model)."
+        problem = (
+            f"base_model {name!r}: there is no such file or directory, and it is no hub name (organisation/model)."
+        )
     else:
-        what = f"base_model {name!r} is unknown: no directory has that name, and a hub name is organisation/model."
-    return f"{what} {guess}Known models: {', '.join(known_models())}."
+        problem = f"base_model {name!r} is unknown: no directory has that name, and a hub name is organisation/model."
+    return f"{problem} {guess}Known models: {', '.join(known_models())}."

@@ -135,33 +135,33 @@ def _spec(path: Path, entries: dict[str, safetensors.Entry], found: PeftConfig) 
     names = {
         name.removeprefix(PREFIX).rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in entries if ".lora_" in name
     }
-    there = {module for module, projection in PROJECTIONS.items() if projection in names}
+    present = {module for module, projection in PROJECTIONS.items() if projection in names}
     for setting, group in (("train_attn", ATTENTION), ("train_mlp", MLP)):
-        if there & group.keys() and not group.keys() <= there:
-            have = ", ".join(PROJECTIONS[m] for m in group if m in there)
+        if present & group.keys() and not group.keys() <= present:
+            have = ", ".join(PROJECTIONS[m] for m in group if m in present)
             raise UnsupportedError(
                 f"{path}: the adapter covers {have} only; {setting} covers {', '.join(group.values())} together. Train "
                 "the adapter on all of them, or merge it into the base model (peft's merge_and_unload) and start from "
                 "that."
             )
-    if not there:
+    if not present:
         first = "; ".join(list(entries)[:5])
         raise BadRequestError(
             f"{path}: none of its {len(entries)} tensors is LoRA's on a linear layer of this model ({first}). Give an "
             f"adapter of a causal language model, with tensors such as {PREFIX}lm_head.lora_A.weight."
         )
     listed = found.listed_projections()
-    if listed is not None and (listed ^ {PROJECTIONS[m] for m in there}) & set(PROJECTIONS.values()):
+    if listed is not None and (listed ^ {PROJECTIONS[m] for m in present}) & set(PROJECTIONS.values()):
         raise BadRequestError(
-            f"{path}: it holds tensors of {', '.join(PROJECTIONS[m] for m in PROJECTIONS if m in there)}, but "
+            f"{path}: it holds tensors of {', '.join(PROJECTIONS[m] for m in PROJECTIONS if m in present)}, but "
             f"target_modules of {CONFIG} lists {', '.join(sorted(listed))}. Use both files of one adapter."
         )
     return LoraSpec(
         rank=found.rank,
         seed=0,
-        train_attn="q" in there,
-        train_mlp="gate" in there,
-        train_unembed=UNEMBED in there,
+        train_attn="q" in present,
+        train_mlp="gate" in present,
+        train_unembed=UNEMBED in present,
     )
 
 

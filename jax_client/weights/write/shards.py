@@ -44,7 +44,7 @@ class Tensor:
 
 
 def check_space(directory: Path, needed: int) -> None:
-    """Raise RequestFailedError if the disk of `directory` has not so many free bytes; nothing has been written yet."""
+    """Raise RequestFailedError unless the disk of `directory` has `needed` free bytes; nothing has been written yet."""
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise RequestFailedError(
