@@ -18,7 +18,8 @@ import click
 from jax_client.cli.checkpoints import checkpoint
 from jax_client.cli.doctor.command import doctor
 from jax_client.cli.options import STATE_DIR_HELP, STATE_DIR_TYPE, Settings
-from jax_client.cli.runs import run
+from jax_client.cli.run_command import run
+from jax_client.cli.runs import runs_group
 from jax_client.cli.serve import serve
 
 OK, FAILURE, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
@@ -36,7 +37,7 @@ def group(settings: Settings, state_dir: Path | None, debug: bool) -> None:
     settings.state_dir, settings.debug = state_dir, debug
 
 
-for _command in (serve, run, checkpoint, doctor):
+for _command in (serve, run, runs_group, checkpoint, doctor):
     group.add_command(_command)
 
 

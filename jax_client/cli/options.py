@@ -94,7 +94,7 @@ def find_run(known: list[str], text: str, home: Path) -> str:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise NotFoundError(f"there is no run {text!r} under {home}; 'jax_client run list' shows what is there.")
+        raise NotFoundError(f"there is no run {text!r} under {home}; 'jax_client runs list' shows what is there.")
     first = ", ".join(found[:3])
     raise NotFoundError(
         f"{len(found)} runs begin with {text!r}: {first}{' ...' if found[3:] else ''}. Give more of it."

@@ -21,58 +21,56 @@ import click
 
 from jax_client.cli import stages
 from jax_client.cli.serve import listen, opened, save, url, uvicorn_server
-from jax_client.cli.settings import print_settings, read_settings
+from jax_client.cli.settings import print_settings, read_settings, server_options
 from jax_client.server import LOOPBACK
 
 if TYPE_CHECKING:
     from jax_client.server.state.server import Server
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as shells have it
-# In click's context: the program, or that a command follows instead.
-_PROGRAM, _COMMAND = "jax_client.program", "jax_client.command"
+# Commands of `jax_client runs`, which older versions had under `run`.
+LISTINGS = ("list", "info")
 _TAKEN = (
     "give another --state-dir, or let the program use that server: start it without 'jax_client run', with "
     "TINKER_BASE_URL and TINKER_API_KEY as that server printed them"
 )
 
 
-class RunGroup(click.Group):
-    """Tells `run [OPTION]... -- PROGRAM...` from `run list` and the other commands of the group.
-
-    The group's own options belong to the first form; the second does not read them, nor what the environment has of
-    them.
-    """
+class ProgramCommand(click.Command):
+    """A command with options of its own and, behind the first `--`, a program with its arguments."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Split a program off, behind the first `--`; what is before it are options."""
-        if args and args[0] in self.commands:
-            ctx.meta[_COMMAND] = True
-        elif args and args[0].startswith("-"):
-            end = args.index("--") if "--" in args else len(args)
-            ctx.meta[_PROGRAM] = args[end + 1 :]
-            # With its `--`: a group with no arguments at all shows its help.
-            args = [*args[:end], "--"]
-        return super().parse_args(ctx, args)
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return the options, of which `run list` has --help only."""
-        found = super().get_params(ctx)
-        return [each for each in found if each.name == "help"] if _COMMAND in ctx.meta else found
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Find a command, or say where a program's name belongs."""
-        if _COMMAND not in ctx.meta:
-            ctx.fail(f"{args[0]!r} is no command of 'run'; before a program there is --, as in 'run -- {args[0]}'.")
-        return super().resolve_command(ctx, args)
-
-    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        """Return both forms."""
-        return [f"[OPTIONS] -- PROGRAM [ARGUMENT]... | {' | '.join(self.commands)}"]
+        """Parse the options, and leave the program in `ctx.args`."""
+        end = args.index("--") if "--" in args else len(args)
+        words = super().parse_args(ctx, args[: end + 1])
+        if words and words[0] in LISTINGS:
+            ctx.fail(f"'jax_client run {words[0]}' is called 'jax_client runs {words[0]}'.")
+        if words:
+            ctx.fail(f"{words[0]!r} is no option; a program stands behind --, as in 'run -- {words[0]}'.")
+        ctx.args = args[end + 1 :]
+        return ctx.args
 
 
-def program_of(ctx: click.Context) -> list[str] | None:
-    """Return the program that `RunGroup` split off, None where a command follows."""
-    return ctx.meta.get(_PROGRAM)
+@click.command(
+    "run",
+    cls=ProgramCommand,
+    no_args_is_help=True,
+    options_metavar="[OPTIONS] -- PROGRAM [ARGUMENT]...",
+    # Options stand before the program's name: what follows a word is not looked at.
+    context_settings={"allow_extra_args": True, "allow_interspersed_args": False},
+)
+@server_options(private=True)
+@click.pass_context
+def run(ctx: click.Context, **_: Any) -> None:
+    """Run a program on a server of its own; 'jax_client runs' shows the training runs of this machine.
+
+    \b
+    jax_client run --model NAME -- python -m tinker_cookbook.recipes.chat_sl.train model_name=NAME ...
+
+    The server starts on a free port, the program finds it in TINKER_BASE_URL and TINKER_API_KEY; when the program ends,
+    what was trained is saved, and the exit code is the program's.
+    """
+    run_program(ctx, ctx.args)
 
 
 def run_program(ctx: click.Context, program: list[str]) -> None:

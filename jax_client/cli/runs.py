@@ -1,4 +1,4 @@
-"""`jax_client run`: which training runs are here, and how is each? Before `--` and a program, see `run_command`."""
+"""`jax_client runs`: which training runs are here, and how is each?"""
 
 from __future__ import annotations
 
@@ -9,30 +9,17 @@ import click
 
 from jax_client.cli import output
 from jax_client.cli.options import find_run, json_option, open_store, reads_state
-from jax_client.cli.run_command import RunGroup, program_of, run_program
-from jax_client.cli.settings import server_options
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.store import CheckpointStore, Record
 
 
-@click.group("run", cls=RunGroup, invoke_without_command=True, no_args_is_help=True)
-@server_options(private=True)
-@click.pass_context
-def run(ctx: click.Context, **_: Any) -> None:
-    """Run a program on a server of its own, or show the training runs of this machine.
-
-    \b
-    jax_client run --model NAME -- python -m tinker_cookbook.recipes.chat_sl.train model_name=NAME ...
-
-    The server starts on a free port, the program finds it in TINKER_BASE_URL and TINKER_API_KEY; when the program ends,
-    what was trained is saved, and the exit code is the program's.
-    """
-    if (program := program_of(ctx)) is not None:
-        run_program(ctx, program)
+@click.group("runs")
+def runs_group() -> None:
+    """Show the training runs of this machine."""
 
 
-@run.command("list")
+@runs_group.command("list")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Show the newest N only.")
 @json_option
 @reads_state
@@ -51,7 +38,7 @@ def list_runs(home: Path, limit: int | None, as_json: bool) -> None:
             click.echo(f"{len(chosen)} of {len(known)} runs are shown.", err=True)
 
 
-@run.command("info")
+@runs_group.command("info")
 @click.argument("run_id", metavar="RUN")
 @json_option
 @reads_state

@@ -120,12 +120,12 @@ def python(*code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_runs_are_listed_newest_first(cli, home):
-    table = cli("run", "list")
+    table = cli("runs", "list")
     header, *rows = table.out.splitlines()
     assert " ".join(header.split()) == "CREATED LAST CHECKPOINT STEPS CHECKPOINTS SIZE RANK BASE MODEL RUN"
     assert [row.split()[-1] for row in rows] == [OTHER, RUN]
     assert "(just now)" in rows[0] and "org/model" in rows[0] and table.err == ""
-    newest, oldest = cli("run", "list", "--json").json
+    newest, oldest = cli("runs", "list", "--json").json
     assert (newest["run_id"], newest["steps"], newest["checkpoints"], newest["rank"]) == (OTHER, 7, 1, 4)
     assert (oldest["run_id"], oldest["steps"], oldest["checkpoints"]) == (RUN, 3, 2)
     assert oldest["last_checkpoint"] == SAMPLER and oldest["user_metadata"] == {"note": "first\ttry"}
@@ -133,33 +133,33 @@ def test_runs_are_listed_newest_first(cli, home):
         "run_id", "base_model", "rank", "created", "steps", "checkpoints", "size_bytes", "last_checkpoint",
         "last_saved", "user_metadata",
     }  # fmt: skip
-    assert cli("run", "list", "--limit", "1", "--json").json == [newest]
-    assert "1 of 2 runs" in cli("run", "list", "--limit", "1").err
+    assert cli("runs", "list", "--limit", "1", "--json").json == [newest]
+    assert "1 of 2 runs" in cli("runs", "list", "--limit", "1").err
 
 
 def test_one_run_is_shown(cli, home):
-    shown = cli("run", "info", RUN).out
+    shown = cli("runs", "info", RUN).out
     for part in ("org/model", "rank", "2, ", SAMPLER, "no process", "'first\\ttry'"):
         assert part in shown
     # Its own beginning is enough; one that two runs share is not.
-    (about,) = cli("run", "info", "0b1c2d3e-a", "--json").json
+    (about,) = cli("runs", "info", "0b1c2d3e-a", "--json").json
     assert about["run_id"] == RUN and about["owner"] is None
-    assert "2 runs begin with '0b1c2d3e'" in cli("run", "info", "0b1c2d3e").error(1)
-    assert "there is no run 'nope'" in cli("run", "info", "nope").error(1)
+    assert "2 runs begin with '0b1c2d3e'" in cli("runs", "info", "0b1c2d3e").error(1)
+    assert "there is no run 'nope'" in cli("runs", "info", "nope").error(1)
 
 
 def test_the_owner_of_an_open_run_is_shown(cli, home):
     claim = CheckpointStore(home).claim(RUN)
     try:
-        assert f"process {os.getpid()} on " in cli("run", "info", RUN).out
-        assert cli("run", "info", RUN, "--json").json[0]["owner"]["pid"] == os.getpid()
+        assert f"process {os.getpid()} on " in cli("runs", "info", RUN).out
+        assert cli("runs", "info", RUN, "--json").json[0]["owner"]["pid"] == os.getpid()
     finally:
         claim.release()
 
 
 def test_a_lost_run_file_hides_nothing(cli, home):
     damage(home, f"runs/{RUN.replace(':', '%3A')}/run.json")
-    done = cli("run", "list", "--json")
+    done = cli("runs", "list", "--json")
     assert {run["run_id"] for run in json.loads(done.out)} == {RUN, OTHER}
     assert done.err.startswith("warning: ") and "run.json is damaged" in done.err
 
@@ -190,7 +190,7 @@ def test_one_checkpoint_is_shown(cli, home):
 
 def test_an_empty_directory(cli, tmp_path):
     for place in (tmp_path, tmp_path / "not-there"):
-        for command in (("run", "list"), ("checkpoint", "list"), ("checkpoint", "verify")):
+        for command in (("runs", "list"), ("checkpoint", "list"), ("checkpoint", "verify")):
             assert cli(*command, "--json", "--state-dir", place).json == []
             done = cli(*command, "--state-dir", place)
             assert (done.code, done.out) == (0, "") and str(place) in done.err
@@ -199,12 +199,12 @@ def test_an_empty_directory(cli, tmp_path):
 
 def test_where_the_state_is(cli, home, tmp_path):
     empty = str(tmp_path / "empty")
-    assert len(cli("run", "list", "--json").json) == 2
-    assert cli("--state-dir", empty, "run", "list", "--json").json == []
-    assert len(cli("--state-dir", empty, "run", "list", "--json", "--state-dir", home).json) == 2
+    assert len(cli("runs", "list", "--json").json) == 2
+    assert cli("--state-dir", empty, "runs", "list", "--json").json == []
+    assert len(cli("--state-dir", empty, "runs", "list", "--json", "--state-dir", home).json) == 2
     file = tmp_path / "file"
     file.touch()
-    assert "is a file" in cli("run", "list", "--state-dir", file).error(2)
+    assert "is a file" in cli("runs", "list", "--state-dir", file).error(2)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
@@ -286,9 +286,9 @@ def test_a_time_to_live_is_set_and_taken_back(cli, home):
 
 
 def test_usage_is_explained_in_a_line(cli):
-    assert "No such option '--bogus'. See 'jax_client run list --help'" in cli("run", "list", "--bogus").error(2)
+    assert "No such option '--bogus'. See 'jax_client runs list --help'" in cli("runs", "list", "--bogus").error(2)
     assert "No such command" in cli("frobnicate").error(2)
-    for arguments in ((), ("run",), ("checkpoint",)):
+    for arguments in ((), ("run",), ("runs",), ("checkpoint",)):
         done = cli(*arguments)
         assert (done.code, done.out) == (2, "") and done.err.startswith("Usage: ")
     assert cli("--version").out == f"jax_client {jax_client.__version__}\n"
@@ -309,10 +309,10 @@ def test_other_errors_are_a_line_and_a_code(cli, home, monkeypatch, error, code,
         raise error
 
     monkeypatch.setattr("jax_client.cli.runs.open_store", fail)
-    done = cli("run", "list")
+    done = cli("runs", "list")
     assert done.code == code and text in done.err and "Traceback" not in done.err
     if code != 130:
-        assert "Traceback" in cli("--debug", "run", "list").err
+        assert "Traceback" in cli("--debug", "runs", "list").err
 
 
 def test_a_terminal_gets_a_styled_table(cli, home, monkeypatch, capsys):
@@ -356,14 +356,15 @@ def test_nothing_heavy_is_imported(home):
     )
     light = {"jax", "tinker", "transformers", "orbax", "torch"}
     cases = [
-        (arguments, light) for arguments in (["run", "list"], ["checkpoint", "list", "--json"], ["run", "info", RUN])
+        (arguments, light) for arguments in (["runs", "list"], ["checkpoint", "list", "--json"], ["runs", "info", RUN])
     ]
     commands = [
         [],
         ["run"],
+        ["runs"],
         ["checkpoint"],
         ["doctor"],
-        ["run", "list"],
+        ["runs", "list"],
         *([["checkpoint", c] for c in CHECKPOINT_COMMANDS]),
     ]
     cases += [([*command, "--help"], light | {"numpy", "rich", "pydantic"}) for command in commands]
@@ -380,7 +381,7 @@ CHECKPOINT_COMMANDS = ("list", "info", "verify", "delete", "ttl", "export", "imp
 
 
 def test_a_reader_that_leaves_is_no_error(home):
-    code = "import sys; from jax_client.cli import main; sys.exit(main(['run', 'list']))"
+    code = "import sys; from jax_client.cli import main; sys.exit(main(['runs', 'list']))"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stderr is not None
     child.stdout.close()
@@ -548,7 +549,7 @@ def test_export_and_import_with_a_real_engine(cli, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="weights only"):
             client.load_state_with_optimizer(imported)
 
-    (info,) = cli("run", "info", imported.split("/")[2], "--json", *at).json
+    (info,) = cli("runs", "info", imported.split("/")[2], "--json", *at).json
     assert (info["base_model"], info["rank"], info["checkpoints"]) == (str(model), 4, 1)
     # Other weights under the same name are noticed; so are an adapter that does not fit, and a malformed name.
     other = write_hf(tmp_path / "model", case, {k: v + 1 for k, v in base_values(case).items()})

@@ -138,7 +138,7 @@ def test_where_the_state_directory_is_said(cli, tmp_path, monkeypatch):
     assert said("--config", file) == ("/from/home", "environment JAX_CLIENT_HOME")
     monkeypatch.setenv("JAX_CLIENT_STATE_DIR", "/from/variable")
     assert said("--config", file) == ("/from/variable", "environment JAX_CLIENT_STATE_DIR")
-    assert "No runs under /from/variable." in cli("run", "list").err
+    assert "No runs under /from/variable." in cli("runs", "list").err
     assert said(before=("--state-dir", "/before")) == ("/before", "flag")
     assert said("--state-dir", "/after", before=("--state-dir", "/before")) == ("/after", "flag")
 
@@ -200,9 +200,10 @@ def test_the_key_is_never_shown(cli, tmp_path, monkeypatch):
         assert KEY[4:] not in each.out + each.err
 
 
-def test_programs_and_commands_of_run(cli, tmp_path, monkeypatch):
+def test_run_takes_a_program_and_runs_lists(cli, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr("jax_client.cli.runs.run_program", lambda ctx, program: started.append((ctx.params, program)))
+    run_program = "jax_client.cli.run_command.run_program"
+    monkeypatch.setattr(run_program, lambda ctx, program: started.append((ctx.params, program)))
     for arguments, program in (
         (["--", "list"], ["list"]),
         (["--", "python", "-c", "x", "--", "--model"], ["python", "-c", "x", "--", "--model"]),
@@ -211,18 +212,24 @@ def test_programs_and_commands_of_run(cli, tmp_path, monkeypatch):
     ):
         assert cli("run", *arguments).code == 0
         assert started.pop()[1] == program
-    # The commands beside it read none of these settings.
+    # The listings read none of these settings.
     monkeypatch.setenv("JAX_CLIENT_WARMUP", "many")
-    assert "No runs under" in cli("run", "list", "--state-dir", tmp_path).err
-    assert "there is no run '--'" in cli("run", "info", "--state-dir", tmp_path, "--", "--").error(1)
+    assert "No runs under" in cli("runs", "list", "--state-dir", tmp_path).err
+    assert "there is no run '--'" in cli("runs", "info", "--state-dir", tmp_path, "--", "--").error(1)
     monkeypatch.delenv("JAX_CLIENT_WARMUP")
     assert "as in 'run -- python'" in cli("run", "python", "x.py").error(2)
     assert "as in 'run -- python'" in cli("run", "--model", "a", "python", "--", "x").error(2)
     assert "No such option" in cli("run", "--port", "1", "--", "python").error(2)
+    # The names that the listings had.
+    for arguments in (["list"], ["list", "--json"], ["info", "RUN"]):
+        error = cli("run", *arguments).error(2)
+        assert f"'jax_client run {arguments[0]}' is called 'jax_client runs {arguments[0]}'." in error
     assert not started
     for shown in (cli("run", "--help").out, cli("run").err):
-        assert "-- PROGRAM [ARGUMENT]... | list | info" in shown and "--alias" in shown and "Show one run" in shown
-    assert "--alias" not in cli("run", "list", "--help").out
+        assert "run [OPTIONS] -- PROGRAM [ARGUMENT]...\n" in shown and "--alias" in shown
+    for shown in (cli("runs", "--help").out, cli("runs").err):
+        assert "  list " in shown and "  info " in shown and "Show one run" in shown
+    assert "--alias" not in cli("runs", "list", "--help").out
 
 
 def test_a_program_that_is_not_there(cli, tmp_path):
@@ -268,7 +275,7 @@ def test_names_of_one_model_share_one_copy(model, tmp_path, monkeypatch):
                 session_id=session, model_seq_id=0, base_model=name, lora_config=types.LoraConfig(rank=4)
             )
             server.create_model(request, bytes([number])).answer.result(60)
-            assert server.run(f"{session}:train:0").lease.model.engine is not None
+            assert server.run(f"{session}:train:0").model_ref.model.engine is not None
         assert len(opened) == 1
     finally:
         server.close(30)
