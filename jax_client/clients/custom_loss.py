@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tinker import LossHandle, types
-from tinker.lib.public_interfaces.custom_loss import check_loss_inputs, run_loss_handle
 
 from jax_client import torch_bridge
 from jax_client.engine.core.requests import CustomLoss
 from jax_client.errors import BadRequestError, BadTypeError
+from jax_client.runs.sdk import check_loss_inputs, run_loss_handle
 
 if TYPE_CHECKING:
     import torch

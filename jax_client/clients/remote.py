@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import tinker
 from tinker import types
-from tinker.lib.internal_client_holder import ClientConnectionPool, InternalClientHolder
 
 from jax_client.clients.handles import Handle
 from jax_client.clients.sdk_errors import sdk_errors
+from jax_client.runs.sdk import AuthTokenProvider, ClientConnectionPool, InternalClientHolder
 from jax_client.weights.read.source import ModelSource
 
 if TYPE_CHECKING:
-    from tinker.lib._auth_token_provider import AuthTokenProvider
     from transformers import PreTrainedTokenizer
 
 # The SDK wants a URL and a key. Neither is used: every connection goes to the socket, which asks for no key.

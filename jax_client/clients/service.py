@@ -7,11 +7,10 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import tinker
 from tinker import types
-from tinker.lib.public_interfaces.custom_loss import trace_loss
 
 from jax_client import torch_bridge
 from jax_client.clients.custom_loss import register
@@ -28,9 +27,7 @@ from jax_client.runs.lifecycle.futures import background
 from jax_client.runs.lifecycle.run import create_run, resume_run
 from jax_client.runs.lifecycle.session import Session, SessionInfo
 from jax_client.runs.paths import training_path
-
-if TYPE_CHECKING:
-    from tinker.lib.retry_handler import RetryConfig
+from jax_client.runs.sdk import RetryConfig, trace_loss
 
 logger = logging.getLogger(__name__)
 

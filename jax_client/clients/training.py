@@ -21,10 +21,10 @@ from jax_client.clients.sampling import (
 from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.runs.lifecycle.run import Run
+from jax_client.runs.sdk import RetryConfig
 
 if TYPE_CHECKING:
     import torch
-    from tinker.lib.retry_handler import RetryConfig
     from transformers import PreTrainedTokenizerBase
 
     LossFunction = Callable[[list[types.Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, Any]]]

@@ -22,12 +22,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tinker import types
-from tinker.types.client_config_response import ClientConfigResponse
-from tinker.types.client_dynamic_config_response import ClientDynamicConfigResponse
-from tinker.types.copy_weights_request import CopyWeightsRequest
-from tinker.types.future_retrieve_request import FutureRetrieveRequest
-from tinker.types.join_sampling_session_request import JoinSamplingSessionRequest
-from tinker.types.session_heartbeat_request import SessionHeartbeatRequest
+from tinker.types import (
+    ClientConfigResponse,
+    ClientDynamicConfigResponse,
+    CopyWeightsRequest,
+    FutureRetrieveRequest,
+    JoinSamplingSessionRequest,
+    SessionHeartbeatRequest,
+)
 
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError
 from jax_client.runs.lifecycle.session import SessionClosedError

@@ -6,11 +6,11 @@ import secrets
 from collections.abc import Mapping, Sequence
 
 from tinker import types
-from tinker.types.optimizer import OptimParamsBase
 
 from jax_client.engine.core.requests import AdamSettings
 from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
 from jax_client.runs.checks.numbers import flag, integer, real, shown
+from jax_client.runs.sdk import OptimParamsBase
 from jax_client.values import NAME_FORM, LoraSpec, is_name
 
 MAX_RANK = 512

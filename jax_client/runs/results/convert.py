@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 from tinker import types
-from tinker.types.topk_logprobs import MASK_LOGPROB, TopkLogprobs
 
 from jax_client.engine.core.requests import GenerationResult, TrainResult
+from jax_client.runs.sdk import MASK_LOGPROB, TopkLogprobs
 
 
 def metrics(values: Mapping[str, float]) -> dict[str, float]:

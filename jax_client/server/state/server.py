@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import Any
 
 from tinker import types
-from tinker.proto import tinker_public_pb2 as pb
 
 from jax_client.clients.rest import RestClient
 from jax_client.config import EngineConfig
@@ -24,6 +23,7 @@ from jax_client.runs.lifecycle.run import Run, create_run, resume_run
 from jax_client.runs.lifecycle.sampler_handle import SamplerHandle
 from jax_client.runs.lifecycle.session import Session, SessionInfo
 from jax_client.runs.paths import training_path
+from jax_client.runs.sdk import tinker_public_pb2 as pb
 from jax_client.server.state import custom_losses
 from jax_client.server.state.evictable import Evictable
 from jax_client.server.state.ledger import PendingRequest, RequestLedger, Start

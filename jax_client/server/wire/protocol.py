@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError
 from tinker import types
-from tinker.proto import tinker_public_pb2 as pb
 
 from jax_client.errors import BadRequestError
+from jax_client.runs.sdk import tinker_public_pb2 as pb
 
 _NUMPY: dict[int, tuple[np.dtype, types.TensorDtype]] = {
     pb.DTYPE_FLOAT32: (np.dtype("<f4"), "float32"),
