@@ -159,3 +159,7 @@ def serve(hold: bool) -> None:
         http.should_exit = True
         thread.join()
         server.close(5)
+
+
+if __name__ == "__main__":
+    serve(hold=sys.argv[1] == "held")
