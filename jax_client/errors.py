@@ -52,7 +52,7 @@ class RequestFailedError(JaxClientError, RuntimeError):
 
 
 class DoesNotFitError(RequestFailedError):
-    """The device has too little free memory for a model or an adapter; less in memory, and it may fit."""
+    """The device has too little free memory for a model or an adapter. Unload something and retry."""
 
 
 def shown(value: object, limit: int = 80) -> str:

@@ -38,8 +38,8 @@ def context(
     """Return what every layer of a pass over these positions shares; `more` are fields of `Context`.
 
     Args:
-        work: whether the pass has any, for one that does not scan its layers: behind this condition stands the rotary
-            table, which XLA would else compute again in each layer.
+        work: bool scalar, for a pass that unrolls its layers: whether there are rows to compute. The rotary table is
+            computed under this condition, which keeps XLA from computing it again in every layer.
     """
     table = lambda: rope_table(positions_BT, config)  # noqa: E731
     nothing = lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(table))  # noqa: E731

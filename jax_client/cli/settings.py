@@ -1,6 +1,7 @@
-"""What can be said about a server, and where was each thing said? Flag, environment, file or default, in this order.
+"""Which settings does a server take, and from which source did each value come?
 
-Click looks a parameter up in that order, and remembers where it found it. The file is click's map of defaults.
+Click looks a setting up as flag, environment variable, entry of the file and default, in this order, and remembers
+where it found the value. The file is click's map of defaults.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Key(click.ParamType):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerSettings:
-    """All that was said about a server.
+    """The settings of a server.
 
     Attributes:
         models: loaded at the start.
@@ -225,14 +226,14 @@ def server_options(*, private: bool) -> Callable[[Command], Command]:
 
 
 def read_settings(ctx: click.Context) -> ServerSettings:
-    """Return what was said about the server.
+    """Return the settings of the server.
 
     Raises:
         click.UsageError: a value is outside its range, or an alias is given twice.
     """
     _warn_unknown_variables()
-    said = ctx.params
-    chosen = {name: said[name] for name in _DEFAULTS if name in said}
+    params = ctx.params
+    chosen = {name: params[name] for name in _DEFAULTS if name in params}
     chosen["state_dir"] = _state_dir(ctx)[0]
     try:
         engine = EngineConfig(**chosen)
@@ -240,16 +241,16 @@ def read_settings(ctx: click.Context) -> ServerSettings:
         raise click.UsageError(str(error), ctx) from None
     home = Path(chosen["state_dir"]).expanduser().absolute()
     aliases: dict[str, str] = {}
-    for name, other in said["alias"]:
+    for name, other in params["alias"]:
         if aliases.setdefault(name, other) != other:
             raise click.UsageError(f"the alias {name!r} stands for {aliases[name]!r} and {other!r}; give one.", ctx)
-    public = {name: said[name] for name in ("host", "port", "api_key") if name in said}
+    public = {name: params[name] for name in ("host", "port", "api_key") if name in params}
     return ServerSettings(
-        models=tuple(dict.fromkeys(said["model"])),
+        models=tuple(dict.fromkeys(params["model"])),
         aliases=aliases,
-        allow_hosts=said.get("allow_host", ()),
-        warmup=said["warmup"],
-        warmup_rank=said["warmup_rank"],
+        allow_hosts=params.get("allow_host", ()),
+        warmup=params["warmup"],
+        warmup_rank=params["warmup_rank"],
         engine=replace(engine, state_dir=home),
         **public,
     )
@@ -265,7 +266,7 @@ def _warn_unknown_variables() -> None:
 
 
 def print_settings(ctx: click.Context) -> None:
-    """Print every setting, its value and where it was said; of the API key only whether there is one."""
+    """Print every setting, its value and its source; of the API key only whether there is one."""
     rows = []
     for option in ctx.command.get_params(ctx):
         if option.name not in ctx.params or option in _CONTROL:
@@ -280,7 +281,7 @@ def print_settings(ctx: click.Context) -> None:
 
 
 def _state_dir(ctx: click.Context) -> tuple[Any, str]:
-    """Return the state directory, and where it was said: after the command's name, before it, or as the others."""
+    """Return the state directory, and its source: after the command's name, before it, or as the others."""
     option = next(each for each in SHARED if each.name == "state_dir")
     before = ctx.find_object(Global)
     if ctx.get_parameter_source("state_dir") != ParameterSource.COMMANDLINE and before and before.state_dir:

@@ -1,7 +1,6 @@
-"""What does a process sample with that has a handle, but neither weights nor a device? The SDK's own client.
+"""How does another process sample from a handle? Through the SDK's client, over a Unix socket.
 
-It speaks the hosted service's protocol over the Unix socket of the process that has the weights. Nothing here imports
-jax.
+The client speaks the hosted service's protocol. It needs neither weights nor a device, and nothing here imports jax.
 """
 
 from __future__ import annotations

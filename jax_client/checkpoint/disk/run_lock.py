@@ -41,7 +41,7 @@ class RunLock:
 
 
 class RunLockedError(Exception):
-    """Another process, or another part of this one, has it; the message is which. Never leaves the package."""
+    """The run is locked; the message names the holder. Never leaves the package."""
 
 
 def claim(directory: Path) -> RunLock:
