@@ -62,6 +62,7 @@ def _each_row(row: Callable[..., Any], *arrays: Any) -> Any:
     return jax.tree.map(lambda a: a[None], row(*jax.tree.map(lambda a: a[0], arrays)))
 
 
+@jax.named_scope("lora")
 def _scaled_u(h_MD: jax.Array, lora: Unembed, dtype: jnp.dtype) -> jax.Array:
     """Return u (..., R) = s h A."""
     return contract("...D,RD->...R", h_MD, lora["A"], dtype) * lora_scale(lora["A"])
@@ -116,6 +117,7 @@ def _each_shard(sweep: Any, shards: int, head_VD: jax.Array, b_RV: jax.Array | N
     return jax.vmap(sweep, in_axes=(0, None if b_SRV is None else 0))(head_SVD, b_SRV)
 
 
+@jax.named_scope("head")
 def head_forward(
     h_BTD: jax.Array,
     head_VD: jax.Array,
@@ -236,6 +238,7 @@ def _target_logits(
     return logits_MC
 
 
+@jax.named_scope("head")
 def head_backward(
     saved: dict[str, jax.Array],
     head_VD: jax.Array,
@@ -268,6 +271,7 @@ def head_backward(
     return dh_BTD, grads
 
 
+@jax.named_scope("lora")
 def _unembed_b_grad(
     saved: dict[str, jax.Array],
     u_BTR: jax.Array,

@@ -33,6 +33,7 @@ def loss_number(name: str) -> int:
     return list(LOSSES).index(name)
 
 
+@jax.named_scope("loss")
 def apply_loss(
     number: jax.Array, logprobs_BTC: jax.Array, inputs: Arrays, real_BTC: jax.Array, segments_BT: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:

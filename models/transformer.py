@@ -47,6 +47,7 @@ def context(
     return Context(config=config, dtype=dtype, attention=attention, cos_BTH=cos_BTH, sin_BTH=sin_BTH, **more)
 
 
+@jax.named_scope("embed")
 def embed(params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
     """Return the float32 residual stream (B, T, D) that enters the first layer."""
     return from_bits(jnp.take(to_bits(params["embed_VD"]), tokens_BT, axis=0)).astype(jnp.float32)
@@ -75,7 +76,8 @@ def forward_pass(
 
     def step(x_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter]) -> tuple[jax.Array, Any]:
         w, layer_lora = from_bits(layer)
-        y_BTD, saved, (_, _, residual) = layer_forward(x_BTD, w, Linears(layer_lora, c.dtype), c, attend)
+        with jax.named_scope("layer"):
+            y_BTD, saved, (_, _, residual) = layer_forward(x_BTD, w, Linears(layer_lora, c.dtype), c, attend)
         saved["attention"] = residual
         names = () if remat is None else SAVED_FOR_BACKWARD[remat]
         return c.split_rows(y_BTD), to_bits({name: saved[name] for name in names if name in saved})
@@ -102,7 +104,8 @@ def backward_pass(
 
     def step(dy_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter, Saved, Adapter]) -> tuple[jax.Array, Any]:
         w, layer_lora, kept, total = from_bits(layer)
-        dx_BTD, grads = layer_backward(dy_BTD, kept, segments_BT, w, layer_lora, c)
+        with jax.named_scope("layer"):
+            dx_BTD, grads = layer_backward(dy_BTD, kept, segments_BT, w, layer_lora, c)
         return c.split_rows(dx_BTD), jax.tree.map(jnp.add, total, grads)
 
     dx_BTD = rms_norm_backward(saved["last"], params["final_norm_D"], c.config.norm_eps, c.split_rows(dh_BTD))

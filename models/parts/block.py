@@ -59,6 +59,7 @@ class Context:
     split_rows: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
 
 
+@jax.named_scope("rope")
 def _rotated(q_BTKGH: jax.Array, k_BTKH: jax.Array, w: dict[str, jax.Array], c: Context) -> tuple[jax.Array, jax.Array]:
     """Normalise (Qwen3) and rotate the queries and keys. Cheap: no matmul."""
     q, k = q_BTKGH, k_BTKH
@@ -67,6 +68,7 @@ def _rotated(q_BTKGH: jax.Array, k_BTKH: jax.Array, w: dict[str, jax.Array], c: 
     return rotate(q, c.cos_BTH, c.sin_BTH), rotate(k, c.cos_BTH, c.sin_BTH)
 
 
+@jax.named_scope("rope")
 def _rotated_backward(
     dq: jax.Array, dk: jax.Array, q: jax.Array, k: jax.Array, w: dict[str, jax.Array], c: Context
 ) -> tuple[jax.Array, jax.Array]:
@@ -91,18 +93,44 @@ def _join(q_KGH: jax.Array, k_KH: jax.Array, v_KH: jax.Array) -> jax.Array:
 def layer_forward(
     x_BTD: jax.Array, w: dict[str, jax.Array], linears: Linears | MixedLinears, c: Context, attend: Attend
 ) -> tuple[jax.Array, Saved, Any]:
-    """Apply one layer.
+    """Apply one layer: two residual parts, attention and a gated MLP, each behind a norm.
+
+        h       = norm(x) * attn_norm                        norm(x) = x / sqrt(mean(x^2) + eps) over D
+        q, k, v = h W_q, h W_k, h W_v                        + biases (Qwen2)
+        q, k    = rope(norm(q)), rope(norm(k))               the norms, times a weight each, in Qwen3 only
+        o       = softmax(q k^T / sqrt(H)) v                 causal, within a segment; a query head n uses the
+                                                             key/value head n // G
+        x2      = x + o W_o
+        g, u    = norm(x2) * mlp_norm (W_gate, W_up)
+        y       = x2 + (silu(g) * u) W_down
+
+    Every x W that the adapter covers is x W + (alpha / R) (x A) B. The W's of q, k, v are stored as one, and so are
+    those of gate and up.
 
     Args:
         x_BTD: float32 residual stream.
         w: the layer's parameters, as in `decoder.Layers` without the leading axis.
         linears: the layer's matmuls with their adapters.
-        attend: the attention to use: over the row (training, prefill) or over a cache (decoding).
+        c: what all layers of the pass share.
+        attend: `f(q, k, v) -> (o, kept)`, the attention over the row (training) or over a cache (sampling).
 
     Returns:
-        The new residual stream, everything that `layer_backward` reads (see `SAVED_FOR_BACKWARD`), and what `attend`
-        gave to keep.
+        The new residual stream, everything that `layer_backward` reads (see `SAVED_FOR_BACKWARD`), and what
+        `attend` kept.
+
+    Source: Llama, arXiv 2302.13971; grouped queries, arXiv 2305.13245; LoRA, arXiv 2106.09685.
     """
+    x2_MD, saved, kept = _attention(x_BTD, w, linears, c, attend)
+    y_MD, mlp_saved = _mlp(x2_MD, w, linears, c)
+    saved = saved | mlp_saved | linears.us
+    return y_MD.reshape(x_BTD.shape), jax.tree.map(lambda s: s.astype(c.dtype), saved), kept
+
+
+@jax.named_scope("attention")
+def _attention(
+    x_BTD: jax.Array, w: dict[str, jax.Array], linears: Linears | MixedLinears, c: Context, attend: Attend
+) -> tuple[jax.Array, Saved, Any]:
+    """Apply the first half of a layer; return x2 (M, D), what its backward pass needs, and what `attend` kept."""
     rows, D, w_DKJH = x_BTD.shape[:2], c.config.d_model, w["qkv_LDKJH"]
     x_MD = x_BTD.reshape(-1, D)
     h_MD = rms_norm(x_MD, w["attn_norm_LD"], c.config.norm_eps)
@@ -117,16 +145,16 @@ def layer_forward(
     q_BTKGH = q_MO.reshape(*rows, *w["o_LKGHD"].shape[:-1])
     k_BTKH, v_BTKH = (x.reshape(*rows, -1, q_BTKGH.shape[-1]) for x in (k_MO, v_MO))
     rotated_q, rotated_k = _rotated(q_BTKGH, k_BTKH, w, c)
-    o_BTKGH, kept = attend(rotated_q, rotated_k, v_BTKH)
+    with jax.named_scope("softmax"):
+        o_BTKGH, kept = attend(rotated_q, rotated_k, v_BTKH)
     if not c.config.qk_norm:  # a norm's backward pass reads its inputs; else nothing need be rotated again
         q_BTKGH, k_BTKH = rotated_q, rotated_k
     o_MI = o_BTKGH.reshape(len(x_MD), -1)
     x2_MD = x_MD + linears.forward("o", o_MI, w["o_LKGHD"].reshape(-1, D))[0]
-    y_MD, mlp_saved = _mlp(x2_MD, w, linears, c)
-    saved = {"x": x_MD, "q": q_BTKGH, "k": k_BTKH, "v": v_BTKH, "o": o_MI, "x2": x2_MD} | mlp_saved | linears.us
-    return y_MD.reshape(x_BTD.shape), jax.tree.map(lambda s: s.astype(c.dtype), saved), kept
+    return x2_MD, {"x": x_MD, "q": q_BTKGH, "k": k_BTKH, "v": v_BTKH, "o": o_MI, "x2": x2_MD}, kept
 
 
+@jax.named_scope("mlp")
 def _mlp(
     x2_MD: jax.Array, w: dict[str, jax.Array], linears: Linears | MixedLinears, c: Context
 ) -> tuple[jax.Array, Saved]:
@@ -148,36 +176,60 @@ def layer_backward(
     """Return the cotangent of the layer's input and the gradients of its adapters, for the cotangent of its output.
 
     Args:
+        dy_BTD: float32 cotangent of the residual stream after the layer.
         kept: of what `layer_forward` saved, and under "attention" of what the attention did, any set of
             `SAVED_FOR_BACKWARD`; the rest is recomputed.
+        segments_BT: int32; segment 0 is padding.
+        w: the layer's parameters, without the leading axis.
+        lora: the layer's adapters.
+        c: what all layers of the pass share.
     """
-    D, eps = c.config.d_model, c.config.norm_eps
     saved = _recompute(kept, segments_BT, w, lora, c)
     linears = Linears(lora, c.dtype, us=saved)
-    dy_MD = dy_BTD.reshape(-1, D)
+    dx2_MD = _mlp_backward(dy_BTD.reshape(-1, c.config.d_model), saved, w, linears, c)
+    dx_MD = _attention_backward(dx2_MD, saved, segments_BT, w, linears, c)
+    return dx_MD.reshape(dy_BTD.shape), linears.adapter_grads()
+
+
+@jax.named_scope("mlp")
+def _mlp_backward(dy_MD: jax.Array, saved: Saved, w: dict[str, jax.Array], linears: Linears, c: Context) -> jax.Array:
+    """Return the cotangent of x2 for that of the layer's output."""
     gate_MF, up_MF = saved["gate"].astype(jnp.float32), saved["up"].astype(jnp.float32)
     sigmoid_MF = jax.nn.sigmoid(gate_MF)
     da_MF = linears.backward("down", [dy_MD], gate_MF * sigmoid_MF * up_MF, w["down_LFD"])
     d_gate_MF = da_MF * up_MF * sigmoid_MF * (1 + gate_MF * (1 - sigmoid_MF))
     d_up_MF = da_MF * gate_MF * sigmoid_MF
-    h_MD = rms_norm(saved["x2"], w["mlp_norm_LD"], eps)
+    h_MD = rms_norm(saved["x2"], w["mlp_norm_LD"], c.config.norm_eps)
     dh_MD = linears.backward("gate_up", [d_gate_MF, d_up_MF], h_MD, *w["gate_up_L2DF"])
-    dx2_MD = dy_MD + rms_norm_backward(saved["x2"], w["mlp_norm_LD"], eps, dh_MD)
+    return dy_MD + rms_norm_backward(saved["x2"], w["mlp_norm_LD"], c.config.norm_eps, dh_MD)
 
+
+@jax.named_scope("attention")
+def _attention_backward(
+    dx2_MD: jax.Array,
+    saved: Saved,
+    segments_BT: jax.Array,
+    w: dict[str, jax.Array],
+    linears: Linears,
+    c: Context,
+) -> jax.Array:
+    """Return the cotangent of the layer's input for that of x2."""
+    M, D = dx2_MD.shape
     do_MI = linears.backward("o", [dx2_MD], saved["o"], w["o_LKGHD"].reshape(-1, D))
     q, k, v = (saved[name].astype(jnp.float32) for name in "qkv")
     rotated_q, rotated_k = _rotated(q, k, w, c) if c.config.qk_norm else (q, k)
     o, do = saved["o"].reshape(q.shape), do_MI.reshape(q.shape)
-    dq, dk, dv = c.attention.backward(rotated_q, rotated_k, v, segments_BT, o, saved["attention"], do, c.dtype)
+    with jax.named_scope("softmax"):
+        dq, dk, dv = c.attention.backward(rotated_q, rotated_k, v, segments_BT, o, saved["attention"], do, c.dtype)
     dqkv = *_rotated_backward(dq, dk, q, k, w, c), dv
-    h_MD = rms_norm(saved["x"], w["attn_norm_LD"], eps)
-    dqkv_MO = [d.reshape(len(dy_MD), -1) for d in dqkv]
-    whole_MO = _join(*dqkv).reshape(len(dy_MD), -1)
+    h_MD = rms_norm(saved["x"], w["attn_norm_LD"], c.config.norm_eps)
+    dqkv_MO = [d.reshape(M, -1) for d in dqkv]
+    whole_MO = _join(*dqkv).reshape(M, -1)
     dh_MD = linears.backward("qkv", dqkv_MO, h_MD, w["qkv_LDKJH"].reshape(D, -1), whole_MO=whole_MO)
-    dx_MD = dx2_MD + rms_norm_backward(saved["x"], w["attn_norm_LD"], eps, dh_MD)
-    return dx_MD.reshape(dy_BTD.shape), linears.adapter_grads()
+    return dx2_MD + rms_norm_backward(saved["x"], w["attn_norm_LD"], c.config.norm_eps, dh_MD)
 
 
+@jax.named_scope("recompute")
 def _recompute(kept: Saved, segments_BT: jax.Array, w: dict[str, jax.Array], lora: Adapter, c: Context) -> Saved:
     """Return everything that the backward pass reads; products that it does not read are never carried out."""
     if "gate" in kept:

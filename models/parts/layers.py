@@ -37,12 +37,14 @@ def from_bits(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a, tree)
 
 
+@jax.named_scope("norm")
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Scale the last axis of x to unit root mean square, times `weight`; float32 throughout."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
+@jax.named_scope("norm")
 def rms_norm_backward(x: jax.Array, weight: jax.Array, eps: float, g: jax.Array) -> jax.Array:
     """Return the cotangent of x for the cotangent g of `rms_norm(x)`; the weight is frozen."""
     x = x.astype(jnp.float32)
@@ -51,6 +53,7 @@ def rms_norm_backward(x: jax.Array, weight: jax.Array, eps: float, g: jax.Array)
     return r * (g - x * (r * r) * jnp.mean(x * g, axis=-1, keepdims=True))
 
 
+@jax.named_scope("rope")
 def rope_table(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Return cos and sin (B, T, H/2) float32 of the rotary angles, with Llama 3's frequency scaling where configured.
 

@@ -34,6 +34,7 @@ def adapter_scale(lora: Adapter) -> float:
     return next((lora_scale(module["A"]) for module in lora.values()), 1.0)
 
 
+@jax.named_scope("lora")
 def layer_pairs(lora: Adapter) -> dict[str, Pair]:
     """Return the pairs of a layer's matmuls that the adapter covers: qkv, o, gate_up and down.
 
@@ -61,6 +62,7 @@ def side_by_side(pairs: Sequence[Pair]) -> Pair:
     return a_nI.reshape(-1, a_nI.shape[2]), bs_RO
 
 
+@jax.named_scope("lora")
 def mix(scale_MV: jax.Array, pair: Pair) -> jax.Array:
     """Return what u (M, n) of a `side_by_side` pair is multiplied by: s in the columns of a row's adapter, else 0."""
     (M, V), (a_nI, bs_RO) = scale_MV.shape, pair
@@ -88,9 +90,10 @@ def linear(
     if pair is None:
         return ys, None
     a_nI, bs_RO = pair
-    u_Mn = contract("MI,nI->Mn", x_MI, a_nI, dtype) * scale
-    us_MR = jnp.split(u_Mn, len(bs_RO), axis=1)
-    return [y + contract("MR,RO->MO", u, b, dtype) for y, u, b in zip(ys, us_MR, bs_RO, strict=True)], u_Mn
+    with jax.named_scope("lora"):
+        u_Mn = contract("MI,nI->Mn", x_MI, a_nI, dtype) * scale
+        us_MR = jnp.split(u_Mn, len(bs_RO), axis=1)
+        return [y + contract("MR,RO->MO", u, b, dtype) for y, u, b in zip(ys, us_MR, bs_RO, strict=True)], u_Mn
 
 
 def linear_backward(
@@ -114,12 +117,13 @@ def linear_backward(
     if pair is None or u_Mn is None:
         return dx_MI, None
     a_nI, bs_RO = pair
-    us_RM = jnp.split(_transposed(u_Mn), len(bs_RO))
-    dbs_RO = [contract("RM,MO->RO", u, dy, dtype) for u, dy in zip(us_RM, dys_MO, strict=True)]
-    dus_MR = [contract("MO,RO->MR", dy, b, dtype) for dy, b in zip(dys_MO, bs_RO, strict=True)]
-    du_Mn = jnp.concatenate(dus_MR, axis=1) * scale
-    da_nI = contract("nM,MI->nI", _transposed(du_Mn), x_MI, dtype)
-    return dx_MI + contract("Mn,nI->MI", du_Mn, a_nI, dtype), (da_nI, dbs_RO)
+    with jax.named_scope("lora"):
+        us_RM = jnp.split(_transposed(u_Mn), len(bs_RO))
+        dbs_RO = [contract("RM,MO->RO", u, dy, dtype) for u, dy in zip(us_RM, dys_MO, strict=True)]
+        dus_MR = [contract("MO,RO->MR", dy, b, dtype) for dy, b in zip(dys_MO, bs_RO, strict=True)]
+        du_Mn = jnp.concatenate(dus_MR, axis=1) * scale
+        da_nI = contract("nM,MI->nI", _transposed(du_Mn), x_MI, dtype)
+        return dx_MI + contract("Mn,nI->MI", du_Mn, a_nI, dtype), (da_nI, dbs_RO)
 
 
 def _transposed(u_Mn: jax.Array) -> jax.Array:

@@ -105,6 +105,13 @@ class Program:
             compiled.output_shardings,
         )
 
+    def lower(self, *args: Any, **static: Any) -> jax.stages.Lowered:
+        """Return the program as XLA gets it, for arguments as those of `prepare`."""
+        outputs = {} if self._place is None else {"out_shardings": self._place(*args)}
+        fn = partial(self._fn, **static)
+        fn.__name__ = self.name  # type: ignore[attr-defined]  (profiles and dumps show it)
+        return jax.jit(fn, donate_argnums=self._donate, **outputs).lower(*args)
+
     def _get(self, args: Any, static: dict[str, Any], cause: Cause) -> Any:
         leaves, treedef = jax.tree.flatten(args)
         key = (treedef, tuple((a.shape, a.dtype, a.sharding) for a in leaves), tuple(sorted(static.items())))
@@ -127,13 +134,10 @@ class Program:
         shapes = [] if self._label is None else [self._label(*args)]
         text = ", ".join(shapes + [f"{name}={value}" for name, value in static.items()])
         logger.info("compiling %s (%s): %s", self.name, text, cause)
-        outputs = {} if self._place is None else {"out_shardings": self._place(*args)}
-        fn = partial(self._fn, **static)
-        fn.__name__ = self.name  # type: ignore[attr-defined]  (profiles and dumps show it)
         running = _Compile(log=self._log, program=self.name, shapes=text, began=time.monotonic())
         _running.add(running)
         try:
-            compiled = jax.jit(fn, donate_argnums=self._donate, **outputs).lower(*args).compile()
+            compiled = self.lower(*args, **static).compile()
         finally:
             _running.discard(running)
             _return_freed_memory()

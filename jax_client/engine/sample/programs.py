@@ -73,6 +73,7 @@ class SamplePrograms:
         c = self._config
         return 2 * c.n_layers * c.n_kv_heads * c.head_dim * PAGE * self._dtype.itemsize
 
+    @jax.named_scope("prefill")
     def _prefill(self, params: Any, loras: tuple[Any, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
         """Store tiles, and score their positions where asked.
 
@@ -103,10 +104,12 @@ class SamplePrograms:
 
         x_BTD = embed(params, batch["tokens"].reshape(W * t, S))
         for i, (w, pairs) in enumerate(self._layers(params, loras)):
-            x_BTD, _, _ = layer_forward(x_BTD, w, MixedLinears(pairs, scale_MV, self._dtype), c, attend(i))
+            with jax.named_scope(f"layer_{i}"):
+                x_BTD, _, _ = layer_forward(x_BTD, w, MixedLinears(pairs, scale_MV, self._dtype), c, attend(i))
         h_WND = rms_norm(x_BTD, params["final_norm_D"], self._config.norm_eps).reshape(W, t * S, -1)
         return pool, self._scores(params, loras, h_WND, scale_MV.reshape(W, t * S, len(loras)), batch)
 
+    @jax.named_scope("scores")
     def _scores(self, params: Any, loras: tuple[Any, ...], h_WND: jax.Array, scale_WNV: jax.Array, batch: Batch) -> Any:
         W, N, _ = h_WND.shape
         fields = {"h": h_WND, "scale": scale_WNV, **{name: batch[name] for name in ("targets", "key", "temperature")}}
@@ -153,6 +156,7 @@ class SamplePrograms:
 
         return jax.tree.map(in_order, out)
 
+    @jax.named_scope("decode")
     def _decode(self, params: Any, loras: tuple[Any, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
         """Run one block of steps.
 
@@ -191,7 +195,8 @@ class SamplePrograms:
             for n, (w, pairs) in enumerate(layers):
                 attend = self._attend(pool, n, way, W, batch["table"], row["position"].reshape(W, R))
                 linears = MixedLinears(pairs, flat["scale"], self._dtype)
-                x_BTD, _, _ = layer_forward(x_BTD, w, linears, c, attend)
+                with jax.named_scope(f"layer_{n}"):
+                    x_BTD, _, _ = layer_forward(x_BTD, w, linears, c, attend)
             h_BD = rms_norm(x_BTD, params["final_norm_D"], self._config.norm_eps)[:, 0]
             logits_BV = self._logits(params, loras, h_BD, flat["scale"])
             row, new = _advance(logits_BV, row, flat)
@@ -239,12 +244,14 @@ class SamplePrograms:
 
         return attend
 
+    @jax.named_scope("copy_pages")
     def _copy_pages(self, pool: Pool, copy_WR2: jax.Array) -> Pool:
         """Return the pool with pages copied, in the decode program because it has the pool anyway."""
         one = lambda pages, copy: pages.at[copy[:, 1]].set(pages[copy[:, 0]])  # noqa: E731
         each = lambda pages: jax.vmap(one)(pages, copy_WR2)  # noqa: E731
         return jax.lax.cond(jnp.any(copy_WR2 > 0), lambda p: jax.tree.map(each, p), lambda p: p, pool)
 
+    @jax.named_scope("head")
     def _logits(self, params: Any, loras: tuple[Any, ...], h_ND: jax.Array, scale_NV: jax.Array) -> jax.Array:
         """Return float32 logits (N, vocabulary)."""
         logits_NV = contract("ND,VD->NV", h_ND, from_bits(output_head_VD(params)), self._dtype)
@@ -282,6 +289,7 @@ def _cut(stacks: Any, layer: int) -> Any:
     return from_bits(jax.tree.map(lambda a: a[layer], to_bits(stacks)))
 
 
+@jax.named_scope("top")
 def _top(logprobs_NV: jax.Array, k: int, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the ids and logprobs (N, k) of the likeliest tokens if they are wanted, else zeros."""
     k = min(k, logprobs_NV.shape[1])
@@ -294,6 +302,7 @@ def _top(logprobs_NV: jax.Array, k: int, wanted: jax.Array) -> tuple[jax.Array, 
     return jax.lax.cond(wanted, top, lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape)))
 
 
+@jax.named_scope("draw")
 def _advance(logits_BV: jax.Array, row: Batch, settings: Batch) -> tuple[Batch, Batch]:
     """Draw each row's next token and update its state; finished rows stay as they are."""
     s = settings

@@ -49,6 +49,7 @@ class TrainPrograms:
         self.add = Program("add", _add, log, lambda total, _: same_place(total))
         self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*same_place(args[:3]), None))
 
+    @jax.named_scope("forward")
     def _forward(
         self, params: Any, weights: Weights, batch: dict[str, Any], loss: jax.Array, *, remat: Remat | None
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], Any]:
@@ -77,6 +78,7 @@ class TrainPrograms:
         g_BTC, sums = registry.apply_loss(loss, logprobs_BTC, batch["inputs"], batch["real_BTC"], batch["segments_BT"])
         return logprobs_BTC, g_BTC, sums, (saved, head_saved)
 
+    @jax.named_scope("backward")
     def _backward(
         self, params: Any, weights: Weights, batch: dict[str, Any], saved: Any, g_BTC: jax.Array, accumulated: Weights
     ) -> Weights:
@@ -98,6 +100,7 @@ class TrainPrograms:
         return {"layers": layers, "unembed": _add(accumulated["unembed"], unembed)}
 
 
+@jax.named_scope("accumulate")
 def _add(total: Weights, part: Weights) -> Weights:
     return jax.tree.map(jnp.add, total, part)
 
@@ -106,6 +109,7 @@ def _order(batch: dict[str, Any]) -> Order:
     return Order(batch["order_BT"], batch["place_BT"], batch["with_gradient"], batch["scored"])
 
 
+@jax.named_scope("optimizer")
 def adamw_step(
     weights: Weights, mu: Weights, nu: Weights, grads: Weights, step: jax.Array, settings: dict[str, jax.Array]
 ) -> tuple[Weights, Weights, Weights, dict[str, jax.Array]]:
