@@ -210,7 +210,7 @@ def _add_point(database: sqlite3.Connection, point: Point) -> None:
     series, number = found.fetchone()
     database.execute(
         "INSERT INTO points (series, number, step, time, metrics) VALUES (?, ?, ?, ?, ?)",
-        (series, number, point.step, point.time, _json(_finite(point.metrics))),
+        (series, number, point.step, point.time, _json(_storable(point.metrics))),
     )
 
 
@@ -278,7 +278,8 @@ def _spread(numbers: list[int], most: int) -> Iterable[int]:
     return [numbers[i * last // (most - 1)] for i in range(most)]
 
 
-def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+def _storable(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return what JSON can hold, within the bounds: a point may have any names and values."""
     found: dict[str, float] = {}
     for name, value in metrics.items():
         if len(found) == MAX_KEYS:

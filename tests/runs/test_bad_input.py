@@ -30,6 +30,7 @@ from jax_client.engine.core import memory
 from jax_client.engine.engine import STEP_RATES, STEP_SUMS
 from jax_client.engine.train import packing
 from jax_client.errors import JaxClientError
+from jax_client.runs.results import run_metrics
 from jax_client.values import CheckpointKey
 from support.golden_cases import CASES, base_values, sequences
 from support.weight_files import hf_tensors, write_hf
@@ -506,6 +507,10 @@ def test_a_loss_function_gets_copies_and_may_report_any_number(shared: Bench) ->
         outcomes.append(([o["logprobs"].to_numpy().tobytes() for o in output.loss_fn_outputs], shared.weights()))
     assert outcomes[0] == outcomes[1]
     assert (output.metrics["0-d"], output.metrics["int"]) == (2.0, 3.0) and math.isnan(output.metrics["nan"])
+    shared.client.optim_step(ADAM).result(30)
+    assert run_metrics.shared.flush(30)
+    (recorded,) = [run.newest for run in run_metrics.live() if run.run_id == shared.client.model_id]
+    assert recorded["nonfinite/nan"] == 1.0 and "nan" not in recorded, "what is recorded is finite"
     for d, inputs in zip(DATA, given, strict=True):
         assert d.loss_fn_inputs.keys() == inputs.keys()
         assert all((d.loss_fn_inputs[key].to_numpy() == value).all() for key, value in inputs.items())

@@ -112,6 +112,17 @@ def test_nothing_that_goes_wrong_reaches_the_run(tmp_path: Path, caplog: pytest.
     assert len(MetricsStore(tmp_path / FILE_NAME).runs()) == 1
 
 
+def test_a_number_that_is_not_finite_leaves_the_file_whole(tmp_path: Path) -> None:
+    recorder = MetricsWriter(seconds=0.0)
+    run = RunMetrics("r", Quiet(), tmp_path, 0, recorder)
+    run.passed({"a": math.nan, "b": 1.0})
+    run.event("odd", a=math.inf, b=2.0)
+    run.stepped({"step:max": 1.0})
+    assert recorder.flush(30) and recorder.dropped == 0
+    found = MetricsStore(tmp_path / FILE_NAME).read("r")
+    assert found.points[0].metrics == {"b": 1.0, "step:max": 1.0} and found.events[0].details == {"b": 2.0}
+
+
 def test_calls_of_one_step_become_its_point(tmp_path: Path) -> None:
     recorder, engine = MetricsWriter(seconds=0.0), Quiet()
     run = RunMetrics("r", engine, tmp_path, 4, recorder)

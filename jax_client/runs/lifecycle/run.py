@@ -151,7 +151,9 @@ class Run:
         source = self._request(
             lambda: self._engine.forward_backward_custom(self._lane, self._adapter, sequences, guarded)
         )
-        return self._answer(source, self._noting(show, self._checkpointer.observed.passed))
+        # The user gets their own metrics as they are, with NaN; what is recorded is finite.
+        note = lambda metrics: self._checkpointer.observed.passed(convert.metrics(metrics))  # noqa: E731
+        return self._answer(source, self._noting(show, note))
 
     @contextlib.contextmanager
     def _inside_loss(self) -> Iterator[None]:

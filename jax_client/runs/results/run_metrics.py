@@ -19,7 +19,6 @@ from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 from jax_client.metrics.store import FILE_NAME, Event, MetricsStore, Point
-from jax_client.runs.results import convert
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +122,7 @@ class RunMetrics:
             if item.kind == "load":  # which drops the gradients
                 self._passes = []
             return Event(run=self.run_id, kind=item.kind, step=self.step, time=item.time, details=item.metrics)
-        metrics = convert.metrics(item.metrics)
+        metrics = {name: float(value) for name, value in item.metrics.items()}
         if item.topic == "score":
             return Point(run=self.run_id, kind="forward", step=self.step, time=item.time, metrics=metrics)
         if item.topic == "pass":

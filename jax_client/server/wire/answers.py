@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any
@@ -46,9 +45,6 @@ def success(value: Any) -> Answer:
     if isinstance(value, types.SampleResponse):
         return Answer(body=protocol.sample_answer(value), media_type=PROTOBUF)
     content = value.model_dump(mode="json", exclude_none=True) if isinstance(value, pydantic.BaseModel) else value
-    if isinstance(value, types.OptimStepResponse):
-        # JSON has no NaN, and the SDK takes none.
-        content["metrics"] = {k: v for k, v in (value.metrics or {}).items() if math.isfinite(v)}
     return Answer(body=json.dumps(content).encode())
 
 

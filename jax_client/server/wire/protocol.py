@@ -99,7 +99,7 @@ def forward_backward_answer(output: types.ForwardBackwardOutput) -> bytes:
     """Return the message of an answer. Consecutive datums with the same trailing shape share a record."""
     message = pb.ForwardBackwardOutput(
         loss_fn_output_type=output.loss_fn_output_type,
-        metrics={name: value for name, value in output.metrics.items() if math.isfinite(value)},
+        metrics=output.metrics,
     )
     for group in _same_shapes(output.loss_fn_outputs):
         record = message.loss_fn_outputs.add(type_tag=output.loss_fn_output_type, num_datums=len(group))
