@@ -140,7 +140,7 @@ def _load(server: Server, name: str, settings: ServerSettings) -> None:
     from jax_client.runs.lifecycle import base_models
 
     start, meant = time.monotonic(), server.model_name(name)
-    loading = server.own.base_model(meant)
+    loading = server.live.own.base_model(meant)
 
     def progress_text() -> str:
         progress = base_models.loading(meant, settings.engine)

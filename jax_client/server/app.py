@@ -35,8 +35,7 @@ from jax_client.errors import BadRequestError, JaxClientError, NotFoundError
 from jax_client.runs.lifecycle.session import SessionClosedError
 from jax_client.server.ops import metrics
 from jax_client.server.ops.health import Watchdog
-from jax_client.server.state.custom_losses import MAX_GRAPH_BYTES
-from jax_client.server.state.ledger import PendingRequest
+from jax_client.server.state.pending import PendingRequest
 from jax_client.server.state.server import Server
 from jax_client.server.wire import answers, protocol
 from jax_client.server.wire.admission import MAX_SAMPLES, RETRY_SECONDS, BusyError, Load
@@ -52,6 +51,7 @@ from jax_client.server.wire.bodies import (
     read_body,
     read_json,
 )
+from jax_client.server.wire.custom_losses import MAX_GRAPH_BYTES
 from jax_client.server.wire.guard import Guard
 from jax_client.values import CheckpointKey
 
@@ -114,25 +114,25 @@ def routes(server: Server) -> list[Route]:
     """Return every route."""
     rest, watchdog = server.rest, Watchdog()
     promised: dict[str, tuple[Any, Callable[..., PendingRequest]]] = {
-        "create_model": (types.CreateModelRequest, server.create_model),
-        "load_weights": (types.LoadWeightsRequest, server.load_weights),
-        "optim_step": (types.OptimStepRequest, server.optim_step),
-        "save_weights": (types.SaveWeightsRequest, server.save_weights),
-        "save_weights_for_sampler": (types.SaveWeightsForSamplerRequest, server.save_weights_for_sampler),
-        "save_weights_external": (types.SaveWeightsExternalRequest, server.save_weights_external),
+        "create_model": (types.CreateModelRequest, server.training.create_model),
+        "load_weights": (types.LoadWeightsRequest, server.training.load_weights),
+        "optim_step": (types.OptimStepRequest, server.training.optim_step),
+        "save_weights": (types.SaveWeightsRequest, server.training.save_weights),
+        "save_weights_for_sampler": (types.SaveWeightsForSamplerRequest, server.training.save_weights_for_sampler),
+        "save_weights_external": (types.SaveWeightsExternalRequest, server.training.save_weights_external),
     }
     direct: dict[str, tuple[Any, Callable[[Any], Any]]] = {
         "client/config": (None, lambda _: CLIENT_CONFIG),
         "client/dynamic_config": (None, lambda _: DYNAMIC_CONFIG),
         "create_session": (types.CreateSessionRequest, server.create_session),
         "session_heartbeat": (SessionHeartbeatRequest, lambda r: _heartbeat(server, r.session_id)),
-        "get_info": (types.GetInfoRequest, lambda r: server.run(r.model_id).info()),
-        "create_sampling_session": (types.CreateSamplingSessionRequest, server.create_sampling_session),
+        "get_info": (types.GetInfoRequest, lambda r: server.training.run(r.model_id).info()),
+        "create_sampling_session": (types.CreateSamplingSessionRequest, server.sampling.create_sampling_session),
         "join_sampling_session": (
             JoinSamplingSessionRequest,
-            lambda r: {"client_counter": server.join_sampling_session(r.sampling_session_id)},
+            lambda r: {"client_counter": server.sampling.join_sampling_session(r.sampling_session_id)},
         ),
-        "cancel_future": (FutureRetrieveRequest, lambda r: server.promises.get(r.request_id).cancel()),
+        "cancel_future": (FutureRetrieveRequest, lambda r: server.ledger.get(r.request_id).cancel()),
         "telemetry": (None, lambda _: {"status": "accepted"}),
     }
     checkpoint = "/training_runs/{run}/checkpoints/{kind}/{name}"
@@ -151,8 +151,8 @@ def routes(server: Server) -> list[Route]:
         Route("/healthz", _named(watchdog.check), methods=["GET"]),
         Route("/metrics", _named(metrics.show_metrics), methods=["GET"]),
         _route("GET", "/metrics/engines", metrics.list_engines),
-        _route("GET", "/metrics/runs", metrics.list_runs(server.own.state_dir)),
-        _route("GET", "/metrics/runs/{run}", metrics.read_run(server.own.state_dir)),
+        _route("GET", "/metrics/runs", metrics.list_runs(server.live.own.state_dir)),
+        _route("GET", "/metrics/runs/{run}", metrics.read_run(server.live.own.state_dir)),
         _route("GET", "/get_server_capabilities", _get(lambda r: rest.get_server_capabilities())),
         _route("GET", "/samplers/{sampler:path}", _get(lambda r: _sampler(server, r.path_params["sampler"]))),
         _route(
@@ -225,7 +225,7 @@ def _digest(path: str, body: bytes) -> bytes:
 
 def _promising(server: Server, model: type[Model], make: Callable[[Model, bytes], PendingRequest]) -> Handler:
     async def handler(request: Request) -> Response:
-        with Load(server.room) as load:
+        with Load(server.admission) as load:
             body = await read_body(request, MAX_JSON_BYTES, load)
             parsed, promise = await run_in_threadpool(accept, body, _digest(request.scope["path"], body))
             load.keep(promise.request_id, promise.answer)
@@ -236,7 +236,7 @@ def _promising(server: Server, model: type[Model], make: Callable[[Model, bytes]
             parsed = parse(body, model)
             return parsed, make(parsed, digest)
         except BadRequestError as error:
-            server.refuse(body, digest, error)
+            server.training.refuse(body, digest, error)
             raise
 
     return handler
@@ -270,7 +270,7 @@ def _shown(value: Any) -> Response:
 
 def _forward_backward(server: Server) -> Handler:
     async def handler(request: Request) -> Response:
-        with Load(server.room) as load:
+        with Load(server.admission) as load:
             body = await read_body(request, load=load)
             promise, model_id = await run_in_threadpool(read, body, request.scope["path"])
             load.keep(promise.request_id, promise.answer)
@@ -278,17 +278,18 @@ def _forward_backward(server: Server) -> Handler:
 
     def read(body: bytes, path: str) -> tuple[PendingRequest, str]:
         message = protocol.read_forward_backward(body)
-        return server.forward_backward(message, _digest(path, body)), message.model_id
+        return server.training.forward_backward(message, _digest(path, body)), message.model_id
 
     return handler
 
 
 def _create_custom_loss(server: Server) -> Handler:
     async def handler(request: Request) -> Response:
-        with Load(server.room) as load:
+        with Load(server.admission) as load:
             body = await read_body(request, MAX_GRAPH_BYTES, load)
             parsed = await run_in_threadpool(parse, body, types.CreateCustomLossRequest)
-            promise = await run_in_threadpool(server.create_custom_loss, parsed, _digest(request.scope["path"], body))
+            digest = _digest(request.scope["path"], body)
+            promise = await run_in_threadpool(server.training.create_custom_loss, parsed, digest)
             load.keep(promise.request_id, promise.answer)
         return JSONResponse({"request_id": promise.request_id})
 
@@ -297,15 +298,15 @@ def _create_custom_loss(server: Server) -> Handler:
 
 def _sample(server: Server) -> Handler:
     async def handler(request: Request) -> Response:
-        with Load(server.room) as load:
+        with Load(server.admission) as load:
             parsed, body = await read_json(request, types.SampleRequest, load)
             samples = min(max(parsed.num_samples, 1), MAX_SAMPLES)
-            server.room.check_samples(samples)
+            server.admission.check_samples(samples)
             digest = _digest(request.scope["path"], body)
-            if len(body) <= SMALL and server.samples_at_once(parsed.sampling_session_id):
-                promise = server.sample(parsed, digest)
+            if len(body) <= SMALL and server.sampling.is_immediate(parsed.sampling_session_id):
+                promise = server.sampling.sample(parsed, digest)
             else:
-                promise = await run_in_threadpool(server.sample, parsed, digest)
+                promise = await run_in_threadpool(server.sampling.sample, parsed, digest)
             load.keep(promise.request_id, promise.answer, samples)
         names = [f"{promise.request_id}:{i}" for i in range(samples)]
         return JSONResponse({"request_id": promise.request_id, "sample_sequence_ids": names})
@@ -316,12 +317,12 @@ def _sample(server: Server) -> Handler:
 def _retrieve(server: Server) -> Handler:
     async def handler(request: Request) -> Response:
         parsed, _ = await read_json(request, FutureRetrieveRequest, limit=SMALL_LIMIT)
-        promise = server.promises.in_memory(parsed.request_id)
+        promise = server.ledger.in_memory(parsed.request_id)
         if promise is None:
             promise = await run_in_threadpool(_kept, server, parsed.request_id)
         answer = await _within(promise.answer, POLL_SECONDS)
         if answer is None:
-            reason = await run_in_threadpool(server.waiting_for, promise)
+            reason = await run_in_threadpool(server.waiting_reason, promise)
             if not promise.answer.done():
                 state = "active" if reason is None else "paused_capacity"
                 return JSONResponse({"queue_state": state, "queue_state_reason": reason or "in progress"}, 408)
@@ -333,12 +334,12 @@ def _retrieve(server: Server) -> Handler:
 
 def _kept(server: Server, request_id: str) -> PendingRequest:
     try:
-        return server.promises.get(request_id)
+        return server.ledger.get(request_id)
     except NotFoundError:
-        if not server.may_have_lost(request_id):
+        if not server.sampling.may_have_lost(request_id):
             raise
         promise = PendingRequest(request_id, b"", "sample")
-        promise.settle(answers.again("the server does not know this request any more; send it again."))
+        promise.settle(answers.retry_later("the server does not know this request any more; send it again."))
         return promise
 
 
@@ -363,12 +364,12 @@ async def _within(answer: Future[Answer], seconds: float) -> Answer | None:
 
 
 def _heartbeat(server: Server, session_id: str) -> dict[str, str]:
-    server.session(session_id).check_open()
+    server.live.session(session_id).check_open()
     return {"type": "session_heartbeat"}
 
 
 def _sampler(server: Server, sampler_id: str) -> Any:
-    made = server.sampler(sampler_id)
+    made = server.sampling.sampler(sampler_id)
 
     async def answer() -> types.GetSamplerResponse:
         sampler = await asyncio.wrap_future(made)

@@ -19,11 +19,10 @@ from typing import Any
 
 from jax_client.clients.handles import Handle
 from jax_client.config import EngineConfig
-from jax_client.errors import NotFoundError
 from jax_client.runs.lifecycle.sampler_handle import SamplerHandle
 from jax_client.runs.lifecycle.session import Session, live_sessions
 from jax_client.server.app import CLIENT_CONFIG, DYNAMIC_CONFIG, build_app
-from jax_client.server.state.live_objects import IN_MEMORY, Sampling
+from jax_client.server.state.live_objects import ClientObjects
 from jax_client.server.state.server import Server
 from jax_client.server.wire.connections import Connection, http_server
 
@@ -33,56 +32,37 @@ MAX_CONCURRENT = 64
 MAX_PATH = 100
 
 
-class SharedSamplers(Server):
-    """The sessions of this process, as a server's, and those of their samplers that have handles. Thread-safe.
+class SharedSamplers:
+    """A server of this process's sessions, and of those of their samplers that have handles. Thread-safe.
 
-    A sampler with a handle is served for as long as its client lives. Those without a client are kept as a server keeps
-    the samplers of a loop that makes one with every step: the newest few.
+    The server can reach a sampler with a handle for as long as its client lives. Without its client the sampler stays
+    while it is among the newest of its session, as a server keeps the samplers of a loop that makes one every step.
+
+    Attributes:
+        server: what answers on the socket.
 
     Args:
-        config: engine settings, of sessions that are made over the socket.
+        config: engine settings of sessions that are made over the socket.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
-        # A user who lists the sessions of this process finds those that were made.
-        live_sessions.pop(self.own.session_id, None)
-        self._alive: weakref.WeakValueDictionary[str, SamplerHandle] = weakref.WeakValueDictionary()
-        self._known_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._samplers: weakref.WeakValueDictionary[str, SamplerHandle] = weakref.WeakValueDictionary()
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self.server = Server(config, clients=ClientObjects(sessions=live_sessions, samplers=self._samplers))
+        # The server's own session is not one that a user made, so that listings leave it out.
+        live_sessions.pop(self.server.live.own.session_id, None)
 
     def share(self, sampler: SamplerHandle) -> None:
         """Serve a sampler, as the newest of its session."""
-        session = sampler.session
+        session, live = sampler.session, self.server.live
         with self._lock:
-            if session not in self._known_sessions:
-                self._known_sessions.add(session)
-                session.at_close(partial(self._forget, session.session_id))
-            self._alive[sampler.sampler_id] = sampler
-            self._samplers.pop(sampler.sampler_id, None)
-            self.adopt(sampler)
-        self._tidy(session.session_id)
-
-    def session(self, session_id: str) -> Session:
-        """Return a session of this process. Raises NotFoundError."""
-        return live_sessions.get(session_id) or super().session(session_id)
-
-    def sampling(self, sampler_id: str) -> Sampling:
-        """Return a sampler that has a handle, or was made over the socket.
-
-        Raises:
-            NotFoundError: there is none of this id, or not any more.
-        """
-        alive = self._alive.get(sampler_id)
-        if alive is not None:
-            return Sampling.of(alive)
-        try:
-            return super().sampling(sampler_id)
-        except NotFoundError:
-            raise NotFoundError(
-                f"process {os.getpid()} has no sampler {sampler_id!r} any more: its session is closed, or its "
-                f"SamplingClient is gone and {IN_MEMORY} newer ones have handles. Keep the client for as long as "
-                "others sample with it."
-            ) from None
+            new = session not in self._sessions
+            self._sessions.add(session)
+            self._samplers[sampler.sampler_id] = sampler
+        if new:
+            session.at_close(partial(live.forget_session, session.session_id))
+        live.adopt(sampler)
 
 
 class SameUser(Connection):
@@ -115,7 +95,7 @@ class Sharing:
 
     Attributes:
         path: the socket's.
-        samplers: what it serves.
+        samplers: the samplers that are served.
 
     Args:
         config: engine settings.
@@ -132,7 +112,7 @@ class Sharing:
         os.chmod(self.path, 0o600)
         # From here on a connection is accepted, and waits until the thread is ready.
         self._listening.listen()
-        http = http_server(build_app(self.samplers), SameUser, loop="asyncio")
+        http = http_server(build_app(self.samplers.server), SameUser, loop="asyncio")
         serve = partial(http.run, sockets=[self._listening])
         threading.Thread(target=serve, name="jax_client-sharing", daemon=True).start()
 

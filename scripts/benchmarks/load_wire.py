@@ -134,7 +134,7 @@ def serve(hold: bool) -> None:
     base_models.resolve = lambda name: ModelSource(name=name, path=Path("/none") / name, kind="hf")
     base_models.open_engine = lambda source, config: (engine, "none")  # type: ignore[assignment, return-value]
     with tempfile.TemporaryDirectory() as home:
-        server = Server(EngineConfig(state_dir=home), journal=RequestLog(Path(home)))
+        server = Server(EngineConfig(state_dir=home), log=RequestLog(Path(home)))
         app = build_app(server, api_key=KEY, hosts=LOOPBACK)
 
         async def beside(scope: Any, receive: Any, send: Any) -> None:

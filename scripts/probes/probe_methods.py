@@ -126,7 +126,7 @@ def running_server(config: Any) -> Iterator[str]:
     from jax_client.server.state.request_log import RequestLog
     from jax_client.server.state.server import Server
 
-    server = Server(config, journal=RequestLog(config.state_dir))
+    server = Server(config, log=RequestLog(config.state_dir))
     listening = socket.create_server(("127.0.0.1", 0))
     app = build_app(server, api_key=KEY, hosts=LOOPBACK)
     http = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))

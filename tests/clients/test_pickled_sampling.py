@@ -30,7 +30,7 @@ import jax_client
 from jax_client.clients import handles
 from jax_client.server import LOOPBACK, sharing
 from jax_client.server.app import build_app
-from jax_client.server.state.live_objects import IN_MEMORY
+from jax_client.server.state.eviction import IN_MEMORY
 from jax_client.server.state.server import Server
 from support import fake_engine, pickled_child
 from support.fake_engine import MODEL

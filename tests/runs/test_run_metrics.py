@@ -486,7 +486,7 @@ def test_waiting_requests_fail_when_the_dispatch_thread_dies(
 ) -> None:
     server = Server(config(tmp_path, max_tokens_per_micro_batch=512))
     app = build_app(server, api_key=None, hosts=("localhost",))
-    lease = server.own.base_model(model).result()
+    lease = server.live.own.base_model(model).result()
     engine, release, begun = lease.model.engine, threading.Event(), threading.Event()
     adapter = engine.create_adapter(engine.open_lane(), LoraSpec(rank=4, seed=0)).result()
 

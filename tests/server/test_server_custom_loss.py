@@ -13,9 +13,9 @@ import tinker
 from tinker import types
 
 import jax_client
-from jax_client.server.state import custom_losses
 from jax_client.server.state.request_log import RequestLog
 from jax_client.server.state.server import Server
+from jax_client.server.wire import custom_losses
 from support.golden_cases import sequences
 from support.serving import ADAM, CASE, KEY, Running, config, write_model
 
@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     directory = tmp_path_factory.mktemp("state")
-    found = Running(Server(config(directory), journal=RequestLog(directory)))
+    found = Running(Server(config(directory), log=RequestLog(directory)))
     yield found
     found.stop()
 
@@ -209,11 +209,11 @@ def test_a_request_sent_twice_makes_one_loss(running: Running, monkeypatch: pyte
 
 
 def test_a_loss_outlives_a_restart(model: str, tmp_path: Path) -> None:
-    first = Running(Server(config(tmp_path), journal=RequestLog(tmp_path)))
+    first = Running(Server(config(tmp_path), log=RequestLog(tmp_path)))
     service = tinker.ServiceClient(base_url=first.url, api_key=KEY)
     handle = service.create_custom_loss(loss, RANKS).result()
     first.stop()
-    second = Running(Server(config(tmp_path), journal=RequestLog(tmp_path)), first.port)
+    second = Running(Server(config(tmp_path), log=RequestLog(tmp_path)), first.port)
     metrics = client_of(service, model).forward_backward_custom(batch(), handle).result().metrics
     assert metrics["custom/tokens:sum"] == sum(len(s["tokens"]) for s in sequences(CASE))
     second.stop()

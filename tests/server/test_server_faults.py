@@ -23,7 +23,7 @@ from tinker.types import UntypedAPIFuture
 import jax_client
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.server import app
-from jax_client.server.state import ledger
+from jax_client.server.state import pending
 from jax_client.server.state.request_log import RequestLog
 from jax_client.server.state.server import Server
 from jax_client.server.wire import bodies, connections
@@ -56,8 +56,8 @@ def start(loaded: Any, tmp_path: Path) -> Iterator[Callable[..., Running]]:
     started = []
 
     def begin(between: Callable[[Any], Any] = lambda app: app) -> Running:
-        journal = RequestLog(tmp_path) if not started else None
-        server = Server(jax_client.EngineConfig(state_dir=tmp_path), journal=journal)
+        log = RequestLog(tmp_path) if not started else None
+        server = Server(jax_client.EngineConfig(state_dir=tmp_path), log=log)
         started.append(Running(server, between=between))
         return started[-1]
 
@@ -89,7 +89,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 def sample_body(running: Running, number: int, **more: Any) -> dict[str, Any]:
     return {
-        "sampling_session_id": next(iter(running.server._samplers)),
+        "sampling_session_id": running.server.live.samplers.items()[0][0],
         "seq_id": number,
         "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]},
         "sampling_params": {"max_tokens": 4},
@@ -166,7 +166,7 @@ def test_chunks_in_any_order_give_the_same_weights(tmp_path: Path, monkeypatch: 
 
 
 def test_a_chunk_that_never_comes_fails_what_waits_and_no_more(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "GAP_SECONDS", 0.5)
+    monkeypatch.setattr(pending, "GAP_SECONDS", 0.5)
     monkeypatch.setattr(app, "POLL_SECONDS", 0.1)
     running = start()
     client = connect(running).create_lora_training_client(MODEL, 4).result(LIMIT)
@@ -192,7 +192,7 @@ def test_a_chunk_that_never_comes_fails_what_waits_and_no_more(start: Any, monke
 
 
 def test_a_refused_chunk_fails_its_call_and_the_next_ones_go_on(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "GAP_SECONDS", 0.5)
+    monkeypatch.setattr(pending, "GAP_SECONDS", 0.5)
     monkeypatch.setattr(app, "POLL_SECONDS", 0.2)
 
     async def refuse(served: Any, scope: Any, receive: Any, send: Any) -> None:
@@ -287,10 +287,11 @@ def test_a_lost_sampling_request_is_sent_again(start: Any, loaded: Any, monkeypa
     asked = sampler.sample(PROMPT, 1, PARAMS)
     wait_for(lambda: between.counts["retrieve_future"] > 0)
     # As if it had been accepted by a server that was killed before it could note it.
-    (lost,) = running.server.promises._open
-    del running.server.promises._open[lost]
-    running.server.promises._journal._ids.discard(lost)
-    running.server.promises._journal._ahead.pop(lost, None)
+    ledger = running.server.ledger
+    (lost,) = ledger._unanswered
+    del ledger._unanswered[lost]
+    ledger._log._ids.discard(lost)
+    ledger._log._ahead.pop(lost, None)
     wait_for(lambda: between.counts["asample"] == 2)
     loaded[0].gate.set()
     assert asked.result(LIMIT).sequences[0].tokens == [5, 2]
@@ -344,7 +345,7 @@ def use_everything(running: Running) -> tuple[list[float], list[str]]:
     resumed.forward_backward(DATA, "cross_entropy").result(LIMIT)
     logprobs = resumed.forward(DATA, "cross_entropy").result(LIMIT).loss_fn_outputs[0]["logprobs"].to_numpy()
     numbers.extend(logprobs.tolist())
-    return numbers, [str(record.name) for record in running.server.own.store.list()]
+    return numbers, [str(record.name) for record in running.server.live.own.store.list()]
 
 
 def test_what_is_sent_twice_is_done_once(start: Any, loaded: Any) -> None:
@@ -381,7 +382,7 @@ def received(connection: socket.socket) -> bytes:
 
 def in_use(running: Running) -> tuple[int, int, int, int]:
     state = running.http.server_state
-    return len(state.tasks), len(state.connections), running.server.room.bytes, running.server.room.requests
+    return len(state.tasks), len(state.connections), running.server.admission.bytes, running.server.admission.requests
 
 
 def test_clients_that_go_away_leave_nothing_behind(start: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,12 +496,12 @@ def test_deleting_a_checkpoint_leaves_open_samplers_alone(start: Any) -> None:
 def test_a_full_queue_costs_time_and_no_request(start: Any, loaded: Any) -> None:
     between = Between()
     running = start(between)
-    running.server.room = AdmissionLimits(max_requests=8)
+    running.server.admission = AdmissionLimits(max_requests=8)
     sampler = connect(running).create_sampling_client(base_model=MODEL).result(LIMIT)
     sampler.sample(PROMPT, 1, PARAMS).result(LIMIT)
     loaded[0].gate.clear()
     asked = [sampler.sample(types.ModelInput.from_ints([1, 2, 3, i]), 1, PARAMS) for i in range(12)]
-    wait_for(lambda: running.server.room.requests == 8 and between.counts["asample"] > 9)
+    wait_for(lambda: running.server.admission.requests == 8 and between.counts["asample"] > 9)
     with raw(running) as http:
         refused = http.post("/asample", json=sample_body(running, 10**6))
         assert refused.status_code == 429 and refused.headers["Retry-After"] == "1"
@@ -509,12 +510,12 @@ def test_a_full_queue_costs_time_and_no_request(start: Any, loaded: Any) -> None
     assert all(each.result(LIMIT).sequences[0].tokens == [5, 2] for each in asked)
     prompts = [request.tokens_T.tolist() for request in loaded[0].requests[1:]]
     assert sorted(prompts) == [[1, 2, 3, i] for i in range(12)], "none was lost, none came twice"
-    assert running.server.room.requests == running.server.room.samples == 0
+    assert running.server.admission.requests == running.server.admission.samples == 0
 
 
 def test_samples_count_too_and_one_large_request_always_fits(start: Any, loaded: Any) -> None:
     running = start()
-    running.server.room = AdmissionLimits(max_samples=100)
+    running.server.admission = AdmissionLimits(max_samples=100)
     connect(running).create_sampling_client(base_model=MODEL).sample(PROMPT, 1, PARAMS).result(LIMIT)
     loaded[0].gate.clear()
     with raw(running) as http:
@@ -523,7 +524,7 @@ def test_samples_count_too_and_one_large_request_always_fits(start: Any, loaded:
             assert http.post("/asample", json=body).status_code == status
         assert http.post("/asample", json=sample_body(running, 10**6 + 1, num_samples=500)).status_code in (200, 429)
         for samples in (0, -1, 10**9):
-            running.server.room = AdmissionLimits()
+            running.server.admission = AdmissionLimits()
             body = sample_body(running, 10**7 + samples, num_samples=samples)
             request_id = http.post("/asample", json=body).json()["request_id"]
             assert "num_samples" in poll(http, request_id).json()["error"]
@@ -533,43 +534,43 @@ def test_bodies_wait_for_room(start: Any, loaded: Any) -> None:
     between = Between()
     running = start(between)
     body = len(forward_backward_body("x" * 44, 1, DATA))
-    running.server.room = AdmissionLimits(max_bytes=4 * body)
+    running.server.admission = AdmissionLimits(max_bytes=4 * body)
     clients = [connect(running).create_lora_training_client(MODEL, 4).result(LIMIT) for _ in range(2)]
     loaded[0].gate.clear()
     passes = [client.forward_backward(DATA, "cross_entropy") for _ in range(3) for client in clients]
     wait_for(lambda: between.counts["forward_backward"] > 6)
-    assert 0 < running.server.room.bytes <= 4 * body
+    assert 0 < running.server.admission.bytes <= 4 * body
     with raw(running) as http:
         assert http.post("/forward_backward", content=forward_backward_body("x", 1, DATA * 9)).status_code == 429
         assert http.get("/healthz").status_code == 200
     loaded[0].gate.set()
     assert all(each.result(LIMIT).metrics["loss:sum"] == 1.0 for each in passes)
-    assert loaded[0].log.count("forward_backward") == 6 and running.server.room.bytes == 0
+    assert loaded[0].log.count("forward_backward") == 6 and running.server.admission.bytes == 0
 
 
 def test_slow_bodies_hold_no_more_than_the_limit(start: Any) -> None:
     running = start()
-    running.server.room = AdmissionLimits(max_bytes=1_000_000)
+    running.server.admission = AdmissionLimits(max_bytes=1_000_000)
     head = f"POST {API}/forward_backward HTTP/1.1\r\nContent-Length: 5000000"
     slow = [sent(running, head, b"\r\n" + b"x" * 100_000) for _ in range(20)]
-    wait_for(lambda: running.server.room.bytes > 800_000)
+    wait_for(lambda: running.server.admission.bytes > 800_000)
     time.sleep(0.2)
-    assert running.server.room.bytes <= 1_000_000
+    assert running.server.admission.bytes <= 1_000_000
     sampler = connect(running).create_sampling_client(base_model=MODEL).result(LIMIT)
     for connection in slow[:5]:
         connection.close()
     assert sampler.sample(PROMPT, 1, PARAMS).result(LIMIT)
     for connection in slow:
         connection.close()
-    wait_for(lambda: running.server.room.bytes == 0)
+    wait_for(lambda: running.server.admission.bytes == 0)
 
 
 def test_what_waits_for_nothing_makes_room(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "GAP_SECONDS", 0.3)
+    monkeypatch.setattr(pending, "GAP_SECONDS", 0.3)
     running = start()
     client = connect(running).create_lora_training_client(MODEL, 4).result(LIMIT)
     body = forward_backward_body(client.model_id, 2, [datum()] * 20)
-    running.server.room = AdmissionLimits(running.server._give_up_gaps, max_bytes=len(body) + 10)
+    running.server.admission = AdmissionLimits(running.server.ledger.queues.give_up, max_bytes=len(body) + 10)
     with raw(running) as http:
         waiting = http.post("/forward_backward", content=body).json()["request_id"]
         third = forward_backward_body(client.model_id, 3, [datum()] * 20)

@@ -28,7 +28,7 @@ from tinker.types.session_heartbeat_request import SessionHeartbeatRequest
 import jax_client
 from jax_client.server import app
 from jax_client.server.app import build_app, routes
-from jax_client.server.state import ledger
+from jax_client.server.state import pending
 from jax_client.server.state.server import Server
 from jax_client.server.wire import bodies
 from support import fuzz_bodies
@@ -93,7 +93,7 @@ class Target:
         self.answer_of(self.model_id)
         asked = {"session_id": self.session_id, "sampling_session_seq_id": 0, "base_model": MODEL}
         self.sampler_id = self.post("create_sampling_session", asked)["sampling_session_id"]
-        self.server.sampler(self.sampler_id).result(20)
+        self.server.sampling.sampler(self.sampler_id).result(20)
 
     def post(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
         status, answer = self.call("POST", f"/api/v1/{name}", json.dumps(body).encode())
@@ -153,7 +153,7 @@ class Target:
 
     def following(self) -> int:
         """The number of the model's next request."""
-        found = self.server._models[self.model_id].order.following
+        found = self.server.ledger.queues.of(self.model_id).next_number
         if found > 2**30:
             self.begin()
             return 1
@@ -216,7 +216,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         checked = SimpleNamespace(tokens=1, difference=0.0)
         patch.setattr("jax_client.runs.lifecycle.export_check.check_export", lambda *_: checked)
         patch.setattr(app, "POLL_SECONDS", 0.02)
-        patch.setattr(ledger, "GAP_SECONDS", 0.0)
+        patch.setattr(pending, "GAP_SECONDS", 0.0)
         # A frame that grows has to pass it.
         patch.setattr(bodies, "MAX_JSON_BYTES", 2**20)
         patch.setattr(bodies, "MAX_BYTES", 2**20)

@@ -21,7 +21,7 @@ from tinker import types
 from jax_client.errors import DoesNotFitError, JaxClientError
 from jax_client.runs.lifecycle import base_models
 from jax_client.runs.lifecycle import run as runs
-from jax_client.server.state import live_objects, server
+from jax_client.server.state import eviction, training
 from jax_client.server.state.ledger import RequestLedger
 from jax_client.server.state.request_log import FILE, RequestLog
 from jax_client.server.state.server import Server
@@ -40,13 +40,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
-    found = Running(Server(config(tmp_path), journal=RequestLog(tmp_path)))
+    found = Running(Server(config(tmp_path), log=RequestLog(tmp_path)))
     yield found
     found.stop()
 
 
 def again(running: Running, directory: Path) -> Running:
-    return Running(Server(config(directory), journal=RequestLog(directory)), running.port)
+    return Running(Server(config(directory), log=RequestLog(directory)), running.port)
 
 
 def step(client: Any) -> tuple[float, float]:
@@ -60,7 +60,7 @@ def sampled(sampler: Any) -> list[int]:
 
 
 def test_clients_go_on_over_a_restart(model: str, tmp_path: Path) -> None:
-    first = Running(Server(config(tmp_path), journal=RequestLog(tmp_path)))
+    first = Running(Server(config(tmp_path), log=RequestLog(tmp_path)))
     service = tinker.ServiceClient(base_url=first.url, api_key=KEY, user_metadata={"who": "me"})
     client = service.create_lora_training_client(base_model=model, rank=4, seed=11).result()
     halfway = service.create_lora_training_client(base_model=model, rank=4, seed=11).result()
@@ -142,7 +142,7 @@ def serve(home: Path, port: int) -> subprocess.Popen[bytes]:
 def test_idle_models_make_room_and_come_back_as_they_were(
     model: str, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live_objects, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(eviction, "IDLE_SECONDS", 0.0)
     service = tinker.ServiceClient(base_url=running.url, api_key=KEY)
     whole = service.create_lora_training_client(base_model=model, rank=4, seed=11).result()
     expected = [step(whole), step(whole)]
@@ -154,7 +154,7 @@ def test_idle_models_make_room_and_come_back_as_they_were(
     before = sampled(sampler)
 
     def there() -> set[str]:
-        return {key for key, each in running.server._models.items() if each.resident.there is not None}
+        return {key for key, each in running.server.live.models.items() if each.evictable.value is not None}
 
     made, create = [], runs.create_run
 
@@ -164,7 +164,7 @@ def test_idle_models_make_room_and_come_back_as_they_were(
         made.append(args[1])
         return create(*args)
 
-    monkeypatch.setattr(server, "create_run", tight)
+    monkeypatch.setattr(training, "create_run", tight)
     newcomer = service.create_lora_training_client(base_model=model, rank=4, seed=3).result()
     assert there() == {holding.model_id, newcomer.model_id}, "what holds gradients stays"
     numbers.append(step(idle))
@@ -176,7 +176,7 @@ def test_idle_models_make_room_and_come_back_as_they_were(
 def test_a_base_model_that_nobody_uses_makes_room(
     model: str, running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live_objects, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(eviction, "IDLE_SECONDS", 0.0)
     other = shutil.copytree(model, tmp_path / "other")
     service = tinker.ServiceClient(base_url=running.url, api_key=KEY)
     sampler = service.create_sampling_client(base_model=str(other))
@@ -188,7 +188,7 @@ def test_a_base_model_that_nobody_uses_makes_room(
             raise DoesNotFitError("full", category="user")
         return create(*args)
 
-    monkeypatch.setattr(server, "create_run", tight)
+    monkeypatch.setattr(training, "create_run", tight)
     service.create_lora_training_client(base_model=model, rank=4, seed=3).result()
     assert "other" not in loaded()
     assert sampled(sampler) == before and "other" in loaded()
@@ -200,7 +200,7 @@ def test_a_request_that_does_not_fit_with_nothing_idle_is_refused(
     def full(*_: Any) -> Any:
         raise DoesNotFitError("there is no room at all", category="user")
 
-    monkeypatch.setattr(server, "create_run", full)
+    monkeypatch.setattr(training, "create_run", full)
     service = tinker.ServiceClient(base_url=running.url, api_key=KEY)
     with pytest.raises(tinker.RequestFailedError, match="no room at all"):
         service.create_lora_training_client(base_model=model, rank=4).result()
@@ -209,8 +209,8 @@ def test_a_request_that_does_not_fit_with_nothing_idle_is_refused(
 def test_superseded_samplers_leave_the_device_and_still_answer(
     model: str, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live_objects, "ON_DEVICE", 1)
-    monkeypatch.setattr(live_objects, "IN_MEMORY", 3)
+    monkeypatch.setattr(eviction, "ON_DEVICE", 1)
+    monkeypatch.setattr(eviction, "IN_MEMORY", 3)
     client = tinker.ServiceClient(base_url=running.url, api_key=KEY).create_lora_training_client(model, 4, 1).result()
     samplers, first = [], []
     for _ in range(4):
@@ -218,7 +218,7 @@ def test_superseded_samplers_leave_the_device_and_still_answer(
         samplers.append(client.save_weights_and_get_sampling_client())
         first.append(sampled(samplers[-1]))
     follower = client.save_weights_and_get_sampling_client(kind="inflight").result()
-    here = [each.resident.there is not None for each in running.server._samplers.values() if each.ephemeral]
+    here = [each.evictable.value is not None for each in running.server.live.samplers.values() if each.ephemeral]
     assert here == [False, False, True], "one was forgotten, two are on the host"
     assert [sampled(each) for each in samplers[1:]] == first[1:]
     with pytest.raises(tinker.NotFoundError):
@@ -232,7 +232,7 @@ def test_superseded_samplers_leave_the_device_and_still_answer(
 
 def test_samples_asked_for_together_are_those_asked_for_alone_also_after_a_restart(model: str, tmp_path: Path) -> None:
     between = Between()
-    first = Running(Server(config(tmp_path), journal=RequestLog(tmp_path)), between=between)
+    first = Running(Server(config(tmp_path), log=RequestLog(tmp_path)), between=between)
     service = tinker.ServiceClient(base_url=first.url, api_key=KEY)
     sampler = service.create_sampling_client(base_model=model)
     params = [types.SamplingParams(max_tokens=4, temperature=1.0, seed=i, stop=[]) for i in range(20)]
@@ -255,7 +255,7 @@ def test_a_cancelled_request_frees_its_place(model: str, running: Running) -> No
     http = httpx.Client(base_url=running.url + "/api/v1", headers={"X-API-Key": KEY}, timeout=60)
     params = {"max_tokens": CASE["max_position_embeddings"] - 8, "stop": []}
     body = {
-        "sampling_session_id": next(iter(running.server._samplers)),
+        "sampling_session_id": running.server.live.samplers.items()[0][0],
         "seq_id": 77,
         "num_samples": 64,
         "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]},
@@ -266,35 +266,35 @@ def test_a_cancelled_request_frees_its_place(model: str, running: Running) -> No
     answer = http.post("/retrieve_future", json={"request_id": request_id}).json()
     assert "cancelled" in answer["error"]
     assert http.post("/cancel_future", json={"request_id": request_id}).is_success, "twice is no error"
-    assert not running.server.promises.open()
+    assert not running.server.ledger.unanswered()
 
 
 def test_clients_that_join_a_sampler_get_numbers_of_their_own(model: str, tmp_path: Path) -> None:
-    first = Server(config(tmp_path), journal=RequestLog(tmp_path))
+    first = Server(config(tmp_path), log=RequestLog(tmp_path))
     made = first.create_session(types.CreateSessionRequest(tags=[], user_metadata=None, sdk_version="0.38"))
     asked = types.CreateSamplingSessionRequest(session_id=made.session_id, sampling_session_seq_id=0, base_model=model)
-    sampler_id = first.create_sampling_session(asked).sampling_session_id
-    first.sampler(sampler_id).result()
-    numbers = [first.join_sampling_session(sampler_id) for _ in range(3)]
+    sampler_id = first.sampling.create_sampling_session(asked).sampling_session_id
+    first.sampling.sampler(sampler_id).result()
+    numbers = [first.sampling.join_sampling_session(sampler_id) for _ in range(3)]
     first.close(60)
-    second = Server(config(tmp_path), journal=RequestLog(tmp_path))
-    assert [*numbers, second.join_sampling_session(sampler_id)] == [1, 2, 3, 4]
+    second = Server(config(tmp_path), log=RequestLog(tmp_path))
+    assert [*numbers, second.sampling.join_sampling_session(sampler_id)] == [1, 2, 3, 4]
     second.close(60)
 
 
 def test_a_damaged_journal_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / FILE).write_bytes(b"no database at all" * 1000)
-    journal = RequestLog(tmp_path)
-    journal.put("session", "s", {"a": 1})
-    assert journal.get("session", "s") == {"a": 1} and "is damaged" in caplog.text
-    journal.close()
+    log = RequestLog(tmp_path)
+    log.put("session", "s", {"a": 1})
+    assert log.get("session", "s") == {"a": 1} and "is damaged" in caplog.text
+    log.close()
     assert len(list(tmp_path.glob("server.damaged-*"))) == 1
 
 
 def test_a_journal_that_cannot_be_opened_now_is_not_set_aside(tmp_path: Path) -> None:
-    journal = RequestLog(tmp_path)
-    journal.put("session", "s", {"a": 1})
-    journal.close()
+    log = RequestLog(tmp_path)
+    log.put("session", "s", {"a": 1})
+    log.close()
     whole = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).unlink()
     (tmp_path / FILE).mkdir()  # SQLite: unable to open database file
@@ -302,25 +302,25 @@ def test_a_journal_that_cannot_be_opened_now_is_not_set_aside(tmp_path: Path) ->
         RequestLog(tmp_path)
     (tmp_path / FILE).rmdir()
     (tmp_path / FILE).write_bytes(whole)
-    journal = RequestLog(tmp_path)
-    assert journal.get("session", "s") == {"a": 1}
-    journal.close()
+    log = RequestLog(tmp_path)
+    assert log.get("session", "s") == {"a": 1}
+    log.close()
 
 
 def test_old_answers_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jax_client.server.state.request_log.MAX_ANSWERS", 10)
     monkeypatch.setattr("jax_client.server.state.request_log._PRUNE_EVERY", 5)
-    monkeypatch.setattr("jax_client.server.state.ledger.KEPT", 3)
-    journal = RequestLog(tmp_path)
-    promises = RequestLedger(journal)
+    monkeypatch.setattr("jax_client.server.state.ledger.MAX_ANSWERS", 3)
+    log = RequestLog(tmp_path)
+    ledger = RequestLedger(log)
     for i in range(40):
-        promise, new = promises.make(f"s:{i}", b"d", "sample")
+        pending, new = ledger.accept(f"s:{i}", b"d", "sample")
         assert new
-        promise.settle(Answer(body=str(i).encode()))
+        pending.settle(Answer(body=str(i).encode()))
     for i in (39, 36, 31):
-        assert promises.get(f"s:{i}").answer.result().body == str(i).encode()
-        assert promises.make(f"s:{i}", b"d", "sample")[1] is False
-    journal.close()
+        assert ledger.get(f"s:{i}").answer.result().body == str(i).encode()
+        assert ledger.accept(f"s:{i}", b"d", "sample")[1] is False
+    log.close()
     reopened = RequestLog(tmp_path)
     kept = [entry for i in range(40) if (entry := reopened.find(f"s:{i}")) is not None]
     reopened.close()
@@ -335,22 +335,22 @@ def test_the_memory_of_a_client_that_is_gone_is_given_to_the_next(
     step(gone)
     gone.forward_backward(data(), "cross_entropy").result()
     session_id = gone.model_id.partition(":")[0]
-    make, failures = server.create_run, []
+    make, failures = training.create_run, []
 
     def full_until_it_ended(session: Any, run_id: str, *args: Any) -> Any:
-        if not running.server._sessions[session_id].closed:
+        if not running.server.live.sessions.in_memory(session_id).closed:
             failures.append(run_id)
             raise DoesNotFitError("too little memory")
         return make(session, run_id, *args)
 
-    monkeypatch.setattr(server, "create_run", full_until_it_ended)
+    monkeypatch.setattr(training, "create_run", full_until_it_ended)
     service = tinker.ServiceClient(base_url=running.url, api_key=KEY)
     with pytest.raises(tinker.RequestFailedError, match="too little memory"):
         service.create_lora_training_client(model, 4, 2).result()
-    running.server._seen[session_id] = 0.0  # no sign of life for long
-    monkeypatch.setattr(running.server._models[gone.model_id].resident, "_used", 0.0)
+    running.server.live._signs[session_id] = 0.0  # no sign of life for long
+    monkeypatch.setattr(running.server.live.model(gone.model_id).evictable, "_last_used", 0.0)
     step(service.create_lora_training_client(model, 4, 3).result())
     assert len(failures) == 2
-    assert gone.model_id not in running.server._models
+    assert running.server.live.models.in_memory(gone.model_id) is None
     with pytest.raises(tinker.TinkerError):
         step(gone)

@@ -513,7 +513,8 @@ def test_a_server_needs_no_torch() -> None:
     code = (
         "import json, sys; sys.modules['torch'] = None\n"
         "import numpy as np\n"
-        "from jax_client.server import app\nfrom jax_client.server.state import custom_losses, server\n"
+        "from jax_client.server import app\nfrom jax_client.server.state import server\n"
+        "from jax_client.server.wire import custom_losses\n"
         "about, arrays = json.load(sys.stdin)\n"
         "loss = custom_losses.custom_loss(about).program.evaluate([[np.float32(a) for a in arrays]])[0]\n"
         "print(json.dumps([loss[0], loss[1].tolist(), loss[2]]))"

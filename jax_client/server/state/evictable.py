@@ -1,6 +1,6 @@
-"""What is in memory now, and can be again later? A run or a sampler that a client knows by its id.
+"""How does an object leave memory and come back when a client needs it? A run or a sampler that a client knows by id.
 
-A client never sees the difference: whoever uses a thing that was unloaded waits until it is there again.
+An `Evictable` is evicted, loading, live, or failed. Pinning loads it again; a client only notices the time that takes.
 """
 
 from __future__ import annotations
@@ -9,136 +9,170 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
 
 from jax_client.runs.lifecycle.futures import background, settled
+from jax_client.runs.lifecycle.run import Run
+from jax_client.runs.lifecycle.sampler_handle import SamplerHandle
 
 T = TypeVar("T")
+R = TypeVar("R", Run, SamplerHandle)
+State = Literal["evicted", "loading", "live", "failed"]
 
 
 class Evictable(Generic[T]):
-    """One thing. Thread-safe.
+    """One object that may be in memory. Thread-safe.
 
     Args:
-        make: brings it into memory; may take long.
-        name: of the thread that does.
-        made: if it is there, or on its way, already.
+        make: `make() -> object` loads the object; may take long.
+        free: `free(object) -> make` evicts the object and returns what loads it again; None, or an exception, if the
+            object has to stay.
+        name: name of the thread that loads.
+        made: the object's future, if it is live or loading already.
     """
 
-    def __init__(self, make: Callable[[], T], name: str, made: Future[T] | None = None) -> None:
+    def __init__(
+        self,
+        make: Callable[[], T],
+        free: Callable[[T], Callable[[], T] | None],
+        name: str,
+        made: Future[T] | None = None,
+    ) -> None:
         self._make = make
+        self._free = free
         self._name = name
-        self._thing = made
-        self._busy = 0
-        self._used = time.monotonic()
+        self._future = made
+        self._pins = 0
+        self._last_used = time.monotonic()
         self._lock = threading.Lock()
-        # Held while it is unloaded: who wants it in that moment waits, then makes it anew.
-        self._unloading = threading.Lock()
+        # Held during an eviction: a pin in that moment waits, then loads the object anew.
+        self._evicting = threading.Lock()
         if made is not None:
-            made.add_done_callback(self._made)
+            made.add_done_callback(self._loaded)
 
-    def use(self, until: Future[Any] | None = None) -> Future[T]:
-        """Return the thing, making it again if need be, and keep it in memory until `until` is done.
-
-        What could not be made is tried again by the next use.
-        """
-        with self._lock:
-            self._used = time.monotonic()
-            thing = self._thing
-            new = None
-            if thing is None or (thing.done() and thing.exception() is not None):
-                thing = self._thing = new = background(self._again, self._name)
-            if until is not None:
-                self._busy += 1
-        if new is not None:
-            new.add_done_callback(self._made)
-        if until is not None:
-            until.add_done_callback(lambda _: self._unused())
-        return thing
-
-    def _made(self, thing: Future[T]) -> None:
-        """Keep the thing in a new future: the one that was waited for keeps its callbacks, and these whole requests."""
-        with self._lock:
-            if self._thing is thing and not thing.cancelled() and thing.exception() is None:
-                self._thing = settled(thing.result())
-
-    def _again(self) -> T:
-        with self._unloading:
-            return self._make()
-
-    def _unused(self) -> None:
-        with self._lock:
-            self._busy -= 1
-            self._used = time.monotonic()
-
-    @property
-    def there(self) -> T | None:
-        """The thing, if it is in memory and ready."""
-        with self._lock:
-            thing = self._thing
-        return thing.result() if thing is not None and thing.done() and thing.exception() is None else None
-
-    @property
-    def loading(self) -> bool:
-        """Whether it is on its way into memory."""
-        with self._lock:
-            return self._thing is not None and not self._thing.done()
-
-    @property
-    def failed(self) -> bool:
-        """Whether it could not be made."""
-        with self._lock:
-            return self._thing is not None and self._thing.done() and self._thing.exception() is not None
-
-    @property
-    def wanted(self) -> bool:
-        """Whether it is in memory or on its way."""
-        return self.loading or self.there is not None
-
-    @property
-    def busy(self) -> bool:
-        """Whether something uses it."""
-        with self._lock:
-            return self._busy > 0
-
-    @property
-    def used(self) -> float:
-        """When it was used last, by the monotonic clock; now, while it is in use."""
-        with self._lock:
-            return time.monotonic() if self._busy else self._used
-
-    def idle_since(self) -> float | None:
-        """Return when it was used last, by the monotonic clock; None while it is in use or not in memory."""
-        there = self.there
-        with self._lock:
-            return None if there is None or self._busy else self._used
-
-    def unload(self, free: Callable[[T], Callable[[], T] | None]) -> bool:
-        """Free an idle thing.
+    def pin(self, until: Future[Any] | None = None) -> Future[T]:
+        """Return the object's future, loading it if need be; a load that failed is tried again.
 
         Args:
-            free: frees it and returns what makes it again, or None (or raises) when it has to stay.
-
-        Returns:
-            Whether it was freed.
+            until: the object stays in memory until this future is done; None for no longer than the caller holds it.
         """
         with self._lock:
-            thing = self._thing
-            if self._busy or thing is None or not thing.done() or thing.exception() is not None:
+            self._last_used = time.monotonic()
+            future = self._future
+            new = None
+            if future is None or (future.done() and future.exception() is not None):
+                future = self._future = new = background(self._load, self._name)
+            if until is not None:
+                self._pins += 1
+        if new is not None:
+            new.add_done_callback(self._loaded)
+        if until is not None:
+            until.add_done_callback(lambda _: self._unpin())
+        return future
+
+    def _loaded(self, future: Future[T]) -> None:
+        """Move the object to a new future: a future keeps its callbacks, and these keep whole requests in memory."""
+        with self._lock:
+            if self._future is future and not future.cancelled() and future.exception() is None:
+                self._future = settled(future.result())
+
+    def _load(self) -> T:
+        with self._evicting:
+            return self._make()
+
+    def _unpin(self) -> None:
+        with self._lock:
+            self._pins -= 1
+            self._last_used = time.monotonic()
+
+    @property
+    def state(self) -> State:
+        """The object's state; "failed" is evicted after a load that did not succeed."""
+        with self._lock:
+            future = self._future
+        if future is None:
+            return "evicted"
+        if not future.done():
+            return "loading"
+        return "live" if future.exception() is None else "failed"
+
+    @property
+    def value(self) -> T | None:
+        """The object, None if it is not live."""
+        with self._lock:
+            future = self._future
+        return None if future is None or not future.done() or future.exception() is not None else future.result()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the object is in memory or loading."""
+        return self.state in ("loading", "live")
+
+    @property
+    def pinned(self) -> bool:
+        """Whether a request uses the object."""
+        with self._lock:
+            return self._pins > 0
+
+    @property
+    def last_used(self) -> float:
+        """The monotonic time of the last use; now, while the object is pinned."""
+        with self._lock:
+            return time.monotonic() if self._pins else self._last_used
+
+    def idle_since(self) -> float | None:
+        """Return the monotonic time of the last use; None for an object that is pinned or not live."""
+        value = self.value
+        with self._lock:
+            return None if value is None or self._pins else self._last_used
+
+    def evict(self) -> bool:
+        """Evict the object if it is live and not pinned, and return whether it was evicted.
+
+        Raises what `free` raises; the object then stays.
+        """
+        with self._lock:
+            future = self._future
+            if self._pins or future is None or not future.done() or future.exception() is not None:
                 return False
-            self._thing = None
-            self._unloading.acquire()
-        there = thing.result()
+            self._future = None
+            self._evicting.acquire()
+        value = future.result()
         make: Callable[[], T] | None = None
         try:
-            make = free(there)
+            make = self._free(value)
         finally:
             with self._lock:
                 if make is not None:
                     self._make = make
-                elif self._thing is None:
-                    self._thing = settled(there)
+                elif self._future is None:
+                    self._future = settled(value)
                 else:
-                    self._make = lambda: there
-            self._unloading.release()
+                    # A pin came during the eviction and waits for `_make`.
+                    self._make = lambda: value
+            self._evicting.release()
         return make is not None
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Served(Generic[R]):
+    """A run or a sampler that clients know by id.
+
+    Attributes:
+        session_id: the session that it belongs to.
+        evictable: the run or the sampler itself.
+        base_model: the base model's name in the session; None if only the checkpoint tells it.
+        ephemeral: whether this is a sampler of weights that were never saved; newer ones push it out.
+    """
+
+    session_id: str
+    evictable: Evictable[R]
+    base_model: str | None
+    ephemeral: bool = False
+
+    @property
+    def base_model_name(self) -> str | None:
+        """The base model's name in the session, None while it is not known."""
+        value = self.evictable.value
+        return self.base_model if value is None else value.model_ref.name

@@ -1,207 +1,203 @@
-"""What does a server hold in memory, and what can it bring back: sessions, models and samplers?
+"""Which sessions, models and samplers does a server have in memory, and how does it bring back those that it had?
 
-What a client knows by its id is in memory, or was unloaded for something else, or is of an earlier server whose journal
-tells how to make it again.
+An object that a client knows by its id is live, or was evicted for another, or belongs to an earlier server whose
+records tell how to make it again.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-import threading
+import os
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
 
 from jax_client.config import EngineConfig
-from jax_client.errors import BadRequestError, DoesNotFitError, NotFoundError
+from jax_client.errors import BadRequestError, NotFoundError
 from jax_client.runs.lifecycle.futures import settled
 from jax_client.runs.lifecycle.run import Run, resume_run
 from jax_client.runs.lifecycle.sampler_handle import SamplerHandle, base_sampler, checkpoint_sampler
 from jax_client.runs.lifecycle.session import Session, SessionInfo, Status
 from jax_client.runs.paths import sampler_path
-from jax_client.server.state import custom_losses
-from jax_client.server.state.evictable import Evictable
-from jax_client.server.state.ledger import Sequence
-from jax_client.server.state.request_log import RequestLog
+from jax_client.server.state.evictable import Evictable, Served
+from jax_client.server.state.eviction import IN_MEMORY, Eviction
+from jax_client.server.state.pending import ModelQueues
+from jax_client.server.state.tables import Fields, Records, Table
+from jax_client.server.wire.custom_losses import CustomLoss
 from jax_client.values import CheckpointKey
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-R = TypeVar("R", Run, SamplerHandle)
-
-# What was not used for so long may be unloaded when something else needs its memory.
-IDLE_SECONDS = 60.0
-# Of the samplers that a session made of weights in memory: so many of the newest stay on the device, and so many are
-# kept at all. A loop makes one with every step, and uses the newest few.
-ON_DEVICE, IN_MEMORY = 4, 16
-# The SDK gives a sign of life every ten seconds. A session without one for so long is ended where memory is needed.
-SILENT_SECONDS = 120.0
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Served(Generic[R]):
-    """A run or a sampler that is in memory, or can be again.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientObjects:
+    """The objects that clients of this process own. A server looks them up first, and neither evicts nor ends them.
 
     Attributes:
-        base_model: as its session calls it, as far as the request told.
+        sessions: by their ids.
+        samplers: by their ids.
     """
 
-    session_id: str
-    resident: Evictable[R]
-    base_model: str | None
-
-    @property
-    def name(self) -> str | None:
-        """What its session calls the base model."""
-        there = self.resident.there
-        return self.base_model if there is None else there.model_ref.name
+    sessions: Mapping[str, Session]
+    samplers: Mapping[str, SamplerHandle]
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class Model(_Served[Run]):
-    """A run, and the order of its requests."""
-
-    order: Sequence = field(default_factory=Sequence)
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Sampling(_Served[SamplerHandle]):
-    """A sampler.
+class LiveObjects:
+    """The sessions, models, samplers and uploaded losses of a server. Thread-safe.
 
     Attributes:
-        ephemeral: whether it has weights of its own that were never saved: they end with the server, or when newer ones
-            push them out. One that follows its run has none.
-    """
-
-    ephemeral: bool = False
-
-    @classmethod
-    def of(cls, sampler: SamplerHandle) -> Sampling:
-        """Return a sampler of this process as one that is served."""
-        return cls(
-            session_id=sampler.session.session_id,
-            resident=Evictable(lambda: sampler, "sampler", settled(sampler)),
-            base_model=sampler.model_ref.name,
-            ephemeral=True,
-        )
-
-
-class Holdings:
-    """The sessions, models and samplers of a server. Thread-safe.
+        config: engine settings of every session.
+        own: the session of the server itself.
+        sessions, models, samplers, losses: the objects in memory, by their ids.
 
     Args:
-        config: engine settings, of every session.
-        journal: tells over a restart what there was; None keeps it in memory.
+        config: engine settings of every session.
+        records: what the next server will know.
+        queues: the queue of every model, whose place in the order is part of a model's record.
+        clients: objects of this process's clients, None for a server of other processes only.
     """
 
-    def __init__(self, config: EngineConfig, journal: RequestLog | None) -> None:
+    def __init__(
+        self, config: EngineConfig, records: Records, queues: ModelQueues, clients: ClientObjects | None = None
+    ) -> None:
         self.config = config
         self.own = Session(config)
-        self._journal = journal
-        self._sessions: dict[str, Session] = {}
-        self._models: dict[str, Model] = {}
-        self._samplers: dict[str, Sampling] = {}
-        self._losses: dict[str, custom_losses.CustomLoss] = {}
-        self._seen: dict[str, float] = {}  # when a session gave its last sign of life, by the monotonic clock
-        self._lock = threading.RLock()
+        self.sessions: Table[Session] = Table("session", records, "; make a new ServiceClient.")
+        self.models: Table[Served[Run]] = Table("model", records, ". Make one, or go on from a checkpoint of its run.")
+        self.samplers: Table[Served[SamplerHandle]] = Table("sampler", records, "; make one again.")
+        self.losses: Table[CustomLoss] = Table("custom loss", records, "; create it again.")
+        self._records = records
+        self._queues = queues
+        self._clients = clients
+        self._closing = False
+        # The monotonic time of each session's last sign of life.
+        self._signs: dict[str, float] = {}
+        self._eviction = Eviction(
+            self.own, self.sessions, self.models, self.samplers, self._last_sign, self._end_and_wait
+        )
 
-    def session(self, session_id: str) -> Session:
-        """Return a session; one of an earlier server goes on.
+    # Sessions
 
-        Raises:
-            NotFoundError: there is none of this id.
-        """
-
-        def again(about: dict[str, Any]) -> Session:
-            return Session(self.config, SessionInfo(**about), session_id)
-
-        session = self._known(self._sessions, "session", session_id, again, "; make a new ServiceClient.")
-        self._seen[session_id] = time.monotonic()
+    def add_session(self, info: SessionInfo) -> Session:
+        """Begin a session."""
+        session = Session(self.config, info)
+        self.sessions.add(session.session_id, session)
+        self.sessions.record(session.session_id, asdict(info))
         return session
 
-    def _end(self, session_id: str, session: Session, status: Status, detail: str | None) -> Future[None]:
-        """End a session; what it holds is saved and given back in the background."""
+    def session(self, session_id: str) -> Session:
+        """Return a session, also one of an earlier server; this is a sign of life of its client.
+
+        Raises:
+            NotFoundError: this server does not know the id.
+        """
+        session = None if self._clients is None else self._clients.sessions.get(session_id)
+        if session is not None:
+            return session
+        remake = lambda fields: Session(self.config, SessionInfo(**fields), session_id)  # noqa: E731
+        session = self.sessions.get(session_id, remake)
+        self._signs[session_id] = time.monotonic()
+        return session
+
+    def _last_sign(self, session_id: str) -> float:
+        return self._signs.get(session_id, 0.0)
+
+    def end_session(self, session_id: str, session: Session, status: Status, detail: str | None) -> Future[None]:
+        """End a session; its runs are saved and its memory is freed in the background."""
         closing = session.close(status, detail)
-        closing.add_done_callback(lambda _: self._forget(session_id))
+        closing.add_done_callback(lambda _: self.forget_session(session_id))
         return closing
 
-    def _end_silent(self) -> bool:
-        """End the sessions that hold memory and whose clients are gone, and wait; say whether there were any."""
-        with self._lock:
-            served = [*self._models.values(), *self._samplers.values()]
-            sessions, seen = dict(self._sessions), dict(self._seen)
-        for each in served:
-            seen[each.session_id] = max(seen.get(each.session_id, 0.0), each.resident.used)
-        holding = {each.session_id for each in served if each.resident.wanted}
-        before = time.monotonic() - SILENT_SECONDS
-        silent = [key for key in sorted(holding & sessions.keys()) if seen.get(key, 0.0) < before]
-        for key in silent:
-            why = f"its client was silent for {SILENT_SECONDS:g} s, and the memory was needed"
-            logger.warning("session %s is ended: %s", key, why)
-            self._end(key, sessions[key], "interrupted", why).result()
-            self._forget(key)  # perhaps before the callback does
-        return bool(silent)
+    def _end_and_wait(self, session_id: str, detail: str) -> None:
+        session = self.sessions.in_memory(session_id)
+        if session is None:
+            return
+        logger.warning("session %s is ended: %s", session_id, detail)
+        self.end_session(session_id, session, "interrupted", detail).result()
+        self.forget_session(session_id)  # the callback may run later
 
-    def _forget(self, session_id: str) -> None:
-        with self._lock:
-            self._seen.pop(session_id, None)
-            for table in (self._models, self._samplers, self._losses):
-                for key in [key for key, each in table.items() if each.session_id == session_id]:
-                    del table[key]
-        if self._journal is not None:
-            self._journal.forget_session(session_id)
+    def forget_session(self, session_id: str) -> None:
+        """Forget the models, samplers and losses of an ended session; its answers stay."""
+        self._signs.pop(session_id, None)
+        for table in (self.models, self.samplers, self.losses):
+            for key, each in table.items():
+                if each.session_id == session_id:
+                    table.remove(key)
+        self._queues.forget(session_id)
+        self._records.forget_session(session_id)
 
-    def _model(self, model_id: str) -> Model:
-        def again(about: dict[str, Any]) -> Model:
-            if about["path"] is None:
-                raise NotFoundError(
-                    f"model {model_id!r} is not in memory, the server was restarted. {self._way_on(model_id)}"
-                )
-            path = CheckpointKey.parse(about["path"])
-            resident = Evictable(lambda: self._with_room(lambda: self._revive(model_id, about, path)), "resume")
-            return Model(
-                session_id=about["session_id"],
-                resident=resident,
-                base_model=about["base_model"],
-                order=Sequence(about["following"]),
-            )
+    # Models
 
-        advice = ". Make one, or go on from a checkpoint of its run."
-        return self._known(self._models, "model", model_id, again, advice)
+    def add_model(self, run_id: str, session_id: str, base_model: str | None, make: Callable[[], Run]) -> Served[Run]:
+        """Add a model that `make() -> run` loads when it is pinned."""
+        model = self._model(run_id, session_id, base_model, make)
+        self.models.put(run_id, model)
+        self._record_unsaved(run_id, session_id)
+        return model
 
-    def _revive(self, run_id: str, about: dict[str, Any], path: CheckpointKey) -> Run:
-        session = self.session(about["session_id"])
-        run = resume_run(session, run_id, path, about["base_model"], None, optimizer=True)
-        # From now on the checkpoint is not all that there is.
-        self._note("model", run_id, {"session_id": about["session_id"], "path": None})
+    def model(self, model_id: str) -> Served[Run]:
+        """Return a model.
+
+        Raises:
+            NotFoundError: this server does not know the id, or the model was lost with an earlier server.
+        """
+
+        def remake(fields: Fields) -> Served[Run]:
+            if fields["path"] is None:
+                advice = self.resume_advice(model_id)
+                raise NotFoundError(f"model {model_id!r} is not in memory, the server was restarted. {advice}")
+            self._queues.of(model_id, fields["following"])
+            make = partial(self._resume, model_id, fields)
+            return self._model(model_id, fields["session_id"], fields["base_model"], make)
+
+        return self.models.get(model_id, remake)
+
+    def _model(self, run_id: str, session_id: str, base_model: str | None, make: Callable[[], Run]) -> Served[Run]:
+        free = partial(self._free_run, run_id, session_id)
+        evictable = Evictable(lambda: self._eviction.make_fit(make), free, "model")
+        return Served(session_id=session_id, evictable=evictable, base_model=base_model)
+
+    def _record_unsaved(self, run_id: str, session_id: str) -> None:
+        # Without a path: what is only in memory ends with the server.
+        self.models.record(run_id, {"session_id": session_id, "path": None})
+
+    def _resume(self, run_id: str, fields: Fields) -> Run:
+        path = CheckpointKey.parse(fields["path"])
+        session = self.session(fields["session_id"])
+        run = resume_run(session, run_id, path, fields["base_model"], None, optimizer=True)
+        # From now on the checkpoint is older than the run.
+        self._record_unsaved(run_id, fields["session_id"])
         return run
 
-    def _park(self, run_id: str, model: Model, aloud: bool, run: Run) -> Callable[[], Run] | None:
-        path = run.park(aloud=aloud)
+    def _free_run(self, run_id: str, session_id: str, run: Run) -> Callable[[], Run] | None:
+        """Save a run and free its memory; return what loads it again, None if it has to stay."""
+        try:
+            path = run.park(aloud=self._closing)
+        except Exception as error:
+            logger.warning("model %s could not be saved, so it stays in memory: %s", run_id, error)
+            return None
         if path is None:
             return None
-        about = {
-            "session_id": model.session_id,
+        fields = {
+            "session_id": session_id,
             "path": str(path),
             "base_model": run.model_ref.name,
-            "following": model.order.following,
+            "following": self._queues.of(run_id).next_number,
         }
-        self._note("model", run_id, about)
+        self.models.record(run_id, fields)
         published = run.published
 
-        def again() -> Run:
-            revived = self._revive(run_id, about, path)
-            revived.published = published
-            return revived
+        def resume() -> Run:
+            resumed = self._resume(run_id, fields)
+            resumed.published = published
+            return resumed
 
-        return lambda: self._with_room(again)
+        return lambda: self._eviction.make_fit(resume)
 
-    def _way_on(self, run_id: str) -> str:
-        """Say from which checkpoint a run that is gone can be continued."""
+    def resume_advice(self, run_id: str) -> str:
+        """Return the sentence that names the newest checkpoint of a run that is gone."""
         try:
             saved = [record for record in self.own.store.list(run_id) if record.kind == "weights"]
         except Exception:
@@ -210,121 +206,120 @@ class Holdings:
         if not saved:
             return "Its run has no checkpoint; begin again."
         newest = max(saved, key=lambda record: (record.step, record.created))
-        path = newest.key
-        return f'Go on from step {newest.step}: create_training_client_from_state_with_optimizer("{path}").'
+        return f'Go on from step {newest.step}: create_training_client_from_state_with_optimizer("{newest.key}").'
 
-    def sampler(self, sampler_id: str) -> Future[SamplerHandle]:
-        """Return a sampler that is there or on its way.
+    # Samplers
+
+    def add_sampler(self, sampler_id: str, session_id: str, base_model: str | None, model_path: str | None) -> None:
+        """Add a sampler of a base model or of saved weights, if the id is new; it loads in the background.
 
         Raises:
-            NotFoundError: there is none of this id.
+            NotFoundError: there is no such session or checkpoint.
+            BadRequestError: not exactly one of base_model and model_path is given.
         """
-        return self.sampling(sampler_id).resident.use()
+        if self.samplers.in_memory(sampler_id) is not None:
+            return
+        fields: Fields = {"session_id": session_id, "base_model": base_model, "model_path": model_path}
+        sampler = self.samplers.add(sampler_id, self._remade_sampler(sampler_id, fields))
+        self.samplers.record(sampler_id, fields)
+        sampler.evictable.pin()
 
-    def sampling(self, sampler_id: str) -> Sampling:
-        """Return a sampler that can be used. Raises as `sampler`."""
-        again = lambda about: self._sampling(sampler_id, about)  # noqa: E731
-        return self._known(self._samplers, "sampler", sampler_id, again, "; make one again.")
+    def add_run_sampler(self, sampler_id: str, run: Run, made: Future[SamplerHandle], *, ephemeral: bool) -> None:
+        """Add a sampler of a run's weights in memory, as the newest of its session.
 
-    def _sampling(self, sampler_id: str, about: dict[str, Any]) -> Sampling:
-        if "of" in about:
+        Args:
+            sampler_id: its id.
+            run: whose weights it has.
+            made: the sampler, which is loading.
+            ephemeral: whether the sampler has weights of its own, which newer samplers push out.
+        """
+        session_id = run.session.session_id
+        self._add_newest(sampler_id, session_id, made, run.model_ref.name, ephemeral=ephemeral)
+        self.samplers.record(sampler_id, {"session_id": session_id, "of": run.run_id})
+        self._eviction.evict_superseded(session_id)
+
+    def adopt(self, sampler: SamplerHandle) -> None:
+        """Serve a sampler of this process's own client, as the newest of its session."""
+        session_id, base_model = sampler.session.session_id, sampler.model_ref.name
+        self._add_newest(sampler.sampler_id, session_id, settled(sampler), base_model, ephemeral=True)
+        self._eviction.evict_superseded(session_id)
+
+    def _add_newest(
+        self, sampler_id: str, session_id: str, made: Future[SamplerHandle], base_model: str, *, ephemeral: bool
+    ) -> None:
+        served = _served_sampler(session_id, made, base_model, ephemeral=ephemeral)
+        self.samplers.put(sampler_id, served)
+
+    def sampler(self, sampler_id: str) -> Served[SamplerHandle]:
+        """Return a sampler.
+
+        Raises:
+            NotFoundError: this server does not know the id, or not any more.
+        """
+        remake = partial(self._remade_sampler, sampler_id)
+        if self._clients is None:
+            return self.samplers.get(sampler_id, remake)
+        owned = self._clients.samplers.get(sampler_id)
+        if owned is not None:
+            session_id, base_model = owned.session.session_id, owned.model_ref.name
+            return _served_sampler(session_id, settled(owned), base_model, ephemeral=True)
+        try:
+            return self.samplers.get(sampler_id, remake)
+        except NotFoundError:
             raise NotFoundError(
-                f"sampler {sampler_id!r} had weights of {about['of']} that were never saved, and they are gone: "
+                f"process {os.getpid()} has no sampler {sampler_id!r} any more: its session is closed, or its "
+                f"SamplingClient is gone and {IN_MEMORY} newer ones have handles. Keep the client for as long as "
+                "others sample with it."
+            ) from None
+
+    def _remade_sampler(self, sampler_id: str, fields: Fields) -> Served[SamplerHandle]:
+        if "of" in fields:
+            raise NotFoundError(
+                f"sampler {sampler_id!r} had weights of {fields['of']} that were never saved, and they are gone: "
                 f"{IN_MEMORY} newer ones were made in its session, or the server was restarted. Make a sampler of the "
                 "model as it is now, or of a checkpoint."
             )
-        session, base_model, model_path = self.session(about["session_id"]), about["base_model"], about["model_path"]
+        session, base_model, model_path = self.session(fields["session_id"]), fields["base_model"], fields["model_path"]
         if (base_model is None) == (model_path is None):
             raise BadRequestError("give one of base_model and model_path.")
         if model_path is None:
             make = lambda: base_sampler(session, base_model, sampler_id=sampler_id)  # noqa: E731
         else:
             path = sampler_path(model_path, "create_sampling_client")
-            # Now, so that a wrong path fails the call that gave it.
+            # Read in the call, so that a wrong path fails the call that gave it.
             base_model = session.store.record(path).metadata["base_model"]
             make = lambda: checkpoint_sampler(session, path, sampler_id=sampler_id)  # noqa: E731
-        resident = Evictable(lambda: self._with_room(make), "sampler")
-        return Sampling(session_id=session.session_id, resident=resident, base_model=base_model)
+        evictable = Evictable(lambda: self._eviction.make_fit(make), SamplerHandle.park, "sampler")
+        return Served(session_id=session.session_id, evictable=evictable, base_model=base_model)
 
-    def adopt(self, sampler: SamplerHandle) -> None:
-        """Serve a sampler of this process."""
-        with self._lock:
-            self._samplers[sampler.sampler_id] = Sampling.of(sampler)
+    def close(self, deadline: float) -> None:
+        """Save every model and end every session.
 
-    def _with_room(self, make: Callable[[], T]) -> T:
-        """Make something, unloading what nobody used for a while as long as there is no room for it."""
-        while True:
-            try:
-                return make()
-            except DoesNotFitError:
-                if not self.unload_idlest():
-                    raise
-                # What is left of it may hang together in cycles.
-                gc.collect()
+        Models that are idle, and hold no gradients, continue with the next server if it knows this one's records.
 
-    def unload_idlest(self) -> bool:
-        """Unload the model or sampler that was not used for the longest time; say whether anything was freed."""
-        with self._lock:
-            models, samplings = dict(self._models), list(self._samplers.values())
-        idle: list[tuple[float, Callable[[], bool]]] = []
-        for run_id, model in models.items():
-            if (since := model.resident.idle_since()) is not None:
-                idle.append((since, partial(self._unload_model, run_id, model)))
-        for sampling in samplings:
-            if (since := sampling.resident.idle_since()) is not None:
-                idle.append((since, partial(sampling.resident.unload, SamplerHandle.park)))
-        idle.sort(key=lambda each: each[0])
-        for since, unload in idle:
-            if time.monotonic() - since >= IDLE_SECONDS and unload():
-                self._let_go()
-                return True
-        return self._let_go() or self._end_silent()
+        Args:
+            deadline: the monotonic time until which this waits.
+        """
+        self._closing = True
+        sessions = [*self.sessions.values(), self.own]
+        if self._records.kept:
+            for model in self.models.values():
+                model.evictable.evict()
+        closing = [session.close("interrupted", "the server was stopped") for session in sessions]
+        if wait(closing, max(0.0, deadline - time.monotonic())).not_done:
+            logger.warning("some sessions had not ended when the time to stop was over")
 
-    def _unload_model(self, run_id: str, model: Model, aloud: bool = False) -> bool:
-        try:
-            return model.resident.unload(partial(self._park, run_id, model, aloud))
-        except Exception as error:
-            logger.warning("model %s could not be saved, so it stays in memory: %s", run_id, error)
-            return False
 
-    def _let_go(self) -> bool:
-        """Give back the base models that sessions, and the server itself, hold and do not use."""
-        with self._lock:
-            served = [*self._models.values(), *self._samplers.values()]
-            sessions = {**self._sessions, "": self.own}
-        freed = False
-        for session_id, session in sessions.items():
-            used = {each.name for each in served if each.session_id == session_id and each.resident.wanted}
-            # None: something is on its way there, of which only its checkpoint tells what it needs.
-            if None not in used:
-                freed |= session.release_unused(used)
-        return freed
+def _served_sampler(
+    session_id: str, made: Future[SamplerHandle], base_model: str, *, ephemeral: bool
+) -> Served[SamplerHandle]:
+    # Only an eviction returns what loads the sampler again; nothing else can make it.
+    evictable = Evictable(made.result, SamplerHandle.park, "sampler", made)
+    return Served(session_id=session_id, evictable=evictable, base_model=base_model, ephemeral=ephemeral)
 
-    def _tidy(self, session_id: str) -> None:
-        """Move superseded samplers of unsaved weights off the device, and forget the oldest."""
-        with self._lock:
-            own = [(k, s) for k, s in self._samplers.items() if s.session_id == session_id and s.ephemeral]
-        for _, sampling in own[:-ON_DEVICE]:
-            sampling.resident.unload(SamplerHandle.park)
-        for key, sampling in own[:-IN_MEMORY]:
-            if not sampling.resident.busy:
-                with self._lock:
-                    self._samplers.pop(key, None)
 
-    def _known(self, table: dict[str, T], what: str, key: str, again: Callable[[dict[str, Any]], T], advice: str) -> T:
-        """Return an entry of a table, or make it again from the journal."""
-        with self._lock:
-            found = table.get(key)
-        if found is None and self._journal is not None:
-            about = self._journal.get(what, key)
-            if about is not None:
-                made = again(about)
-                with self._lock:
-                    found = table.setdefault(key, made)
-        if found is None:
-            raise NotFoundError(f"there is no {what} {key!r} on this server{advice}")
-        return found
-
-    def _note(self, what: str, key: str, about: dict[str, Any]) -> None:
-        if self._journal is not None:
-            self._journal.put(what, key, about)
+def new_sampler_id(session_id: str, number: int | None) -> str:
+    """Return the id of a session's sampler, as the SDK computes it. Raises BadRequestError for a negative number."""
+    if number is None or number < 0:
+        raise BadRequestError(f"sampling_session_seq_id is {number!r}; give a number from 0 on.")
+    return f"{session_id}:sample:{number}"

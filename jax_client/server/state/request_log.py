@@ -21,6 +21,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from jax_client.errors import RequestFailedError
+from jax_client.server.state.pending import Kind
 from jax_client.server.wire.answers import Answer
 from jax_client.sqlite_file import SqliteFile, is_damage, transaction
 
@@ -58,7 +59,7 @@ class Entry:
     """A promise as it was written; `answer` is None if none was given."""
 
     digest: bytes
-    kind: str
+    kind: Kind
     answer: Answer | None
 
 
@@ -105,7 +106,7 @@ class RequestLog:
         own = session_id, session_id + ":"
         self._later(lambda c: c.execute("DELETE FROM things WHERE id = ? OR substr(id, 1, length(?2)) = ?2", own))
 
-    def promised(self, request_id: str, digest: bytes, kind: str) -> None:
+    def accepted(self, request_id: str, digest: bytes, kind: Kind) -> None:
         """Write a request that was accepted, soon."""
         with self._lock:
             self._ahead[request_id] = Entry(digest=digest, kind=kind, answer=None)
@@ -121,7 +122,7 @@ class RequestLog:
 
         self._later(write)
 
-    def answered(self, request_id: str, digest: bytes, kind: str, answer: Answer) -> None:
+    def answered(self, request_id: str, digest: bytes, kind: Kind, answer: Answer) -> None:
         """Write the answer of a request, soon."""
         entry = Entry(digest=digest, kind=kind, answer=answer)
         with self._lock:

@@ -65,6 +65,6 @@ def refusal(message: str, category: str) -> Answer:
     return Answer(body=json.dumps({"error": message, "category": category}).encode(), failed=True)
 
 
-def again(message: str) -> Answer:
-    """Tell the SDK to send a sampling request once more."""
+def retry_later(message: str) -> Answer:
+    """Encode a 410: the SDK sends the sampling request again."""
     return Answer(body=json.dumps({"detail": message}).encode(), status=410, failed=True)

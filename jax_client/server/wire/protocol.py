@@ -17,6 +17,8 @@ from tinker import types
 from jax_client.errors import BadRequestError
 from jax_client.runs.sdk import tinker_public_pb2 as pb
 
+ForwardBackwardRequest = pb.ForwardBackwardRequest
+
 _NUMPY: dict[int, tuple[np.dtype, types.TensorDtype]] = {
     pb.DTYPE_FLOAT32: (np.dtype("<f4"), "float32"),
     pb.DTYPE_INT64: (np.dtype("<i8"), "int64"),

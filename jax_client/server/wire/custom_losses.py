@@ -1,4 +1,7 @@
-"""How does an uploaded loss become one that a run can call, and which one does a request mean?"""
+"""How does an uploaded loss become a program that a run calls, and which loss does a training request name?
+
+The uploaded graph is kept as plain fields; `custom_loss` checks them and makes the program.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,27 @@ from jax_client.errors import BadRequestError, NotFoundError
 from jax_client.torch_graph.graph import read_graph
 from jax_client.torch_graph.program import GraphProgram
 
-# Losses of a session.
+# The most that a session may have.
 MAX_LOSSES = 256
-# Of a request. A graph of as many nodes as are allowed has less than half of this.
+# The limit of a request's body; a graph of as many nodes as are allowed has less than half of this.
 MAX_GRAPH_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CustomLoss:
-    """A loss of a session."""
+    """An uploaded loss.
+
+    Attributes:
+        session_id: the session that it belongs to.
+        program: what a run calls.
+    """
 
     session_id: str
     program: GraphProgram
 
 
-def loss_id_of(request: types.CreateCustomLossRequest) -> str:
-    """Return the id, which the request decides, so that a repetition gets the same.
+def loss_id(request: types.CreateCustomLossRequest) -> str:
+    """Return the loss's id; the request decides it, so that a repetition gets the same.
 
     Raises:
         BadRequestError: the number is negative.
@@ -37,8 +45,8 @@ def loss_id_of(request: types.CreateCustomLossRequest) -> str:
     return f"{request.session_id}:loss:{request.custom_loss_seq_id}"
 
 
-def written(request: types.CreateCustomLossRequest) -> dict[str, Any]:
-    """Return what `custom_loss` needs, as plain data that can be kept."""
+def fields(request: types.CreateCustomLossRequest) -> dict[str, Any]:
+    """Return what `custom_loss` needs, as plain data for a record."""
     nodes = [
         {"op": node.op, "name": node.name, "target": node.target, "args": node.args, "kwargs": node.kwargs}
         for node in request.graph.nodes
@@ -47,17 +55,17 @@ def written(request: types.CreateCustomLossRequest) -> dict[str, Any]:
     return {"session_id": request.session_id, "name": request.name, "inputs": inputs, "nodes": nodes}
 
 
-def custom_loss(about: Mapping[str, Any]) -> CustomLoss:
-    """Check a graph and make a loss of it.
+def custom_loss(fields: Mapping[str, Any]) -> CustomLoss:
+    """Check an uploaded graph and make its program.
 
     Raises:
         BadRequestError: the graph is refused; the message names the node and says what to do.
     """
-    graph = read_graph(about["nodes"], [(name, rank) for name, rank in about["inputs"]], about["name"])
-    return CustomLoss(session_id=about["session_id"], program=GraphProgram(graph))
+    graph = read_graph(fields["nodes"], [(name, rank) for name, rank in fields["inputs"]], fields["name"])
+    return CustomLoss(session_id=fields["session_id"], program=GraphProgram(graph))
 
 
-def asked_for(session_id: str, config: Mapping[str, float | str] | None) -> str:
+def requested_loss_id(session_id: str, config: Mapping[str, float | str] | None) -> str:
     """Return the id of the loss that a forward_backward request names in its settings.
 
     Raises:

@@ -1,0 +1,198 @@
+"""What happens to a request between its arrival and its answer? It waits for its number, begins, and is settled once.
+
+A `PendingRequest` is one request with the future of its answer. Requests of a model come numbered, in any order; the
+model's `RequestQueue` begins them in the order of their numbers.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jax_client.errors import RequestFailedError
+from jax_client.runs.lifecycle.futures import settled
+from jax_client.server.wire import answers
+from jax_client.server.wire.answers import Answer
+
+# How long a model's requests wait for an earlier one that never came, counted from the newest arrival: a call of many
+# parts may take longer to arrive.
+GAP_SECONDS = 60.0
+
+Kind = Literal["sample", "train"]
+Start = Callable[[], Future[Any]]
+
+
+@dataclass(slots=True, eq=False)
+class PendingRequest:
+    """One request and the future of its answer. Thread-safe.
+
+    Attributes:
+        request_id: the id under which the client asks for the answer.
+        digest: hash of the request's body, which tells a repetition from another request.
+        kind: "sample" is idempotent, "train" is not.
+        answer: what the client will get; a failure is an answer too.
+        begun: whether the work was started.
+    """
+
+    request_id: str
+    digest: bytes
+    kind: Kind
+    answer: Future[Answer] = field(default_factory=Future)
+    begun: bool = False
+    _settled: bool = False
+    _work: Future[Any] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self, start: Start) -> None:
+        """Start the work, unless the request is settled already.
+
+        Args:
+            start: `start() -> future of a response`; an exception that it raises settles the request.
+        """
+        try:
+            with self._lock:
+                if self._settled:
+                    return
+                self.begun = True
+                self._work = work = start()
+        except BaseException as error:
+            self.settle(answers.failure(error))
+        else:
+            work.add_done_callback(self._encode)
+
+    def _encode(self, done: Future[Any]) -> None:
+        try:
+            answer = answers.success(done.result())
+        except BaseException as error:
+            answer = answers.failure(error)
+        self.settle(answer)
+
+    def settle(self, answer: Answer) -> None:
+        """Give the answer; later calls change nothing."""
+        with self._lock:
+            if self._settled:
+                return
+            self._settled = True
+        self.answer.set_result(answer)
+
+    def cancel(self) -> None:
+        """Cancel the work and free its memory; a request that has not begun is settled as cancelled."""
+        with self._lock:
+            work = self._work
+        if work is None:
+            self.settle(answers.refusal("the request was cancelled.", "user"))
+        else:
+            work.cancel()
+
+    def release(self) -> None:
+        """Keep only the answer of a settled request.
+
+        The work's future and the callbacks on the answer would keep the run or the sampler in memory.
+        """
+        self.answer, self._work = settled(self.answer.result()), None
+
+
+class RequestQueue:
+    """Begins the requests of one model in the order of their numbers. Thread-safe.
+
+    Attributes:
+        next_number: the number that begins next.
+
+    Args:
+        next_number: the first number.
+    """
+
+    def __init__(self, next_number: int = 1) -> None:
+        self.next_number = next_number
+        self._waiting: dict[int, tuple[PendingRequest, Start]] = {}
+        self._newest_arrival = time.monotonic()
+        # Reentrant: a request may end, and its client's next one arrive, inside of `begin`.
+        self._lock = threading.RLock()
+
+    def submit(self, number: int, request: PendingRequest, start: Start) -> None:
+        """Begin the request when every smaller number has begun.
+
+        A request whose number is past fails: the queue gave its number up, and later requests have changed the model.
+
+        Args:
+            number: the request's number.
+            request: the request.
+            start: as `PendingRequest.begin` takes it; a request whose `start` raises has had its turn.
+        """
+        with self._lock:
+            if number < self.next_number:
+                request.settle(
+                    answers.refusal(
+                        f"request {request.request_id} was not carried out: it came after request "
+                        f"{self.next_number - 1} of this model had been given up for it. Go on from a checkpoint with "
+                        "a new client.",
+                        "user",
+                    )
+                )
+                return
+            self._waiting[number] = request, start
+            self._newest_arrival = time.monotonic()
+            while self.next_number in self._waiting:
+                ready, start_ready = self._waiting.pop(self.next_number)
+                self.next_number += 1
+                ready.begin(start_ready)
+
+    def missing(self) -> str | None:
+        """Return the missing numbers that the queue waits for, such as "3" or "3 to 5"; None if it waits for none."""
+        with self._lock:
+            if not self._waiting:
+                return None
+            first = min(self._waiting)
+            return str(self.next_number) if first == self.next_number + 1 else f"{self.next_number} to {first - 1}"
+
+    def give_up(self) -> None:
+        """Fail the requests that have waited GAP_SECONDS for a missing number, and skip that number."""
+        with self._lock:
+            missing = self.missing()
+            if missing is None or time.monotonic() - self._newest_arrival < GAP_SECONDS:
+                return
+            for number in sorted(self._waiting):
+                late, _ = self._waiting.pop(number)
+                late.settle(
+                    answers.failure(
+                        RequestFailedError(
+                            f"request {late.request_id} was not carried out: number {missing} of this model did "
+                            f"not come within {GAP_SECONDS:g} s. Go on from a checkpoint with a new client.",
+                            category="user",
+                        )
+                    )
+                )
+                self.next_number = number + 1
+
+
+class ModelQueues:
+    """The queue of every model. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, RequestQueue] = {}
+        self._lock = threading.Lock()
+
+    def of(self, model_id: str, next_number: int = 1) -> RequestQueue:
+        """Return a model's queue; a new one begins with `next_number`."""
+        with self._lock:
+            queue = self._queues.get(model_id)
+            if queue is None:
+                queue = self._queues[model_id] = RequestQueue(next_number)
+            return queue
+
+    def give_up(self) -> None:
+        """Give up the missing numbers of every model, as `RequestQueue.give_up`."""
+        with self._lock:
+            queues = list(self._queues.values())
+        for queue in queues:
+            queue.give_up()
+
+    def forget(self, session_id: str) -> None:
+        """Forget the queues of a session's models."""
+        with self._lock:
+            for model_id in [key for key in self._queues if key.startswith(f"{session_id}:")]:
+                del self._queues[model_id]
