@@ -6,9 +6,7 @@ Names are loaded on first use, so that `import jax_client` costs milliseconds an
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-from jax_client.clients import handles
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tinker import *  # noqa: F403
@@ -37,14 +35,6 @@ _OURS = {
     "TrainingClient": "jax_client.clients.training",
 }
 _MODULES = ("errors", "types")
-
-
-def _share(sampler: Any) -> handles.Handle:
-    return importlib.import_module("jax_client.server.sharing").share(sampler)
-
-
-# Clients are a floor below the server and cannot import it; what stands above both hands it down.
-handles.share = _share
 
 
 def __getattr__(name: str) -> object:

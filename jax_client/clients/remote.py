@@ -17,9 +17,9 @@ import httpx
 import tinker
 from tinker import types
 
-from jax_client.clients.handles import Handle
 from jax_client.clients.sdk_errors import sdk_errors
 from jax_client.runs.sdk import AuthTokenProvider, ClientConnectionPool, InternalClientHolder
+from jax_client.runs.sampler_address import SamplerAddress
 from jax_client.weights.read.source import ModelSource
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class OwnerTransport(httpx.AsyncBaseTransport):
         handle: whose socket.
     """
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: SamplerAddress) -> None:
         self._handle = handle
         # Unlimited: the SDK limits its requests, and one that waited here for a connection would count as timed out.
         limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_SECONDS)
@@ -88,7 +88,7 @@ class OwnerHolder(InternalClientHolder):
         handle: of any sampler of the session.
     """
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: SamplerAddress) -> None:
         self._handle = handle
         super().__init__(
             session_id=handle.session_id,
@@ -117,7 +117,7 @@ _holders: weakref.WeakValueDictionary[tuple[str, str], OwnerHolder] = weakref.We
 _lock = threading.Lock()
 
 
-def _holder(handle: Handle) -> OwnerHolder:
+def _holder(handle: SamplerAddress) -> OwnerHolder:
     """Return the connections of a session, which all its clients in this process share."""
     key = handle.socket, handle.session_id
     with _lock:
@@ -138,7 +138,7 @@ class RemoteSamplingClient(tinker.SamplingClient):
         handle: of the sampler.
     """
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: SamplerAddress) -> None:
         super().__init__(
             _holder(handle), sampling_session_id=handle.sampler_id, base_model=handle.base_model, shadow=True
         )

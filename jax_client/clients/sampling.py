@@ -19,6 +19,7 @@ from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.runs.lifecycle.futures import background
 from jax_client.runs.paths import sampler_path
+from jax_client.runs.sampler_address import SamplerAddress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -169,9 +170,12 @@ class SamplingClient:
             NotFoundError: the session is closed.
         """
         sampler = self._sampler
-        handle = handles.share(sampler)
-        handles.here[handle.sampler_id] = sampler
-        return handle.encode()
+        # Imported here: only a process that shares its samplers needs the server.
+        from jax_client.server.sharing import share
+
+        address = share(sampler)
+        handles.here[address.sampler_id] = sampler
+        return address.encode()
 
     @staticmethod
     def from_sampler_handle(handle: str, *, api_key: str | None = None) -> tinker.SamplingClient:
@@ -187,10 +191,10 @@ class SamplingClient:
         Raises:
             BadRequestError: it is no handle.
         """
-        found = handles.Handle.decode(handle)
-        sampler = handles.here.get(found.sampler_id)
+        address = SamplerAddress.decode(handle)
+        sampler = handles.here.get(address.sampler_id)
         if sampler is None:
-            return RemoteSamplingClient(found)
+            return RemoteSamplingClient(address)
         return cast(tinker.SamplingClient, SamplingClient(sampler))
 
     def __reduce__(self) -> tuple[Any, ...]:

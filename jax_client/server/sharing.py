@@ -17,11 +17,12 @@ import weakref
 from functools import partial
 from typing import Any
 
-from jax_client.clients.handles import Handle
 from jax_client.config import EngineConfig
 from jax_client.runs.lifecycle.sampler_handle import SamplerHandle
 from jax_client.runs.lifecycle.session import Session, live_sessions
-from jax_client.server.app import CLIENT_CONFIG, DYNAMIC_CONFIG, build_app
+from jax_client.runs.sampler_address import SamplerAddress
+from jax_client.server.app import build_app
+from jax_client.server.routes.sessions import CLIENT_CONFIG, DYNAMIC_CONFIG
 from jax_client.server.state.live_objects import ClientObjects
 from jax_client.server.state.server import Server
 from jax_client.server.wire.connections import Connection, http_server
@@ -142,7 +143,7 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def share(sampler: SamplerHandle) -> Handle:
+def share(sampler: SamplerHandle) -> SamplerAddress:
     """Serve a sampler to other processes; the first call starts the server.
 
     Raises:
@@ -156,7 +157,7 @@ def share(sampler: SamplerHandle) -> Handle:
         sharing = _sharing
     sharing.samplers.share(sampler)
     model = sampler.model_ref.model.source
-    return Handle(
+    return SamplerAddress(
         socket=sharing.path,
         process=os.getpid(),
         session_id=sampler.session.session_id,

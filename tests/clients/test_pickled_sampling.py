@@ -27,7 +27,7 @@ import tinker
 import uvicorn
 
 import jax_client
-from jax_client.clients import handles
+from jax_client.runs.sampler_address import SamplerAddress
 from jax_client.server import LOOPBACK, sharing
 from jax_client.server.app import build_app
 from jax_client.server.state.eviction import IN_MEMORY
@@ -110,7 +110,7 @@ def test_in_its_own_process_it_is_a_client_of_the_same_sampler(service: Any) -> 
 
 def test_only_this_user_can_open_the_socket(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     client = service.create_sampling_client(base_model=MODEL)
-    path = Path(handles.Handle.decode(client.get_sampler_handle()).socket)
+    path = Path(SamplerAddress.decode(client.get_sampler_handle()).socket)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and stat.S_ISSOCK(path.stat().st_mode)
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert len(os.fsencode(path)) <= sharing.MAX_PATH
@@ -212,7 +212,7 @@ def test_forks_and_the_end_of_the_process(pool: Any, model: str, tmp_path: Path)
             owner.kill()
             os.kill(told["sleeper"], signal.SIGKILL)
             # Who is killed cannot.
-            shutil.rmtree(Path(handles.Handle.decode(told["handle"]).socket).parent)
+            shutil.rmtree(Path(SamplerAddress.decode(told["handle"]).socket).parent)
     for each in after:
         assert f"process {owner.pid}, which has the weights" in each["error"] and each["seconds"] < 20
 

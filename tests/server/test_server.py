@@ -261,10 +261,10 @@ def test_bodies_that_are_no_requests(running: Running, content: bytes, headers: 
 def test_a_small_body_does_not_become_a_large_one(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     import zstandard
 
-    from jax_client.server import app
+    from jax_client.server.routes import training
 
-    original = app.read_body
-    monkeypatch.setattr(app, "read_body", lambda request, load: original(request, 2**20, load))
+    original = training.read_body
+    monkeypatch.setattr(training, "read_body", lambda request, load: original(request, 2**20, load))
     bomb = zstandard.ZstdCompressor().compress(b"\0" * 2**28)
     headers = {"X-API-Key": KEY, "Content-Encoding": "zstd"}
     answer = httpx.post(f"{running.url}/api/v1/forward_backward", content=bomb, headers=headers, timeout=30)

@@ -22,7 +22,7 @@ from tinker.types import UntypedAPIFuture
 
 import jax_client
 from jax_client.checkpoint.store import CheckpointStore
-from jax_client.server import app
+from jax_client.server.routes import polling, sessions
 from jax_client.server.state import pending
 from jax_client.server.state.request_log import RequestLog
 from jax_client.server.state.server import Server
@@ -146,7 +146,7 @@ def test_chunks_in_any_order_give_the_same_weights(tmp_path: Path, monkeypatch: 
 
     def train(parallel: bool) -> tuple[dict[str, float], list[bytes], dict[str, np.ndarray]]:
         flags = {"fwdbwd_max_chunk_len": 100, "parallel_fwdbwd_chunks": parallel}
-        monkeypatch.setattr(app, "CLIENT_CONFIG", app.CLIENT_CONFIG.model_copy(update=flags))
+        monkeypatch.setattr(sessions, "CLIENT_CONFIG", sessions.CLIENT_CONFIG.model_copy(update=flags))
         client = connect(running).create_lora_training_client(base_model=model, rank=4, seed=3).result(LIMIT)
         passed = client.forward_backward(datums, "cross_entropy")
         client.optim_step(types.AdamParams(learning_rate=1e-2)).result(LIMIT)
@@ -167,7 +167,7 @@ def test_chunks_in_any_order_give_the_same_weights(tmp_path: Path, monkeypatch: 
 
 def test_a_chunk_that_never_comes_fails_what_waits_and_no_more(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pending, "GAP_SECONDS", 0.5)
-    monkeypatch.setattr(app, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(polling, "POLL_SECONDS", 0.1)
     running = start()
     client = connect(running).create_lora_training_client(MODEL, 4).result(LIMIT)
     with raw(running) as http:
@@ -193,7 +193,7 @@ def test_a_chunk_that_never_comes_fails_what_waits_and_no_more(start: Any, monke
 
 def test_a_refused_chunk_fails_its_call_and_the_next_ones_go_on(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pending, "GAP_SECONDS", 0.5)
-    monkeypatch.setattr(app, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(polling, "POLL_SECONDS", 0.2)
 
     async def refuse(served: Any, scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == f"{API}/forward_backward" and between.counts["forward_backward"] == 1:
@@ -260,7 +260,7 @@ def test_metrics_that_json_cannot_hold_are_left_out(start: Any) -> None:
 def test_long_work_is_polled_for_slowly_and_said_to_wait(
     start: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(app, "POLL_SECONDS", 0.5)
+    monkeypatch.setattr(polling, "POLL_SECONDS", 0.5)
     # The SDK tells its user of a pause only after a quarter of an hour.
     monkeypatch.setattr("tinker.lib.queue_state_logger.PAUSE_GRACE_PERIOD", 0)
     between = Between()
@@ -278,7 +278,7 @@ def test_long_work_is_polled_for_slowly_and_said_to_wait(
 
 
 def test_a_lost_sampling_request_is_sent_again(start: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(polling, "POLL_SECONDS", 0.2)
     between = Between()
     running = start(between)
     sampler = connect(running).create_sampling_client(base_model=MODEL).result(LIMIT)
@@ -386,7 +386,7 @@ def in_use(running: Running) -> tuple[int, int, int, int]:
 
 
 def test_clients_that_go_away_leave_nothing_behind(start: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "POLL_SECONDS", 0.5)
+    monkeypatch.setattr(polling, "POLL_SECONDS", 0.5)
     running = start()
     sampler = connect(running).create_sampling_client(base_model=MODEL).result(LIMIT)
     sampler.sample(PROMPT, 1, PARAMS).result(LIMIT)

@@ -26,8 +26,8 @@ from tinker.types.join_sampling_session_request import JoinSamplingSessionReques
 from tinker.types.session_heartbeat_request import SessionHeartbeatRequest
 
 import jax_client
-from jax_client.server import app
 from jax_client.server.app import build_app, routes
+from jax_client.server.routes import polling
 from jax_client.server.state import pending
 from jax_client.server.state.server import Server
 from jax_client.server.wire import bodies
@@ -215,7 +215,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         patch.setattr("jax_client.weights.write.peft.write_adapter", export)
         checked = SimpleNamespace(tokens=1, difference=0.0)
         patch.setattr("jax_client.runs.lifecycle.export_check.check_export", lambda *_: checked)
-        patch.setattr(app, "POLL_SECONDS", 0.02)
+        patch.setattr(polling, "POLL_SECONDS", 0.02)
         patch.setattr(pending, "GAP_SECONDS", 0.0)
         # A frame that grows has to pass it.
         patch.setattr(bodies, "MAX_JSON_BYTES", 2**20)

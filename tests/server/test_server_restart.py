@@ -21,7 +21,7 @@ from tinker import types
 from jax_client.errors import DoesNotFitError, JaxClientError
 from jax_client.runs.lifecycle import base_models
 from jax_client.runs.lifecycle import run as runs
-from jax_client.server.state import eviction, training
+from jax_client.server.state import eviction, training_requests
 from jax_client.server.state.ledger import RequestLedger
 from jax_client.server.state.request_log import FILE, RequestLog
 from jax_client.server.state.server import Server
@@ -164,7 +164,7 @@ def test_idle_models_make_room_and_come_back_as_they_were(
         made.append(args[1])
         return create(*args)
 
-    monkeypatch.setattr(training, "create_run", tight)
+    monkeypatch.setattr(training_requests, "create_run", tight)
     newcomer = service.create_lora_training_client(base_model=model, rank=4, seed=3).result()
     assert there() == {holding.model_id, newcomer.model_id}, "what holds gradients stays"
     numbers.append(step(idle))
@@ -188,7 +188,7 @@ def test_a_base_model_that_nobody_uses_makes_room(
             raise DoesNotFitError("full", category="user")
         return create(*args)
 
-    monkeypatch.setattr(training, "create_run", tight)
+    monkeypatch.setattr(training_requests, "create_run", tight)
     service.create_lora_training_client(base_model=model, rank=4, seed=3).result()
     assert "other" not in loaded()
     assert sampled(sampler) == before and "other" in loaded()
@@ -200,7 +200,7 @@ def test_a_request_that_does_not_fit_with_nothing_idle_is_refused(
     def full(*_: Any) -> Any:
         raise DoesNotFitError("there is no room at all", category="user")
 
-    monkeypatch.setattr(training, "create_run", full)
+    monkeypatch.setattr(training_requests, "create_run", full)
     service = tinker.ServiceClient(base_url=running.url, api_key=KEY)
     with pytest.raises(tinker.RequestFailedError, match="no room at all"):
         service.create_lora_training_client(base_model=model, rank=4).result()
@@ -335,7 +335,7 @@ def test_the_memory_of_a_client_that_is_gone_is_given_to_the_next(
     step(gone)
     gone.forward_backward(data(), "cross_entropy").result()
     session_id = gone.model_id.partition(":")[0]
-    make, failures = training.create_run, []
+    make, failures = training_requests.create_run, []
 
     def full_until_it_ended(session: Any, run_id: str, *args: Any) -> Any:
         if not running.server.live.sessions.in_memory(session_id).closed:
@@ -343,7 +343,7 @@ def test_the_memory_of_a_client_that_is_gone_is_given_to_the_next(
             raise DoesNotFitError("too little memory")
         return make(session, run_id, *args)
 
-    monkeypatch.setattr(training, "create_run", full_until_it_ended)
+    monkeypatch.setattr(training_requests, "create_run", full_until_it_ended)
     service = tinker.ServiceClient(base_url=running.url, api_key=KEY)
     with pytest.raises(tinker.RequestFailedError, match="too little memory"):
         service.create_lora_training_client(model, 4, 2).result()

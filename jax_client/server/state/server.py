@@ -10,18 +10,18 @@ from collections.abc import Mapping
 
 from tinker import types
 
-from jax_client.clients.rest import RestClient
 from jax_client.config import EngineConfig
 from jax_client.runs import checks
 from jax_client.runs.lifecycle import base_models
 from jax_client.runs.lifecycle.session import SessionInfo
+from jax_client.runs.listings import Listings
 from jax_client.server.state.ledger import RequestLedger
 from jax_client.server.state.live_objects import ClientObjects, LiveObjects
 from jax_client.server.state.pending import PendingRequest
 from jax_client.server.state.request_log import Entry, RequestLog
-from jax_client.server.state.sampling import SamplingRequests
+from jax_client.server.state.sampling_requests import SamplingRequests
 from jax_client.server.state.tables import Records
-from jax_client.server.state.training import TrainingRequests
+from jax_client.server.state.training_requests import TrainingRequests
 from jax_client.server.wire import answers
 from jax_client.server.wire.admission import AdmissionLimits
 from jax_client.server.wire.answers import Answer
@@ -35,7 +35,7 @@ class Server:
         live: the objects in memory: sessions, models, samplers, uploaded losses; and their eviction.
         training: what turns training requests into calls of runs.
         sampling: what turns sampling requests into calls of samplers.
-        rest: the runs and checkpoints on disk.
+        listings: the runs and checkpoints on disk.
         admission: how much may wait at once.
 
     Args:
@@ -59,7 +59,7 @@ class Server:
         self.live = LiveObjects(config, records, self.ledger.queues, clients)
         self.training = TrainingRequests(self.live, self.ledger, self.model_name)
         self.sampling = SamplingRequests(self.live, self.ledger, records, self.model_name)
-        self.rest = RestClient(self.live.own)
+        self.listings = Listings(self.live.own)
         self.admission = AdmissionLimits(self.ledger.queues.give_up)
 
     def model_name(self, name: str) -> str:

@@ -1,0 +1,82 @@
+"""How does a client get the answer of a request? It asks until the answer is there; each poll waits for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from concurrent.futures import Future
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from tinker.types.future_retrieve_request import FutureRetrieveRequest
+
+from jax_client.errors import NotFoundError
+from jax_client.server.routes.handler import SMALL_LIMIT, parsed, route
+from jax_client.server.state.pending import PendingRequest
+from jax_client.server.state.server import Server
+from jax_client.server.wire import answers
+from jax_client.server.wire.answers import Answer
+from jax_client.server.wire.bodies import read_json
+
+# How long one poll waits. The SDK's own limit is 45 s.
+POLL_SECONDS = 30.0
+
+
+def retrieve_route(server: Server) -> Route:
+    """Return the route that gives answers, or a 408 with the reason for waiting."""
+
+    async def handler(request: Request) -> Response:
+        asked, _ = await read_json(request, FutureRetrieveRequest, limit=SMALL_LIMIT)
+        pending = server.ledger.in_memory(asked.request_id)
+        if pending is None:
+            pending = await run_in_threadpool(_find, server, asked.request_id)
+        answer = await _wait(pending.answer, POLL_SECONDS)
+        if answer is None:
+            reason = await run_in_threadpool(server.waiting_reason, pending)
+            if not pending.answer.done():
+                state = "active" if reason is None else "paused_capacity"
+                return JSONResponse({"queue_state": state, "queue_state_reason": reason or "in progress"}, 408)
+            answer = pending.answer.result()
+        return Response(answer.body, answer.status, media_type=answer.media_type)
+
+    return route("POST", "/retrieve_future", handler)
+
+
+def future_routes(server: Server) -> list[Route]:
+    """Return the other routes."""
+    cancel = lambda asked: server.ledger.get(asked.request_id).cancel()  # noqa: E731
+    return [route("POST", "/cancel_future", parsed(FutureRetrieveRequest, cancel))]
+
+
+def _find(server: Server, request_id: str) -> PendingRequest:
+    """Return a request that is not in memory. Raises NotFoundError."""
+    try:
+        return server.ledger.get(request_id)
+    except NotFoundError:
+        if not server.sampling.may_have_lost(request_id):
+            raise
+        lost = PendingRequest(request_id, b"", "sample")
+        lost.settle(answers.retry_later("the server does not know this request any more; send it again."))
+        return lost
+
+
+async def _wait(answer: Future[Answer], seconds: float) -> Answer | None:
+    """Return an answer, or None after `seconds` without one. The work continues when a client stops waiting."""
+    if not answer.done():
+        loop = asyncio.get_running_loop()
+        woken = asyncio.Event()
+
+        def wake(_: Future[Answer]) -> None:
+            # The loop is closed when the server has stopped without this answer.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(woken.set)
+
+        answer.add_done_callback(wake)
+        timer = loop.call_later(seconds, woken.set)
+        try:
+            await woken.wait()
+        finally:
+            timer.cancel()
+    return answer.result() if answer.done() else None

@@ -1,0 +1,68 @@
+"""Which routes make samplers and sample?"""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from tinker import types
+from tinker.types.join_sampling_session_request import JoinSamplingSessionRequest
+
+from jax_client.server.routes.handler import digest, parsed, route, show
+from jax_client.server.state.server import Server
+from jax_client.server.wire.admission import MAX_SAMPLES, Load
+from jax_client.server.wire.bodies import SMALL, read_json
+
+
+def sample_route(server: Server) -> Route:
+    """Return the route of sampling requests."""
+
+    async def handler(request: Request) -> Response:
+        with Load(server.admission) as load:
+            asked, body = await read_json(request, types.SampleRequest, load)
+            samples = min(max(asked.num_samples, 1), MAX_SAMPLES)
+            server.admission.check_samples(samples)
+            key = digest(request, body)
+            if len(body) <= SMALL and server.sampling.is_immediate(asked.sampling_session_id):
+                pending = server.sampling.sample(asked, key)
+            else:
+                pending = await run_in_threadpool(server.sampling.sample, asked, key)
+            load.keep(pending.request_id, pending.answer, samples)
+        names = [f"{pending.request_id}:{i}" for i in range(samples)]
+        return JSONResponse({"request_id": pending.request_id, "sample_sequence_ids": names})
+
+    return route("POST", "/asample", handler)
+
+
+def sampling_routes(server: Server) -> list[Route]:
+    """Return the other routes."""
+    sampling = server.sampling
+
+    async def get_sampler(request: Request) -> Response:
+        sampler_id = request.path_params["sampler"]
+        # Awaited, not waited for on a thread: it may load for minutes.
+        sampler = await asyncio.wrap_future(await run_in_threadpool(sampling.sampler, sampler_id))
+        info = sampler.session.samplers[sampler_id]
+        return show(
+            types.GetSamplerResponse(sampler_id=sampler_id, base_model=info.base_model, model_path=info.model_path)
+        )
+
+    return [
+        route(
+            "POST",
+            "/create_sampling_session",
+            parsed(types.CreateSamplingSessionRequest, sampling.create_sampling_session),
+        ),
+        route(
+            "POST",
+            "/join_sampling_session",
+            parsed(
+                JoinSamplingSessionRequest,
+                lambda r: {"client_counter": sampling.join_sampling_session(r.sampling_session_id)},
+            ),
+        ),
+        route("GET", "/samplers/{sampler:path}", get_sampler),
+    ]
