@@ -1,1 +1,1 @@
-"""Bytes: connections, guards, bodies, the protocol's messages, and how much may wait."""
+"""What happens to bytes: connections, the guard, bodies, the protocol's messages, and limits on what may wait."""

@@ -1,4 +1,4 @@
-"""How much may wait at once? What is more is told to come again, with status 429.
+"""How much may wait at once? `AdmissionLimits` counts bodies and samples, and refuses what is more with status 429.
 
 The SDK then waits and sends the same request: a sampling request for as long as it takes, others for five minutes. So a
 burst costs its client time, and never a request, the server's memory, or other clients' answers.
@@ -9,28 +9,31 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
 
 from jax_client.errors import JaxClientError
+from jax_client.server.wire.answers import Answer
 
-# Of bodies: those that are being read, and those whose requests have no answer yet.
+# The bytes of bodies that are being read, and of those whose requests have no answer yet.
 MAX_BYTES = 2**30
 # Sampling requests without an answer, and the samples that they ask for. The engine refuses 65,536 waiting samples for
-# good; so many never come to it.
+# good, so the limit here is lower.
 MAX_REQUESTS = 10_000
 MAX_SAMPLES = 60_000
 RETRY_SECONDS = 1
 
 
 class BusyError(JaxClientError):
-    """There is no room for a request now; it may be sent again."""
+    """A request is over the limits now; the client may send it again."""
 
 
 class AdmissionLimits:
-    """Counts what waits. Thread-safe.
+    """Counts the bytes, sampling requests and samples that wait. Thread-safe.
+
+    Attributes:
+        bytes, requests, samples: the counts.
 
     Args:
-        relieve: called when there is no room, to end what waits for nothing.
+        relieve: `relieve()` is called at the limit of bytes; it ends requests that wait for nothing.
         max_bytes, max_requests, max_samples: the limits.
     """
 
@@ -53,7 +56,7 @@ class AdmissionLimits:
         self._lock = threading.Lock()
 
     def check_samples(self, samples: int) -> None:
-        """Refuse a sampling request that is one too many. Raises BusyError."""
+        """Check that a sampling request is within the limits. Raises BusyError."""
         if self.requests >= self._max_requests or (self.samples and self.samples + samples > self._max_samples):
             raise BusyError(
                 f"{self.requests} sampling requests with {self.samples} samples wait already, the limits are "
@@ -61,7 +64,7 @@ class AdmissionLimits:
             )
 
     def grow(self, size: int) -> None:
-        """Take room for bytes. Raises BusyError."""
+        """Count bytes of a body. Raises BusyError."""
         if self._grew(size):
             return
         self._relieve()
@@ -79,12 +82,12 @@ class AdmissionLimits:
             return True
 
     def shrink(self, size: int) -> None:
-        """Give room for bytes back."""
+        """Uncount bytes."""
         with self._lock:
             self.bytes -= size
 
-    def keep(self, request_id: str, size: int, samples: int, answer: Future[Any]) -> bool:
-        """Hold the room of a request until its answer is there; False if it is held already, by the first of twins."""
+    def keep(self, request_id: str, size: int, samples: int, answer: Future[Answer]) -> bool:
+        """Count a request until it is answered; False if it was counted already, as the first of two repetitions."""
         with self._lock:
             if request_id in self._counted:
                 return False
@@ -93,7 +96,7 @@ class AdmissionLimits:
                 self.requests += 1
                 self.samples += samples
 
-        def free(_: Future[Any]) -> None:
+        def free(_: Future[Answer]) -> None:
             with self._lock:
                 self._counted.discard(request_id)
                 self.bytes -= size
@@ -106,27 +109,31 @@ class AdmissionLimits:
 
 
 class Load:
-    """The room that one request takes, from its first byte on. Free it, as a context, unless it was kept."""
+    """The bytes of one request, counted from the first one. As a context, it uncounts them unless `keep` was called.
 
-    def __init__(self, room: AdmissionLimits) -> None:
-        self.room = room
+    Args:
+        limits: where the bytes are counted.
+    """
+
+    def __init__(self, limits: AdmissionLimits) -> None:
+        self._limits = limits
         self._size = 0
 
     def grow(self, size: int) -> None:
-        """Take room for a piece of the body. Raises BusyError."""
-        self.room.grow(size)
+        """Count a piece of the body. Raises BusyError."""
+        self._limits.grow(size)
         self._size += size
 
-    def keep(self, request_id: str, answer: Future[Any], samples: int = 0) -> None:
-        """Hold the room until the answer is there."""
-        if self.room.keep(request_id, self._size, samples, answer):
+    def keep(self, request_id: str, answer: Future[Answer], samples: int = 0) -> None:
+        """Keep the bytes counted until the request is answered."""
+        if self._limits.keep(request_id, self._size, samples, answer):
             self._size = 0
 
     def __enter__(self) -> Load:
-        """Begin."""
+        """Return the load."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Free what is not kept."""
+        """Uncount the bytes that are not kept."""
         if self._size:
-            self.room.shrink(self._size)
+            self._limits.shrink(self._size)

@@ -1,4 +1,4 @@
-"""Which bytes does a client get for a request that was carried out, or that failed?"""
+"""Which bytes does a client get for a request? An `Answer`: a response of the protocol, or an error."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Answer:
     """An answer as it is sent.
 
     Attributes:
-        body: encoded.
-        media_type: of the body.
-        status: 200, for failures too (the SDK raises what the body says); 410 makes the SDK send a sampling request
+        body: the encoded response.
+        media_type: the body's media type.
+        status: 200, for failures too: the SDK raises the error in the body. 410 makes the SDK send a sampling request
             again.
-        failed: whether the body names an error.
+        failed: whether the body is an error.
     """
 
     body: bytes
@@ -39,7 +39,7 @@ class Answer:
 
 
 def success(value: Any) -> Answer:
-    """Encode what a run or a sampler answered: tensors as protobuf, everything else as JSON."""
+    """Encode a response of a run or a sampler: tensors as protobuf, everything else as JSON."""
     if isinstance(value, types.ForwardBackwardOutput):
         return Answer(body=protocol.forward_backward_answer(value), media_type=PROTOBUF)
     if isinstance(value, types.SampleResponse):
@@ -49,7 +49,7 @@ def success(value: Any) -> Answer:
 
 
 def failure(error: BaseException) -> Answer:
-    """Encode an error. What this package raised on purpose is shown; anything else goes to the log only."""
+    """Encode an error. The client sees errors that this package raises on purpose; others are only logged."""
     if isinstance(error, RequestFailedError):
         return refusal(error.message, error.category)
     if isinstance(error, JaxClientError | ValueError | TypeError):
@@ -61,7 +61,7 @@ def failure(error: BaseException) -> Answer:
 
 
 def refusal(message: str, category: str) -> Answer:
-    """Encode an error that is known by its message."""
+    """Encode an error by its message and category ("user" or "server")."""
     return Answer(body=json.dumps({"error": message, "category": category}).encode(), failed=True)
 
 

@@ -1,4 +1,4 @@
-"""How is a request's body read without trusting its length, its compression or its nesting?"""
+"""How is a request's body read without trusting its length, its compression or its nesting? In pieces, with limits."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ Model = TypeVar("Model", bound=pydantic.BaseModel)
 MAX_BYTES = 256 * 2**20
 MAX_JSON_BYTES = 64 * 2**20
 MAX_NESTING = 64
-# Between two pieces of a body.
+# The longest pause between two pieces of a body.
 STALL_SECONDS = 30.0
-# A body that takes the event loop so little that handing it to another thread costs more.
+# The size up to which parsing a body on the event loop is cheaper than handing it to another thread.
 SMALL = 16 * 2**10
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class TooLargeError(JaxClientError):
-    """A body is larger than what is read."""
+    """A body is larger than the limit."""
 
 
 class EncodingError(JaxClientError):
-    """A body is compressed in a way that is not read."""
+    """A body has a compression other than zstd."""
 
 
 class StalledError(JaxClientError):
-    """The rest of a body does not come."""
+    """The rest of a body did not arrive in time."""
 
 
 async def read_body(request: Request, limit: int | None = None, load: Load | None = None) -> bytes:
-    """Read a body, decompressed if it is zstd, as far as the limit.
+    """Read a body, and decompress it if it is zstd.
 
     Args:
-        request: whose body.
-        limit: most bytes, sent or decompressed; None is MAX_BYTES.
-        load: is told of every piece that is held.
+        request: the request.
+        limit: the most bytes, sent or decompressed; None is MAX_BYTES.
+        load: counts every piece that is in memory.
 
     Raises:
-        TooLargeError: it goes on after `limit` bytes.
-        EncodingError: another compression.
-        StalledError: nothing came for half a minute.
-        BusyError: there is no room for it; what came of it was dropped.
+        TooLargeError: the body is longer than `limit`.
+        EncodingError: it has another compression.
+        StalledError: no piece arrived for STALL_SECONDS.
+        BusyError: it is over the admission limits; its pieces were dropped.
         BadRequestError: it is cut short.
     """
     encoding = request.headers.get("content-encoding", "identity").lower()
@@ -65,10 +65,10 @@ async def read_body(request: Request, limit: int | None = None, load: Load | Non
     busy: BusyError | None = None
     clock = asyncio.get_running_loop().time
     try:
-        async with asyncio.timeout_at(newest := clock() + STALL_SECONDS) as patience:
+        async with asyncio.timeout_at(newest := clock() + STALL_SECONDS) as timeout:
             async for chunk in request.stream():
                 if (now := clock() + STALL_SECONDS) > newest + 1:
-                    patience.reschedule(newest := now)
+                    timeout.reschedule(newest := now)
                 # In pieces, so that a small frame cannot become a large one before it is counted.
                 for start in range(0, len(chunk), 1024) if decompressor else (0,):
                     piece = decompressor.decompress(chunk[start : start + 1024]) if decompressor else chunk
@@ -81,7 +81,7 @@ async def read_body(request: Request, limit: int | None = None, load: Load | Non
                                 load.grow(len(piece))
                             chunks.append(piece)
                         except BusyError as error:
-                            # Read to its end: who is cut off while sending never sees the answer.
+                            # Read to its end: a client that is cut off while it sends never sees the answer.
                             busy = error
                             chunks.clear()
     except TimeoutError:
@@ -98,11 +98,11 @@ async def read_body(request: Request, limit: int | None = None, load: Load | Non
 async def read_json(
     request: Request, model: type[Model], load: Load | None = None, *, limit: int = MAX_JSON_BYTES
 ) -> tuple[Model, bytes]:
-    """Read a JSON body into a request type of the SDK's; return it with the body.
+    """Read a JSON body as one of the SDK's request types; return the request and the body.
 
     Raises:
         TooLargeError, EncodingError, StalledError, BusyError: as `read_body`.
-        BadRequestError: no JSON, nested too deeply, or not what the type asks for.
+        BadRequestError: the body is no JSON, is nested too deeply, or does not fit the type.
     """
     body = await read_body(request, limit, load)
     if len(body) <= SMALL:
@@ -111,17 +111,17 @@ async def read_json(
 
 
 def parse(body: bytes, model: type[Model]) -> Model:
-    """Parse JSON into a request type. Raises BadRequestError."""
+    """Parse JSON as a request type. Raises BadRequestError."""
     value = parse_json(body)
     try:
         return model.model_validate(value)
     except pydantic.ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc']))[:200] or 'body'}: {e['msg']}" for e in error.errors()[:5])
-        raise BadRequestError(f"{model.__name__}: {found[:2_000]}.") from None
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))[:200] or 'body'}: {e['msg']}" for e in error.errors()[:5])
+        raise BadRequestError(f"{model.__name__}: {problems[:2_000]}.") from None
 
 
 def parse_json(body: bytes) -> Any:
-    """Parse JSON, which has no NaN and is not nested deeply. Raises BadRequestError."""
+    """Parse JSON without NaN and without deep nesting. Raises BadRequestError."""
     _refuse_nesting(body)
     try:
         return _DECODER.decode(body.decode())
@@ -140,7 +140,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 def _refuse_nesting(body: bytes) -> None:
     if body.count(b"[") + body.count(b"{") <= MAX_NESTING:
         return
-    # Brackets inside of text count too, which only ever makes the limit lower for text that is made of brackets.
+    # Brackets inside of strings count too; that only lowers the limit for strings full of brackets.
     brackets = np.frombuffer(body.translate(None, _NO_BRACKETS), np.uint8)
     opening = (brackets == ord("[")) | (brackets == ord("{"))
     if np.cumsum(np.where(opening, 1, -1)).max() > MAX_NESTING:

@@ -1,4 +1,7 @@
-"""How are connections served, so that slow, silent and very many clients cost nobody else anything?"""
+"""How are connections served, so that slow, silent or very many clients cost the others nothing?
+
+A `Connection` closes when its client does not send a request's headers in time, or sends too many of them.
+"""
 
 from __future__ import annotations
 
@@ -6,74 +9,75 @@ import asyncio
 import contextlib
 import gc
 import sys
-from typing import Any, Literal
+from typing import Literal
 
 import uvicorn
+from starlette.types import ASGIApp
 
-# h11, which is written in Python, costs as much of a small request as all that this package does with it.
+# h11, which is written in Python, costs as much time for a small request as everything that this package does.
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# From a connection, or a first byte, to the end of a request's headers; and how many bytes they may have.
+# The time from a connection, or a request's first byte, to the end of its headers; and their size.
 HEADER_SECONDS = 20.0
 HEADER_BYTES = 64 * 2**10
-# Longer than the SDK keeps an idle connection: else it would sometimes write into one that was just closed.
+# Longer than the SDK keeps an idle connection: otherwise it sometimes writes into one that was just closed.
 KEEPALIVE_SECONDS = 75
-# Every request of the SDK that waits for its answer holds a connection, and a client may have 2,000.
+# Every request that waits for its answer holds a connection, and a client of the SDK may have 2,000 of them.
 MAX_FILES = 65_536
 
 
 class Connection(HttpToolsProtocol):
-    """HTTP/1.1 for clients that send their headers in time, and not too many; others are cut off."""
+    """HTTP/1.1 for clients that send their headers in time, and not too many; others are disconnected."""
 
-    _late: asyncio.TimerHandle | None = None
-    _unfinished = 0
+    _timer: asyncio.TimerHandle | None = None
+    _header_bytes = 0
 
-    def connection_made(self, transport: Any) -> None:
-        """Begin to wait for a request."""
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the timer of the first request."""
         super().connection_made(transport)
-        self._wait()
+        self._start_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Take what came; whoever is in the middle of a request's headers has to finish them."""
+        """Parse what arrived; a client in the middle of a request's headers has to finish them in time."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self._stop_waiting()
+            self._stop_timer()
             return
-        # Also the rest of a body that was refused unread.
-        self._unfinished += len(data)
-        if self._unfinished > HEADER_BYTES:
+        # The rest of a body that was refused unread counts too.
+        self._header_bytes += len(data)
+        if self._header_bytes > HEADER_BYTES:
             self.transport.close()
-        elif self._late is None:
-            self._wait()
+        elif self._timer is None:
+            self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
-        self._stop_waiting()
+        """Stop the timer."""
+        self._stop_timer()
         super().connection_lost(exc)
 
-    def _wait(self) -> None:
-        self._late = self.loop.call_later(HEADER_SECONDS, self._cut_off)
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(HEADER_SECONDS, self._disconnect)
 
-    def _stop_waiting(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-        self._unfinished = 0
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._header_bytes = 0
 
-    def _cut_off(self) -> None:
-        self._late = None
+    def _disconnect(self) -> None:
+        self._timer = None
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 
 
 def http_server(
-    app: Any, protocol: type[Connection] = Connection, *, loop: Literal["auto", "asyncio"] = "auto"
+    app: ASGIApp, protocol: type[Connection] = Connection, *, loop: Literal["auto", "asyncio"] = "auto"
 ) -> uvicorn.Server:
-    """Return the HTTP server of an application, which has not begun.
+    """Return an HTTP server of an application; it is not started.
 
     Args:
         app: the application.
-        protocol: of its connections.
+        protocol: the class of its connections.
         loop: "asyncio" where a connection's socket itself is needed.
     """
     settings = uvicorn.Config(
@@ -83,7 +87,7 @@ def http_server(
         ws="none",
         log_level="warning",
         access_log=False,
-        # Long polls end when the server does: their clients ask again, and see that it is gone.
+        # Long polls end with the server: their clients ask again, and find it gone.
         timeout_graceful_shutdown=2,
         timeout_keep_alive=KEEPALIVE_SECONDS,
         lifespan="off",
@@ -102,7 +106,7 @@ def collect_rarely() -> None:
 
 
 def allow_many_files() -> None:
-    """Raise this process's limit of open files as far as it may; every connection is one."""
+    """Raise this process's limit of open files as far as it may go; every connection is one."""
     if sys.platform == "win32":
         return
     import resource
@@ -110,6 +114,6 @@ def allow_many_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
-        # Some systems allow less than they say.
+        # Some systems allow less than their hard limit.
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

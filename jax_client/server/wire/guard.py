@@ -1,7 +1,7 @@
-"""Who may talk to the server? One layer in front of every route, the health check included.
+"""Who may talk to the server? `Guard` checks key, host and origin in front of every route, also of the health check.
 
-A browser that was lured to another page can send requests to a loopback port, so the names under which the server is
-reached are a list, and requests that come from a page are refused.
+A web page can make a browser send requests to a loopback port. So the server answers under listed names only, and
+refuses requests that come from other sites' pages.
 """
 
 from __future__ import annotations
@@ -9,29 +9,29 @@ from __future__ import annotations
 import functools
 import hmac
 from collections.abc import Iterable
-from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 KEY_HEADER = b"x-api-key"
 
 
 class Guard:
-    """ASGI middleware that checks key, host and origin before anything else is looked at.
+    """ASGI middleware that checks key, host and origin before it reads anything else.
 
     Args:
-        app: what it guards.
-        api_key: that every request must carry, None for none.
+        app: the application behind it.
+        api_key: the key that every request must carry, None for none.
         hosts: names and addresses under which the server may be called, without ports.
     """
 
-    def __init__(self, app: Any, *, api_key: str | None, hosts: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, *, api_key: str | None, hosts: Iterable[str]) -> None:
         self._app = app
         self._api_key = None if api_key is None else api_key.encode()
         self._hosts = frozenset(host.lower() for host in hosts)  # as `urlsplit` gives them
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
@@ -43,7 +43,7 @@ class Guard:
         status, detail = refusal
         await JSONResponse({"detail": detail}, status)(scope, receive, send)
 
-    def _refusal(self, scope: Any) -> tuple[int, str] | None:
+    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         # A Unix socket has no name to rebind.

@@ -1,23 +1,25 @@
-"""How do the protocol's protobuf messages become the API's types, and answers messages? The SDK's own message classes.
+"""How do protobuf messages become the API's types, and responses messages? Through the SDK's own message classes.
 
-The SDK encodes requests and decodes answers; this is the other half of both. What a message claims about itself is
-checked here (a length that its bytes do not have), what it means is checked where in-process calls are (`runs`).
+The SDK encodes requests and decodes responses; this module is the other half of both. It checks that a message is
+consistent (a shape fits the bytes); `runs` checks what it means, as it does for in-process calls.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from google.protobuf.message import DecodeError
 from tinker import types
 
 from jax_client.errors import BadRequestError
+from jax_client.runs.sdk import TopkLogprobs, tinker_public_pb2 as pb
 from jax_client.runs.sdk import tinker_public_pb2 as pb
 
 ForwardBackwardRequest = pb.ForwardBackwardRequest
+# A datum of a response, by the tensors' names.
+Tensors = Mapping[str, types.TensorData]
 
 _NUMPY: dict[int, tuple[np.dtype, types.TensorDtype]] = {
     pb.DTYPE_FLOAT32: (np.dtype("<f4"), "float32"),
@@ -31,7 +33,7 @@ def read_forward_backward(body: bytes) -> pb.ForwardBackwardRequest:
     """Parse a request.
 
     Raises:
-        BadRequestError: it is no such message.
+        BadRequestError: the body is no such message.
     """
     message = pb.ForwardBackwardRequest()
     try:
@@ -42,15 +44,15 @@ def read_forward_backward(body: bytes) -> pb.ForwardBackwardRequest:
 
 
 def loss_config(message: pb.ForwardBackwardRequest) -> dict[str, float | str] | None:
-    """Return the loss's settings; the newer map counts, which can also hold text."""
+    """Return the loss's settings, from the newer map if the client sent it: that one can also hold text."""
     if message.loss_fn_config_v2:
-        found = message.loss_fn_config_v2.items()
-        return {key: getattr(value, value.WhichOneof("value") or "number") for key, value in found}
+        settings = message.loss_fn_config_v2.items()
+        return {key: getattr(value, value.WhichOneof("value") or "number") for key, value in settings}
     return dict(message.loss_fn_config) or None
 
 
 def read_datums(message: pb.ForwardBackwardRequest) -> list[types.Datum]:
-    """Return the data of a request.
+    """Return the datums of a request.
 
     Raises:
         BadRequestError: a tensor's bytes do not fit its dtype and shape, or a chunk is of no known kind.
@@ -64,7 +66,7 @@ def _datum(datum: pb.Datum, where: str) -> types.Datum:
     return types.Datum(model_input=types.ModelInput(chunks=chunks), loss_fn_inputs=inputs)
 
 
-def _chunk(chunk: pb.Chunk, where: str) -> Any:
+def _chunk(chunk: pb.Chunk, where: str) -> types.ModelInputChunk:
     kind = chunk.WhichOneof("chunk")
     if kind == "encoded_text":
         return types.EncodedTextChunk(tokens=_array(chunk.encoded_text.tokens, np.dtype("<i4"), where).tolist())
@@ -98,7 +100,7 @@ def _array(data: bytes, dtype: np.dtype, where: str) -> np.ndarray:
 
 
 def forward_backward_answer(output: types.ForwardBackwardOutput) -> bytes:
-    """Return the message of an answer. Consecutive datums with the same trailing shape share a record."""
+    """Encode a response. Consecutive datums with the same trailing shapes share a record."""
     message = pb.ForwardBackwardOutput(
         loss_fn_output_type=output.loss_fn_output_type,
         metrics=output.metrics,
@@ -111,9 +113,9 @@ def forward_backward_answer(output: types.ForwardBackwardOutput) -> bytes:
     return message.SerializeToString()
 
 
-def _same_shapes(datums: Sequence[Any]) -> list[list[Any]]:
-    groups: list[list[Any]] = []
-    last: Any = None
+def _same_shapes(datums: Sequence[Tensors]) -> list[list[Tensors]]:
+    groups: list[list[Tensors]] = []
+    last: dict[str, tuple[int, ...]] | None = None
     for datum in datums:
         shapes = {name: tuple(_shape(tensor)[1:]) for name, tensor in datum.items()}
         if shapes != last:
@@ -138,12 +140,12 @@ def _shape(tensor: types.TensorData) -> list[int]:
     return list(tensor.to_numpy().shape) if tensor.shape is None else list(tensor.shape)
 
 
-def _proto_dtype(dtype: np.dtype) -> Any:
+def _proto_dtype(dtype: np.dtype) -> pb.DType.ValueType:
     return pb.DTYPE_FLOAT32 if dtype == np.float32 else pb.DTYPE_INT64
 
 
 def sample_answer(response: types.SampleResponse) -> bytes:
-    """Return the message of a sampled answer."""
+    """Encode a response to a sampling request."""
     message = pb.SampleResponse(prompt_cache_hit_tokens=response.prompt_cache_hit_tokens or 0)
     for sequence in response.sequences:
         part = message.sequences.add(
@@ -166,11 +168,11 @@ def sample_answer(response: types.SampleResponse) -> bytes:
     return message.SerializeToString()
 
 
-def _topk(found: Any) -> pb.TopkLogprobs:
-    length, k = found.token_ids.shape
+def _topk(topk: TopkLogprobs) -> pb.TopkLogprobs:
+    length, k = topk.token_ids.shape
     return pb.TopkLogprobs(
-        token_ids=np.asarray(found.token_ids, np.int32).tobytes(),
-        logprobs=np.asarray(found.logprobs, np.float32).tobytes(),
+        token_ids=np.asarray(topk.token_ids, np.int32).tobytes(),
+        logprobs=np.asarray(topk.logprobs, np.float32).tobytes(),
         k=k,
         length=length,
     )
