@@ -18,8 +18,8 @@ import tinker
 from tinker import types
 
 from jax_client.clients.sdk_errors import sdk_errors
-from jax_client.runs.sdk import AuthTokenProvider, ClientConnectionPool, InternalClientHolder
 from jax_client.runs.sampler_address import SamplerAddress
+from jax_client.runs.sdk import AuthTokenProvider, ClientConnectionPool, InternalClientHolder
 from jax_client.weights.read.source import ModelSource
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from starlette.requests import Request
 from starlette.routing import Route
 from tinker import types
-from tinker.types.copy_weights_request import CopyWeightsRequest
+from tinker.types import CopyWeightsRequest
 
 from jax_client.errors import BadRequestError
 from jax_client.runs import checks

@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from tinker.types.future_retrieve_request import FutureRetrieveRequest
+from tinker.types import FutureRetrieveRequest
 
 from jax_client.errors import NotFoundError
 from jax_client.server.routes.handler import SMALL_LIMIT, parsed, route

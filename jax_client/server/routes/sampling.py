@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tinker import types
-from tinker.types.join_sampling_session_request import JoinSamplingSessionRequest
+from tinker.types import JoinSamplingSessionRequest
 
 from jax_client.server.routes.handler import digest, parsed, route, show
 from jax_client.server.state.server import Server

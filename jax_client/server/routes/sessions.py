@@ -7,9 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.routing import Route
 from tinker import types
-from tinker.types.client_config_response import ClientConfigResponse
-from tinker.types.client_dynamic_config_response import ClientDynamicConfigResponse
-from tinker.types.session_heartbeat_request import SessionHeartbeatRequest
+from tinker.types import ClientConfigResponse, ClientDynamicConfigResponse, SessionHeartbeatRequest
 
 from jax_client.server.routes.handler import parsed, route, unparsed, with_object
 from jax_client.server.state.server import Server

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from tinker import types
 
 from jax_client.errors import BadRequestError
-from jax_client.runs.sdk import TopkLogprobs, tinker_public_pb2 as pb
+from jax_client.runs.sdk import TopkLogprobs
 from jax_client.runs.sdk import tinker_public_pb2 as pb
 
 ForwardBackwardRequest = pb.ForwardBackwardRequest
