@@ -316,9 +316,9 @@ def test_the_text_format_escapes_and_shows_every_number() -> None:
     values = [({"x": label}, 1.5), ({"x": "b"}, math.inf), ({"x": "c"}, -math.inf), ({"x": "d"}, 2**60)]
     text = render(
         [
-            Family(name="some_bytes", kind="gauge", about="one\nline \\ only", values=values),
-            Family(name="none_total", kind="counter", about="left out", values=[]),
-            Family(name="nan", kind="gauge", about="no number", values=[({}, math.nan)]),
+            Family(name="some_bytes", kind="gauge", description="one\nline \\ only", values=values),
+            Family(name="none_total", kind="counter", description="left out", values=[]),
+            Family(name="nan", kind="gauge", description="no number", values=[({}, math.nan)]),
         ]
     )
     families = parse(text)

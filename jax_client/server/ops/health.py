@@ -1,4 +1,4 @@
-"""Does the server still do its work? The answer to health checks, and a look at all threads when it is no."""
+"""Does the server still work? A `Watchdog` answers health checks, and logs every thread's stack for an ill engine."""
 
 from __future__ import annotations
 
@@ -7,37 +7,42 @@ import sys
 import threading
 import traceback
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from jax_client.runs.lifecycle import base_models
+from jax_client.runs.lifecycle.base_models import BaseModel
+
+if TYPE_CHECKING:
+    from jax_client.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
+# Engine states that make a health check fail.
 _ILL = ("stuck", "dead")
 
 
 class Watchdog:
-    """Looks at every loaded engine when it is asked; no thread of its own."""
+    """Checks every loaded engine when a request asks for it; has no thread."""
 
     def __init__(self) -> None:
-        self._reported: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._reported: weakref.WeakSet[Engine] = weakref.WeakSet()
 
     async def check(self, request: Request) -> Response:
-        """Answer GET /healthz: 200, or 503 with what is stuck or dead. Waits for nothing, and for no free thread."""
-        found = [(model, model.engine.health()) for model in base_models.loaded()]
-        ill = [(model, health) for model, health in found if health["state"] in _ILL]
-        for model, health in found:
+        """Answer GET /healthz: 200, or 503 with the engines that are stuck or dead. Waits for nothing and uses no thread."""
+        checked = [(model, model.engine.health()) for model in base_models.loaded()]
+        ill = [(model, health) for model, health in checked if health["state"] in _ILL]
+        for model, health in checked:
             self._report(model, health)
-        shown = [{"model": model.source.name, **health} for model, health in found]
+        shown = [{"model": model.source.name, **health} for model, health in checked]
         if not ill:
             return JSONResponse({"status": "ok", "engines": shown})
-        # The one answer of this kind: the SDK does not ask this.
+        # The only 5xx status of the server: the SDK does not send health checks.
         return JSONResponse({"status": "; ".join(_sentence(*each) for each in ill), "engines": shown}, 503)
 
-    def _report(self, model: Any, health: dict[str, Any]) -> None:
-        """Log all stacks when an engine is found ill, once until it is well again."""
+    def _report(self, model: BaseModel, health: dict[str, Any]) -> None:
+        """Log all stacks when an engine is ill, once until it has recovered."""
         if health["state"] not in _ILL:
             self._reported.discard(model.engine)
         elif model.engine not in self._reported:
@@ -45,7 +50,7 @@ class Watchdog:
             logger.error("%s\n%s", _sentence(model, health), stacks())
 
 
-def _sentence(model: Any, health: dict[str, Any]) -> str:
+def _sentence(model: BaseModel, health: dict[str, Any]) -> str:
     return (
         f"engine {model.source.name!r} is {health['state']}: {health['waiting']} requests wait, and nothing has moved "
         f"for {health['stalled_seconds']:.0f} s"
@@ -53,7 +58,7 @@ def _sentence(model: Any, health: dict[str, Any]) -> str:
 
 
 def stacks() -> str:
-    """Return where every thread of the process is."""
+    """Return the stack of every thread of the process."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return "\n".join(
         f"thread {names.get(number, number)}:\n{''.join(traceback.format_stack(frame))}"

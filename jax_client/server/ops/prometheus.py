@@ -1,4 +1,4 @@
-"""How are figures written for Prometheus? Its text format, version 0.0.4."""
+"""How are metrics written for Prometheus? As families of values, in its text format 0.0.4."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ PREFIX = "jax_client_"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """The values of one name.
+    """One metric with the values of all its labels.
 
     Attributes:
-        name: without the prefix; a counter's ends with `_total`, and the unit comes before that.
-        kind: whether it only grows.
-        about: one line for people.
+        name: without the prefix; a counter's name ends with `_total`, after its unit.
+        kind: "counter" if the values only grow.
+        description: one line for people.
         values: (labels, value), no two with the same labels.
     """
 
     name: str
     kind: Literal["counter", "gauge"]
-    about: str
+    description: str
     values: Iterable[tuple[Mapping[str, str], float]]
 
 
 def render(families: Iterable[Family]) -> str:
-    """Return the text; a family without values is left out."""
+    """Return the text of all families that have values."""
     lines: list[str] = []
     for family in families:
         name, values = PREFIX + family.name, list(family.values)
         if not values:
             continue
-        lines += [f"# HELP {name} {_escaped(family.about)}", f"# TYPE {name} {family.kind}"]
+        lines += [f"# HELP {name} {_escaped(family.description)}", f"# TYPE {name} {family.kind}"]
         lines += [f"{name}{_labels(labels)} {_number(value)}" for labels, value in values]
     return "".join(f"{line}\n" for line in lines)
 
