@@ -16,7 +16,6 @@ DISTRIBUTIONS = {"google": "protobuf", "orbax": "orbax-checkpoint"}
 NEEDED_INDIRECTLY = {
     "jinja2": "transformers renders chat templates with it",
     "httptools": "uvicorn.protocols.http.httptools_impl parses requests with it",
-    "safetensors": "transformers reads and writes weights with it",
 }
 # Beyond the tools and the accelerators of jax, whose extras no module imports.
 IMPORTED_EXTRAS = ("torch",)

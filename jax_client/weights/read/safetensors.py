@@ -1,7 +1,7 @@
 """Is a .safetensors file whole, and where in it are its tensors?
 
-The header is read here, not by the safetensors package, to say exactly what is wrong with a damaged file, and because
-its numpy interface hands out no lazy views.
+The header gives each tensor's dtype, shape and bytes; a reader maps those bytes. The safetensors package is not used:
+of a damaged file it says neither the missing bytes nor the tensor, and it copies a tensor instead of mapping it.
 """
 
 from __future__ import annotations
