@@ -21,6 +21,8 @@ METADATA = {"made_by": "probe"}
 PROJECT = "probe"
 # Rows of the table that are no methods but arguments.
 ARGUMENTS = "Arguments"
+# How most refusals are raised: in the call, and by the future of a request that a server has taken.
+BAD, FAILED = tinker.BadRequestError, tinker.RequestFailedError
 _FUTURE = re.compile(r"(APIFuture\[|AwaitableConcurrentFuture\[|Backcompat\w+Future$)")
 
 
