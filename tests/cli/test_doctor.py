@@ -1,0 +1,109 @@
+"""Does `jax_client doctor` find what is wrong with packages, devices, disk and clock, and say what to do?"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+from jax_client.cli.doctor import devices, software, storage
+from support.command_line import damage
+
+
+def test_doctor_reports_and_repairs(cli, home, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    done = cli("doctor")
+    assert done.code == 0, done.out
+    lines = {line[6:24].strip(): line for line in done.out.splitlines()}
+    for check in ("python", "jax", "jaxlib", "flax", "orbax-checkpoint", "tinker", "devices", "memory", "state dir"):
+        assert lines[check].startswith(("OK ", "WARN ")), lines[check]
+    assert "cpu" in lines["devices"] and "2 runs, 3 checkpoints" in lines["catalogue"]
+    (home / "catalogue.sqlite").write_bytes(b"nonsense")
+    monkeypatch.setattr(devices, "devices", lambda timeout: [])
+    done = cli("doctor", "--repair", "--json")
+    assert done.code == 0 and "3 checkpoints" in done.err
+    findings = json.loads(done.out)
+    assert {"check", "status", "found", "advice", "details"} == set(findings[0])
+    damage(home, "runs/*bbbb*/weights/b/*/manifest.json")
+    (finding,) = [f for f in storage.clock_and_catalogue(home) if f.check == "catalogue"]
+    assert finding.status == "WARN" and finding.details["unreadable"] == 1
+
+
+def test_doctor_does_not_wait_for_a_device(cli, home, monkeypatch, tmp_path):
+    stuck = tmp_path / "python"
+    stuck.write_text("#!/bin/sh\nsleep 60\n")
+    stuck.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(stuck))
+    monkeypatch.setattr(devices, "accelerator_files", lambda: {"tpu": ["/dev/accel0"], "nvidia": []})
+    monkeypatch.setattr(
+        devices, "holders", lambda files: ([devices.Holder(pid=17, command="python3", files=("/dev/accel0",))], 2)
+    )
+    start = time.monotonic()
+    done = cli("doctor", "--timeout", "0.3")
+    assert done.code == 3 and time.monotonic() - start < 30
+    lines = [line for line in done.out.splitlines() if "process 17" in line or "did not start" in line]
+    assert [line.split()[0] for line in lines] == ["WARN", "FAIL"]
+    assert "process 17 (python3)" in lines[0] and "2 processes of other users" in lines[0] and "kill 17" in lines[0]
+    assert "did not start within 0.3 seconds" in lines[1] and "JAX_PLATFORMS=cpu" in lines[1]
+
+
+def test_doctor_notices_a_cpu_in_place_of_a_gpu(monkeypatch):
+    found = {"platform": "cpu", "kind": "cpu", "count": 1, "processes": 1, "memory_bytes": None}
+    monkeypatch.setattr(devices, "_probe", lambda timeout: (found, ""))
+    monkeypatch.setattr(devices, "accelerator_files", lambda: {"tpu": [], "nvidia": ["/dev/nvidia0"]})
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    (finding,) = devices.devices(1)
+    assert finding.status == "FAIL" and "jax_client[cuda12]" in finding.advice
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    (finding,) = devices.devices(1)
+    assert finding.status == "OK"
+
+
+def test_who_holds_a_device(tmp_path):
+    for pid, target in ((os.getpid(), "/dev/nvidia0"), (7, "/dev/nvidia0"), (8, "/dev/null")):
+        (tmp_path / str(pid) / "fd").mkdir(parents=True)
+        (tmp_path / str(pid) / "fd" / "3").symlink_to(target)
+        (tmp_path / str(pid) / "comm").write_text("train\n")
+    (tmp_path / "self").mkdir()
+    (tmp_path / "9").mkdir()
+    holder = devices.Holder(pid=7, command="train", files=("/dev/nvidia0",))
+    assert devices.holders(["/dev/nvidia0", "/dev/nvidia1"], tmp_path) == ([holder], 0)
+
+
+def test_doctor_compares_packages_with_the_requirements(monkeypatch):
+    versions = {"jax_client": "1", "jax": "0.9.0", "jaxlib": "0.9.0", "tinker": "0.38.1", "libtpu": "0.0.1"}
+    requirements = {
+        "jax_client": ["jax>=0.10.2,<0.13", "tinker>=0.38,<0.39", "flax>=1; python_version < '3'", "rich>=13"],
+        "jax": ["jaxlib==0.9.0", "libtpu==0.0.42.*; extra == 'tpu'", "jax-cuda12-plugin==1; extra == 'cuda12'"],
+    }
+    monkeypatch.setattr(software, "_version", versions.get)
+    monkeypatch.setattr(software.metadata, "requires", requirements.get)
+    found = {finding.check: finding for finding in software.packages()}
+    assert {check: finding.status for check, finding in found.items()} == {
+        "jax": "FAIL", "jaxlib": "OK", "tinker": "OK", "rich": "FAIL", "libtpu": "FAIL",
+    }  # fmt: skip
+    assert found["jax"].advice == "Run: pip install 'jax<0.13,>=0.10.2'"
+
+
+def test_doctor_looks_at_places(tmp_path, monkeypatch):
+    statuses = lambda home: {f.check: f.status for f in storage.state_directory(home)}  # noqa: E731
+    tmp_path.chmod(0o700)
+    assert statuses(tmp_path / "not" / "there")["state dir"] == "OK" and not (tmp_path / "not").exists()
+    monkeypatch.setattr("jax_client.checkpoint.disk.files.network_file_system", lambda path: "nfs4")
+    assert statuses(tmp_path)["state dir"] == "WARN"
+    monkeypatch.setattr(storage, "_write_problem", lambda directory, is_parent: "Read-only file system")
+    assert statuses(tmp_path)["state dir"] == "FAIL"
+    cache = tmp_path / "jax_client" / "xla"
+    cache.mkdir(parents=True)
+    (cache / "program").write_bytes(b"12345")
+    cache.chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (finding,) = storage.compilation_cache()
+    assert (finding.status, finding.details["size_bytes"], finding.details["mode"]) == ("WARN", 5, "777")
+
+
+def test_doctor_notices_a_clock_that_is_behind(home, monkeypatch):
+    monkeypatch.setattr(storage.time, "time", lambda: 1.0)
+    clock = next(iter(storage.clock_and_catalogue(home)))
+    assert (clock.check, clock.status) == ("clock", "WARN")

@@ -1,0 +1,160 @@
+"""How does a server start: what does it load, what does it show meanwhile, and who has the state directory?"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from jax_client.checkpoint.disk import run_lock
+from jax_client.cli import stages
+from jax_client.config import EngineConfig
+from jax_client.runs.lifecycle import base_models
+from jax_client.runs.lifecycle.futures import background
+from jax_client.weights.read import hub
+from jax_client.weights.read.progress import Counter, Progress, observed
+from support.command_line import stages_of
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+
+def test_a_state_directory_has_one_server(cli, tmp_path):
+    claim = run_lock.claim(tmp_path)
+    try:
+        for arguments, advice in (
+            (["serve", "--port", "0"], "stop that one, or give another --state-dir."),
+            (["run", "--", sys.executable], "start it without 'jax_client run'"),
+        ):
+            error = cli("--state-dir", tmp_path, *arguments).error(1)
+            assert f"{tmp_path} is served by process {os.getpid()} on " in error and advice in error
+    finally:
+        claim.release()
+
+
+def test_names_of_one_model_share_one_copy(model, tmp_path, monkeypatch):
+    from tinker import types
+
+    from jax_client.server.state.server import Server
+
+    opened = []
+    original = base_models.open_engine
+    monkeypatch.setattr(base_models, "open_engine", lambda *args: opened.append(args) or original(*args))
+    link = tmp_path / "link"
+    link.symlink_to(model)
+    config = EngineConfig(
+        dtype="float32", state_dir=tmp_path / "home", precompile=False, compilation_cache_dir="", record_metrics=False
+    )
+    server = Server(config, {"Some/Model": model})
+    try:
+        for number, name in enumerate(("Some/Model", model, str(link), os.path.relpath(model))):
+            about = types.CreateSessionRequest(tags=[], user_metadata=None, sdk_version="0.38")
+            session = server.create_session(about).session_id
+            request = types.CreateModelRequest(
+                session_id=session, model_seq_id=0, base_model=name, lora_config=types.LoraConfig(rank=4)
+            )
+            server.training.create_model(request, bytes([number])).answer.result(60)
+            assert server.training.run(f"{session}:train:0").model_ref.model.engine is not None
+        assert len(opened) == 1
+    finally:
+        server.close(30)
+
+
+def test_progress_of_a_load_is_told(model, tmp_path, monkeypatch):
+    config = EngineConfig(
+        dtype="float32", state_dir=tmp_path, precompile=False, compilation_cache_dir="", record_metrics=False
+    )
+    seen: list[Progress] = []
+    half, go_on = threading.Event(), threading.Event()
+    tell = base_models._Entry.set_progress
+
+    def set_progress(entry: Any, progress: Progress) -> None:
+        tell(entry, progress)
+        seen.append(progress)
+        if progress.done > progress.total / 2 and not half.is_set():
+            half.set()
+            go_on.wait(30)
+
+    monkeypatch.setattr(base_models._Entry, "set_progress", set_progress)
+    assert base_models.progress(model, config) is None
+    loading = background(lambda: base_models.acquire(model, config), "test")
+    assert half.wait(30)
+    text, progress = base_models.progress(model, config), base_models.loading(model, config)
+    assert text is not None and text.startswith("loading ") and text.endswith(" kB")
+    assert progress is not None and progress.total / 2 < progress.done < progress.total
+    go_on.set()
+    lease = loading.result(60)
+    try:
+        assert seen[-1].done == seen[-1].total == lease.model.engine.describe()["memory_bytes"]["weights"]
+        assert [each.done for each in seen] == sorted(each.done for each in seen)
+        assert base_models.progress(model, config) is None and base_models.loading(model, config) is None
+        compiling = [{"program": "forward", "shapes": "8x512", "seconds": 1.0}]
+        monkeypatch.setattr(lease.model.engine, "health", lambda: {"state": "compiling", "compiling": compiling})
+        assert base_models.progress(model, config) == "compiling forward (8x512)"
+    finally:
+        base_models.release(lease)
+    assert base_models.progress(model, config) is None and not base_models._named
+    with pytest.raises(Exception, match="no such file"):
+        base_models.acquire("./none", config)
+    assert not base_models._named
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_progress_of_a_download_is_told(tmp_path, monkeypatch, hidden):
+    def snapshot_download(name: str, *, tqdm_class: Any, **_: Any) -> str:
+        files = tqdm_class(total=2, desc="Fetching 2 files", disable=hidden)
+        body = tqdm_class(desc="bytes", total=0, initial=0, unit="B", unit_scale=True, disable=hidden)
+        for size in (3_000_000_000, 1_000_000_000):
+            body.total += size
+            body.update(size // 2)
+            body.update(size // 2)
+            files.update(1)
+        for bar in (files, body):
+            bar.close()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    seen: list[str] = []
+    with observed(lambda progress: seen.append(str(progress))):
+        assert hub.download("a/b", []) == tmp_path
+    assert seen == ["downloading", *(f"downloading {x} GB" for x in ("1.5/3.0", "3.0/3.0", "3.5/4.0", "4.0/4.0"))]
+    # Nobody asked: nobody is told.
+    hub.download("a/b", [])
+    Counter("loading", 10).add(5)
+    assert len(seen) == 5
+
+
+def test_a_wait_is_shown_as_lines_or_alive(capsys, monkeypatch):
+    texts = iter(["downloading m", "downloading m 1/2 GB", "loading m", "loading m 1/2 GB"])
+    last = ["-"]
+
+    def about() -> str:
+        last.append(next(texts, last[-1]))
+        return last[-1]
+
+    assert stages.wait(background(lambda: time.sleep(1) or 7, "test"), about) == 7
+    assert capsys.readouterr().err.splitlines() == ["downloading m", "loading m"]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert stages.wait(background(lambda: time.sleep(0.5) or 8, "test"), lambda: "loading [red]m") == 8
+    shown = capsys.readouterr().err
+    assert "loading [red]m" in shown and shown.count("\n") <= 2
+
+
+def test_a_server_starts_without_torch_and_compiles(start, model):
+    server = start("serve", "--port", "0", "--model", model, "--warmup", "16", "--warmup-rank", "4")
+    assert server.stderr is not None
+    lines: list[str] = []
+    while not lines or not lines[-1].startswith("ready: "):
+        lines.append(server.stderr.readline())
+        assert lines[-1], lines
+    assert stages_of(lines) == ["state", "loading", "loaded", "compiling", "compiled", "ready:"]
+    assert " programs, " in lines[-2] and not lines[-2].startswith(f"compiled {model}: 0 ")
+    # The terminal goes: it saves and ends as on SIGTERM.
+    server.send_signal(signal.SIGHUP)
+    assert "stopping: " in server.communicate(timeout=120)[1]
+    assert server.returncode == 128 + signal.SIGHUP
