@@ -165,7 +165,7 @@ class SqliteFile:
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    """Say whether an error means that the file is of no use: SQLite says what may pass as OperationalError."""
+    """Return whether an error means that the file is of no use: SQLite says what may pass as OperationalError."""
     return isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
 
 

@@ -108,7 +108,7 @@ class Found:
 
     Attributes:
         points, events: in the order in which they were recorded.
-        cursor: where to go on.
+        cursor: where the next read begins.
         more: whether the limit left something out.
     """
 

@@ -1,7 +1,7 @@
 """How does a process serve its samplers to others of its user? On a Unix socket, from the first handle on.
 
-The socket has mode 0600 in a directory of mode 0700, and connections of other users are dropped. What is served is the
-whole protocol, for the sampler's state directory: whoever may open the socket may read these files too.
+The socket has mode 0600 in a directory of mode 0700, and connections of other users are dropped. The whole
+protocol is served, for the sampler's state directory: a user who may open the socket may read these files too.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Sharing:
         threading.Thread(target=serve, name="jax_client-sharing", daemon=True).start()
 
     def leave(self) -> None:
-        """Let go of the socket in a forked process, which could not answer on it."""
+        """Close the socket in a forked process, which could not answer on it."""
         self._listening.close()
 
 

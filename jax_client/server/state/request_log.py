@@ -56,7 +56,7 @@ ON CONFLICT (id) DO UPDATE SET
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A promise as it was written; `answer` is None if none was given."""
+    """A request as it was written; `answer` is None if none was given."""
 
     digest: bytes
     kind: Kind
@@ -69,7 +69,7 @@ _Write = Callable[[sqlite3.Connection], Any]
 class RequestLog:
     """The file behind a server. Thread-safe.
 
-    A disk that fails is reported once in the log; the server goes on with what it has in memory.
+    A disk that fails is reported once in the log; the server continues with what it has in memory.
 
     Args:
         directory: the state directory.
@@ -91,9 +91,9 @@ class RequestLog:
         self._thread = threading.Thread(target=self._write, name="jax_client-journal", daemon=True)
         self._thread.start()
 
-    def put(self, kind: str, key: str, about: dict[str, Any]) -> None:
+    def put(self, kind: str, key: str, record: dict[str, Any]) -> None:
         """Keep what is known of a session, a model or a sampler; on return a killed server does not forget it."""
-        row = kind, key, json.dumps(about), time.time()
+        row = kind, key, json.dumps(record), time.time()
         self._now(lambda c: c.execute("INSERT OR REPLACE INTO things VALUES (?, ?, ?, ?)", row))
 
     def get(self, kind: str, key: str) -> dict[str, Any] | None:
@@ -145,7 +145,7 @@ class RequestLog:
                 del self._ahead[request_id]
 
     def find(self, request_id: str) -> Entry | None:
-        """Return a promise with its answer, None if it is not known, or not any more."""
+        """Return a request with its answer, None if it is not known, or not any more."""
         with self._lock:
             ahead = self._ahead.get(request_id)
             known = request_id in self._ids
@@ -238,7 +238,7 @@ def _open_or_set_aside(file: SqliteFile) -> sqlite3.Connection:
 
 
 def _opened(file: SqliteFile) -> sqlite3.Connection:
-    """Return a connection to a file that is whole from end to end, without what nobody needs any more."""
+    """Return a connection to a file that is whole from end to end, without the rows that are not needed any more."""
     connection = file.open()
     try:
         (found,) = connection.execute("PRAGMA quick_check").fetchone()

@@ -98,9 +98,9 @@ def http_server(
 
 
 def collect_rarely() -> None:
-    """Have the collector of cycles look less often: with answers and programs in memory, each look stops all threads.
+    """Raise the thresholds of the garbage collector: a full collection of many objects stops all threads.
 
-    A model that goes makes it look at once (`Holdings`).
+    Removing a model collects explicitly (`server/state/eviction.py`).
     """
     gc.set_threshold(10_000, 20, 20)
 
