@@ -1,4 +1,4 @@
-"""What does the command `jax_client` do? The group of all commands, and how each ends: with what exit code and message.
+"""What does the command `jax_client` do? `main` runs one of its commands and turns errors into a line and an exit code.
 
 At module level the files of this package import click, floor 0, each other and the standard library, nothing else:
 --help costs a tenth of a second, and a listing never waits for jax.
@@ -17,7 +17,7 @@ import click
 
 from jax_client.cli.checkpoints import checkpoint
 from jax_client.cli.doctor.command import doctor
-from jax_client.cli.options import STATE_DIR_HELP, STATE_DIR_TYPE, Settings
+from jax_client.cli.options import STATE_DIR_HELP, STATE_DIR_TYPE, GlobalOptions
 from jax_client.cli.run_command import run
 from jax_client.cli.runs import runs_group
 from jax_client.cli.serve import serve
@@ -32,9 +32,9 @@ _EXIT_CODES = "Exit codes: 0 done, 1 it failed, 2 wrong usage, 3 this machine is
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="jax_client", message="%(prog)s %(version)s")
 @click.pass_obj
-def group(settings: Settings, state_dir: Path | None, debug: bool) -> None:
+def group(options: GlobalOptions, state_dir: Path | None, debug: bool) -> None:
     """Look after the runs and checkpoints of jax_client on this machine."""
-    settings.state_dir, settings.debug = state_dir, debug
+    options.state_dir, options.debug = state_dir, debug
 
 
 for _command in (serve, run, runs_group, checkpoint, doctor):
@@ -47,18 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; None takes those of the process.
     """
-    settings = Settings()
+    options = GlobalOptions()
     try:
         with _warnings_on_stderr():
-            code = group.main(arguments, prog_name="jax_client", standalone_mode=False, obj=settings)
+            code = group.main(arguments, prog_name="jax_client", standalone_mode=False, obj=options)
         sys.stdout.flush()
         return code if isinstance(code, int) else OK
     except BrokenPipeError:
-        # The reader of a pipe, such as `head`, has seen enough. Python would flush once more on its way out.
+        # The reader of the pipe, such as `head`, has closed it. Python would flush once more as it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except Exception as error:
-        if settings.debug:
+        if options.debug:
             import traceback
 
             traceback.print_exc()
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> tuple[int, str]:
-    """Return the exit code of an error and the line that says what to do; "" if all is said already."""
+    """Return the exit code of an error and the line to print; "" where everything was printed already."""
     # Click's own exceptions know a format; the package's begin with what was wrong and end with what to do.
     from jax_client.errors import JaxClientError
 
@@ -96,7 +96,7 @@ def _line(error: object) -> str:
 
 @contextlib.contextmanager
 def _warnings_on_stderr() -> Iterator[None]:
-    """Show what the package logs, such as damage that a listing meets; the answer on stdout stays clean."""
+    """Print the package's log, such as damage that a listing finds, on stderr; stdout holds the answer alone."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     logger = logging.getLogger("jax_client")

@@ -1,10 +1,13 @@
-"""`jax_client checkpoint`: which checkpoints are here, are they whole, and how do they come in and go out?"""
+"""`jax_client checkpoint`: which checkpoints are on this machine, and are they whole?
+
+The commands list, verify, delete, expire, export and import them.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import click
 
@@ -15,6 +18,41 @@ from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError
 if TYPE_CHECKING:
     from jax_client.checkpoint.store import CheckpointStore, Record
     from jax_client.values import CheckpointKey
+
+
+class CheckpointEntry(TypedDict):
+    """A checkpoint as --json shows it; None is what is not known.
+
+    Attributes:
+        created, expires_at: UTC, ISO 8601; None in `expires_at` is never.
+        optimizer: whether Adam's moments are in it.
+    """
+
+    path: str
+    run_id: str
+    kind: str
+    name: str
+    created: str | None
+    expires_at: str | None
+    public: bool
+    size_bytes: int
+    step: int
+    optimizer: bool
+    base_model: str | None
+    rank: int | None
+    train_attn: bool | None
+    train_mlp: bool | None
+    train_unembed: bool | None
+    user_metadata: dict[str, str] | None
+
+
+class VerifyEntry(TypedDict):
+    """The result of verifying a checkpoint: its size if it is whole, else the problem."""
+
+    path: str
+    status: Literal["OK", "DAMAGED", "NEWER"]
+    size_bytes: int | None
+    problem: str | None
 
 
 @click.group("checkpoint")
@@ -54,7 +92,8 @@ def info(home: Path, path: CheckpointKey, as_json: bool) -> None:
     if as_json:
         output.print_json([entry])
         return
-    covers = [part for part in ("attn", "mlp", "unembed") if entry[f"train_{part}"]]
+    parts = {"attn": entry["train_attn"], "mlp": entry["train_mlp"], "unembed": entry["train_unembed"]}
+    covers = [part for part, trained in parts.items() if trained]
     fields = {
         "path": entry["path"],
         "base model": output.shown(entry["base_model"]),
@@ -77,8 +116,8 @@ def info(home: Path, path: CheckpointKey, as_json: bool) -> None:
 def verify(home: Path, paths: tuple[CheckpointKey, ...], as_json: bool) -> None:
     """Compare every byte of checkpoints with its hash; of all checkpoints without a PATH.
 
-    Prints a line for each, OK or DAMAGED, and exits with 1 if one is damaged. NEWER is one that only a newer version of
-    jax_client can read, which counts as 1 too.
+    Prints a line for each, OK or DAMAGED, and exits with 1 if one is damaged. NEWER is a checkpoint that only a newer
+    version of jax_client can read; it makes the exit code 1 too.
     """
     store = open_store(home)
     results = []
@@ -106,7 +145,7 @@ def delete(home: Path, paths: tuple[CheckpointKey, ...], yes: bool) -> None:
     chosen = dict.fromkeys(paths)
     for path in chosen:
         if not store.exists(path):
-            # For its message; nothing is deleted unless all are there.
+            # For its error message; nothing is deleted unless all exist.
             store.record(path)
     if not yes:
         if not sys.stdin.isatty():
@@ -201,10 +240,9 @@ def import_(home: Path, directory: Path, base_model: str, name: str) -> None:
     click.echo(path)
 
 
-def _as_json(record: Record) -> dict[str, Any]:
-    """Return a checkpoint as --json shows it."""
-    said = record.metadata
-    spec = said.get("spec", {})
+def _as_json(record: Record) -> CheckpointEntry:
+    metadata = record.metadata
+    spec = metadata.get("spec", {})
     return {
         "path": str(record.key),
         "run_id": record.run_id,
@@ -215,17 +253,17 @@ def _as_json(record: Record) -> dict[str, Any]:
         "public": record.public,
         "size_bytes": record.size_bytes,
         "step": record.step,
-        "optimizer": bool(said.get("optimizer")),
-        "base_model": said.get("base_model"),
+        "optimizer": bool(metadata.get("optimizer")),
+        "base_model": metadata.get("base_model"),
         "rank": spec.get("rank"),
         "train_attn": spec.get("train_attn"),
         "train_mlp": spec.get("train_mlp"),
         "train_unembed": spec.get("train_unembed"),
-        "user_metadata": said.get("user_metadata"),
+        "user_metadata": metadata.get("user_metadata"),
     }
 
 
-def _row(entry: dict[str, Any]) -> tuple[str, ...]:
+def _row(entry: CheckpointEntry) -> tuple[str, ...]:
     return (
         output.human_time(entry["created"]),
         output.human_time(entry["expires_at"]) if entry["expires_at"] else "never",
@@ -236,7 +274,7 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _verify(store: CheckpointStore, path: CheckpointKey) -> dict[str, Any]:
+def _verify(store: CheckpointStore, path: CheckpointKey) -> VerifyEntry:
     try:
         size = store.verify(path).size_bytes
     except UnsupportedError as error:

@@ -1,4 +1,4 @@
-"""What does the TOML file of a server's settings say? Each value is checked as the flag of its name is."""
+"""How is the TOML file of a server's settings read? Each entry is parsed and checked as the flag of its name is."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
 
-def read_config_file(path: Path, known: Mapping[str, click.Option], ctx: click.Context) -> dict[str, Any]:
+def read_config_file(path: Path, known: Mapping[str, click.Option], ctx: click.Context) -> dict[str, object]:
     """Return the settings of a file, for click's map of defaults.
 
     Args:
         path: of the file.
-        known: the options that it may set, by parameter name. Dashes in the file's keys are as good as underscores.
+        known: the options that it may set, by parameter name. The file's keys may have dashes or underscores.
         ctx: of the command.
 
     Raises:
@@ -26,7 +25,7 @@ def read_config_file(path: Path, known: Mapping[str, click.Option], ctx: click.C
         found = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise click.UsageError(f"{path}: {getattr(error, 'strerror', None) or error}.", ctx) from None
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     for key, value in found.items():
         name = key.replace("-", "_")
         option = known.get(name)
@@ -47,8 +46,8 @@ def _advice(name: str, known: list[str]) -> str:
     return f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(known)}."
 
 
-def _as_typed(value: Any, option: click.Option) -> Any:
-    """Return a value as it would be typed after its flag, so that one parser decides what is right."""
+def _as_typed(value: object, option: click.Option) -> object:
+    """Return a value as it would be typed after its flag, so that one parser checks both."""
     if option.is_flag:
         if not isinstance(value, bool):
             raise click.BadParameter("it is neither true nor false.")
@@ -61,7 +60,7 @@ def _as_typed(value: Any, option: click.Option) -> Any:
     return _word(value)
 
 
-def _word(value: Any) -> str:
+def _word(value: object) -> str:
     if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
         return str(value)
     # Not the value itself, which may be a key.

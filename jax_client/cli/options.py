@@ -1,4 +1,4 @@
-"""Which options and arguments mean the same in every command?"""
+"""Which options and arguments mean the same in every command? The state directory, --json, a path, a run's id."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -16,16 +16,17 @@ from jax_client.errors import BadRequestError, NotFoundError
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.store import CheckpointStore
+    from jax_client.values import CheckpointKey
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Command = TypeVar("Command", bound=Callable[..., object])
 
 STATE_DIR_HELP = "Where runs and checkpoints are; else $JAX_CLIENT_HOME, else ~/.local/state/jax_client."
 STATE_DIR_TYPE = click.Path(file_okay=False, path_type=Path)
 
 
 @dataclass(slots=True)
-class Settings:
-    """What was said before the command's name."""
+class GlobalOptions:
+    """The options that stand before the command's name."""
 
     state_dir: Path | None = None
     debug: bool = False
@@ -37,8 +38,8 @@ def reads_state(command: Command) -> Command:
     @click.option("--state-dir", type=STATE_DIR_TYPE, metavar="DIR", help=STATE_DIR_HELP)
     @click.pass_obj
     @functools.wraps(command)
-    def with_state_dir(settings: Settings, *args: Any, state_dir: Path | None, **kwargs: Any) -> Any:
-        home = state_dir or settings.state_dir or default_state_dir()
+    def with_state_dir(options: GlobalOptions, *args: object, state_dir: Path | None, **kwargs: object) -> object:
+        home = state_dir or options.state_dir or default_state_dir()
         return command(home.expanduser().absolute(), *args, **kwargs)
 
     return with_state_dir  # type: ignore[return-value]
@@ -56,7 +57,7 @@ class CheckpointPath(click.ParamType):
 
     name = "path"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> CheckpointKey:
         """Parse the text, or fail as wrong usage."""
         from jax_client.values import CheckpointKey
 
@@ -68,7 +69,7 @@ class CheckpointPath(click.ParamType):
 
 @contextlib.contextmanager
 def wrong_usage(parameter: str) -> Iterator[None]:
-    """Turn what a check of a parameter's value refuses into wrong usage, with its exit code."""
+    """Turn the BadRequestError of a check of a parameter's value into wrong usage, with its exit code."""
     try:
         yield
     except BadRequestError as error:
@@ -76,7 +77,7 @@ def wrong_usage(parameter: str) -> Iterator[None]:
 
 
 def open_store(home: Path) -> CheckpointStore:
-    """Open the checkpoints of a state directory. Takes numpy's import, so only once a command runs."""
+    """Open the checkpoints of a state directory. The import takes numpy, so it waits until a command runs."""
     from jax_client.checkpoint.store import CheckpointStore
 
     return CheckpointStore(home, default_mirror())

@@ -1,4 +1,4 @@
-"""How does an answer look? Tables and fields for people, JSON for programs, sizes and times for both."""
+"""How is an answer printed? As tables and fields for people, as JSON for programs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
 
 import click
 
 _UNITS = (("year", 365 * 86400), ("month", 30 * 86400), ("day", 86400), ("h", 3600), ("min", 60))
 
 
-def print_json(objects: Sequence[Mapping[str, Any]]) -> None:
+def print_json(objects: Sequence[Mapping[str, object]]) -> None:
     """Print a list of objects; text is in ASCII, so that any terminal and any pipe takes it."""
     click.echo(json.dumps(objects, indent=2))
 
@@ -22,7 +21,7 @@ def print_json(objects: Sequence[Mapping[str, Any]]) -> None:
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[str] = ()) -> None:
     """Print rows under their headers: styled on a terminal, plain aligned text elsewhere.
 
-    Lines are as long as they must be, because a path that was wrapped or cut cannot be copied: put it last.
+    Lines are not wrapped or cut, because a path must be copied whole: its column comes last.
 
     Args:
         right: the headers of columns that are flush right.
@@ -45,7 +44,7 @@ def _print_rich_table(headers: Sequence[str], rows: Sequence[Sequence[str]], rig
     from rich.table import Table
     from rich.text import Text
 
-    # No lines: a rule as wide as the longest path would fill two rows of most terminals.
+    # Without rules: a rule as wide as the longest path would fill two rows of most terminals.
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for header in headers:
         justify, style = "right" if header in right else "left", "cyan" if header == headers[-1] else ""
@@ -65,7 +64,7 @@ def print_fields(fields: Mapping[str, str]) -> None:
 
 
 def shown(value: object) -> str:
-    """Return text from outside for a terminal: what could move the cursor is escaped; None is "-"."""
+    """Return text from outside for a terminal: text that could move the cursor is escaped; None is "-"."""
     if value is None:
         return "-"
     text = str(value)

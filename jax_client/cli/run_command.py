@@ -1,7 +1,7 @@
 """`jax_client run -- PROGRAM`: how does a program get a server of its own, and what happens when either is stopped?
 
-The server lives in a thread of this process, the program is a child. It stays in our process group, so that it can read
-from the terminal, and what the terminal sends reaches both.
+The server runs in a thread of this process, the program in a child process. The child stays in our process group, so
+that it can read from the terminal, and the terminal's signals reach both.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from jax_client.cli import stages
 from jax_client.cli.serve import listen, opened, save, url, uvicorn_server
-from jax_client.cli.settings import print_settings, read_settings, server_options
+from jax_client.cli.server_options import server_options
+from jax_client.cli.settings import print_settings, read_settings
 from jax_client.server import LOOPBACK
 
 if TYPE_CHECKING:
     from jax_client.server.state.server import Server
 
-NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as shells have it
+NOT_FOUND, NOT_EXECUTABLE = 127, 126  # a shell's exit codes
 # Commands of `jax_client runs`, which older versions had under `run`.
 LISTINGS = ("list", "info")
 _TAKEN = (
@@ -56,12 +57,12 @@ class ProgramCommand(click.Command):
     cls=ProgramCommand,
     no_args_is_help=True,
     options_metavar="[OPTIONS] -- PROGRAM [ARGUMENT]...",
-    # Options stand before the program's name: what follows a word is not looked at.
+    # A word ends the options, so that the message can name it.
     context_settings={"allow_extra_args": True, "allow_interspersed_args": False},
 )
 @server_options(private=True)
 @click.pass_context
-def run(ctx: click.Context, **_: Any) -> None:
+def run(ctx: click.Context, **_: object) -> None:
     """Run a program on a server of its own; 'jax_client runs' shows the training runs of this machine.
 
     \b
@@ -81,7 +82,7 @@ def run_program(ctx: click.Context, program: list[str]) -> None:
         return
     if not program:
         raise click.UsageError("there is no program; give it after --, as in 'run --model NAME -- python train.py'.")
-    # Before the model is loaded, which may take minutes.
+    # Checked before the model is loaded, which may take minutes.
     if shutil.which(program[0]) is None:
         _refuse(program[0], "there is no such program, or it is not executable", NOT_FOUND)
     key = f"tml-{secrets.token_urlsafe(32)}"
@@ -99,7 +100,7 @@ def run_program(ctx: click.Context, program: list[str]) -> None:
 
 @contextlib.contextmanager
 def _served(server: Server, key: str) -> Iterator[str]:
-    """Answer on a free port of this machine until the body ends; yield the URL."""
+    """Serve on a free port of this machine until the body ends; yield the URL."""
     from jax_client.server.app import build_app
 
     listening = listen("127.0.0.1", 0)
@@ -118,7 +119,7 @@ def _served(server: Server, key: str) -> Iterator[str]:
 
 
 class _Child:
-    """The program, and the signals that came while it ran: each is passed on to it."""
+    """The program, and the signals that arrived while it ran; each is passed on to it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -126,13 +127,13 @@ class _Child:
 
     @property
     def hurried(self) -> bool:
-        """Whether the machine may be switched off soon."""
+        """Whether a signal came after which the machine may be switched off soon."""
         return bool({signal.SIGTERM, signal.SIGHUP} & set(self._received))
 
     def run(self, program: list[str], environment: dict[str, str]) -> int:
         """Start the program, wait for its end, and return the exit code that a shell would give."""
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # What this process was started to ignore (nohup), the program ignores too.
+        # Signals that this process was started to ignore (nohup) are ignored by the program too.
         heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, self._handle) for number in heard}
         try:
@@ -148,7 +149,7 @@ class _Child:
                 signal.signal(number, handler)
         return code if code >= 0 else 128 - code
 
-    def _handle(self, number: int, _: Any) -> None:
+    def _handle(self, number: int, _: object) -> None:
         self._received.append(number)
         if self._process is not None:
             self._pass_on(number)
@@ -164,7 +165,7 @@ class _Child:
 
 
 def _in_foreground() -> bool:
-    """Return whether Ctrl-C reaches the program without us, as everything in the terminal's foreground group."""
+    """Return whether Ctrl-C reaches the program directly, as it reaches the terminal's whole foreground group."""
     try:
         terminal = os.open("/dev/tty", os.O_RDONLY)
     except OSError:

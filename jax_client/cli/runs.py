@@ -1,9 +1,10 @@
-"""`jax_client runs`: which training runs are here, and how is each?"""
+"""`jax_client runs`: which training runs are on this machine, and how far is each? The answer is a table, or JSON."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import click
 
@@ -12,6 +13,28 @@ from jax_client.cli.options import find_run, json_option, open_store, reads_stat
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.store import CheckpointStore, Record
+
+
+class RunEntry(TypedDict):
+    """A run as --json shows it; None is what is not known.
+
+    Attributes:
+        steps: of the checkpoint with most.
+        created, last_saved: UTC, ISO 8601.
+        owner: the process that has it open, only in `info`.
+    """
+
+    run_id: str
+    base_model: str | None
+    rank: int | None
+    created: str | None
+    steps: int
+    checkpoints: int
+    size_bytes: int
+    last_checkpoint: str | None
+    last_saved: str | None
+    user_metadata: dict[str, str] | None
+    owner: NotRequired[dict[str, object] | None]
 
 
 @click.group("runs")
@@ -67,7 +90,7 @@ def info(home: Path, run_id: str, as_json: bool) -> None:
     output.print_fields(fields)
 
 
-def _row(entry: dict[str, Any]) -> tuple[str, ...]:
+def _row(entry: RunEntry) -> tuple[str, ...]:
     return (
         output.human_time(entry["created"]),
         output.human_time(entry["last_saved"]),
@@ -80,34 +103,34 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _runs(store: CheckpointStore) -> list[dict[str, Any]]:
-    """Return what is known of every run, newest first; one whose own file is lost is known by its checkpoints."""
-    kept: dict[str, dict[str, Any]] = dict(store.runs())
+def _runs(store: CheckpointStore) -> list[RunEntry]:
+    """Return every run, newest first; a run whose own file is lost is described by its checkpoints."""
+    described = dict(store.runs())
     saved: dict[str, list[Record]] = {}
     for record in store.list():
         saved.setdefault(record.run_id, []).append(record)
-    known = [(run_id, kept.get(run_id, {}), saved.get(run_id, [])) for run_id in {*kept, *saved}]
+    known = [(run_id, described.get(run_id, {}), saved.get(run_id, [])) for run_id in {*described, *saved}]
     known.sort(key=lambda run: (_created(run[1], run[2]), run[0]), reverse=True)
     return [_as_json(*run) for run in known]
 
 
-def _created(kept: dict[str, Any], records: list[Record]) -> float:
-    return kept.get("created") or min((record.created for record in records), default=0.0)
+def _created(described: Mapping[str, Any], records: list[Record]) -> float:
+    return described.get("created") or min((record.created for record in records), default=0.0)
 
 
-def _as_json(run_id: str, kept: dict[str, Any], records: list[Record]) -> dict[str, Any]:
-    """Return a run as --json shows it; `records` are in the order of saving."""
+def _as_json(run_id: str, described: Mapping[str, Any], records: list[Record]) -> RunEntry:
+    """Return the entry of a run; `records` are in the order of saving."""
     last = records[-1] if records else None
-    said = kept or (last.metadata if last else {})
+    metadata = described or (last.metadata if last else {})
     return {
         "run_id": run_id,
-        "base_model": said.get("base_model"),
-        "rank": said.get("spec", {}).get("rank"),
-        "created": output.iso_time(_created(kept, records)),
+        "base_model": metadata.get("base_model"),
+        "rank": metadata.get("spec", {}).get("rank"),
+        "created": output.iso_time(_created(described, records)),
         "steps": max((record.step for record in records), default=0),
         "checkpoints": len(records),
         "size_bytes": sum(record.size_bytes for record in records),
         "last_checkpoint": str(last.key) if last else None,
         "last_saved": output.iso_time(last.created if last else None),
-        "user_metadata": kept.get("user_metadata"),
+        "user_metadata": described.get("user_metadata"),
     }

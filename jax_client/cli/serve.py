@@ -1,4 +1,7 @@
-"""`jax_client serve`: the same engine behind the hosted service's protocol."""
+"""`jax_client serve`: how does a server start and end?
+
+The command takes the state directory, loads the models, listens for the tinker SDK until a signal arrives, and saves.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,28 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jax_client.cli import stages
-from jax_client.cli.settings import ServerSettings, print_settings, read_settings, server_options
+from jax_client.cli.server_options import server_options
+from jax_client.cli.settings import ServerSettings, print_settings, read_settings
 from jax_client.server import LOOPBACK
 
 if TYPE_CHECKING:
+    import uvicorn
+    from starlette.types import ASGIApp
+
     from jax_client.server.state.server import Server
 
-# Most that saving takes where somebody waits, who can press Ctrl-C.
+# The longest that saving may take where a person waits, who can press Ctrl-C.
 PATIENT_SECONDS = 600.0
 
 
 @click.command("serve")
 @server_options(private=False)
 @click.pass_context
-def serve(ctx: click.Context, **_: Any) -> None:
+def serve(ctx: click.Context, **_: object) -> None:
     """Serve the tinker SDK: point TINKER_BASE_URL at the URL that is printed.
 
-    Every setting can be a flag, a variable of the environment, or a line of the TOML file; the first of these that has
-    it is taken.
+    Every setting can be a flag, a variable of the environment, or a line of the TOML file; a flag goes before a
+    variable, a variable before the file.
     """
     settings = read_settings(ctx)
     if ctx.params["show_config"]:
@@ -57,7 +64,7 @@ def serve(ctx: click.Context, **_: Any) -> None:
 
 @contextlib.contextmanager
 def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterator[Server]:
-    """Take the state directory, make the server that is alone on it, and load its models.
+    """Lock the state directory, make the server, and load its models.
 
     Args:
         settings: of the server.
@@ -65,16 +72,16 @@ def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterato
         remembers: whether its clients may continue with the next server on this directory.
 
     Raises:
-        click.ClickException: another process has it.
+        click.ClickException: another process has locked it.
     """
-    # Not at the top of the file: --help and --show-config need none of it.
+    # Imported here: --help and --show-config need none of it.
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from jax_client.checkpoint.disk import files, run_lock
     from jax_client.server.state.request_log import RequestLog
     from jax_client.server.state.server import Server
 
-    # They would be drawn over the line that says how far a download is.
+    # Its bars would be drawn over the line that shows the progress of a download.
     disable_progress_bars()
     files.make_directories(settings.home, settings.home)
     try:
@@ -95,7 +102,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to an address.
 
     Raises:
-        click.ClickException: it is taken, or not this machine's.
+        click.ClickException: the port is in use, or the address is not this machine's.
     """
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -110,12 +117,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url(host: str, port: int) -> str:
-    """Return what goes into TINKER_BASE_URL."""
+    """Return the value of TINKER_BASE_URL."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def uvicorn_server(app: Any) -> Any:
-    """Return the HTTP server, which has not begun."""
+def uvicorn_server(app: ASGIApp) -> uvicorn.Server:
+    """Return the HTTP server, which is not started."""
     from jax_client.server.wire.connections import allow_many_files, collect_rarely, http_server
 
     allow_many_files()
@@ -127,7 +134,7 @@ def save(server: Server, *, hurried: bool) -> None:
     """End every session: unsaved steps are saved, and the line that resumes from them is printed.
 
     Args:
-        server: that answers no more.
+        server: one that no longer answers.
         hurried: whether the machine may be switched off soon.
     """
     from jax_client.runs.lifecycle.autosave import SIGNAL_SECONDS
@@ -173,23 +180,23 @@ def _compile(engine: Any, name: str, settings: ServerSettings) -> None:
     )
 
 
-def _run(app: Any, listening: socket.socket, ready: str) -> int | None:
-    """Say `ready`, serve until a signal comes, and return its number."""
+def _run(app: ASGIApp, listening: socket.socket, ready: str) -> int | None:
+    """Print `ready`, serve until a signal arrives, and return its number."""
     server = uvicorn_server(app)
     stopped: list[int] = []
 
-    def stop(number: int, _: Any) -> None:
+    def stop(number: int, _: object) -> None:
         stopped.append(number)
         server.should_exit = True
 
-    # Uvicorn handles SIGTERM and SIGINT, then raises them again for whoever did before; a second one ends it all. It
-    # knows nothing of SIGHUP, which is ignored where a server is to outlive its terminal (nohup).
+    # Uvicorn handles SIGTERM and SIGINT, then raises them again for the handlers before it; a second signal ends the
+    # process. It does not know SIGHUP, which is ignored where a server is to outlive its terminal (nohup).
     numbers = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
-        # Whoever reads the line may connect, or send a signal, at once.
+        # A reader of the line may connect, or send a signal, at once.
         listening.listen()
         stages.say(ready)
         server.run(sockets=[listening])

@@ -1,4 +1,4 @@
-"""How does a start look? A line when a stage begins or ends; on a terminal, one that is alive while it lasts."""
+"""How is the progress of a start shown? As a line that changes on a terminal, as lines in a log."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import click
 
 T = TypeVar("T")
-# How often a terminal is told, and a log.
+# Between two updates of a terminal, and of a log.
 LIVE_SECONDS, LOG_SECONDS = 0.2, 15.0
 
 
@@ -22,10 +22,9 @@ def say(text: str) -> None:
 
 
 def wait(future: Future[T], text: Callable[[], str]) -> T:
-    """Return what a future gives, and show until then the text that `text() -> str` gives.
+    """Return a future's result, and show the text of `text() -> str` until then.
 
-    What it says is shown live on a terminal. Elsewhere its first word and each change of that is a line, and so is
-    what it says every 15 seconds.
+    A terminal shows the text live. A log gets a line when the first word of the text changes, and one every 15 seconds.
     """
     with _shown() as show:
         while not future.done():
@@ -35,7 +34,7 @@ def wait(future: Future[T], text: Callable[[], str]) -> T:
 
 
 @contextlib.contextmanager
-def _shown() -> Iterator[Callable[[str], Any]]:
+def _shown() -> Iterator[Callable[[str], object]]:
     from rich.console import Console
     from rich.text import Text
 

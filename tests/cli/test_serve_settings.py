@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from jax_client.cli.settings import SHARED
+from jax_client.cli.server_options import SHARED
 from jax_client.config import EngineConfig
 
 pytestmark = pytest.mark.usefixtures("clean_environment")

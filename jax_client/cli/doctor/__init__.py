@@ -1,1 +1,1 @@
-"""`jax_client doctor`: is this machine set up, and if not, what is to be done?"""
+"""`jax_client doctor`: is this machine set up? One module for each kind of check, one for what a check finds."""

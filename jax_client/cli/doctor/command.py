@@ -1,4 +1,4 @@
-"""`jax_client doctor`: is this machine set up, and if not, what is to be done?"""
+"""`jax_client doctor`: is this machine set up, and if not, what should the user do? The command runs every check."""
 
 from __future__ import annotations
 

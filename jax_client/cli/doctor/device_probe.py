@@ -1,4 +1,4 @@
-"""Which devices does jax find, and does one compute? Printed as JSON; `devices` runs this as a child process."""
+"""Which devices does jax find, and does one compute? `devices` runs this in a child process, which prints JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main() -> None:
         "processes": jax.process_count(),
         "memory_bytes": stats.get("bytes_limit"),
     }
-    # Packages print on stdout as they start; the answer is the last line.
+    # Packages print on stdout as they are imported; the answer is the last line.
     print(f"\n{json.dumps(found)}")
 
 

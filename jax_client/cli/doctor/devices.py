@@ -1,6 +1,6 @@
-"""Which accelerators are here, who uses them, and does jax get at them?
+"""Which accelerators does this machine have, which processes use them, and can jax use them?
 
-Only a child process starts jax's backend: where another process holds a TPU, that can wait for ever or end the process.
+A child process starts jax's backend: where another process holds a TPU, the start can hang or end the process.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from jax_client.cli.doctor.finding import Finding
 from jax_client.cli.output import human_size, shown
 
 TPU_FILE, NVIDIA_FILE = re.compile(r"/dev/(accel\d+|vfio/\d+)"), re.compile(r"/dev/nvidia\d+")
-# A killed process whose driver call does not return stays; the report does not wait for it.
+# A killed process stays while its driver call does not return; the report does not wait for it.
 _KILL_SECONDS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Holder:
-    """A process that has device files open; its arguments are left out, a report must not hold secrets."""
+    """A process that has device files open. Its arguments are left out: they may hold secrets."""
 
     pid: int
     command: str
@@ -42,7 +42,7 @@ def accelerator_files() -> dict[str, list[str]]:
 
 
 def holders(files: list[str], proc: Path = Path("/proc")) -> tuple[list[Holder], int]:
-    """Return the processes that have one of these files open, and how many processes could not be looked at."""
+    """Return the processes that have one of these files open, and the number of processes that cannot be inspected."""
     found, hidden = [], 0
     for process in proc.iterdir():
         if not process.name.isdigit() or int(process.name) == os.getpid():
@@ -65,7 +65,7 @@ def holders(files: list[str], proc: Path = Path("/proc")) -> tuple[list[Holder],
 
 
 def users_of_devices() -> Iterator[Finding]:
-    """Report which processes have an accelerator open; nothing where there is none."""
+    """Report which processes have an accelerator open; yield nothing on a machine without one."""
     for kind, files in accelerator_files().items():
         if not files:
             continue
@@ -123,7 +123,7 @@ def devices(timeout: float) -> Iterator[Finding]:
 
 def _probe(timeout: float) -> tuple[dict[str, Any] | None, str]:
     """Return what the child process found, or None and why not."""
-    # Not to take three quarters of a GPU's memory from whoever is training on it.
+    # Else the child would take three quarters of the memory of a GPU on which another process may train.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "jax_client.cli.doctor.device_probe"],

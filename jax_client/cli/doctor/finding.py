@@ -1,10 +1,10 @@
-"""What does a check of `jax_client doctor` say?"""
+"""What does a check of `jax_client doctor` report? A `Finding`: a status, what was found, and what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 Status = Literal["OK", "WARN", "FAIL"]
 
@@ -14,25 +14,25 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        check: what was looked at.
-        status: FAIL is what keeps the package from working here, WARN what may cost time or data later.
-        found: what is there.
-        advice: what to do; "" when nothing is.
-        details: the same for programs, JSON.
+        check: its name.
+        status: FAIL keeps the package from working on this machine, WARN may cost time or data later.
+        found: the result, for people.
+        advice: what to do; "" for nothing.
+        details: the result as JSON, for programs.
     """
 
     check: str
     status: Status = "OK"
     found: str
     advice: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, object] = field(default_factory=dict)
 
 
 Check = Callable[[], Iterable[Finding]]
 
 
 def run_checks(checks: Mapping[str, Check]) -> Iterator[Finding]:
-    """Run checks by name, one after another; one that breaks is a finding of its own."""
+    """Run checks by name, one after another; a check that raises gives a finding of its own."""
     for name, check in checks.items():
         try:
             yield from check()

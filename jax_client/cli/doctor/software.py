@@ -1,4 +1,4 @@
-"""Are Python and the packages the versions that this package asks for?"""
+"""Are Python and the packages of the required versions? Installed versions are compared with the declared ones."""
 
 from __future__ import annotations
 
@@ -19,20 +19,10 @@ ACCELERATOR_PACKAGES = ("libtpu", "jax-cuda")
 
 def python() -> Iterator[Finding]:
     """Compare Python's version with the package's own requirement."""
-    from packaging.specifiers import SpecifierSet
-
-    version = platform.python_version()
     required = metadata.metadata("jax_client")["Requires-Python"] or ""
-    if SpecifierSet(required).contains(version, prereleases=True):
-        yield Finding(check="python", found=version, details={"version": version, "required": required})
-    else:
-        yield Finding(
-            check="python",
-            status="FAIL",
-            found=f"{version}, required is {required}",
-            advice="Make a new environment with a Python in that range.",
-            details={"version": version, "required": required},
-        )
+    yield _compared(
+        "python", platform.python_version(), required, "Make a new environment with a Python in that range."
+    )
 
 
 def packages() -> Iterator[Finding]:
@@ -44,36 +34,35 @@ def packages() -> Iterator[Finding]:
     wanted = {req.name: req for req in own if _applies(req)}
     wanted |= {req.name: req for req in jaxs if req.name == "jaxlib" and _applies(req)}
     for name in sorted(wanted, key=lambda name: (SHOWN.index(name) if name in SHOWN else len(SHOWN), name)):
-        finding = _compare(name, str(wanted[name].specifier), missing="FAIL")
-        if finding is not None and (name in SHOWN or finding.status != "OK"):
+        finding = _package(name, str(wanted[name].specifier))
+        if name in SHOWN or finding.status != "OK":
             yield finding
     # Every extra of jax that brings one of these asks for the same version.
     accelerators = {req.name: req for req in jaxs if req.name.startswith(ACCELERATOR_PACKAGES)}
     for name, req in accelerators.items():
-        if (finding := _compare(name, str(req.specifier))) is not None:
-            yield finding
+        if _version(name) is not None:
+            yield _package(name, str(req.specifier))
 
 
 def _applies(requirement: Requirement) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
-def _compare(name: str, required: str, missing: str | None = None) -> Finding | None:
-    """Return what is to be said about a package; None where it is absent and need not be there."""
+def _package(name: str, required: str) -> Finding:
+    version, advice = _version(name), f"Run: pip install '{name}{required}'"
+    if version is None:
+        return Finding(check=name, status="FAIL", found=f"not installed, required is {required}", advice=advice)
+    return _compared(name, version, required, advice)
+
+
+def _compared(check: str, version: str, required: str, advice: str) -> Finding:
     from packaging.specifiers import SpecifierSet
 
-    version = _version(name)
     details = {"version": version, "required": required}
-    advice = f"Run: pip install '{name}{required}'"
-    if version is None:
-        if missing is None:
-            return None
-        return Finding(check=name, status="FAIL", found=f"not installed, required is {required}", advice=advice)
     if SpecifierSet(required).contains(version, prereleases=True):
-        return Finding(check=name, found=version, details=details)
-    return Finding(
-        check=name, status="FAIL", found=f"{version}, required is {required}", advice=advice, details=details
-    )
+        return Finding(check=check, found=version, details=details)
+    found = f"{version}, required is {required}"
+    return Finding(check=check, status="FAIL", found=found, advice=advice, details=details)
 
 
 def _version(name: str) -> str | None:

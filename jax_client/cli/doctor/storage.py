@@ -1,4 +1,4 @@
-"""Are memory, disk, clock, caches and catalogue fit for long runs?"""
+"""Are memory, disk, clock, cache and catalogue fit for long runs? One check looks at each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jax_client.cli.doctor.finding import Finding
 from jax_client.cli.options import open_store
@@ -17,7 +16,7 @@ from jax_client.cli.output import human_size, iso_time
 from jax_client.config import default_compilation_cache_dir
 
 _GIB = 2**30
-# A 135M model trains in less; below it the kernel begins to end processes.
+# A 135M model trains in less; with less free memory the kernel begins to kill processes.
 _LOW_MEMORY = 2 * _GIB
 # A rank-32 checkpoint of an 8B model with Adam's moments takes about 1 GiB.
 _LOW_DISK, _NO_DISK = 5 * _GIB, _GIB // 4
@@ -41,12 +40,12 @@ def memory() -> Iterator[Finding]:
 
 
 def state_directory(home: Path) -> Iterator[Finding]:
-    """See whether a checkpoint can be saved, and will last."""
+    """Check that a checkpoint can be saved, and that the disk will keep it."""
     from jax_client.checkpoint.disk.files import network_file_system
 
     nearest = _nearest(home)
     missing = "" if nearest == home else ", which does not exist yet"
-    details: dict[str, Any] = {"path": str(home), "exists": home.is_dir()}
+    details: dict[str, object] = {"path": str(home), "exists": home.is_dir()}
     elsewhere = "choose another with --state-dir or $JAX_CLIENT_HOME."
     if (problem := _write_problem(nearest, missing != "")) is not None:
         found = f"{home}{missing}: {nearest} cannot be written to ({problem})"
@@ -80,11 +79,11 @@ def _nearest(path: Path) -> Path:
 
 
 def _write_problem(directory: Path, is_parent: bool) -> str | None:
-    """Return why a directory cannot be written to. One above the state directory is not touched, only asked about."""
+    """Return why a directory cannot be written to, or None. A parent of the state directory is not written to."""
     if is_parent:
         return None if os.access(directory, os.W_OK | os.X_OK) else "permission denied"
     try:
-        # Without a name where the system can: even a kill leaves nothing.
+        # The file has no name where the system allows that, so that even a kill leaves nothing behind.
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(4096))
             file.flush()
@@ -95,9 +94,9 @@ def _write_problem(directory: Path, is_parent: bool) -> str | None:
 
 
 def compilation_cache() -> Iterator[Finding]:
-    """Say where compiled programs are kept, and whether others could plant some."""
+    """Report where compiled programs are kept, and whether other users could put programs there."""
     path = default_compilation_cache_dir()
-    details: dict[str, Any] = {"path": str(path)}
+    details: dict[str, object] = {"path": str(path)}
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
     except FileNotFoundError:
@@ -119,7 +118,7 @@ def clock_and_catalogue(home: Path) -> Iterator[Finding]:
     """Compare the clock with what was saved before, and count what is in the state directory."""
     now, store = time.time(), open_store(home)
     runs, records = store.runs(), store.list()
-    # The package was installed in the past.
+    # The package's own files are older than now on a right clock.
     newest = max([Path(__file__).stat().st_mtime, *(record.created for record in records)])
     behind = newest - now
     details = {"now": iso_time(now), "newest": iso_time(newest)}
