@@ -72,23 +72,11 @@ class RestClient:
         """Give a run and its newest checkpoints."""
         return _future(lambda: self._listings.training_run(training_run_id))
 
-    async def get_training_run_async(
-        self, training_run_id: types.ModelID, access_scope: Scope = "owned"
-    ) -> types.TrainingRun:
-        """Await `get_training_run`."""
-        return await self.get_training_run(training_run_id, access_scope)
-
     def get_training_run_by_tinker_path(
         self, tinker_path: str, access_scope: Scope = "owned"
     ) -> tinker.APIFuture[types.TrainingRun]:
         """Give the run that saved a checkpoint."""
         return self.get_training_run(CheckpointKey.parse(tinker_path).run_id, access_scope)
-
-    async def get_training_run_by_tinker_path_async(
-        self, tinker_path: str, access_scope: Scope = "owned"
-    ) -> types.TrainingRun:
-        """Await `get_training_run_by_tinker_path`."""
-        return await self.get_training_run_by_tinker_path(tinker_path, access_scope)
 
     def get_weights_info_by_tinker_path(self, tinker_path: str) -> tinker.APIFuture[types.WeightsInfoResponse]:
         """Give the base model and the LoRA configuration of a checkpoint."""
@@ -102,19 +90,9 @@ class RestClient:
         check_page(limit, offset)
         return _future(lambda: self._listings.training_runs(limit, offset, project_id))
 
-    async def list_training_runs_async(
-        self, limit: int = 20, offset: int = 0, access_scope: Scope = "owned", project_id: str | None = None
-    ) -> types.TrainingRunsResponse:
-        """Await `list_training_runs`."""
-        return await self.list_training_runs(limit, offset, access_scope, project_id)
-
     def list_checkpoints(self, training_run_id: types.ModelID) -> tinker.APIFuture[types.CheckpointsListResponse]:
         """Give the checkpoints of a run, newest first."""
         return _future(lambda: self._listings.checkpoints(training_run_id))
-
-    async def list_checkpoints_async(self, training_run_id: types.ModelID) -> types.CheckpointsListResponse:
-        """Await `list_checkpoints`."""
-        return await self.list_checkpoints(training_run_id)
 
     def list_user_checkpoints(
         self, limit: int = 100, offset: int = 0
@@ -123,41 +101,21 @@ class RestClient:
         check_page(limit, offset)
         return _future(lambda: self._listings.all_checkpoints(limit, offset))
 
-    async def list_user_checkpoints_async(self, limit: int = 100, offset: int = 0) -> types.CheckpointsListResponse:
-        """Await `list_user_checkpoints`."""
-        return await self.list_user_checkpoints(limit, offset)
-
     def delete_checkpoint(self, training_run_id: types.ModelID, checkpoint_id: str) -> tinker.APIFuture[None]:
         """Delete a checkpoint, given as `weights/NAME` or `sampler_weights/NAME`."""
         return self._delete(CheckpointKey.of_run(training_run_id, checkpoint_id))
-
-    async def delete_checkpoint_async(self, training_run_id: types.ModelID, checkpoint_id: str) -> None:
-        """Await `delete_checkpoint`."""
-        return await self.delete_checkpoint(training_run_id, checkpoint_id)
 
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> tinker.APIFuture[None]:
         """Delete a checkpoint."""
         return self._delete(CheckpointKey.parse(tinker_path))
 
-    async def delete_checkpoint_from_tinker_path_async(self, tinker_path: str) -> None:
-        """Await `delete_checkpoint_from_tinker_path`."""
-        return await self.delete_checkpoint_from_tinker_path(tinker_path)
-
     def publish_checkpoint_from_tinker_path(self, tinker_path: str) -> tinker.APIFuture[None]:
         """Mark a checkpoint as public: a note in listings, since read access to the disk is enough to load it."""
         return self._set_public(tinker_path, True)
 
-    async def publish_checkpoint_from_tinker_path_async(self, tinker_path: str) -> None:
-        """Await `publish_checkpoint_from_tinker_path`."""
-        return await self.publish_checkpoint_from_tinker_path(tinker_path)
-
     def unpublish_checkpoint_from_tinker_path(self, tinker_path: str) -> tinker.APIFuture[None]:
         """Take back `publish_checkpoint_from_tinker_path`."""
         return self._set_public(tinker_path, False)
-
-    async def unpublish_checkpoint_from_tinker_path_async(self, tinker_path: str) -> None:
-        """Await `unpublish_checkpoint_from_tinker_path`."""
-        return await self.unpublish_checkpoint_from_tinker_path(tinker_path)
 
     def set_checkpoint_ttl_from_tinker_path(self, tinker_path: str, ttl_seconds: int | None) -> tinker.APIFuture[None]:
         """Let a checkpoint end `ttl_seconds` from now; None keeps it for ever.
@@ -169,10 +127,6 @@ class RestClient:
         key, ttl = CheckpointKey.parse(tinker_path), checks.ttl(ttl_seconds)
         return _future(lambda: self._listings.set_ttl(key, ttl))
 
-    async def set_checkpoint_ttl_from_tinker_path_async(self, tinker_path: str, ttl_seconds: int | None) -> None:
-        """Await `set_checkpoint_ttl_from_tinker_path`."""
-        return await self.set_checkpoint_ttl_from_tinker_path(tinker_path, ttl_seconds)
-
     def get_external_weights_urls(self, tinker_path: str) -> tinker.APIFuture[types.ExternalWeightsUrlsResponse]:
         """Give a file:// URL for each file of an export, by its name; they hold for as long as the export does.
 
@@ -181,10 +135,6 @@ class RestClient:
         """
         key = external_path(tinker_path, "get_external_weights_urls")
         return _future(lambda: self._listings.exported_urls(key))
-
-    async def get_external_weights_urls_async(self, tinker_path: str) -> types.ExternalWeightsUrlsResponse:
-        """Await `get_external_weights_urls`."""
-        return await self.get_external_weights_urls(tinker_path)
 
     def copy_weights(
         self,
@@ -212,6 +162,84 @@ class RestClient:
         source, ttl = CheckpointKey.parse(path), checks.ttl(ttl_seconds)
         return _future(lambda: self._listings.copy(source, project, ttl))
 
+    def assign_session_project(self, session_id: str, project_id: str) -> tinker.APIFuture[None]:
+        """Put every run of a session, and those that it will make, into a project."""
+        return _future(lambda: self._listings.assign_project(session_id, project_id))
+
+    def get_session(self, session_id: str, access_scope: Scope = "owned") -> tinker.APIFuture[types.GetSessionResponse]:
+        """Give a session's runs, and its samplers if it lives in this process."""
+        return _future(lambda: self._listings.session(session_id))
+
+    def list_sessions(
+        self, limit: int = 20, offset: int = 0, access_scope: Scope = "owned"
+    ) -> tinker.APIFuture[types.ListSessionsResponse]:
+        """Give the ids of the sessions that trained something, newest first, after those that only sample now."""
+        check_page(limit, offset)
+        return _future(lambda: self._listings.sessions(limit, offset))
+
+    def get_sampler(self, sampler_id: str) -> tinker.APIFuture[types.GetSamplerResponse]:
+        """Give what a sampler of this process serves."""
+        return _future(lambda: self._listings.sampler(sampler_id))
+
+    def _delete(self, key: CheckpointKey) -> LocalFuture[None]:
+        return _future(lambda: self._listings.delete(key))
+
+    def _set_public(self, tinker_path: str, public: bool) -> LocalFuture[None]:
+        key = CheckpointKey.parse(tinker_path)
+        return _future(lambda: self._listings.set_public(key, public))
+
+    # The twins of the methods above, in the same order.
+
+    async def get_training_run_async(
+        self, training_run_id: types.ModelID, access_scope: Scope = "owned"
+    ) -> types.TrainingRun:
+        """Await `get_training_run`."""
+        return await self.get_training_run(training_run_id, access_scope)
+
+    async def get_training_run_by_tinker_path_async(
+        self, tinker_path: str, access_scope: Scope = "owned"
+    ) -> types.TrainingRun:
+        """Await `get_training_run_by_tinker_path`."""
+        return await self.get_training_run_by_tinker_path(tinker_path, access_scope)
+
+    async def list_training_runs_async(
+        self, limit: int = 20, offset: int = 0, access_scope: Scope = "owned", project_id: str | None = None
+    ) -> types.TrainingRunsResponse:
+        """Await `list_training_runs`."""
+        return await self.list_training_runs(limit, offset, access_scope, project_id)
+
+    async def list_checkpoints_async(self, training_run_id: types.ModelID) -> types.CheckpointsListResponse:
+        """Await `list_checkpoints`."""
+        return await self.list_checkpoints(training_run_id)
+
+    async def list_user_checkpoints_async(self, limit: int = 100, offset: int = 0) -> types.CheckpointsListResponse:
+        """Await `list_user_checkpoints`."""
+        return await self.list_user_checkpoints(limit, offset)
+
+    async def delete_checkpoint_async(self, training_run_id: types.ModelID, checkpoint_id: str) -> None:
+        """Await `delete_checkpoint`."""
+        return await self.delete_checkpoint(training_run_id, checkpoint_id)
+
+    async def delete_checkpoint_from_tinker_path_async(self, tinker_path: str) -> None:
+        """Await `delete_checkpoint_from_tinker_path`."""
+        return await self.delete_checkpoint_from_tinker_path(tinker_path)
+
+    async def publish_checkpoint_from_tinker_path_async(self, tinker_path: str) -> None:
+        """Await `publish_checkpoint_from_tinker_path`."""
+        return await self.publish_checkpoint_from_tinker_path(tinker_path)
+
+    async def unpublish_checkpoint_from_tinker_path_async(self, tinker_path: str) -> None:
+        """Await `unpublish_checkpoint_from_tinker_path`."""
+        return await self.unpublish_checkpoint_from_tinker_path(tinker_path)
+
+    async def set_checkpoint_ttl_from_tinker_path_async(self, tinker_path: str, ttl_seconds: int | None) -> None:
+        """Await `set_checkpoint_ttl_from_tinker_path`."""
+        return await self.set_checkpoint_ttl_from_tinker_path(tinker_path, ttl_seconds)
+
+    async def get_external_weights_urls_async(self, tinker_path: str) -> types.ExternalWeightsUrlsResponse:
+        """Await `get_external_weights_urls`."""
+        return await self.get_external_weights_urls(tinker_path)
+
     async def copy_weights_async(
         self,
         path: str,
@@ -225,28 +253,13 @@ class RestClient:
             path, destination_project_id, ttl_seconds=ttl_seconds, weights_access_token=weights_access_token
         )
 
-    def assign_session_project(self, session_id: str, project_id: str) -> tinker.APIFuture[None]:
-        """Put every run of a session, and those that it will make, into a project."""
-        return _future(lambda: self._listings.assign_project(session_id, project_id))
-
     async def assign_session_project_async(self, session_id: str, project_id: str) -> None:
         """Await `assign_session_project`."""
         return await self.assign_session_project(session_id, project_id)
 
-    def get_session(self, session_id: str, access_scope: Scope = "owned") -> tinker.APIFuture[types.GetSessionResponse]:
-        """Give a session's runs, and its samplers if it lives in this process."""
-        return _future(lambda: self._listings.session(session_id))
-
     async def get_session_async(self, session_id: str, access_scope: Scope = "owned") -> types.GetSessionResponse:
         """Await `get_session`."""
         return await self.get_session(session_id, access_scope)
-
-    def list_sessions(
-        self, limit: int = 20, offset: int = 0, access_scope: Scope = "owned"
-    ) -> tinker.APIFuture[types.ListSessionsResponse]:
-        """Give the ids of the sessions that trained something, newest first, after those that only sample now."""
-        check_page(limit, offset)
-        return _future(lambda: self._listings.sessions(limit, offset))
 
     async def list_sessions_async(
         self, limit: int = 20, offset: int = 0, access_scope: Scope = "owned"
@@ -254,20 +267,9 @@ class RestClient:
         """Await `list_sessions`."""
         return await self.list_sessions(limit, offset, access_scope)
 
-    def get_sampler(self, sampler_id: str) -> tinker.APIFuture[types.GetSamplerResponse]:
-        """Give what a sampler of this process serves."""
-        return _future(lambda: self._listings.sampler(sampler_id))
-
     async def get_sampler_async(self, sampler_id: str) -> types.GetSamplerResponse:
         """Await `get_sampler`."""
         return await self.get_sampler(sampler_id)
-
-    def _delete(self, key: CheckpointKey) -> LocalFuture[None]:
-        return _future(lambda: self._listings.delete(key))
-
-    def _set_public(self, tinker_path: str, public: bool) -> LocalFuture[None]:
-        key = CheckpointKey.parse(tinker_path)
-        return _future(lambda: self._listings.set_public(key, public))
 
 
 def _future(work: Callable[[], Any]) -> LocalFuture[Any]:

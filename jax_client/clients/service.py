@@ -154,22 +154,6 @@ class ServiceClient:
         creating = background(lambda: create_run(session, run_id, base_model, spec, metadata), "create")
         return BackcompatTrainingClientFuture(session.track(creating), TrainingClient)
 
-    async def create_lora_training_client_async(
-        self,
-        base_model: str,
-        rank: int = 32,
-        seed: int | None = None,
-        train_mlp: bool = True,
-        train_attn: bool = True,
-        train_unembed: bool = True,
-        user_metadata: dict[str, str] | None = None,
-        optimizer: types.OptimizerConfig | None = None,
-    ) -> TrainingClient:
-        """Await `create_lora_training_client`: gives the client."""
-        return await self.create_lora_training_client(
-            base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata, optimizer
-        )
-
     def create_training_client_from_state(
         self,
         path: str,
@@ -191,19 +175,6 @@ class ServiceClient:
         method = "create_training_client_from_state"
         return self._resume(path, base_model, user_metadata, weights_access_token, optimizer=False, method=method)
 
-    async def create_training_client_from_state_async(
-        self,
-        path: str,
-        base_model: str | None = None,
-        user_metadata: dict[str, str] | None = None,
-        weights_access_token: str | None = None,
-        optimizer: types.OptimizerConfig | None = None,
-    ) -> TrainingClient:
-        """Await `create_training_client_from_state`: gives the client."""
-        return await self.create_training_client_from_state(
-            path, base_model, user_metadata, weights_access_token, optimizer
-        )
-
     def create_training_client_from_state_with_optimizer(
         self,
         path: str,
@@ -217,18 +188,6 @@ class ServiceClient:
         """
         method = "create_training_client_from_state_with_optimizer"
         return self._resume(path, base_model, user_metadata, weights_access_token, optimizer=True, method=method)
-
-    async def create_training_client_from_state_with_optimizer_async(
-        self,
-        path: str,
-        base_model: str | None = None,
-        user_metadata: dict[str, str] | None = None,
-        weights_access_token: str | None = None,
-    ) -> TrainingClient:
-        """Await `create_training_client_from_state_with_optimizer`: gives the client."""
-        return await self.create_training_client_from_state_with_optimizer(
-            path, base_model, user_metadata, weights_access_token
-        )
 
     def _resume(
         self, path: Any, base_model: Any, user_metadata: Any, token: str | None, *, optimizer: bool, method: str
@@ -261,16 +220,6 @@ class ServiceClient:
         """
         return open_sampling_client(self._session, model_path, base_model, record_stability_info)
 
-    async def create_sampling_client_async(
-        self,
-        model_path: str | None = None,
-        base_model: str | None = None,
-        retry_config: RetryConfig | None = None,
-        record_stability_info: bool = False,
-    ) -> SamplingClient:
-        """Await `create_sampling_client`: gives the client."""
-        return await self.create_sampling_client(model_path, base_model, retry_config, record_stability_info)
-
     def create_custom_loss(
         self, fn: tinker.PerDatumLossFn, input_ranks: Mapping[str, types.CustomLossInputRank]
     ) -> tinker.APIFuture[tinker.LossHandle]:
@@ -300,10 +249,6 @@ class ServiceClient:
     def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
         """Return the models that are known on this machine; others load by their hub name."""
         return self.create_rest_client().get_server_capabilities().result()
-
-    async def get_server_capabilities_async(self) -> types.GetServerCapabilitiesResponse:
-        """Return `get_server_capabilities()`."""
-        return await self.create_rest_client().get_server_capabilities()
 
     def create_rest_client(self) -> RestClient:
         """Return a client for listing and deleting runs and checkpoints of this session's state directory."""
@@ -378,6 +323,63 @@ class ServiceClient:
         if status not in ("success", "errored", "interrupted"):
             raise BadRequestError(f"status is {status!r}; choose 'success', 'errored' or 'interrupted'.")
         return LocalFuture(self._session.close(status, detail))
+
+    # The twins of the methods above, in the same order.
+
+    async def create_lora_training_client_async(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: dict[str, str] | None = None,
+        optimizer: types.OptimizerConfig | None = None,
+    ) -> TrainingClient:
+        """Await `create_lora_training_client`: gives the client."""
+        return await self.create_lora_training_client(
+            base_model, rank, seed, train_mlp, train_attn, train_unembed, user_metadata, optimizer
+        )
+
+    async def create_training_client_from_state_async(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: types.OptimizerConfig | None = None,
+    ) -> TrainingClient:
+        """Await `create_training_client_from_state`: gives the client."""
+        return await self.create_training_client_from_state(
+            path, base_model, user_metadata, weights_access_token, optimizer
+        )
+
+    async def create_training_client_from_state_with_optimizer_async(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+    ) -> TrainingClient:
+        """Await `create_training_client_from_state_with_optimizer`: gives the client."""
+        return await self.create_training_client_from_state_with_optimizer(
+            path, base_model, user_metadata, weights_access_token
+        )
+
+    async def create_sampling_client_async(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: RetryConfig | None = None,
+        record_stability_info: bool = False,
+    ) -> SamplingClient:
+        """Await `create_sampling_client`: gives the client."""
+        return await self.create_sampling_client(model_path, base_model, retry_config, record_stability_info)
+
+    async def get_server_capabilities_async(self) -> types.GetServerCapabilitiesResponse:
+        """Return `get_server_capabilities()`."""
+        return await self.create_rest_client().get_server_capabilities()
 
 
 register_as_sdk_class(tinker.ServiceClient, ServiceClient)

@@ -60,15 +60,6 @@ class TrainingClient:
         """Compute logprobs and the loss, without a gradient. Arguments as `forward_backward`."""
         return LocalFuture(self._run.forward(data, loss_fn, loss_fn_config))
 
-    async def forward_async(
-        self,
-        data: list[types.Datum],
-        loss_fn: types.LossFnType,
-        loss_fn_config: Mapping[str, float | str] | None = None,
-    ) -> tinker.APIFuture[types.ForwardBackwardOutput]:
-        """Give the future of `forward`."""
-        return (await self._ready()).forward(data, loss_fn, loss_fn_config)
-
     def forward_backward(
         self,
         data: list[types.Datum],
@@ -89,15 +80,6 @@ class TrainingClient:
             BadRequestError: a datum or a setting is wrong; the message has its index and field.
         """
         return LocalFuture(self._run.forward_backward(data, loss_fn, loss_fn_config))
-
-    async def forward_backward_async(
-        self,
-        data: list[types.Datum],
-        loss_fn: types.LossFnType,
-        loss_fn_config: Mapping[str, float | str] | None = None,
-    ) -> tinker.APIFuture[types.ForwardBackwardOutput]:
-        """Give the future of `forward_backward`."""
-        return (await self._ready()).forward_backward(data, loss_fn, loss_fn_config)
 
     def forward_backward_custom(
         self,
@@ -127,16 +109,6 @@ class TrainingClient:
         call = CustomCall(data, loss_fn, self._run.session.session_id)
         return LocalFuture(self._run.forward_backward_custom(data, call.loss, call.metrics))
 
-    async def forward_backward_custom_async(
-        self,
-        data: list[types.Datum],
-        loss_fn: LossFunction | tinker.LossHandle,
-        *,
-        loss_type_input: Literal["logprobs"] | None = None,
-    ) -> tinker.APIFuture[types.ForwardBackwardOutput]:
-        """Give the future of `forward_backward_custom`."""
-        return (await self._ready()).forward_backward_custom(data, loss_fn, loss_type_input=loss_type_input)
-
     def optim_step(
         self, optim_params: types.OptimParams | None = None, *, adam_params: types.AdamParams | None = None
     ) -> tinker.APIFuture[types.OptimStepResponse]:
@@ -151,12 +123,6 @@ class TrainingClient:
             BadTypeError: neither, or another type.
         """
         return LocalFuture(self._run.optim_step(optim_params, adam_params))
-
-    async def optim_step_async(
-        self, optim_params: types.OptimParams | None = None, *, adam_params: types.AdamParams | None = None
-    ) -> tinker.APIFuture[types.OptimStepResponse]:
-        """Give the future of `optim_step`."""
-        return (await self._ready()).optim_step(optim_params, adam_params=adam_params)
 
     def save_state(
         self,
@@ -175,16 +141,6 @@ class TrainingClient:
         """
         return LocalFuture(self._run.save("weights", name, ttl_seconds, user_metadata, overwrite))
 
-    async def save_state_async(
-        self,
-        name: str,
-        ttl_seconds: int | None = None,
-        overwrite: bool = False,
-        user_metadata: dict[str, str] | None = None,
-    ) -> tinker.APIFuture[types.SaveWeightsResponse]:
-        """Give the future of `save_state`."""
-        return (await self._ready()).save_state(name, ttl_seconds, overwrite, user_metadata)
-
     def load_state(
         self, path: str, weights_access_token: str | None = None
     ) -> tinker.APIFuture[types.LoadWeightsResponse]:
@@ -197,12 +153,6 @@ class TrainingClient:
         note_access_token(weights_access_token)
         return LocalFuture(self._run.load(path, optimizer=False, method="load_state"))
 
-    async def load_state_async(
-        self, path: str, weights_access_token: str | None = None
-    ) -> tinker.APIFuture[types.LoadWeightsResponse]:
-        """Give the future of `load_state`."""
-        return (await self._ready()).load_state(path, weights_access_token)
-
     def load_state_with_optimizer(
         self, path: str, weights_access_token: str | None = None
     ) -> tinker.APIFuture[types.LoadWeightsResponse]:
@@ -210,23 +160,11 @@ class TrainingClient:
         note_access_token(weights_access_token)
         return LocalFuture(self._run.load(path, optimizer=True, method="load_state_with_optimizer"))
 
-    async def load_state_with_optimizer_async(
-        self, path: str, weights_access_token: str | None = None
-    ) -> tinker.APIFuture[types.LoadWeightsResponse]:
-        """Give the future of `load_state_with_optimizer`."""
-        return (await self._ready()).load_state_with_optimizer(path, weights_access_token)
-
     def save_weights_for_sampler(
         self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
     ) -> tinker.APIFuture[types.SaveWeightsForSamplerResponse]:
         """Save weights to sample from, as `tinker://RUN/sampler_weights/NAME`. Arguments as `save_state`."""
         return LocalFuture(self._run.save("sampler_weights", name, ttl_seconds, user_metadata))
-
-    async def save_weights_for_sampler_async(
-        self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
-    ) -> tinker.APIFuture[types.SaveWeightsForSamplerResponse]:
-        """Give the future of `save_weights_for_sampler`."""
-        return (await self._ready()).save_weights_for_sampler(name, ttl_seconds, user_metadata)
 
     def save_weights_external(
         self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: list[str] | None = None
@@ -251,19 +189,9 @@ class TrainingClient:
             )
         return LocalFuture(self._run.export(name, ttl_seconds))
 
-    async def save_weights_external_async(
-        self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: list[str] | None = None
-    ) -> tinker.APIFuture[types.SaveWeightsExternalResponse]:
-        """Give the future of `save_weights_external`."""
-        return (await self._ready()).save_weights_external(name, ttl_seconds, age_encryption_recipients)
-
     def get_info(self) -> types.GetInfoResponse:
         """Return the base model's name and architecture, and the rank."""
         return self._run.info()
-
-    async def get_info_async(self) -> types.GetInfoResponse:
-        """Return `get_info()`."""
-        return (await self._ready()).get_info()
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the base model's tokenizer."""
@@ -287,12 +215,6 @@ class TrainingClient:
             record_stability_info: must be False.
         """
         return open_sampling_client(self._run.session, model_path, None, record_stability_info)
-
-    async def create_sampling_client_async(
-        self, model_path: str, retry_config: RetryConfig | None = None, record_stability_info: bool = False
-    ) -> SamplingClient:
-        """Await `create_sampling_client`: gives the client."""
-        return await (await self._ready()).create_sampling_client(model_path, retry_config, record_stability_info)
 
     def save_weights_and_get_sampling_client(
         self,
@@ -322,6 +244,86 @@ class TrainingClient:
         if kind not in ("snapshot", "inflight"):
             raise BadRequestError(f"kind is {kind!r}; choose 'snapshot' or 'inflight'.")
         return BackcompatSamplingClientFuture(self._run.sampler(kind), SamplingClient)
+
+    # The twins of the methods above, in the same order.
+
+    async def forward_async(
+        self,
+        data: list[types.Datum],
+        loss_fn: types.LossFnType,
+        loss_fn_config: Mapping[str, float | str] | None = None,
+    ) -> tinker.APIFuture[types.ForwardBackwardOutput]:
+        """Give the future of `forward`."""
+        return (await self._ready()).forward(data, loss_fn, loss_fn_config)
+
+    async def forward_backward_async(
+        self,
+        data: list[types.Datum],
+        loss_fn: types.LossFnType,
+        loss_fn_config: Mapping[str, float | str] | None = None,
+    ) -> tinker.APIFuture[types.ForwardBackwardOutput]:
+        """Give the future of `forward_backward`."""
+        return (await self._ready()).forward_backward(data, loss_fn, loss_fn_config)
+
+    async def forward_backward_custom_async(
+        self,
+        data: list[types.Datum],
+        loss_fn: LossFunction | tinker.LossHandle,
+        *,
+        loss_type_input: Literal["logprobs"] | None = None,
+    ) -> tinker.APIFuture[types.ForwardBackwardOutput]:
+        """Give the future of `forward_backward_custom`."""
+        return (await self._ready()).forward_backward_custom(data, loss_fn, loss_type_input=loss_type_input)
+
+    async def optim_step_async(
+        self, optim_params: types.OptimParams | None = None, *, adam_params: types.AdamParams | None = None
+    ) -> tinker.APIFuture[types.OptimStepResponse]:
+        """Give the future of `optim_step`."""
+        return (await self._ready()).optim_step(optim_params, adam_params=adam_params)
+
+    async def save_state_async(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: dict[str, str] | None = None,
+    ) -> tinker.APIFuture[types.SaveWeightsResponse]:
+        """Give the future of `save_state`."""
+        return (await self._ready()).save_state(name, ttl_seconds, overwrite, user_metadata)
+
+    async def load_state_async(
+        self, path: str, weights_access_token: str | None = None
+    ) -> tinker.APIFuture[types.LoadWeightsResponse]:
+        """Give the future of `load_state`."""
+        return (await self._ready()).load_state(path, weights_access_token)
+
+    async def load_state_with_optimizer_async(
+        self, path: str, weights_access_token: str | None = None
+    ) -> tinker.APIFuture[types.LoadWeightsResponse]:
+        """Give the future of `load_state_with_optimizer`."""
+        return (await self._ready()).load_state_with_optimizer(path, weights_access_token)
+
+    async def save_weights_for_sampler_async(
+        self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
+    ) -> tinker.APIFuture[types.SaveWeightsForSamplerResponse]:
+        """Give the future of `save_weights_for_sampler`."""
+        return (await self._ready()).save_weights_for_sampler(name, ttl_seconds, user_metadata)
+
+    async def save_weights_external_async(
+        self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: list[str] | None = None
+    ) -> tinker.APIFuture[types.SaveWeightsExternalResponse]:
+        """Give the future of `save_weights_external`."""
+        return (await self._ready()).save_weights_external(name, ttl_seconds, age_encryption_recipients)
+
+    async def get_info_async(self) -> types.GetInfoResponse:
+        """Return `get_info()`."""
+        return (await self._ready()).get_info()
+
+    async def create_sampling_client_async(
+        self, model_path: str, retry_config: RetryConfig | None = None, record_stability_info: bool = False
+    ) -> SamplingClient:
+        """Await `create_sampling_client`: gives the client."""
+        return await (await self._ready()).create_sampling_client(model_path, retry_config, record_stability_info)
 
     async def save_weights_and_get_sampling_client_async(
         self,
