@@ -30,7 +30,7 @@ class Watchdog:
         self._reported: weakref.WeakSet[Engine] = weakref.WeakSet()
 
     async def check(self, request: Request) -> Response:
-        """Answer GET /healthz: 200, or 503 with the engines that are stuck or dead. Waits for nothing."""
+        """Answer GET /healthz without a thread and without waiting: 200, or 503 with the stuck or dead engines."""
         checked = [(model, model.engine.health()) for model in base_models.loaded()]
         ill = [(model, health) for model, health in checked if health["state"] in _ILL]
         for model, health in checked:
