@@ -133,7 +133,7 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(name)
 
 
-# json.loads would make one for every body.
+# For every body: json.loads would make a decoder each time.
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
