@@ -8,7 +8,7 @@ import pytest
 import tinker
 
 import jax_client
-from jax_client.clients import rest
+from jax_client.runs import listings
 from support import fake_engine
 from support.fake_engine import MODEL, logprob, step
 
@@ -198,9 +198,9 @@ def test_copies_belong_to_a_project_and_to_nobody_else(loaded, tmp_path, monkeyp
 
 
 def test_listing_the_models_downloads_none(monkeypatch):
-    monkeypatch.setattr(rest, "known_models", lambda: ["far/away"])
-    monkeypatch.setattr(rest, "local_models", lambda: [])
-    monkeypatch.setattr(rest, "resolve", lambda name: pytest.fail("resolved"))
+    monkeypatch.setattr(listings, "known_models", lambda: ["far/away"])
+    monkeypatch.setattr(listings, "local_models", lambda: [])
+    monkeypatch.setattr(listings, "resolve", lambda name: pytest.fail("resolved"))
     (model,) = jax_client.RestClient().get_server_capabilities().result().supported_models
     assert (model.model_name, model.max_context_length, model.trainable) == ("far/away", None, True)
 
