@@ -55,6 +55,11 @@ class DoesNotFitError(RequestFailedError):
     """The device has too little free memory for a model or an adapter. Unload something and retry."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says first, or its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def shown(value: object, limit: int = 80) -> str:
     """Return `repr(value)`, cut to `limit` characters, for use in a message."""
     text = repr(value)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from jax_client.errors import BadRequestError, BadTypeError, shown
+
+# An object of JSON: text, finite numbers, truth values, None, lists and objects by name.
+JsonObject: TypeAlias = dict[str, Any]
 
 Kind = Literal["weights", "sampler_weights", "external_weights"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -121,6 +124,15 @@ class LoraSpec:
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as JSON has them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> LoraSpec:
+        """Undo `to_json`."""
+        return cls(**fields)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

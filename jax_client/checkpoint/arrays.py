@@ -16,7 +16,7 @@ DIRECTORY = "arrays"
 _GROUPS = ("weights", "mu", "nu")
 
 
-def flatten(state: AdapterState) -> dict[str, np.ndarray]:
+def group_arrays(state: AdapterState) -> dict[str, np.ndarray]:
     """Return the arrays of a state under "group/name", such as "weights/q.A".
 
     Raises:
@@ -36,8 +36,8 @@ def flatten(state: AdapterState) -> dict[str, np.ndarray]:
     return arrays
 
 
-def unflatten(arrays: Mapping[str, np.ndarray], spec: LoraSpec, step: int) -> AdapterState:
-    """Undo `flatten`; a group without arrays is None."""
+def ungroup_arrays(arrays: Mapping[str, np.ndarray], spec: LoraSpec, step: int) -> AdapterState:
+    """Undo `group_arrays`; a group without arrays is None."""
     groups = {
         group: {key.removeprefix(f"{group}/"): array for key, array in arrays.items() if key.startswith(f"{group}/")}
         for group in _GROUPS

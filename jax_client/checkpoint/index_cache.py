@@ -7,14 +7,16 @@ catalogue that is missing, damaged, locked or of another version costs time and 
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from jax_client.checkpoint.disk import sealed
 from jax_client.checkpoint.disk.sealed import DamagedError
 from jax_client.sqlite_file import SqliteFile, transaction
+from jax_client.values import JsonObject
 
 FILE_NAME = "catalogue.sqlite"
 # Every write is a favour to the next listing: not worth waiting long for another process.
@@ -22,8 +24,10 @@ BUSY_SECONDS = 0.2
 
 Table = Literal["runs", "checkpoints"]
 # Run, kind, name; a run's own entry has no kind and no name.
-Key = tuple[str, str, str]
+Row = tuple[str, str, str]
 Stamp = str
+# The stamp of a file that is not there.
+ABSENT = "-"
 
 # Older versions need no migration: what they remembered is read from the files again.
 _TABLES = "".join(
@@ -57,10 +61,10 @@ class IndexCache:
     def look_up(
         self,
         table: Table,
-        stamps: Mapping[Key, Stamp],
-        read: Callable[[Key], Mapping[str, Any] | None],
+        stamps: Mapping[Row, Stamp],
+        read: Callable[[Row], JsonObject | None],
         run_id: str | None = None,
-    ) -> list[Mapping[str, Any]]:
+    ) -> list[JsonObject]:
         """Return the entry of each key: what is remembered where the stamp fits, else what `read` says, remembered.
 
         Args:
@@ -70,8 +74,8 @@ class IndexCache:
             run_id: all keys are of this run; None says that they are all there are, so that others are forgotten.
         """
         known = self._remembered(table, run_id)
-        new: list[tuple[Key, Stamp, bytes]] = []
-        found: list[Mapping[str, Any]] = []
+        new: list[tuple[Row, Stamp, bytes]] = []
+        found: list[JsonObject] = []
         for key, stamp in stamps.items():
             entry = _open(known.pop(key, None), key, stamp)
             if entry is None:
@@ -88,7 +92,7 @@ class IndexCache:
         """Delete the file; the next listing makes it anew."""
         self._file.delete()
 
-    def _remembered(self, table: Table, run_id: str | None) -> dict[Key, tuple[Stamp, bytes]]:
+    def _remembered(self, table: Table, run_id: str | None) -> dict[Row, tuple[Stamp, bytes]]:
         if not self._file.path.exists():
             return {}
         where, values = ("", ()) if run_id is None else (" WHERE run = ?", (run_id,))
@@ -102,7 +106,7 @@ class IndexCache:
         rows = self._file.use(work, [])
         return {(run, kind, name): (stamp, entry) for run, kind, name, stamp, entry in rows}
 
-    def _remember(self, table: Table, new: Iterable[tuple[Key, Stamp, bytes]], gone: Collection[Key]) -> None:
+    def _remember(self, table: Table, new: Iterable[tuple[Row, Stamp, bytes]], gone: Collection[Row]) -> None:
         rows = [(*key, stamp, entry) for key, stamp, entry in new]
 
         def work(database: sqlite3.Connection) -> None:
@@ -113,7 +117,7 @@ class IndexCache:
         self._file.use(work, None)
 
 
-def _open(remembered: tuple[Stamp, bytes] | None, key: Key, stamp: Stamp) -> Mapping[str, Any] | None:
+def _open(remembered: tuple[Stamp, bytes] | None, key: Row, stamp: Stamp) -> JsonObject | None:
     if remembered is None or remembered[0] != stamp or not isinstance(remembered[1], bytes):
         return None
     try:
@@ -121,3 +125,16 @@ def _open(remembered: tuple[Stamp, bytes] | None, key: Key, stamp: Stamp) -> Map
     except DamagedError:
         return None
     return content["entry"] if tuple(content["key"]) == key else None
+
+
+def stamp(*paths: Path) -> Stamp:
+    """Return a text that changes whenever one of the files is replaced."""
+    return "|".join(_stamp_of(path) for path in paths)
+
+
+def _stamp_of(path: Path) -> str:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ABSENT
+    return f"{path.parent.name}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"

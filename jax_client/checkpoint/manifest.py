@@ -17,7 +17,7 @@ from jax_client.checkpoint.disk import files, sealed
 from jax_client.checkpoint.disk.hashes import EarlyHashes
 from jax_client.checkpoint.disk.sealed import DamagedError
 from jax_client.errors import UnsupportedError
-from jax_client.values import CheckpointKey, LoraSpec
+from jax_client.values import CheckpointKey, JsonObject, LoraSpec
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -91,19 +91,19 @@ def read(directory: Path) -> Manifest:
             "Upgrade jax_client to the version that wrote it, or a later one."
         )
     key, content = split_key(content)
-    content["spec"] = LoraSpec(**content["spec"])
+    content["spec"] = LoraSpec.from_json(content["spec"])
     content["arrays"] = {name: tuple(shape) for name, shape in content["arrays"].items()}
     content["files"] = {name: (size, digest) for name, (size, digest) in content["files"].items()}
     return Manifest(key=key, **content)
 
 
-def split_key(fields: Mapping[str, Any]) -> tuple[CheckpointKey, dict[str, Any]]:
+def split_key(fields: Mapping[str, Any]) -> tuple[CheckpointKey, JsonObject]:
     """Return the key that JSON has as run_id, kind and name, and the other fields."""
     others = dict(fields)
     return CheckpointKey(others.pop("run_id"), others.pop("kind"), others.pop("name")), others
 
 
-def _to_json(manifest: Manifest) -> dict[str, Any]:
+def _to_json(manifest: Manifest) -> JsonObject:
     fields = asdict(manifest)
     return {"format": FORMAT_VERSION, **fields.pop("key"), **fields}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_client.checkpoint import manifest
-from jax_client.checkpoint.names import place
+from jax_client.checkpoint.disk.names import place
 from jax_client.errors import BadRequestError
 from jax_client.values import CheckpointKey
 
@@ -67,15 +67,15 @@ class Mirror:
 
         self._later(below, work)
 
-    def push_label(self, key: CheckpointKey, label: Path) -> None:
-        """Copy a label to the newest version."""
+    def push_tags(self, key: CheckpointKey, tags: Path) -> None:
+        """Copy the file of tags to the newest version."""
 
         def work() -> None:
             found = self._versions(place(key))
             if found:
-                self._fs.pipe_file(f"{found[-1]}/{label.name}", label.read_bytes())
+                self._fs.pipe_file(f"{found[-1]}/{tags.name}", tags.read_bytes())
 
-        self._later(f"{place(key)}/{label.name}", work)
+        self._later(f"{place(key)}/{tags.name}", work)
 
     def delete(self, key: CheckpointKey) -> None:
         """Delete the copy of a checkpoint, manifests first, so that no half of it is ever restored."""

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from jax_client.checkpoint.disk import files, run_lock, sealed
-from jax_client.checkpoint.disk.run_lock import Owner, RunLock
+from jax_client.checkpoint.disk.names import run_directory, run_ids
+from jax_client.checkpoint.disk.run_lock import LockHolder, RunLock
 from jax_client.checkpoint.disk.sealed import DamagedError
-from jax_client.checkpoint.index_cache import FILE_NAME as CATALOGUE
-from jax_client.checkpoint.index_cache import IndexCache, Key, Stamp
+from jax_client.checkpoint.index_cache import ABSENT, IndexCache, Row, stamp
+from jax_client.checkpoint.index_cache import FILE_NAME as INDEX_FILE
 from jax_client.checkpoint.mirror import Mirror
-from jax_client.checkpoint.names import children, run_directory, run_id_of
-from jax_client.errors import NotFoundError, RequestFailedError
+from jax_client.errors import NotFoundError, RequestFailedError, first_line
+from jax_client.values import JsonObject
 
 logger = logging.getLogger(__name__)
 
 _RUN_FILE = "run.json"
 
-Runs: TypeAlias = list[tuple[str, dict[str, Any]]]
+Runs: TypeAlias = list[tuple[str, JsonObject]]
 
 
 class StateDirectory:
@@ -38,10 +37,10 @@ class StateDirectory:
     def __init__(self, state_dir: Path, mirror: str | None = None) -> None:
         state_dir = Path(state_dir).absolute()
         self._runs = state_dir / "runs"
-        self._catalogue = IndexCache(state_dir / CATALOGUE)
+        self._index = IndexCache(state_dir / INDEX_FILE)
         self._mirror = None if mirror is None else Mirror(mirror)
 
-    def put_run(self, run_id: str, metadata: dict[str, Any]) -> None:
+    def put_run(self, run_id: str, metadata: JsonObject) -> None:
         """Keep what is known of a run, durably, replacing what was kept before.
 
         Raises:
@@ -51,7 +50,7 @@ class StateDirectory:
         directory = run_directory(self._runs, run_id)
         data = sealed.seal({"run_id": run_id, "metadata": metadata}, "metadata")
         try:
-            self._make(directory)
+            files.make_directories(directory, self._runs.parent)
             with files.locked(directory):
                 files.replace(directory / _RUN_FILE, data)
         except OSError as error:
@@ -61,7 +60,7 @@ class StateDirectory:
         if self._mirror is not None:
             self._mirror.push_file(f"{directory.name}/{_RUN_FILE}", directory / _RUN_FILE)
 
-    def run(self, run_id: str) -> dict[str, Any]:
+    def run(self, run_id: str) -> JsonObject:
         """Return what was kept of a run.
 
         Raises:
@@ -92,22 +91,22 @@ class StateDirectory:
 
     def runs(self) -> Runs:
         """Return every run with what was kept of it; a damaged entry is logged, not listed."""
-        paths = {(run_id, "", ""): run_directory(self._runs, run_id) / _RUN_FILE for run_id in self._run_ids()}
-        stamps = {key: text for key, path in paths.items() if (text := stamp(path)) != _ABSENT}
+        paths = {(run_id, "", ""): run_directory(self._runs, run_id) / _RUN_FILE for run_id in run_ids(self._runs)}
+        stamps = {key: text for key, path in paths.items() if (text := stamp(path)) != ABSENT}
 
-        def read(key: Key) -> Mapping[str, Any] | None:
+        def read(row: Row) -> JsonObject | None:
             try:
-                return {"run_id": key[0], "metadata": self.run(key[0])}
+                return {"run_id": row[0], "metadata": self.run(row[0])}
             except NotFoundError:
                 return None
             except RequestFailedError as error:
                 logger.warning("%s", error)
                 return None
 
-        return [(entry["run_id"], entry["metadata"]) for entry in self._catalogue.look_up("runs", stamps, read)]
+        return [(entry["run_id"], entry["metadata"]) for entry in self._index.look_up("runs", stamps, read)]
 
-    def claim(self, run_id: str) -> RunLock:
-        """Open a run for this process alone, until the claim is released.
+    def lock_run(self, run_id: str) -> RunLock:
+        """Open a run for this process alone, until the lock is released.
 
         Raises:
             BadRequestError: a malformed id.
@@ -116,8 +115,8 @@ class StateDirectory:
         """
         directory = run_directory(self._runs, run_id)
         try:
-            self._make(directory)
-            return run_lock.claim(directory)
+            files.make_directories(directory, self._runs.parent)
+            return run_lock.acquire(directory)
         except run_lock.RunLockedError as error:
             raise RequestFailedError(
                 f"run {run_id} is open in {error}. Close it there, or go on from one of its checkpoints, which makes a "
@@ -129,42 +128,14 @@ class StateDirectory:
                 f"run {run_id} could not be opened: {first_line(error)}. Check that {directory} is writable."
             ) from error
 
-    def owner(self, run_id: str) -> Owner | None:
+    def lock_holder(self, run_id: str) -> LockHolder | None:
         """Return the process that has a run open."""
-        return run_lock.owner(run_directory(self._runs, run_id))
+        return run_lock.lock_holder(run_directory(self._runs, run_id))
 
     def flush_mirror(self, timeout: float | None = None) -> bool:
         """Wait until the mirror has everything, `timeout` seconds at most; return whether it has."""
         return self._mirror is None or self._mirror.flush(timeout)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Return how the mirror does; nothing without one."""
         return {} if self._mirror is None else {"mirror": self._mirror.describe()}
-
-    def _make(self, directory: Path) -> None:
-        files.make_directories(directory, self._runs.parent)
-
-    def _run_ids(self) -> list[str]:
-        ids = (run_id_of(path) for path in children(self._runs))
-        return sorted(run_id for run_id in ids if run_id is not None)
-
-
-_ABSENT = "-"
-
-
-def stamp(*paths: Path) -> Stamp:
-    """Return a text that changes whenever one of the files is replaced."""
-    return "|".join(_stamp_of(path) for path in paths)
-
-
-def _stamp_of(path: Path) -> str:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return _ABSENT
-    return f"{path.parent.name}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says first, or its class."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,99 +1,43 @@
-"""How does each call leave the checkpoints under a state directory whole? `names` says where they are.
+"""What can be done with the checkpoints under a state directory? They are saved, read, listed, copied and deleted.
 
-A save fills a temporary directory, writes the manifest last, waits for the disk, and then renames the directory to
-the next number: this rename is the commit. Only after it is an older version removed, so that a kill at any point
-leaves the old or the new one whole. The files are the truth: a listing remembers what manifests said, a mirror copies
-them. None of this starts a jax backend.
+The files are the truth: `writing` commits them, `reading` finds them, a listing remembers what manifests said, and a
+mirror copies them. `disk/names` says where they are. None of this starts a jax backend.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, astuple, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias
 
 from jax_client.checkpoint import arrays as array_files
 from jax_client.checkpoint import manifest, tags
-from jax_client.checkpoint.disk import clock, files, sealed
+from jax_client.checkpoint.disk import clock, files
 from jax_client.checkpoint.disk.clock import Deadline
-from jax_client.checkpoint.disk.hashes import EarlyHashes
+from jax_client.checkpoint.disk.names import checkpoint_directory, newest_version, run_directory, run_ids
 from jax_client.checkpoint.disk.sealed import DamagedError
-from jax_client.checkpoint.index_cache import Key
-from jax_client.checkpoint.manifest import Manifest, split_key
-from jax_client.checkpoint.names import checkpoint_directory, children, newest_version, run_directory, versions
-from jax_client.checkpoint.state_directory import StateDirectory, first_line, stamp
+from jax_client.checkpoint.index_cache import Row, stamp
+from jax_client.checkpoint.manifest import Manifest
+from jax_client.checkpoint.reading import CheckpointReader, read_manifest
+from jax_client.checkpoint.record import Record
+from jax_client.checkpoint.state_directory import StateDirectory
 from jax_client.checkpoint.tags import Tags
-from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, RequestFailedError, UnsupportedError
-from jax_client.values import KINDS, AdapterState, CheckpointKey, Kind, is_name
+from jax_client.checkpoint.writing import CheckpointWriter, Draft, Fill
+from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError, UnsupportedError, first_line
+from jax_client.values import AdapterState, CheckpointKey, JsonObject
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 EXPORT_DIRECTORY = "files"
-# Manifest, directories, and what the file system needs for itself.
-_SPARE_BYTES = 2**20
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Record:
-    """One checkpoint.
-
-    Attributes:
-        key: its run, kind and name.
-        created: unix seconds.
-        step: optimizer steps taken.
-        size_bytes: on disk.
-        metadata: what the saver gave, JSON.
-        expires_at: unix seconds, None for never.
-        public: as `set_public` left it.
-    """
-
-    key: CheckpointKey
-    created: float
-    step: int
-    size_bytes: int
-    metadata: dict[str, Any]
-    expires_at: float | None = None
-    public: bool = False
-
-    @property
-    def run_id(self) -> str:
-        """The run of the key."""
-        return self.key.run_id
-
-    @property
-    def kind(self) -> Kind:
-        """The kind of the key."""
-        return self.key.kind
-
-    @property
-    def name(self) -> str:
-        """The name of the key."""
-        return self.key.name
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON has it, its key as three fields."""
-        fields = asdict(self)
-        return fields.pop("key") | fields
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Record:
-        """Undo `to_json`."""
-        key, others = split_key(fields)
-        return cls(key=key, **others)
-
 
 # Named here, because inside the class `list` is a method.
 Records: TypeAlias = list[Record]
 Keys: TypeAlias = list[CheckpointKey]
-Fill: TypeAlias = Callable[[Path], None]
 
 
 class CheckpointStore(StateDirectory):
@@ -109,14 +53,15 @@ class CheckpointStore(StateDirectory):
 
     def __init__(self, state_dir: Path, mirror: str | None = None) -> None:
         super().__init__(state_dir, mirror)
-        self._swept = False
+        self._reader = CheckpointReader(self._runs, self._mirror)
+        self._writer = CheckpointWriter(self._runs, self._mirror)
 
     def save(
         self,
         *,
         key: CheckpointKey,
         state: AdapterState,
-        metadata: dict[str, Any],
+        metadata: JsonObject,
         overwrite: bool = False,
         ttl_seconds: float | None = None,
     ) -> Record:
@@ -128,18 +73,23 @@ class CheckpointStore(StateDirectory):
                 (category server); earlier checkpoints are as they were.
             UnsupportedError: the file system has no locks.
         """
-        arrays = array_files.flatten(state)
-        draft = _draft(key, state, metadata)
-        draft = replace(draft, arrays={name: array.shape for name, array in arrays.items()})
-        fill = lambda directory: array_files.write(directory / array_files.DIRECTORY, arrays)  # noqa: E731
-        return self._commit(draft, fill, array_files.size_bytes(arrays), overwrite, ttl_seconds)
+        arrays = array_files.group_arrays(state)
+        shapes = {name: array.shape for name, array in arrays.items()}
+        draft = Draft(
+            manifest=_manifest(key, state, metadata, shapes),
+            fill=lambda directory: array_files.write(directory / array_files.DIRECTORY, arrays),
+            size_bytes=array_files.size_bytes(arrays),
+            overwrite=overwrite,
+            ttl_seconds=ttl_seconds,
+        )
+        return self._writer.commit(draft)
 
     def save_files(
         self,
         *,
         key: CheckpointKey,
         state: AdapterState,
-        metadata: dict[str, Any],
+        metadata: JsonObject,
         write: Fill,
         size_bytes: int,
         ttl_seconds: float | None = None,
@@ -163,8 +113,8 @@ class CheckpointStore(StateDirectory):
             write(directory / EXPORT_DIRECTORY)
 
         _check_export(key)
-        draft = _draft(key, state, metadata)
-        return self._commit(draft, fill, size_bytes, overwrite=False, ttl_seconds=ttl_seconds)
+        found = _manifest(key, state, metadata, {})
+        return self._writer.commit(Draft(manifest=found, fill=fill, size_bytes=size_bytes, ttl_seconds=ttl_seconds))
 
     def copy(self, key: CheckpointKey, *, to_run: str, ttl_seconds: float | None = None) -> Record:
         """Copy a checkpoint into another run, under the same name; its files are shared.
@@ -174,7 +124,7 @@ class CheckpointStore(StateDirectory):
         """
 
         def work(version: Path) -> Record:
-            found = self._read_manifest(version, key)
+            found = read_manifest(version, key)
 
             def fill(directory: Path) -> None:
                 for part in (array_files.DIRECTORY, EXPORT_DIRECTORY):
@@ -183,103 +133,11 @@ class CheckpointStore(StateDirectory):
                 # What was linked, and not the source, whose name another process may have taken over meanwhile.
                 manifest.verify(directory, found)
 
-            draft = replace(found, key=replace(key, run_id=to_run))
-            return self._commit(draft, fill, found.size_bytes, False, ttl_seconds)
+            copied = replace(found, key=replace(key, run_id=to_run))
+            size = found.size_bytes
+            return self._writer.commit(Draft(manifest=copied, fill=fill, size_bytes=size, ttl_seconds=ttl_seconds))
 
-        return self._reading(key, work)
-
-    def _commit(
-        self, draft: Manifest, fill: Fill, size_bytes: int, overwrite: bool, ttl_seconds: float | None
-    ) -> Record:
-        key = draft.key
-        directory = checkpoint_directory(self._runs, key)
-        run_place = run_directory(self._runs, key.run_id)
-        sealed.seal({"metadata": draft.metadata}, "metadata")
-        try:
-            self._make(run_place)
-            self._sweep_once()
-            with files.locked(run_place):
-                if not overwrite:
-                    self._refuse_taken(directory, draft)
-                record = self._write_version(directory, draft, fill, size_bytes, ttl_seconds)
-        except (JaxClientError, DamagedError):
-            raise
-        except Exception as error:
-            # Orbax reports a failed write as ValueError, the system as OSError.
-            raise RequestFailedError(
-                f"{key.in_words} was not saved: {first_line(error)}. It needs about "
-                f"{size_bytes} bytes under {self._runs}, {files.free_bytes(self._runs)} are free. "
-                "Earlier checkpoints are as they were; make room or check the disk, and save again."
-            ) from error
-        version = newest_version(directory)
-        if self._mirror is not None and version is not None:
-            self._mirror.push(key, version)
-        return record
-
-    def _refuse_taken(self, directory: Path, draft: Manifest) -> None:
-        version = newest_version(directory)
-        if version is None:
-            return
-        try:
-            taken = manifest.read(version)
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(taken.created))
-            state = f"from step {taken.step}, saved {when}"
-        except (DamagedError, UnsupportedError) as error:
-            state = f"but cannot be read: {error}"
-        raise RequestFailedError(
-            f"{draft.key.in_words} exists already ({state}); pass overwrite=True "
-            "where the call takes it, or choose another name.",
-            category="user",
-        )
-
-    def _write_version(
-        self, directory: Path, draft: Manifest, fill: Fill, size_bytes: int, ttl_seconds: float | None
-    ) -> Record:
-        self._make(directory)
-        need, free = size_bytes + _SPARE_BYTES, files.free_bytes(directory)
-        if need > free:
-            raise OSError(f"{need} bytes are needed, {free} are free")
-        older = versions(directory)
-        number = int(older[-1].name) + 1 if older else 1
-        expires = None if ttl_seconds is None else Deadline.after(ttl_seconds, clock.now())
-        # An overwrite is the same checkpoint to those it was published to.
-        tag = Tags(expires=expires, public=bool(older) and tags.read_or_none_set(older[-1]).public)
-        with files.temporary_directory(directory) as temporary:
-            with EarlyHashes(temporary) as hashes:
-                fill(temporary)
-            written = manifest.write(temporary, draft, hashes)
-            if tag != Tags():
-                tags.write(temporary, tag)
-            files.fsync_tree(temporary)
-            version = directory / f"{number:06d}"
-            try:
-                files.move(temporary, version)
-            except OSError:
-                # Renamed perhaps, but not durably: what is reported as not saved must not be there.
-                if version.exists():
-                    _remove_quietly(version)
-                raise
-        for path in older:
-            _remove_quietly(path)
-        return _record(written, tag)
-
-    def _sweep_once(self) -> None:
-        """Remove the leftovers of crashes, except in runs that another process is writing."""
-        if self._swept:
-            return
-        self._swept = True
-        for run_id in self._run_ids():
-            directory = run_directory(self._runs, run_id)
-            # Another user's run that cannot be tidied is no reason to refuse a save.
-            with contextlib.suppress(OSError), files.locked(directory, wait=False) as held:
-                if held:
-                    places = [directory]
-                    for kind in KINDS:
-                        for child in children(directory / kind):
-                            places += [child, *versions(child)]
-                        places.append(directory / kind)
-                    for place in places:
-                        files.sweep(place)
+        return self._reader.read(key, work)
 
     def load(self, key: CheckpointKey) -> tuple[AdapterState, Record]:
         """Read a checkpoint after comparing every file with its hash.
@@ -298,38 +156,38 @@ class CheckpointStore(StateDirectory):
 
         def read(version: Path) -> tuple[AdapterState, Record]:
             with files.reading(version / manifest.FILE_NAME):
-                found = self._read_manifest(version, key)
+                found = read_manifest(version, key)
                 manifest.verify(version, found)
                 restored = array_files.read(version / array_files.DIRECTORY)
             shapes = {name: array.shape for name, array in restored.items()}
             if shapes != found.arrays or any(array.dtype != "float32" for array in restored.values()):
                 raise DamagedError(f"{version / array_files.DIRECTORY} holds other arrays than its manifest lists")
             tag = tags.read_or_none_set(version)
-            return array_files.unflatten(restored, found.spec, found.step), _record(found, tag)
+            return array_files.ungroup_arrays(restored, found.spec, found.step), Record.of(found, tag)
 
-        return self._reading(key, read)
+        return self._reader.read(key, read)
 
     def record(self, key: CheckpointKey) -> Record:
         """Return what is known of a checkpoint; its arrays are not looked at. Raises as `load` does."""
 
         def read(version: Path) -> Record:
-            found = self._read_manifest(version, key)
-            return _record(found, tags.read_or_none_set(version))
+            found = read_manifest(version, key)
+            return Record.of(found, tags.read_or_none_set(version))
 
-        return self._reading(key, read)
+        return self._reader.read(key, read)
 
     def verify(self, key: CheckpointKey) -> Record:
         """Compare every file of a checkpoint with its hash, without reading arrays. Raises as `load` does."""
 
         def check(version: Path) -> tuple[Record, str]:
-            found = self._read_manifest(version, key)
+            found = read_manifest(version, key)
             manifest.verify(version, found)
             try:
-                return _record(found, tags.read(version)), ""
+                return Record.of(found, tags.read(version)), ""
             except DamagedError as error:
-                return _record(found, Tags()), str(error)
+                return Record.of(found, Tags()), str(error)
 
-        record, problem = self._reading(key, check)
+        record, problem = self._reader.read(key, check)
         if problem:
             raise RequestFailedError(
                 f"{key.in_words} can be loaded, but {problem}. Until its lifetime or "
@@ -339,15 +197,14 @@ class CheckpointStore(StateDirectory):
 
     def exported_files(self, key: CheckpointKey) -> dict[str, Path]:
         """Return the files of an export after comparing them with their hashes, by name. Raises as `load` does."""
-
         _check_export(key)
 
         def check(version: Path) -> dict[str, Path]:
-            found = self._read_manifest(version, key)
+            found = read_manifest(version, key)
             manifest.verify(version, found)
             return {file.removeprefix(f"{EXPORT_DIRECTORY}/"): version / file for file in found.files}
 
-        return self._reading(key, check)
+        return self._reader.read(key, check)
 
     def exists(self, key: CheckpointKey) -> bool:
         """Return whether a checkpoint of this name is on this disk."""
@@ -355,52 +212,51 @@ class CheckpointStore(StateDirectory):
 
     def list(self, run_id: str | None = None) -> Records:
         """Return the checkpoints of a run, or of all, oldest first; one with a damaged manifest is logged instead."""
-        ids = self._run_ids() if run_id is None else [run_id]
-        places = {key: version for one in ids for key, version in self._newest_versions(one)}
-        stamps = {
-            astuple(key): stamp(version / manifest.FILE_NAME, version / tags.FILE_NAME)
-            for key, version in places.items()
-        }
+        ids = run_ids(self._runs) if run_id is None else [run_id]
+        keys, stamps = {}, {}
+        for key, version in (found for one in ids for found in self._reader.newest_versions(one)):
+            keys[astuple(key)] = key
+            stamps[astuple(key)] = stamp(version / manifest.FILE_NAME, version / tags.FILE_NAME)
 
-        def read(row: Key) -> Mapping[str, Any] | None:
+        def read(row: Row) -> JsonObject | None:
             try:
-                return self.record(CheckpointKey(*row)).to_json()
+                return self.record(keys[row]).to_json()
             except (NotFoundError, UnsupportedError, RequestFailedError) as error:
                 logger.warning("%s", error)
                 return None
 
-        found = self._catalogue.look_up("checkpoints", stamps, read, run_id)
+        found = self._index.look_up("checkpoints", stamps, read, run_id)
         records = [Record.from_json(entry) for entry in found]
         return sorted(records, key=lambda record: (record.created, record.key))
 
     def everything(self) -> Keys:
         """Return the key of every checkpoint, those too whose manifest is damaged; only names are read."""
-        return [key for run_id in self._run_ids() for key, _ in self._newest_versions(run_id)]
+        return [key for run_id in run_ids(self._runs) for key, _ in self._reader.newest_versions(run_id)]
 
     def set_ttl(self, key: CheckpointKey, ttl_seconds: float | None) -> Record:
         """Let a checkpoint end `ttl_seconds` from now, or never (None). Raises as `delete` does."""
         expires = None if ttl_seconds is None else Deadline.after(ttl_seconds, clock.now())
-        return self._relabel(key, lambda tag: replace(tag, expires=expires))
+        return self._set_tags(key, lambda tag: replace(tag, expires=expires))
 
     def set_public(self, key: CheckpointKey, public: bool) -> Record:
         """Publish a checkpoint, or take that back. Raises as `delete` does."""
-        return self._relabel(key, lambda tag: replace(tag, public=public))
+        return self._set_tags(key, lambda tag: replace(tag, public=public))
 
-    def _relabel(self, key: CheckpointKey, change: Callable[[Tags], Tags]) -> Record:
+    def _set_tags(self, key: CheckpointKey, change: Callable[[Tags], Tags]) -> Record:
         self.record(key)
         directory = checkpoint_directory(self._runs, key)
         try:
             with files.locked(run_directory(self._runs, key.run_id)):
                 version = newest_version(directory)
                 if version is None:
-                    raise self._not_found(key)
+                    raise self._reader.not_found(key)
                 tags.write(version, change(tags.read_or_none_set(version)))
         except OSError as error:
             raise RequestFailedError(
                 f"{key.in_words} was not changed: {first_line(error)}. Check that {directory} is writable and has room."
             ) from error
         if self._mirror is not None:
-            self._mirror.push_label(key, version / tags.FILE_NAME)
+            self._mirror.push_tags(key, version / tags.FILE_NAME)
         return self.record(key)
 
     def delete(self, key: CheckpointKey) -> None:
@@ -412,12 +268,12 @@ class CheckpointStore(StateDirectory):
         """
         directory = checkpoint_directory(self._runs, key)
         if newest_version(directory) is None:
-            raise self._not_found(key)
+            raise self._reader.not_found(key)
         try:
             with files.locked(run_directory(self._runs, key.run_id)):
                 files.remove(directory)
         except FileNotFoundError:
-            raise self._not_found(key) from None
+            raise self._reader.not_found(key) from None
         except OSError as error:
             raise RequestFailedError(
                 f"{key.in_words} was not deleted: {first_line(error)}. Check that {directory.parent} is writable."
@@ -433,134 +289,18 @@ class CheckpointStore(StateDirectory):
             directory = checkpoint_directory(self._runs, record.key)
             try:
                 with files.locked(run_directory(self._runs, record.run_id), wait=False) as held:
-                    if held and self._ends_now(directory):
+                    if held and _ends_now(directory):
                         files.remove(directory)
                         if self._mirror is not None:
                             self._mirror.delete(record.key)
             except OSError as error:
                 logger.warning("the expired checkpoint %s could not be deleted: %s", directory, error)
 
-    def _ends_now(self, directory: Path) -> bool:
-        version, moment = newest_version(directory), clock.now()
-        if version is None:
-            return False
-        tag = tags.read_or_none_set(version)
-        if tag.expires is None:
-            return False
-        if not tag.expires.passed(moment):
-            observed = tag.expires.observed(moment)
-            if observed != tag.expires:
-                tags.write(version, replace(tag, expires=observed))
-            return False
-        return not files.is_read(version / manifest.FILE_NAME)
-
     def repair(self) -> int:
         """Make the catalogue anew from the files; return how many checkpoints there are."""
-        self._catalogue.forget_all()
+        self._index.forget_all()
         self.runs()
         return len(self.list())
-
-    def _newest_versions(self, run_id: str) -> Iterator[tuple[CheckpointKey, Path]]:
-        try:
-            for kind in KINDS:
-                for directory in children(run_directory(self._runs, run_id) / kind):
-                    version = newest_version(directory) if is_name(directory.name) else None
-                    if version is not None:
-                        yield CheckpointKey(run_id, kind, directory.name), version
-        except OSError as error:  # such as another user's run; the others are no worse for it
-            logger.warning("the checkpoints of run %s could not be listed: %s", run_id, first_line(error))
-
-    def _read_manifest(self, version: Path, key: CheckpointKey) -> Manifest:
-        found = manifest.read(version)
-        if found.key != key:
-            raise DamagedError(
-                f"{version / manifest.FILE_NAME} is that of {found.key.checkpoint_id} of run {found.key.run_id}"
-            )
-        return found
-
-    def _reading(self, key: CheckpointKey, read: Callable[[Path], T]) -> T:
-        directory = checkpoint_directory(self._runs, key)
-        while True:
-            version = newest_version(directory) or self._restored(directory, key)
-            if version is None:
-                raise self._not_found(key)
-            identity = _identity(version)
-            try:
-                found = read(version)
-                # A name that was deleted and saved again has the same numbers; parts of both may have been read.
-                if _identity(version) in (identity, None):
-                    return found
-            except JaxClientError:
-                raise
-            except Exception as error:
-                # An overwrite or delete by another thread or process takes files away under a reader.
-                if newest_version(directory) != version or _identity(version) != identity:
-                    continue
-                good = self._newest_good(key)
-                raise RequestFailedError(
-                    f"{key.in_words} cannot be loaded: {first_line(error)}. "
-                    + (
-                        f"The newest good checkpoint of this run is {good}."
-                        if good
-                        else "This run has no other good one."
-                    )
-                ) from error
-
-    def _restored(self, directory: Path, key: CheckpointKey) -> Path | None:
-        """Bring a checkpoint back from the mirror; None if it has none."""
-        if self._mirror is None:
-            return None
-        try:
-            self._make(directory)
-            with (
-                files.locked(run_directory(self._runs, key.run_id)),
-                files.temporary_directory(directory) as temporary,
-            ):
-                # Another process may have brought it back while this one waited.
-                if (version := newest_version(directory)) is not None:
-                    return version
-                if not self._mirror.fetch(key, temporary):
-                    return None
-                manifest.verify(temporary, self._read_manifest(temporary, key))
-                files.fsync_tree(temporary)
-                files.move(temporary, directory / "000001")
-        except Exception as error:
-            raise RequestFailedError(
-                f"{key.in_words} is not on this disk and could not be brought back from "
-                f"{self._mirror.url}: {first_line(error)}."
-            ) from error
-        finally:
-            # Neither a name that is nowhere nor a failure leaves an empty directory.
-            for place in (directory, directory.parent):
-                with contextlib.suppress(OSError):
-                    os.rmdir(place)
-        logger.info("%s was brought back from %s", key.in_words, self._mirror.url)
-        return directory / "000001"
-
-    def _newest_good(self, key: CheckpointKey) -> str | None:
-        candidates = []
-        for other, version in self._newest_versions(key.run_id):
-            if other == key:
-                continue
-            try:
-                candidates.append((version, self._read_manifest(version, other)))
-            except (DamagedError, UnsupportedError):
-                continue
-        # One that can be loaded the same way comes before a newer one of the other kind.
-        candidates.sort(key=lambda candidate: (candidate[1].key.kind == key.kind, candidate[1].created), reverse=True)
-        for version, found in candidates:
-            try:
-                manifest.verify(version, found)
-                return found.key.checkpoint_id
-            except DamagedError:
-                continue
-        return None
-
-    def _not_found(self, key: CheckpointKey) -> NotFoundError:
-        places = children(run_directory(self._runs, key.run_id) / key.kind)
-        names = [path.name for path in places if newest_version(path)]
-        others = f"of this kind it has {', '.join(names)}" if names else "it has none of this kind"
-        return NotFoundError(f"run {key.run_id!r} has no checkpoint {key.checkpoint_id} under {self._runs}; {others}.")
 
 
 def _check_export(key: CheckpointKey) -> None:
@@ -568,41 +308,29 @@ def _check_export(key: CheckpointKey) -> None:
         raise BadRequestError(f"{key.in_words} is no export; give a key of kind external_weights.")
 
 
-def _draft(key: CheckpointKey, state: AdapterState, metadata: dict[str, Any]) -> Manifest:
+def _manifest(
+    key: CheckpointKey, state: AdapterState, metadata: JsonObject, arrays: Mapping[str, tuple[int, ...]]
+) -> Manifest:
     return Manifest(
         key=key,
         created=time.time(),
         spec=state.spec,
         step=state.step,
-        arrays={},
+        arrays=arrays,
         metadata=metadata,
     )
 
 
-def _record(found: Manifest, tag: Tags) -> Record:
-    return Record(
-        key=found.key,
-        created=found.created,
-        step=found.step,
-        size_bytes=found.size_bytes,
-        metadata=dict(found.metadata),
-        expires_at=None if tag.expires is None else tag.expires.wall,
-        public=tag.public,
-    )
-
-
-def _identity(version: Path) -> tuple[int, int] | None:
-    """Return what tells a version from another one of the same number, None if it is gone."""
-    try:
-        found = os.stat(version / manifest.FILE_NAME)
-    except OSError:
-        return None
-    return found.st_ino, found.st_ctime_ns
-
-
-def _remove_quietly(directory: Path) -> None:
-    # The commit is done: what cannot be removed now is removed by a later save.
-    try:
-        files.remove(directory)
-    except OSError as error:
-        logger.warning("the older version %s could not be removed: %s", directory, error)
+def _ends_now(directory: Path) -> bool:
+    version, moment = newest_version(directory), clock.now()
+    if version is None:
+        return False
+    tag = tags.read_or_none_set(version)
+    if tag.expires is None:
+        return False
+    if not tag.expires.passed(moment):
+        observed = tag.expires.observed(moment)
+        if observed != tag.expires:
+            tags.write(version, replace(tag, expires=observed))
+        return False
+    return not files.is_read(version / manifest.FILE_NAME)

@@ -1,6 +1,6 @@
 """What about a checkpoint can change after it is saved? When it ends, and whether it is public.
 
-A label is a sealed file beside the manifest of a version, and not part of what the manifest lists. Without a file
+They are in a sealed file beside the manifest of a version, and not part of what the manifest lists. Without a file
 nothing was ever set. A damaged one counts as none: it neither deletes a checkpoint nor makes it public.
 """
 
@@ -27,13 +27,13 @@ class Tags:
     public: bool = False
 
 
-def write(version: Path, label: Tags) -> None:
-    """Set the label of a version, durably: a reader sees the old or the new one."""
-    files.replace(version / FILE_NAME, sealed.seal(asdict(label), "label"))
+def write(version: Path, tags: Tags) -> None:
+    """Set the tags of a version, durably: a reader sees the old or the new one."""
+    files.replace(version / FILE_NAME, sealed.seal(asdict(tags), "label"))
 
 
 def read(version: Path) -> Tags:
-    """Read the label of a version.
+    """Read the tags of a version.
 
     Raises:
         DamagedError: it is damaged.
@@ -49,7 +49,7 @@ def read(version: Path) -> Tags:
 
 
 def read_or_none_set(version: Path) -> Tags:
-    """Read the label of a version; a damaged one is logged and counts as none."""
+    """Read the tags of a version; damaged ones are logged and count as none."""
     try:
         return read(version)
     except DamagedError as error:

@@ -16,7 +16,8 @@ from jax_client.cli.options import CheckpointPath, find_run, json_option, open_s
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError, UnsupportedError
 
 if TYPE_CHECKING:
-    from jax_client.checkpoint.store import CheckpointStore, Record
+    from jax_client.checkpoint.record import Record
+    from jax_client.checkpoint.store import CheckpointStore
     from jax_client.values import CheckpointKey
 
 

@@ -12,7 +12,8 @@ from jax_client.cli import output
 from jax_client.cli.options import find_run, json_option, open_store, reads_state
 
 if TYPE_CHECKING:
-    from jax_client.checkpoint.store import CheckpointStore, Record
+    from jax_client.checkpoint.record import Record
+    from jax_client.checkpoint.store import CheckpointStore
 
 
 class RunEntry(TypedDict):
@@ -70,7 +71,7 @@ def info(home: Path, run_id: str, as_json: bool) -> None:
     store = open_store(home)
     known = {entry["run_id"]: entry for entry in _runs(store)}
     entry = known[find_run(list(known), run_id, home)]
-    owner = store.owner(entry["run_id"])
+    owner = store.lock_holder(entry["run_id"])
     entry["owner"] = None if owner is None else {"pid": owner.pid, "host": owner.host}
     if as_json:
         output.print_json([entry])

@@ -85,7 +85,7 @@ def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterato
     disable_progress_bars()
     files.make_directories(settings.home, settings.home)
     try:
-        claim = run_lock.claim(settings.home)
+        claim = run_lock.acquire(settings.home)
     except run_lock.RunLockedError as error:
         raise click.ClickException(f"{settings.home} is served by {error}; {advice}.") from None
     try:

@@ -143,7 +143,7 @@ def test_names_stay_inside_the_directory(tmp_path: Path, field: str, value: str)
     with pytest.raises(BadRequestError, match=field):
         store.save(key=CheckpointKey(**where), state=make_state(), metadata={})
     if field == "run_id":
-        for call in (store.list, store.run, store.claim, lambda run_id: store.put_run(run_id, {})):
+        for call in (store.list, store.run, store.lock_run, lambda run_id: store.put_run(run_id, {})):
             with pytest.raises(BadRequestError, match=field):
                 call(value)
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_client.checkpoint.store import CheckpointStore, Record
+from jax_client.checkpoint.record import Record
+from jax_client.checkpoint.store import CheckpointStore
 from jax_client.errors import RequestFailedError
 from support.checkpoints import RUN, assert_same, files_of, key, make_state, save
 from support.faults.fault_history import spread

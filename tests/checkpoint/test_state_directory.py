@@ -125,31 +125,31 @@ def test_a_locked_catalogue_holds_nobody_up(filled: CheckpointStore, tmp_path: P
 
 def test_a_run_is_open_in_one_process(tmp_path: Path) -> None:
     here = CheckpointStore(tmp_path)
-    assert here.owner(RUN) is None
-    claim = here.claim(RUN)
-    owner = here.owner(RUN)
+    assert here.lock_holder(RUN) is None
+    claim = here.lock_run(RUN)
+    owner = here.lock_holder(RUN)
     assert owner is not None and owner.pid == os.getpid()
     code = f"""
     from pathlib import Path
     from jax_client.checkpoint.store import CheckpointStore
     from jax_client.errors import RequestFailedError
     store = CheckpointStore(Path({str(tmp_path)!r}))
-    assert store.owner({RUN!r}).pid == {os.getpid()}
+    assert store.lock_holder({RUN!r}).pid == {os.getpid()}
     try:
-        store.claim({RUN!r})
+        store.lock_run({RUN!r})
     except RequestFailedError as error:
         assert "is open in process {os.getpid()} on " in str(error) and error.category == "user", error
     else:
         raise SystemExit("was opened twice")
-    store.claim("another-run")  # and dies with it
+    store.lock_run("another-run")  # and dies with it
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
-    assert here.owner("another-run") is None, "the system gave the lock back"
-    here.claim("another-run").release()
+    assert here.lock_holder("another-run") is None, "the system gave the lock back"
+    here.lock_run("another-run").release()
     claim.release()
     claim.release()
-    assert here.owner(RUN) is None
-    here.claim(RUN).release()
+    assert here.lock_holder(RUN) is None
+    here.lock_run(RUN).release()
 
 
 def test_a_file_system_without_locks_is_refused_by_name(
@@ -161,7 +161,7 @@ def test_a_file_system_without_locks_is_refused_by_name(
     monkeypatch.setattr("fcntl.flock", no_locks)
     monkeypatch.setattr(files, "file_system", lambda path: "nfs4")
     refused = CheckpointStore(tmp_path)
-    for call in (lambda: save(refused, "a"), lambda: refused.claim(RUN), lambda: refused.put_run(RUN, {})):
+    for call in (lambda: save(refused, "a"), lambda: refused.lock_run(RUN), lambda: refused.put_run(RUN, {})):
         with pytest.raises(UnsupportedError, match=r"type nfs4, which has no file locks.*EngineConfig\.mirror"):
             call()
     assert refused.list() == []
@@ -372,7 +372,7 @@ def test_every_failure_of_the_store_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     broken = CheckpointStore(tmp_path / "file")
     with pytest.raises(RequestFailedError, match="could not be opened"):
-        broken.claim(RUN)
+        broken.lock_run(RUN)
     with pytest.raises(RequestFailedError, match="was not saved"):
         save(broken, "a")
     assert store.CheckpointStore(tmp_path / "file").list() == []

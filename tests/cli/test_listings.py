@@ -43,7 +43,7 @@ def test_one_run_is_shown(cli, home):
 
 
 def test_the_owner_of_an_open_run_is_shown(cli, home):
-    claim = CheckpointStore(home).claim(RUN)
+    claim = CheckpointStore(home).lock_run(RUN)
     try:
         assert f"process {os.getpid()} on " in cli("runs", "info", RUN).out
         assert cli("runs", "info", RUN, "--json").json[0]["owner"]["pid"] == os.getpid()

@@ -130,4 +130,4 @@ def test_a_program_trains_and_is_interrupted(start, model, tmp_path):
     assert [word for word in stages_of(err.splitlines()) if word in own] == own
     assert "create_training_client_from_state_with_optimizer(" in err and "/weights/autosave-0" in err
     assert [record.step for record in CheckpointStore(tmp_path / "home").list()] == [1]
-    assert run_lock.owner(tmp_path / "home") is None
+    assert run_lock.lock_holder(tmp_path / "home") is None

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 def test_a_state_directory_has_one_server(cli, tmp_path):
-    claim = run_lock.claim(tmp_path)
+    claim = run_lock.acquire(tmp_path)
     try:
         for arguments, advice in (
             (["serve", "--port", "0"], "stop that one, or give another --state-dir."),

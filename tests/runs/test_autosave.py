@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import jax_client
+from jax_client.checkpoint import reading
 from jax_client.checkpoint import store as store_module
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.runs.lifecycle import autosave, run_checkpointer
@@ -95,16 +96,16 @@ def test_steps_after_a_load_are_saved_although_their_number_was_saved_before(
 def test_the_thread_survives_what_it_cannot_list(
     loaded: Any, autosaving: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    children = store_module.children
+    children = reading.children
 
     def forbidden(directory: Path) -> list[Path]:
         if "another" in directory.parts:
             raise PermissionError(13, "Permission denied", str(directory))
         return children(directory)
 
-    monkeypatch.setattr(store_module, "children", forbidden)
+    monkeypatch.setattr(reading, "children", forbidden)
     (tmp_path / "runs" / "another").mkdir(parents=True)
-    monkeypatch.setattr(CheckpointStore, "_ends_now", lambda *_: 1 / 0)
+    monkeypatch.setattr(store_module, "_ends_now", lambda *_: 1 / 0)
     with jax_client.ServiceClient(config=config(tmp_path, 0.02 / 60)) as service:
         client = service.create_lora_training_client(MODEL).result()
         step(client)
@@ -124,7 +125,7 @@ def test_a_forgotten_client_is_saved(loaded: Any, autosaving: None, tmp_path: Pa
     del client
     gc.collect()
     wait_for(lambda: saved_steps(tmp_path) == {"autosave-0": 1})
-    wait_for(lambda: CheckpointStore(tmp_path).owner(run_id) is None)
+    wait_for(lambda: CheckpointStore(tmp_path).lock_holder(run_id) is None)
     service.close("success").result()
 
 

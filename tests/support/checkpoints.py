@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_client.checkpoint.store import CheckpointStore, Record
+from jax_client.checkpoint.record import Record
+from jax_client.checkpoint.store import CheckpointStore
 from jax_client.values import AdapterState, CheckpointKey, Kind, LoraSpec
 
 RUN = "0b1c2d3e-session:train:0"

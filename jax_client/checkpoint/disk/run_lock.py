@@ -13,12 +13,12 @@ from pathlib import Path
 from jax_client.checkpoint.disk import files
 
 FILE_NAME = ".owner"
-# `owner` holds the lock for an instant to see that nobody does.
+# `lock_holder` holds the lock for an instant to see that nobody does.
 _PATIENCE_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Owner:
+class LockHolder:
     """The process that has a run open; `since` is unix seconds."""
 
     pid: int
@@ -44,8 +44,8 @@ class RunLockedError(Exception):
     """The run is locked; the message names the holder. Never leaves the package."""
 
 
-def claim(directory: Path) -> RunLock:
-    """Take a directory, such as a run's, for this process.
+def acquire(directory: Path) -> RunLock:
+    """Lock a directory, such as a run's, for this process.
 
     Raises:
         RunLockedError: it is taken.
@@ -68,7 +68,7 @@ def claim(directory: Path) -> RunLock:
     return RunLock(descriptor)
 
 
-def owner(directory: Path) -> Owner | None:
+def lock_holder(directory: Path) -> LockHolder | None:
     """Return the process that has locked a directory, None if it is not locked."""
     try:
         descriptor = os.open(directory / FILE_NAME, os.O_RDWR)
@@ -82,8 +82,8 @@ def owner(directory: Path) -> Owner | None:
         files.unlock(descriptor)
 
 
-def _read(descriptor: int) -> Owner | None:
+def _read(descriptor: int) -> LockHolder | None:
     # Informative only, and not sealed: the lock is what counts.
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return Owner(**json.loads(os.pread(descriptor, 4096, 0)))
+        return LockHolder(**json.loads(os.pread(descriptor, 4096, 0)))
     return None

@@ -23,14 +23,13 @@ def seal(content: Mapping[str, Any], subject: str) -> bytes:
     Raises:
         BadRequestError: it holds something that JSON cannot; `subject` names it.
     """
-    try:
-        text = json.dumps(content, indent=1, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise BadRequestError(
-            f"{subject} cannot be written as JSON ({error}); keep text, finite numbers, lists, dicts."
-        ) from error
-    head = text.removesuffix("\n}").encode() + _KEY
+    head = _dump(content, subject).removesuffix("\n}").encode() + _KEY
     return head + hashlib.sha256(head).hexdigest().encode() + _END
+
+
+def check_json(value: object, subject: str) -> None:
+    """Raise BadRequestError unless JSON can hold a value; `subject` names it."""
+    _dump(value, subject)
 
 
 def unseal(data: bytes, where: str) -> dict[str, Any]:
@@ -45,3 +44,12 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     content = json.loads(data)
     del content["sha256"]
     return content
+
+
+def _dump(value: object, subject: str) -> str:
+    try:
+        return json.dumps(value, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadRequestError(
+            f"{subject} cannot be written as JSON ({error}); keep text, finite numbers, lists, dicts."
+        ) from error

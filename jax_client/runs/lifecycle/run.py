@@ -30,7 +30,7 @@ from jax_client.values import AdapterState, CheckpointKey, LoraSpec, TrainExampl
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.disk.run_lock import RunLock
-    from jax_client.checkpoint.store import Record
+    from jax_client.checkpoint.record import Record
     from jax_client.engine.core.adapters import Held, Version
     from jax_client.torch_graph.program import GraphProgram
 
@@ -360,7 +360,7 @@ def _open(
     )
 
     def record() -> RunLock:
-        claim = session.store.claim(run_id)
+        claim = session.store.lock_run(run_id)
         try:
             session.store.put_run(run_id, metadata)
         except BaseException:

@@ -9,7 +9,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +21,7 @@ from jax_client.runs.lifecycle.base_models import ModelRef
 from jax_client.runs.lifecycle.futures import background, link, settled
 from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
 from jax_client.runs.results import run_metrics
+from jax_client.values import JsonObject
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -40,6 +41,15 @@ class SessionInfo:
     user_metadata: Mapping[str, str] | None = None
     project_id: str | None = None
     display_name: str | None = None
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as JSON has them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: JsonObject) -> SessionInfo:
+        """Undo `to_json`."""
+        return cls(**fields)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

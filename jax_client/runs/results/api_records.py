@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError
 from jax_client.values import CheckpointKey, LoraSpec
 
 if TYPE_CHECKING:
-    from jax_client.checkpoint.store import CheckpointStore, Record
+    from jax_client.checkpoint.record import Record
+    from jax_client.checkpoint.store import CheckpointStore
     from jax_client.runs.lifecycle.base_models import ModelRef
 
 _TYPES: dict[str, types.CheckpointType] = {
@@ -56,7 +57,7 @@ def checkpoint_metadata(
     return {
         "base_model": lasting_name(base_model),
         "base_fingerprint": base_fingerprint,
-        "spec": asdict(spec),
+        "spec": spec.to_json(),
         "step": step,
         "optimizer": None if optimizer is None else dict(optimizer),
         "user_metadata": None if user_metadata is None else dict(user_metadata),
@@ -65,7 +66,7 @@ def checkpoint_metadata(
 
 def saved_spec(record: Record) -> LoraSpec:
     """Return the adapter configuration of a checkpoint."""
-    return LoraSpec(**record.metadata["spec"])
+    return LoraSpec.from_json(record.metadata["spec"])
 
 
 def check_base_model(record: Record, model_ref: ModelRef) -> None:
@@ -149,7 +150,7 @@ def run_metadata(
     return {
         "session_id": session_id,
         "base_model": base_model,
-        "spec": asdict(spec),
+        "spec": spec.to_json(),
         "created": time.time(),
         "user_metadata": None if user_metadata is None else dict(user_metadata),
         "project_id": project_id,

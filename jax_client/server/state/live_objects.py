@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 from jax_client.config import EngineConfig
@@ -84,7 +84,7 @@ class LiveObjects:
         """Begin a session."""
         session = Session(self.config, info)
         self.sessions.add(session.session_id, session)
-        self.sessions.record(session.session_id, asdict(info))
+        self.sessions.record(session.session_id, info.to_json())
         return session
 
     def session(self, session_id: str) -> Session:
@@ -96,7 +96,7 @@ class LiveObjects:
         session = None if self._clients is None else self._clients.sessions.get(session_id)
         if session is not None:
             return session
-        remake = lambda fields: Session(self.config, SessionInfo(**fields), session_id)  # noqa: E731
+        remake = lambda fields: Session(self.config, SessionInfo.from_json(fields), session_id)  # noqa: E731
         session = self.sessions.get(session_id, remake)
         self._signs[session_id] = time.monotonic()
         return session

@@ -42,6 +42,12 @@ def place(key: CheckpointKey) -> str:
     return f"{quote(key.run_id, safe='')}/{key.checkpoint_id}"
 
 
+def run_ids(runs: Path) -> list[str]:
+    """Return the runs that have a directory, sorted."""
+    ids = (run_id_of(path) for path in children(runs))
+    return sorted(run_id for run_id in ids if run_id is not None)
+
+
 def checkpoint_directory(runs: Path, key: CheckpointKey) -> Path:
     """Return the directory of a checkpoint."""
     return runs / place(key)
