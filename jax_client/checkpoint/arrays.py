@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from jax_client.checkpoint import zarr
 from jax_client.errors import BadRequestError
+from jax_client.threads import pools_serve
 from jax_client.values import AdapterState, LoraSpec
 
 DIRECTORY = "arrays"
@@ -65,7 +68,25 @@ def _no_merge_needed(record: logging.LogRecord) -> bool:
 
 
 def write(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays with orbax into the new directory `directory`; not yet durable."""
+    """Write arrays into the new directory `directory`; not yet durable.
+
+    Orbax writes them on threads that it starts for each save. When Python gives it none any more, from the end of the
+    main module on, the same files are written without it.
+    """
+    if pools_serve():
+        try:
+            _write_with_orbax(directory, arrays)
+            return
+        except RuntimeError:
+            if pools_serve():
+                raise
+            # The main module has just ended.
+            for path in directory.parent.glob(f"{directory.name}*"):
+                shutil.rmtree(path)
+    zarr.write(directory, arrays)
+
+
+def _write_with_orbax(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     # Orbax takes seconds to import; a process that only lists checkpoints does without it.
     import orbax.checkpoint as ocp
 
@@ -78,7 +99,9 @@ def write(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read(directory: Path) -> dict[str, np.ndarray]:
-    """Read the arrays that `write` wrote, without a device."""
+    """Read the arrays that `write` wrote, without a device; as there, with or without orbax."""
+    if not pools_serve():
+        return zarr.read(directory)
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:

@@ -8,7 +8,6 @@ number.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,6 +16,7 @@ from jax_client.checkpoint.disk import files, sealed
 from jax_client.checkpoint.disk.hashes import EarlyHashes
 from jax_client.checkpoint.disk.sealed import DamagedError
 from jax_client.errors import UnsupportedError
+from jax_client.threads import Workers
 from jax_client.values import CheckpointKey, JsonObject, LoraSpec
 
 FORMAT_VERSION = 1
@@ -64,8 +64,8 @@ def write(directory: Path, draft: Manifest, hashes: EarlyHashes) -> Manifest:
     """
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     # Hashing leaves the interpreter alone.
-    with ThreadPoolExecutor(WORKERS) as pool:
-        listed = list(pool.map(hashes.of, paths))
+    with Workers("jax_client-hash", WORKERS) as pool:
+        listed = pool.map(hashes.of, paths)
     names = [path.relative_to(directory).as_posix() for path in paths]
     written = replace(draft, files=dict(zip(names, listed, strict=True)))
     files.write_new(directory / FILE_NAME, sealed.seal(_to_json(written), "metadata"))
@@ -114,9 +114,8 @@ def verify(directory: Path, manifest: Manifest) -> None:
     Raises:
         DamagedError: the first file that is missing or differs.
     """
-    with ThreadPoolExecutor(WORKERS) as pool:
-        # list() is what lets a worker's exception out.
-        list(pool.map(lambda entry: _verify_file(directory, entry[0], *entry[1]), manifest.files.items()))
+    with Workers("jax_client-hash", WORKERS) as pool:
+        pool.map(lambda entry: _verify_file(directory, entry[0], *entry[1]), manifest.files.items())
 
 
 def _verify_file(directory: Path, name: str, size: int, digest: str) -> None:

@@ -12,19 +12,25 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
+from jax_client import process
 from jax_client.checkpoint import manifest
 from jax_client.checkpoint.disk.names import place
 from jax_client.errors import BadRequestError
+from jax_client.process import Step
+from jax_client.threads import LoopExecutor, Workers
 from jax_client.values import CheckpointKey
 
 logger = logging.getLogger(__name__)
 
 # Seconds before each attempt of an upload.
 ATTEMPTS = (0.0, 1.0, 5.0)
+# Most that the end of the program waits for uploads.
+EXIT_SECONDS = 300.0
+LOOP_THREADS = 32
 
 
 class Mirror:
@@ -49,10 +55,17 @@ class Mirror:
         except (ImportError, ValueError) as error:
             raise BadRequestError(f"EngineConfig.mirror is {url!r}, which cannot be opened: {error}.") from error
         self._root = root.rstrip("/")
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="jax_client-mirror")
+        if self._fs.async_impl and not self._fs.asynchronous:
+            # What its event loop does on threads, such as looking up a host's name, must go on until the exit's end.
+            executor = LoopExecutor(Workers("jax_client-mirror-io", LOOP_THREADS))
+            self._fs.loop.call_soon_threadsafe(self._fs.loop.set_default_executor, executor)
+        self._thread = Workers("jax_client-mirror", 1, ready=1)
         self._lock = threading.Lock()
         self._pending: dict[str, Callable[[], None]] = {}
         self._failed: dict[str, str] = {}
+        process.register(
+            f"mirror {url}", "uploads of checkpoints", owner=self, at_exit={Step.RUNS: Mirror._flush_at_exit}
+        )
 
     def push(self, key: CheckpointKey, version: Path) -> None:
         """Copy a version of a checkpoint."""
@@ -112,6 +125,10 @@ class Mirror:
         last = self._thread.submit(self._upload_pending)
         wait([last], timeout)
         return last.done() and not self._failed
+
+    def _flush_at_exit(self) -> None:
+        if self._owed and not self.flush(EXIT_SECONDS):
+            logger.warning("not every checkpoint was copied to %s before the program ended", self.url)
 
     def describe(self) -> dict[str, Any]:
         """Return the URL, how many uploads wait, and what failed, by place."""

@@ -12,9 +12,9 @@ import secrets
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -24,6 +24,7 @@ from jax_client.cli.serve import listen, opened, save, url, uvicorn_server
 from jax_client.cli.server_options import server_options
 from jax_client.cli.settings import print_settings, read_settings
 from jax_client.server import LOOPBACK
+from jax_client.threads import start_thread
 
 if TYPE_CHECKING:
     from jax_client.server.state.server import Server
@@ -105,8 +106,7 @@ def _served(server: Server, key: str) -> Iterator[str]:
 
     listening = listen("127.0.0.1", 0)
     http = uvicorn_server(build_app(server, api_key=key, hosts=LOOPBACK))
-    thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]}, name="jax_client-http", daemon=True)
-    thread.start()
+    thread = start_thread("jax_client-http", partial(http.run, sockets=[listening]))
     while not http.started:
         if not thread.is_alive():
             raise click.ClickException("the server did not start; 'jax_client doctor' looks for the reason.")

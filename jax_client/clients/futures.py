@@ -94,6 +94,15 @@ class LocalFuture(tinker.APIFuture[T]):
         return repr(self._future.result()) if error is None else f"failed: {error!r}"
 
 
+async def await_alone(future: LocalFuture[T]) -> T:
+    """Await a future that only the caller has: if the awaiting task is cancelled, so is the request."""
+    try:
+        return await future
+    except asyncio.CancelledError:
+        future.future().cancel()
+        raise
+
+
 def _bind_into(source: Future[T], target: Future[T]) -> None:
     def finished(done: Future[T]) -> None:
         if done.cancelled():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from typing import TYPE_CHECKING
+
+from jax_client import process
 
 if TYPE_CHECKING:
     from jax_client.runs.lifecycle.sampler_handle import SamplerHandle
 
-# By the samplers' ids. A fork can use none of them.
+# By the samplers' ids.
 here: weakref.WeakValueDictionary[str, SamplerHandle] = weakref.WeakValueDictionary()
-os.register_at_fork(after_in_child=here.clear)
+process.register("handles", "the samplers of this process that have handles", after_fork=here.clear)

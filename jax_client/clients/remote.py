@@ -17,6 +17,7 @@ import httpx
 import tinker
 from tinker import types
 
+from jax_client import process
 from jax_client.clients.sdk_errors import sdk_errors
 from jax_client.runs.sampler_address import SamplerAddress
 from jax_client.runs.sdk import AuthTokenProvider, ClientConnectionPool, InternalClientHolder
@@ -115,6 +116,16 @@ class OwnerHolder(InternalClientHolder):
 
 _holders: weakref.WeakValueDictionary[tuple[str, str], OwnerHolder] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """Forget the parent's connections, whose event loop does not run here."""
+    global _lock
+    _lock = threading.Lock()
+    _holders.clear()
+
+
+process.register("remote samplers", "the connections to other processes, by session", after_fork=_after_fork)
 
 
 def _holder(handle: SamplerAddress) -> OwnerHolder:

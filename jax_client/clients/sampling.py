@@ -13,7 +13,7 @@ import tinker
 from tinker import types
 
 from jax_client.clients import handles
-from jax_client.clients.futures import ClientFuture, LocalFuture
+from jax_client.clients.futures import ClientFuture, LocalFuture, await_alone
 from jax_client.clients.remote import RemoteSamplingClient
 from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors
 from jax_client.errors import BadRequestError, UnsupportedError
@@ -68,7 +68,7 @@ class SamplingClient:
         target_prompt_logprobs: types.TensorData | None = None,
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
-    ) -> tinker.APIFuture[types.SampleResponse]:
+    ) -> LocalFuture[types.SampleResponse]:
         """Generate continuations of a prompt; many calls may be in flight and are batched.
 
         Args:
@@ -111,9 +111,9 @@ class SamplingClient:
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
     ) -> types.SampleResponse:
-        """Await `sample`: gives the response, not a future of it."""
+        """Await `sample`: gives the response, not a future of it. Cancelling the task ends the sampling."""
         client = await self._ready()
-        return await client.sample(
+        future = client.sample(
             prompt,
             num_samples,
             sampling_params,
@@ -124,10 +124,11 @@ class SamplingClient:
             prompt_alt_tokens_k,
             prompt_logprobs_last_n,
         )
+        return await await_alone(future)
 
     def compute_logprobs(
         self, prompt: types.ModelInput, prompt_logprobs_last_n: int | None = None
-    ) -> tinker.APIFuture[list[float | None]]:
+    ) -> LocalFuture[list[float | None]]:
         """Score a prompt: log p of each token given those before it, in nats; None where there is none.
 
         Args:
@@ -140,7 +141,8 @@ class SamplingClient:
         self, prompt: types.ModelInput, prompt_logprobs_last_n: int | None = None
     ) -> list[float | None]:
         """Await `compute_logprobs`: gives the list, not a future of it."""
-        return await (await self._ready()).compute_logprobs(prompt, prompt_logprobs_last_n)
+        client = await self._ready()
+        return await await_alone(client.compute_logprobs(prompt, prompt_logprobs_last_n))
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the base model's tokenizer."""

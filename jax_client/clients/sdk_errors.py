@@ -6,6 +6,7 @@ floors raise their own classes and never see the SDK.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 from collections.abc import Callable
@@ -61,7 +62,15 @@ def _bound_class(ours: type[errors.JaxClientError]) -> type[errors.JaxClientErro
         return _rebuild, (ours, self.args, state)
 
     members = {"__module__": ours.__module__, "__doc__": ours.__doc__, "__reduce__": reduce}
-    return type(ours.__name__, (ours, theirs), members)
+    return _BoundType(ours.__name__, (ours, theirs), members)
+
+
+class _BoundType(type):
+    """The type of the paired classes, which pickle could not find by name: the name is that of the lower floor's."""
+
+
+# torch's DataLoader, for one, pickles the class of what a worker raises.
+copyreg.pickle(_BoundType, lambda paired: (_bound_class, (paired.__mro__[1],)))
 
 
 def _rebuild(ours: type[errors.JaxClientError], args: tuple[object, ...], state: dict[str, object]) -> BaseException:

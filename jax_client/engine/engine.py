@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jax_client import interpreter_end, process
 from jax_client.config import EngineConfig, default_compilation_cache_dir
 from jax_client.engine.core import adapters, matmul_benchmark, memory
 from jax_client.engine.core.accounting import Work
@@ -38,7 +39,9 @@ from jax_client.engine.train.packing import Plan
 from jax_client.engine.train.trainer import Trainer
 from jax_client.errors import RequestFailedError
 from jax_client.models.decoder import param_specs
+from jax_client.process import Step
 from jax_client.sharding import check_mesh_divides, make_mesh
+from jax_client.threads import Workers
 from jax_client.values import AdapterState, LoraSpec, TrainExample
 from jax_client.weights.read.load import load_params, read_config
 from jax_client.weights.read.source import ModelSource
@@ -103,12 +106,22 @@ class Engine:
             memory_fraction=settings.memory_fraction,
             make_room=self.sampler.release_cache,
         )
-        self._background = (
-            ThreadPoolExecutor(1, thread_name_prefix="jax_client-compile") if settings.precompile else None
-        )
+        self._background = Workers("jax_client-compile", 1, ready=1) if settings.precompile else None
         self._dispatcher = Dispatcher("jax_client")
         self._sampling_lane = Lane(sampling=True)
         self._closed = False
+        process.register(
+            f"engine of {source.name}",
+            "base weights, adapters, the sampler's cache and compiled programs",
+            owner=self,
+            at_exit={
+                Step.SAMPLING: Engine._drop_rows,
+                Step.ENGINES: Engine._drop_compiles,
+                Step.MEMORY: Engine._free_arrays,
+            },
+            after_fork=Engine._keep_in_fork,
+        )
+        process.run_exit_steps_before_others()
 
     @property
     def max_context(self) -> int:
@@ -170,8 +183,9 @@ class Engine:
                     category="user",
                 )
             new, metrics, work = yield from self.trainer.optim_step(adapter, settings)
-            adapter.grads, adapter.work = None, Work()
+            adapter.work = Work()
             if not metrics["finite"]:
+                adapter.grads = None
                 adapter.skipped_in_a_row += 1
                 logger.warning("optim_step: the gradient is not finite; step %d was skipped", adapter.step + 1)
                 if adapter.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -182,8 +196,10 @@ class Engine:
                         category="user",
                     )
                 return {"skipped_nonfinite:sum": 1.0, "learning_rate:mean": settings.learning_rate}
-            adapter.weights, adapter.mu, adapter.nu = new
-            adapter.step += 1
+            with adapter.lock:
+                adapter.weights, adapter.mu, adapter.nu = new
+                adapter.step += 1
+                adapter.grads = None
             adapter.skipped_in_a_row = 0
             rates = work.rates(self._matmul_rate)
             return {
@@ -218,6 +234,13 @@ class Engine:
 
         return self.submit(lane, task())
 
+    def current_state(self, adapter: Adapter, optimizer: bool) -> Held:
+        """Return the adapter as it is now, with Adam's moments if asked; any thread may ask, and waits for no request.
+
+        Requests in flight do not count, and need not: what they have changed, they change all at once.
+        """
+        return adapters.hold(adapter, optimizer)
+
     def load_adapter(self, lane: Lane, state: AdapterState) -> Future[Adapter]:
         """Make an adapter from a saved state; a fresh optimizer where the state has no moments."""
 
@@ -232,9 +255,10 @@ class Engine:
 
         def task() -> Task[Version]:
             loaded = yield from self._settle(self._from_state(state))
-            adapter.weights, adapter.mu, adapter.nu = loaded.weights, loaded.mu, loaded.nu
-            adapter.step, adapter.grads, adapter.skipped_in_a_row = loaded.step, None, 0
-            adapter.loads += 1
+            with adapter.lock:
+                adapter.weights, adapter.mu, adapter.nu = loaded.weights, loaded.mu, loaded.nu
+                adapter.step, adapter.grads, adapter.skipped_in_a_row = loaded.step, None, 0
+                adapter.loads += 1
             return adapter.version
 
         return self.submit(lane, task())
@@ -357,9 +381,32 @@ class Engine:
         """Stop the engine's threads; requests that have not finished fail."""
         self._closed = True
         self._dispatcher.close()
-        if self._background is not None:
-            self._background.shutdown(wait=False, cancel_futures=True)
+        self._drop_compiles()
+        self.trainer.close()
         self.sampler.fail_waiting(RequestFailedError("the engine was closed before this request was carried out."))
+        process.unregister(self)
+
+    def _drop_compiles(self) -> None:
+        """Give up the compiles in advance that have not begun."""
+        if self._background is not None:
+            self._background.close(wait=False, cancel=True)
+
+    def _drop_rows(self) -> None:
+        """Exit step: forget what is sampled, once the dispatch thread has ended its turn."""
+        if process.join(self._dispatcher.thread):
+            self.sampler.drop_rows()
+
+    def _free_arrays(self) -> None:
+        """Exit step: drop the device arrays, which no thread uses any more."""
+        self.params = {}
+        self.sampler.free_weights()
+        self.trainer.free_weights()
+        for adapter in self._adapters:
+            adapter.weights, adapter.mu, adapter.nu, adapter.grads = {}, {}, {}, None
+
+    def _keep_in_fork(self) -> None:
+        """Fork rule: the arrays and their client are the parent's; freeing them here would crash."""
+        interpreter_end.keep_in_fork(self, self.mesh.devices.flat[0].client)
 
     def _new_adapter(self, spec: LoraSpec, step: int, weights: adapters.Weights, mu: Any, nu: Any) -> Adapter:
         zeros = lambda: jax.tree.map(jnp.zeros_like, weights)  # noqa: E731
@@ -436,4 +483,5 @@ class Engine:
             if cause != "background":
                 raise
             # The call that needs the program will meet the same error, and report it.
-            logger.warning("a program could not be compiled in advance", exc_info=True)
+            if not process.ending():
+                logger.warning("a program could not be compiled in advance", exc_info=True)

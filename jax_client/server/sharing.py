@@ -6,7 +6,6 @@ protocol is served, for the sampler's state directory: a user who may open the s
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import socket
@@ -17,7 +16,9 @@ import weakref
 from functools import partial
 from typing import Any
 
+from jax_client import process
 from jax_client.config import EngineConfig
+from jax_client.process import Step
 from jax_client.runs.lifecycle.sampler_handle import SamplerHandle
 from jax_client.runs.lifecycle.session import Session, live_sessions
 from jax_client.runs.sampler_address import SamplerAddress
@@ -26,6 +27,7 @@ from jax_client.server.routes.sessions import CLIENT_CONFIG, DYNAMIC_CONFIG
 from jax_client.server.state.live_objects import ClientObjects
 from jax_client.server.state.server import Server
 from jax_client.server.wire.connections import Connection, http_server
+from jax_client.threads import start_thread
 
 # In each process that samples: every request in flight holds a connection, and a process may often have only 1,024.
 MAX_CONCURRENT = 64
@@ -105,7 +107,6 @@ class Sharing:
     def __init__(self, config: EngineConfig) -> None:
         roomy = len(os.fsencode(tempfile.gettempdir())) <= MAX_PATH - len("/jax_client-12345678/s")
         folder = tempfile.mkdtemp(prefix="jax_client-", dir=None if roomy else "/tmp")
-        atexit.register(_remove, folder, os.getpid())
         self.path = os.path.join(folder, "s")
         self.samplers = SharedSamplers(config)
         self._listening = socket.socket(socket.AF_UNIX)
@@ -113,19 +114,17 @@ class Sharing:
         os.chmod(self.path, 0o600)
         # From here on a connection is accepted, and waits until the thread is ready.
         self._listening.listen()
-        http = http_server(build_app(self.samplers.server), SameUser, loop="asyncio")
-        serve = partial(http.run, sockets=[self._listening])
-        threading.Thread(target=serve, name="jax_client-sharing", daemon=True).start()
+        self._http = http_server(build_app(self.samplers.server), SameUser, loop="asyncio")
+        start_thread("jax_client-sharing", partial(self._http.run, sockets=[self._listening]))
+
+    def stop(self) -> None:
+        """Accept no more connections, cut those that are open, and remove the socket."""
+        self._http.should_exit = self._http.force_exit = True
+        shutil.rmtree(os.path.dirname(self.path), ignore_errors=True)
 
     def leave(self) -> None:
         """Close the socket in a forked process, which could not answer on it."""
         self._listening.close()
-
-
-def _remove(folder: str, process: int) -> None:
-    # Forked processes inherit what is to be done at exit.
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 _sharing: Sharing | None = None
@@ -140,7 +139,14 @@ def _after_fork() -> None:
         _sharing = None
 
 
-os.register_at_fork(after_in_child=_after_fork)
+def _at_exit() -> None:
+    if _sharing is not None:
+        _sharing.stop()
+
+
+process.register(
+    "sharing", "the Unix socket for other processes' samplers", at_exit={Step.INTAKE: _at_exit}, after_fork=_after_fork
+)
 
 
 def share(sampler: SamplerHandle) -> SamplerAddress:

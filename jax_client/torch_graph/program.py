@@ -12,13 +12,14 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
 
+from jax_client import process
+from jax_client.threads import Workers
 from jax_client.torch_graph.graph import Graph
 
 # Programs kept per loss. One that is needed again after this number of others is compiled again.
@@ -69,7 +70,7 @@ class GraphProgram:
         keys = [shapes_of(arrays) for arrays in datums]
         distinct = list(dict.fromkeys(keys))
         # Compiling leaves the interpreter free, so several lengths take the time of one where there are cores.
-        with ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1), "custom loss") as pool:
+        with Workers("jax_client-loss", min(WORKERS, os.cpu_count() or 1)) as pool:
             programs = dict(zip(distinct, pool.map(self._program, distinct), strict=True))
         with _host():
             # All are launched before the first is waited for.
@@ -91,7 +92,9 @@ class GraphProgram:
         if traced is None:  # another thread has just taken it, or it was the oldest
             return self._program(shapes)
         with _host() as device:
-            found = traced.lower().compile(compiler_options=_CPU_OPTIONS if device.platform == "cpu" else {})
+            options = _CPU_OPTIONS if device.platform == "cpu" else {}
+            with process.not_waited_for():
+                found = traced.lower().compile(compiler_options=options)
         self._keep(self._compiled, shapes, found)
         return found
 

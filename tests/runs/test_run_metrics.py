@@ -515,7 +515,7 @@ def test_waiting_requests_fail_when_the_dispatch_thread_dies(
     for again in (lambda: engine.snapshot(Lane(), adapter), lambda: engine.generate(Lane(), None, request)):
         with pytest.raises(RequestFailedError, match="died"):
             again()
-    while engine._dispatcher._thread.is_alive():
+    while engine._dispatcher.thread.is_alive():
         time.sleep(0.001)
     answer = get(app, "/healthz")
     assert answer.status_code == 503 and f"engine {model!r} is dead" in answer.json()["status"]

@@ -140,20 +140,20 @@ class FakeEngine:
         return self._run("load_snapshot", lambda: float(state.weights["w"][0]))
 
     def hold_state(self, lane, adapter, optimizer):
+        return self._run("hold_state", lambda: self.current_state(adapter, optimizer))
+
+    def current_state(self, adapter, optimizer):
         def array(value):
             return {"w": np.array([value], np.float32)}
 
-        def work():
-            moments = {"mu": array(adapter.moment), "nu": array(0)} if optimizer else {}
-            state = AdapterState(spec=adapter.spec, step=adapter.step, weights=array(adapter.weight), **moments)
-            return SimpleNamespace(
-                step=state.step,
-                version=(adapter.loads, state.step),
-                accumulating=adapter.passes > 0,
-                fetch=lambda: state,
-            )
-
-        return self._run("hold_state", work)
+        moments = {"mu": array(adapter.moment), "nu": array(0)} if optimizer else {}
+        state = AdapterState(spec=adapter.spec, step=adapter.step, weights=array(adapter.weight), **moments)
+        return SimpleNamespace(
+            step=state.step,
+            version=(adapter.loads, state.step),
+            accumulating=adapter.passes > 0,
+            fetch=lambda: state,
+        )
 
     def restore_state(self, lane, adapter, state):
         def work():

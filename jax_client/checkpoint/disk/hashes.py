@@ -6,6 +6,7 @@ appear; one that changes afterwards is hashed again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from jax_client.checkpoint.disk import files
+from jax_client.threads import start_thread
 
 # A file counts as written when it has been left alone for so long: longer than a tick of any file system's clock, so
 # that a later change shows in its time.
@@ -33,17 +35,20 @@ class EarlyHashes:
         # By inode: writers rename what they have finished.
         self._known: dict[int, tuple[int, int, str]] = {}
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="jax_client-hash", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        # Where Python starts no thread any more, all is hashed at the end.
+        with contextlib.suppress(RuntimeError):
+            self._thread = start_thread("jax_client-hash", self._loop)
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._done.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def of(self, path: Path) -> tuple[int, str]:
         """Return size and sha256 of a file that is complete."""

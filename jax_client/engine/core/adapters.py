@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ class Adapter:
 
     Attributes:
         loads: how often its weights were replaced by saved ones, after which steps are counted anew.
+        lock: held while the weights, moments and step change, and while another thread takes them all.
     """
 
     spec: LoraSpec
@@ -41,6 +43,7 @@ class Adapter:
     grads: Weights | None = None
     skipped_in_a_row: int = 0
     work: Work = field(default_factory=Work)  # since the last step
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def version(self) -> Version:
@@ -82,16 +85,17 @@ class Held:
 
 def hold(adapter: Adapter, optimizer: bool) -> Held:
     """Return the adapter as it is now, with Adam's moments if asked."""
-    moments = (adapter.mu, adapter.nu) if optimizer else (None, None)
-    return Held(
-        spec=adapter.spec,
-        step=adapter.step,
-        version=adapter.version,
-        weights=adapter.weights,
-        mu=moments[0],
-        nu=moments[1],
-        accumulating=adapter.grads is not None,
-    )
+    with adapter.lock:
+        moments = (adapter.mu, adapter.nu) if optimizer else (None, None)
+        return Held(
+            spec=adapter.spec,
+            step=adapter.step,
+            version=adapter.version,
+            weights=adapter.weights,
+            mu=moments[0],
+            nu=moments[1],
+            accumulating=adapter.grads is not None,
+        )
 
 
 def _shapes(c: ModelConfig, spec: LoraSpec) -> dict[str, dict[str, dict[str, tuple[Any, Any, int]]]]:

@@ -16,18 +16,22 @@ import logging
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from jax_client import process
 from jax_client.errors import RequestFailedError
+from jax_client.process import Step
+from jax_client.threads import Workers, start_thread
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Task = Generator[Callable[[], Any] | None, Any, T]
+# Started with the dispatcher: Python 3.12.0 to 3.12.2 start no more of them once the main module has ended.
+READY_WORKERS = 4
 
 
 class Kind:
@@ -85,19 +89,27 @@ class Dispatcher:
         self._ready: deque[Lane] = deque()
         self._lanes: set[Lane] = set()
         self._closed = False
+        self._dropped = False
         self._kinds = (Kind(), Kind())  # training, sampling
         self._last_end = 0.0
         self._moved_at = time.monotonic()  # plainly written by several threads: a float is replaced at once
         self._death: RequestFailedError | None = None
-        self.workers = ThreadPoolExecutor(max_workers=64, thread_name_prefix=f"{name}-worker")
-        self._thread = threading.Thread(target=self._run, name=f"{name}-dispatch", daemon=True)
-        self._thread.start()
-        _of_this_process.add(self)
+        self.workers = Workers(f"{name}-worker", 64, ready=READY_WORKERS)
+        self.thread = start_thread(f"{name}-dispatch", self._run)
+        process.register(
+            f"{name}-dispatch",
+            "an engine's queue of requests, and the thread that launches its programs",
+            owner=self,
+            at_exit={Step.REQUESTS: Dispatcher.drop_requests},
+            after_fork=Dispatcher.lost_in_fork,
+        )
 
     def submit(self, lane: Lane, task: Task[T]) -> Future[T]:
         """Queue a task at the end of its lane; return at once."""
         future: Future[T] = Future()
         with self._turn:
+            if self._dropped:
+                return future
             self.check_open()
             if not self._lanes:
                 self._moved_at = time.monotonic()
@@ -113,7 +125,9 @@ class Dispatcher:
         return future
 
     def check_open(self) -> None:
-        """Raise RequestFailedError after `close`, and after the thread has died."""
+        """Raise RequestFailedError after `close`, and after the thread has died; not while the process ends."""
+        if self._dropped:
+            return
         if self._death is not None:
             # One of its own: each raise makes its traceback longer.
             raise RequestFailedError(self._death.message, category=self._death.category)
@@ -124,15 +138,24 @@ class Dispatcher:
         """Return how it does, without waiting for anything."""
         waiting = sum(len(lane.tasks) for lane in self._lanes.copy())
         stalled_s = max(0.0, time.monotonic() - self._moved_at) if waiting else 0.0
-        return Liveness(alive=self._thread.is_alive() and self._death is None, waiting=waiting, stalled_s=stalled_s)
+        return Liveness(alive=self.thread.is_alive() and self._death is None, waiting=waiting, stalled_s=stalled_s)
 
     def close(self) -> None:
         """Stop after the step in hand; tasks that have not finished fail."""
         abandoned = self._stop()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        if threading.current_thread() is not self.thread:
+            self.thread.join()
         _fail(abandoned, RequestFailedError("the engine was closed before this request was carried out."))
-        self.workers.shutdown(wait=False)
+        self.workers.close(wait=False)
+        process.unregister(self)
+
+    def drop_requests(self) -> None:
+        """Stop after the step in hand; what waits, and what comes from now on, is never answered.
+
+        The process ends: an error in place of the answer would only be printed by a thread that is of no use any more.
+        """
+        self._dropped = True
+        self._stop()
 
     def lost_in_fork(self) -> None:
         """Refuse all work in a forked process: the thread is not there, and a lock may be held for ever."""
@@ -267,14 +290,3 @@ def _fail(futures: list[Future[Any]], error: RequestFailedError) -> None:
     for future in futures:
         with contextlib.suppress(InvalidStateError):  # cancelled, or answered
             future.set_exception(error)
-
-
-_of_this_process: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for dispatcher in list(_of_this_process):
-        dispatcher.lost_in_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -18,6 +18,9 @@ from typing import Any, Literal
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from jax_client import process
+from jax_client.errors import RequestFailedError
+
 logger = logging.getLogger(__name__)
 
 Cause = Literal["first use", "warmup", "background"]
@@ -130,6 +133,8 @@ class Program:
         return future.result()
 
     def _compile(self, args: Any, static: dict[str, Any], cause: Cause) -> Any:
+        if process.ending():
+            raise RequestFailedError(f"{self.name} is not compiled any more: the program is ending.")
         start, hits = time.perf_counter(), _cache_hits()
         shapes = [] if self._label is None else [self._label(*args)]
         text = ", ".join(shapes + [f"{name}={value}" for name, value in static.items()])
@@ -137,7 +142,8 @@ class Program:
         running = _Compile(log=self._log, program=self.name, shapes=text, began=time.monotonic())
         _running.add(running)
         try:
-            compiled = self.lower(*args, **static).compile()
+            with process.not_waited_for():
+                compiled = self.lower(*args, **static).compile()
         finally:
             _running.discard(running)
             _return_freed_memory()

@@ -179,6 +179,17 @@ class SamplingLoop:
                 self._serving = False
             self.fail_waiting(error)
 
+    def drop_rows(self) -> None:
+        """Forget every request, unanswered, and free the cache; only when no `serve` task runs any more."""
+        with self._lock:
+            self._inbox.clear()
+        self._returned.clear()
+        self._pool = self._schedule = None
+
+    def free_weights(self) -> None:
+        """Drop the references to the base weights; nothing can be sampled any more."""
+        self._params = {}
+
     def release_cache(self) -> bool:
         """Free the cache's memory; rows that run wait, and start again from what they have drawn.
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, reduce
@@ -33,6 +33,7 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.block import Remat
 from jax_client.sharding import put_rows, put_whole
+from jax_client.threads import Workers
 from jax_client.values import TrainExample
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class Trainer:
         self._memory_fraction = memory_fraction
         self._make_room = make_room
         self._free_at_start = self.available_bytes()
+        self._launchers = Workers("jax_client-train", concurrent - 1, ready=concurrent - 1)
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self.limits = packing.Limits(
             ways=ways,
@@ -99,6 +101,14 @@ class Trainer:
             row_length=attention.row_length,
             segments=attention.max_segments,
         )
+
+    def close(self) -> None:
+        """End the threads that launch micro-batches side by side."""
+        self._launchers.close(wait=False)
+
+    def free_weights(self) -> None:
+        """Drop the references to the base weights; nothing can be trained any more."""
+        self._params = {}
 
     def available_bytes(self) -> int:
         """Return the bytes that this process may still allocate on a device."""
@@ -137,7 +147,7 @@ class Trainer:
                 return logprobs_BTC, sums
 
             for batches in packed.rounds:
-                launched = _side_by_side(launch, batches)
+                launched = self._side_by_side(launch, batches)
                 for batch, (logprobs_BTC, sums) in zip(batches, launched, strict=True):
                     yield from out.add(batch, logprobs_BTC, sums)
             yield from out.drain()
@@ -168,7 +178,7 @@ class Trainer:
 
             with self._clock(work):
                 for chains in packing.chained(packed.rounds):
-                    launched = _side_by_side(launch, chains, totals)
+                    launched = self._side_by_side(launch, chains, totals)
                     totals[: len(launched)] = [grads for grads, _ in launched]
                     for answer in (answer for _, answers in launched for answer in answers):
                         yield from out.add(*answer)
@@ -214,7 +224,7 @@ class Trainer:
                             self._model, self._dtype, self._remat_of(batch.plan)
                         )
                         keep.append(room >= 0)
-                    launched = _side_by_side(forward, batches, keep)
+                    launched = self._side_by_side(forward, batches, keep)
                     for batch, (logprobs_BTC, forwarded) in zip(batches, launched, strict=True):
                         kept.append([forwarded])
                         yield from out.add(batch, logprobs_BTC, {})
@@ -229,7 +239,7 @@ class Trainer:
             totals, waiting = self._accumulators(adapter, packed), iter(kept)
             with self._clock(work):
                 for batches in packed.rounds:
-                    launched = _side_by_side(backward, batches, waiting, totals)
+                    launched = self._side_by_side(backward, batches, waiting, totals)
                     totals[: len(launched)] = launched
                     yield partial(jax.block_until_ready, launched)
                 grads = yield partial(jax.block_until_ready, self._sum(totals))
@@ -396,23 +406,24 @@ class Trainer:
     ) -> Weights:
         return self.programs.backward(self._params, adapter.weights, device, saved, g_BTC, grads)
 
+    def _side_by_side(self, launch: Callable[..., T], *each: Iterable[Any]) -> list[T]:
+        """Return launch(*...) for the first of each, the second of each, and so on.
+
+        A single one returns with its programs queued, as on any device. Of several each has a thread, for XLA runs what
+        one thread launches in turn on a CPU, and all have ended when this returns: even if one fails, none is left that
+        would still use memory. The dispatch thread is one of them, so that no other request takes memory beside theirs.
+        """
+        first, *others = (partial(launch, *arguments) for arguments in zip(*each, strict=False))
+        if not others:
+            return [first()]
+        futures = [self._launchers.submit(lambda launch=launch: jax.block_until_ready(launch())) for launch in others]
+        try:
+            return [jax.block_until_ready(first()), *(future.result() for future in futures)]
+        finally:
+            wait(futures)
+
     def _put(self, batch: MicroBatch) -> dict[str, Any]:
         rows = ("tokens_BT", "segments_BT", "positions_BT", "targets_BTC", "real_BTC", "order_BT", "place_BT")
         out: dict[str, Any] = {name: put_rows(getattr(batch, name), self._mesh) for name in rows}
         out["inputs"] = {name: put_rows(array, self._mesh) for name, array in batch.inputs.items()}
         return out | {name: put_whole(getattr(batch, name), self._mesh) for name in ("with_gradient", "scored")}
-
-
-def _side_by_side(launch: Callable[..., T], *each: Iterable[Any]) -> list[T]:
-    """Return launch(*...) for the first of each, the second of each, and so on.
-
-    A single one returns with its programs queued, as on any device. Of several each has a thread, for XLA runs what one
-    thread launches in turn on a CPU, and all have ended when this returns: even if one fails, none is left that would
-    still use memory. The dispatch thread is one of them, so that no other request takes memory beside theirs.
-    """
-    first, *others = (partial(launch, *arguments) for arguments in zip(*each, strict=False))
-    if not others:
-        return [first()]
-    with ThreadPoolExecutor(len(others), thread_name_prefix="jax_client-train") as pool:
-        futures = [pool.submit(lambda launch=launch: jax.block_until_ready(launch())) for launch in others]
-        return [jax.block_until_ready(first()), *(future.result() for future in futures)]

@@ -1,12 +1,11 @@
-"""When is a run saved that nobody saves? Every few minutes, on SIGTERM, at exit, and when its client goes.
+"""When does a run save itself? Every few minutes, on SIGTERM, at exit, and when its client is forgotten.
 
-One thread of the process does it, off the path of the steps. What it writes can be continued from like any checkpoint;
-the line to do that is printed where the process or the client ends.
+One thread of the process saves, beside the training steps. Training can be continued from such a save as from any
+checkpoint; the call that does so is printed when the program ends and when a client is closed.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import signal
@@ -14,16 +13,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import Any
+from typing import TypeVar
 
+from jax_client import interpreter_end, process
+from jax_client.process import Step
 from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
 from jax_client.runs.results import run_metrics
+from jax_client.threads import start_thread
 from jax_client.values import CheckpointKey
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # A spot machine gets 30 s from the signal to the end of its power.
 SIGNAL_SECONDS = 25.0
@@ -39,34 +43,59 @@ class _Watch:
         self.due = time.monotonic() + self.seconds
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _SaveAll:
+    """Save every watched run, then wait for the mirrors so many seconds; `done` is set at the end."""
+
+    mirror_seconds: float
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class _End:
+    """End the thread."""
+
+
 _lock = threading.Lock()
 _watched: dict[RunCheckpointer, _Watch] = {}
-# Keepers whose run was forgotten. A destructor may run inside any allocation, with any lock held, so it only puts here
-# (SimpleQueue.put is re-entrant); the thread does the rest. None wakes the thread up.
-_forgotten: SimpleQueue[RunCheckpointer | None] = SimpleQueue()
+# What the thread is asked to do. Destructors ask too, which may run inside any allocation, with any lock held:
+# SimpleQueue.put is re-entrant. None only wakes the thread up.
+_asked: SimpleQueue[RunCheckpointer | _SaveAll | _End | None] = SimpleQueue()
 _thread: threading.Thread | None = None
-_previous: Callable[[int, FrameType | None], Any] | int | None = None
+_previous: Callable[[int, FrameType | None], object] | int | None = None
+# Saves that the user asked for, until they are written.
+_explicit: set[Future[object]] = set()
 
 
 def watch(checkpointer: RunCheckpointer, minutes: float | None) -> None:
-    """Save a run every so many minutes from now on, and when the process ends; None only ends it when forgotten."""
+    """Save a run at every interval from now on, and when the process ends.
+
+    Args:
+        checkpointer: of the run.
+        minutes: the interval; None never saves the run, and only ends it when it is forgotten.
+    """
     with _lock:
         if minutes is not None:
             _watched[checkpointer] = _Watch(checkpointer, minutes * 60)
         _start()
-    _forgotten.put(None)
+    _asked.put(None)
 
 
 def forget(checkpointer: RunCheckpointer) -> None:
     """Save a run a last time soon, and end it; for destructors."""
-    _forgotten.put(checkpointer)
+    _asked.put(checkpointer)
+
+
+def finish_at_exit(save: Future[T]) -> None:
+    """Have the end of the program wait for a save that the user asked for."""
+    _explicit.add(save)
+    save.add_done_callback(_explicit.discard)
 
 
 def save_now(checkpointers: list[RunCheckpointer]) -> None:
-    """Save those of these runs that are watched, saying how to go on from them; they are watched no longer."""
+    """Save and announce those of these runs that are watched; afterwards they are watched no longer."""
     for checkpointer in checkpointers:
         if checkpointer in _watched:
-            _save(checkpointer, aloud=True)
+            _save(checkpointer, announced=True)
             # Only now: until then an exit of the process would save it too, and waits for this.
             with _lock:
                 _watched.pop(checkpointer, None)
@@ -79,7 +108,7 @@ def unwatch(checkpointer: RunCheckpointer) -> None:
 
 
 def announce(run_id: str, path: CheckpointKey, step: int) -> None:
-    """Print how to go on from a run that was saved by itself."""
+    """Print the call that continues a run from its automatic save."""
     print(
         f"jax_client saved step {step} of run {run_id}, which nobody had saved. To go on from it:\n"
         f'  service_client.create_training_client_from_state_with_optimizer("{path}")',
@@ -104,10 +133,8 @@ def handle_sigterm() -> None:
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    # On another thread, and not for ever: this one was interrupted anywhere, perhaps with a lock held.
-    saving = threading.Thread(target=_save_all, name="jax_client-sigterm", daemon=True)
-    saving.start()
-    saving.join(SIGNAL_SECONDS)
+    # On another thread, and with a limit: this one was interrupted anywhere, perhaps with a lock held.
+    _save_all(SIGNAL_SECONDS, mirror_seconds=SIGNAL_SECONDS)
     if callable(_previous):
         _previous(number, frame)
         return
@@ -117,25 +144,19 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
 
 def _after_fork() -> None:
     """Leave a forked process without runs to save: it has no device, and its parent saves them."""
-    global _lock, _forgotten, _thread
-    _lock, _forgotten, _thread = threading.Lock(), SimpleQueue(), None
+    global _lock, _asked, _thread
+    interpreter_end.keep_in_fork(_watched.copy(), _asked)
+    _lock, _asked, _thread = threading.Lock(), SimpleQueue(), None
     _watched.clear()
+    _explicit.clear()
     if signal.getsignal(signal.SIGTERM) is _on_sigterm:
         signal.signal(signal.SIGTERM, _previous if callable(_previous) else signal.SIG_DFL)
 
 
-os.register_at_fork(after_in_child=_after_fork)
-
-
 def _start() -> None:
     global _thread
-    if _thread is not None:
-        return
-    _thread = threading.Thread(target=_loop, name="jax_client-autosave", daemon=True)
-    _thread.start()
-    # Before the interpreter stops the thread pools that saving needs, which `atexit` comes after. Executors themselves
-    # register there; it has no public name.
-    getattr(threading, "_register_atexit", atexit.register)(_save_all)
+    if _thread is None:
+        _thread = start_thread("jax_client-autosave", _loop)
 
 
 def _loop() -> None:
@@ -143,12 +164,17 @@ def _loop() -> None:
         with _lock:
             due = min((each.due for each in _watched.values()), default=None)
         try:
-            checkpointer = _forgotten.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+            asked = _asked.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
         except Empty:
             _save_due()
-        else:
-            if checkpointer is not None:
-                _finish(checkpointer)
+            continue
+        if isinstance(asked, _End):
+            return
+        if isinstance(asked, _SaveAll):
+            _save_watched(asked)
+        elif asked is not None:
+            _finish(asked)
+        del asked  # a thread that waits must not keep the last run
 
 
 def _save_due() -> None:
@@ -158,34 +184,63 @@ def _save_due() -> None:
         for each in due:
             each.due = now + each.seconds
     for each in due:
-        _save(each.checkpointer, aloud=False)
+        _save(each.checkpointer, announced=False)
     for store in {each.checkpointer.store for each in due}:
         try:
             store.sweep_expired()
         except Exception as error:
-            # This thread has runs to save yet.
+            # This thread still has runs to save.
             logger.warning("expired checkpoints could not be looked for: %s", error)
 
 
 def _finish(checkpointer: RunCheckpointer) -> None:
     save_now([checkpointer])
     try:
-        checkpointer.end()
+        checkpointer.end(wait=False)
     except Exception as error:
         logger.warning("run %s could not be ended: %s", checkpointer.run_id, error)
 
 
-def _save_all() -> None:
-    with _lock:
-        # Those that are forgotten, too, until they are saved.
-        checkpointers = list(_watched)
-    save_now(checkpointers)
-    run_metrics.shared.flush()
-    for store in {checkpointer.store for checkpointer in checkpointers}:
-        store.flush_mirror(SIGNAL_SECONDS)
+def _save_all(seconds: float | None = None, mirror_seconds: float = 0.0) -> None:
+    """Have the thread save every watched run; wait for it, at most so many seconds."""
+    if _thread is None or not _thread.is_alive():
+        return
+    asked = _SaveAll(mirror_seconds)
+    _asked.put(asked)
+    asked.done.wait(seconds)
 
 
-def _save(checkpointer: RunCheckpointer, *, aloud: bool) -> None:
+def _save_watched(asked: _SaveAll) -> None:
+    try:
+        with _lock:
+            # Those that are forgotten, too, until they are saved.
+            checkpointers = list(_watched)
+        save_now(checkpointers)
+        run_metrics.shared.flush()
+        for store in {checkpointer.store for checkpointer in checkpointers}:
+            if asked.mirror_seconds:
+                store.flush_mirror(asked.mirror_seconds)
+    finally:
+        asked.done.set()
+
+
+def _end_thread() -> None:
+    _asked.put(_End())
+
+
+process.register(
+    "autosave",
+    "the runs that save themselves, the thread that saves them, and the saves that were asked for",
+    at_exit={
+        Step.REQUESTS: lambda: wait(_explicit.copy()),
+        Step.RUNS: _save_all,
+        Step.ENGINES: _end_thread,
+    },
+    after_fork=_after_fork,
+)
+
+
+def _save(checkpointer: RunCheckpointer, *, announced: bool) -> None:
     try:
         saved = checkpointer.save_if_needed()
     except Exception as error:
@@ -196,5 +251,5 @@ def _save(checkpointer: RunCheckpointer, *, aloud: bool) -> None:
         return
     path, step = saved
     logger.info("run %s was saved by itself at step %d: %s", checkpointer.run_id, step, path)
-    if aloud:
+    if announced:
         announce(checkpointer.run_id, path, step)

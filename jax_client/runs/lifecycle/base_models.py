@@ -1,6 +1,6 @@
 """Which base models are loaded in this process, and who uses them?
 
-One engine per (weights, engine settings), however many sessions ask for it; it is closed when the last one lets go.
+One engine serves all sessions that ask for the same weights with the same settings. The last release closes it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from jax_client import interpreter_end, process
 from jax_client.config import EngineConfig
+from jax_client.process import Step
+from jax_client.threads import start_thread
 from jax_client.weights.read.progress import Progress, observed
 from jax_client.weights.read.source import ModelSource, resolve
 
@@ -58,12 +61,12 @@ class _Entry:
 
 _Key = tuple[object, ...]
 _entries: dict[_Key, _Entry] = {}
-# The same by the names that sessions use, from before it is known which files a name means.
+# The same entries by requested name, while the name is being resolved to files.
 _named: dict[_Key, _Entry] = {}
 _lock = threading.Lock()
 # What sessions that were dropped without close() still held. A destructor may run inside any allocation, with any lock
-# held, so it only puts here (SimpleQueue.put is re-entrant); a thread of its own does the releasing.
-_dropped: SimpleQueue[list[Future[ModelRef]]] = SimpleQueue()
+# held, so it only puts here (SimpleQueue.put is re-entrant); the janitor's thread releases. None ends that thread.
+_dropped: SimpleQueue[list[Future[ModelRef]] | None] = SimpleQueue()
 _janitor: threading.Thread | None = None
 
 
@@ -104,7 +107,8 @@ def acquire(name: str, config: EngineConfig) -> ModelRef:
     _start_janitor()
     with _lock:
         _named.setdefault(called, new)
-    with observed(new.set_progress):
+    # A download or a load takes minutes and cannot be told to end.
+    with observed(new.set_progress), process.not_waited_for():
         try:
             source = resolve(name)
         except BaseException:
@@ -198,16 +202,37 @@ def _start_janitor() -> None:
     global _janitor
     with _lock:
         if _janitor is None:
-            _janitor = threading.Thread(target=_tidy, name="jax_client-janitor", daemon=True)
-            _janitor.start()
+            _janitor = start_thread("jax_client-janitor", _release_dropped)
 
 
-def _tidy() -> None:
-    while True:
+def _release_dropped() -> None:
+    while (model_refs := _dropped.get()) is not None:
         try:
-            release_all(_dropped.get())
+            release_all(model_refs)
         except Exception:
             logger.exception("an engine that nobody uses any more could not be closed")
+        del model_refs  # a thread that waits must not keep the last engine
+
+
+def _end_janitor() -> None:
+    _dropped.put(None)
+
+
+def _after_fork() -> None:
+    """Forget the parent's engines, which do not run here, without freeing them."""
+    global _lock, _dropped, _janitor
+    interpreter_end.keep_in_fork(_entries.copy(), _named.copy(), _dropped)
+    _lock, _dropped, _janitor = threading.Lock(), SimpleQueue(), None
+    _entries.clear()
+    _named.clear()
+
+
+process.register(
+    "base models",
+    "the engines by their weights and settings, and the thread that closes those that nobody uses any more",
+    at_exit={Step.ENGINES: _end_janitor},
+    after_fork=_after_fork,
+)
 
 
 def _forget_names(entry: _Entry) -> None:

@@ -2,58 +2,36 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
+
+from jax_client.threads import Workers, complete, start_thread
 
 A = TypeVar("A")
 B = TypeVar("B")
 
-_here = threading.local()
-
-
-def _mark() -> None:
-    _here.answering = True
-
-
 # Answers are shown to the user on a thread of their own: a slow callback must not hold up the engine.
-def _thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="jax_client-answers", initializer=_mark)
-
-
-_answers = _thread()
-
-
-def _after_fork() -> None:
-    global _answers
-    _answers = _thread()  # that of the parent's is not in the child
-
-
-os.register_at_fork(after_in_child=_after_fork)
+_answers = Workers("jax_client-answers", 1)
 
 
 def on_answer_thread() -> bool:
-    """Say whether this is the thread that completes the answers, where waiting for another one would never end."""
-    return getattr(_here, "answering", False)
+    """Return whether this is the thread that completes the answers, where waiting for another one would never end."""
+    return _answers.runs_this_thread()
 
 
 def background(function: Callable[[], A], name: str) -> Future[A]:
-    """Run `function` on a daemon thread of its own and return the future of what it returns or raises."""
+    """Run `function` on a thread of its own; return the future of its result.
+
+    Where Python starts no thread any more, the caller runs it, and the future is done.
+    """
+    _answers.grow_to(1)  # while threads can be started
     answer: Future[A] = Future()
-
-    def work() -> None:
-        if not answer.set_running_or_notify_cancel():
-            return
-        try:
-            value = function()
-        except BaseException as error:
-            answer.set_exception(error)
-        else:
-            answer.set_result(value)
-
-    threading.Thread(target=work, name=f"jax_client-{name}", daemon=True).start()
+    try:
+        start_thread(f"jax_client-{name}", partial(complete, answer, function))
+    except RuntimeError:
+        complete(answer, function)
     return answer
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jax_client.engine.core.requests import AdamSettings
 from jax_client.runs.lifecycle import base_models
 from jax_client.runs.lifecycle.base_models import ModelRef
+from jax_client.runs.lifecycle.futures import settled
 from jax_client.runs.results import api_records
 from jax_client.values import AdapterState, CheckpointKey, Kind, LoraSpec
 
@@ -139,7 +140,7 @@ class RunCheckpointer:
             The path and the step, None if there was nothing to save.
         """
         with self._lock:
-            held = self._engine.hold_state(self._engine.open_lane(), self._adapter, True).result()
+            held = self._engine.current_state(self._adapter, True)
             if held.version == self._saved:
                 return None
             return self._autosave(held), held.step
@@ -153,7 +154,7 @@ class RunCheckpointer:
         None, and nothing is written, while the run holds gradients, of which a checkpoint has none.
         """
         with self._lock:
-            held = self._engine.hold_state(self._engine.open_lane(), self._adapter, True).result()
+            held = self._engine.current_state(self._adapter, True)
             if held.accumulating:
                 return None
             new = held.step if held.version != self._saved else None
@@ -171,8 +172,12 @@ class RunCheckpointer:
         self._autosaved = path, held.version
         return path
 
-    def end(self) -> None:
-        """Give back the adapter's memory, the run and the base model; ending again does nothing."""
+    def end(self, *, wait: bool = True) -> None:
+        """Give back the adapter's memory, the run and the base model; ending again does nothing.
+
+        Args:
+            wait: for the end of the engine, if no one else uses the base model.
+        """
         with self._lock:
             if self._ended:
                 return
@@ -180,7 +185,10 @@ class RunCheckpointer:
         self.observed.end()
         self._engine.release(self._adapter)
         self._claim.release()
-        base_models.release(self._model_ref)
+        if wait:
+            base_models.release(self._model_ref)
+        else:
+            base_models.drop([settled(self._model_ref)])
 
     def _metadata(self, state: AdapterState, user_metadata: Mapping[str, str] | None) -> dict[str, Any]:
         return api_records.checkpoint_metadata(

@@ -8,11 +8,12 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from jax_client import process
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import EngineConfig, default_mirror, default_state_dir
 from jax_client.errors import NotFoundError
@@ -21,6 +22,7 @@ from jax_client.runs.lifecycle.base_models import ModelRef
 from jax_client.runs.lifecycle.futures import background, link, settled
 from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
 from jax_client.runs.results import run_metrics
+from jax_client.threads import Workers
 from jax_client.values import JsonObject
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class _Resources:
 
 # Samplers and sessions of this process, for RestClient; checkpoints tell about the other processes.
 live_sessions: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
+process.register("sessions", "the open sessions by id, for listings", after_fork=live_sessions.clear)
 
 
 class Session:
@@ -99,7 +102,7 @@ class Session:
         self._store: CheckpointStore | None = None
         self._checkpointers: weakref.WeakSet[RunCheckpointer] = weakref.WeakSet()
         self._at_close: list[Callable[[], None]] = []
-        self._disk: ThreadPoolExecutor | None = None
+        self._disk: Workers | None = None
         self._resources = _Resources()
         weakref.finalize(self, _drop, self._resources).atexit = False
         live_sessions[self.session_id] = self
@@ -137,14 +140,17 @@ class Session:
             self._resources.model_refs[name] = loading
             return loading
 
-    def release_unused(self, used: Collection[str | None]) -> bool:
-        """Give the other base models back, which nothing of this session uses; say whether there were any.
+    def release_unused(self, keep: Collection[str | None]) -> bool:
+        """Release the base models that this session no longer uses; return whether any were.
 
         Waits for the engines that are closed by that.
+
+        Args:
+            keep: the names of those that it uses.
         """
         with self._resources.lock:
             model_refs = self._resources.model_refs
-            unused = [name for name, model_ref in model_refs.items() if name not in used and model_ref.done()]
+            unused = [name for name, model_ref in model_refs.items() if name not in keep and model_ref.done()]
             released = [model_refs.pop(name) for name in unused]
         base_models.release_all(released)
         return bool(released)
@@ -174,12 +180,16 @@ class Session:
         """Run `function` on the session's disk thread, after what was given to it before."""
         with self._lock:
             if self._disk is None:
-                self._disk = ThreadPoolExecutor(1, thread_name_prefix="jax_client-disk")
+                self._disk = Workers("jax_client-disk", 1)
             return self._disk.submit(function)
 
     def save(self, path: str, state: Future[Any], write: Callable[[Any], T]) -> Future[T]:
-        """Write `state` on the disk thread when it is there; the future resolves after the commit."""
+        """Write `state` on the disk thread when it is there; the future resolves after the commit.
+
+        The end of the program waits for it.
+        """
         saved: Future[T] = Future()
+        autosave.finish_at_exit(saved)
         with self._lock:
             self._saving[path] = saved
         saved.add_done_callback(lambda _: self._saved(path, saved))
@@ -252,7 +262,7 @@ class Session:
         for function in self._at_close:
             function()
         if self._disk is not None:
-            self._disk.shutdown(wait=True)
+            self._disk.close(wait=True)
         checkpointers = list(self._checkpointers)
         autosave.save_now(checkpointers)
         for checkpointer in checkpointers:

@@ -7,7 +7,6 @@ is full, what comes is dropped and counted: training waits for nothing here.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import threading
 import time
@@ -18,7 +17,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
+from jax_client import interpreter_end, process
 from jax_client.metrics.store import FILE_NAME, Event, MetricsStore, Point
+from jax_client.process import Step
+from jax_client.threads import start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +193,7 @@ class MetricsWriter:
         self.dropped = 0
         self._most = most
         self._seconds = seconds
-        self._queue: SimpleQueue[_Item | threading.Event] = SimpleQueue()
+        self._queue: SimpleQueue[_Item | threading.Event | None] = SimpleQueue()
         self._hurry = threading.Event()
         self._histories: dict[Path, MetricsStore] = {}
         self._lock = threading.Lock()
@@ -220,6 +222,17 @@ class MetricsWriter:
         self._hurry.set()
         return done.wait(timeout)
 
+    def end(self) -> None:
+        """End the thread once all that was recorded so far is in the files."""
+        self._queue.put(None)
+        self._hurry.set()
+
+    def forget(self) -> None:
+        """Begin anew in a forked process: what waits is the parent's to write, on a thread that only it has."""
+        interpreter_end.keep_in_fork(self._queue, self._histories)
+        self._queue, self._histories = SimpleQueue(), {}
+        self._hurry, self._lock, self._thread = threading.Event(), threading.Lock(), None
+
     def _drop(self, count: int) -> None:
         with self._lock:
             self.dropped += count
@@ -227,12 +240,11 @@ class MetricsWriter:
     def _start(self) -> None:
         with self._lock:
             if self._thread is None:
-                thread = threading.Thread(target=self._loop, name="jax_client-metrics", daemon=True)
-                thread.start()
-                self._thread = thread
+                self._thread = start_thread("jax_client-metrics", self._loop)
 
     def _loop(self) -> None:
-        while True:
+        ended = False
+        while not ended:
             batch = [self._queue.get()]
             self._hurry.wait(self._seconds)
             self._hurry.clear()
@@ -245,9 +257,10 @@ class MetricsWriter:
                 self._write([item for item in batch if isinstance(item, _Item)])
             except Exception:
                 self._complain()
-            for item in batch:
-                if isinstance(item, threading.Event):
-                    item.set()
+            ended = None in batch
+            for event in [item for item in batch if isinstance(item, threading.Event)]:
+                event.set()
+            del batch  # a thread that waits must not keep the last run, and its engine
 
     def _write(self, items: list[_Item]) -> None:
         files: dict[Path, tuple[list[Point], list[Event]]] = {}
@@ -300,8 +313,22 @@ class MetricsWriter:
 _lock = threading.Lock()
 _live: weakref.WeakSet[RunMetrics] = weakref.WeakSet()
 shared = MetricsWriter()
-# After the runs that are saved at exit.
-atexit.register(shared.flush)
+
+
+def _after_fork() -> None:
+    global _lock
+    interpreter_end.keep_in_fork(*_live)
+    _lock = threading.Lock()
+    _live.clear()
+    shared.forget()
+
+
+process.register(
+    "metrics",
+    "the observed runs, and the thread that writes their metrics",
+    at_exit={Step.RUNS: shared.flush, Step.ENGINES: shared.end},
+    after_fork=_after_fork,
+)
 
 
 def watch(run_id: str, engine: Any, state_dir: Path, step: int, *, on: bool) -> RunMetrics:

@@ -20,10 +20,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from jax_client import process
 from jax_client.errors import RequestFailedError
+from jax_client.process import Step
 from jax_client.server.state.pending import Kind
 from jax_client.server.wire.answers import Answer
 from jax_client.sqlite_file import SqliteFile, is_damage, transaction
+from jax_client.threads import start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +91,9 @@ class RequestLog:
             self._ids = {row[0] for row in connection.execute("SELECT id FROM promises")}
         self._reading = threading.local()
         self._readers: list[sqlite3.Connection] = []
-        self._thread = threading.Thread(target=self._write, name="jax_client-journal", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("jax_client-request-log", self._write)
+        steps = {Step.RUNS: RequestLog.close}
+        process.register("request log", "requests and answers that are to be written", owner=self, at_exit=steps)
 
     def put(self, kind: str, key: str, record: dict[str, Any]) -> None:
         """Keep what is known of a session, a model or a sampler; on return a killed server does not forget it."""

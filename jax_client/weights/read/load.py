@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, ParamSpec, param_specs
 from jax_client.models.families.registry import config_from_hf
 from jax_client.sharding import sharding_for
+from jax_client.threads import Workers
 from jax_client.weights.read import hf, safetensors
 from jax_client.weights.read.gguf import GgufReader, as_hf_config, read_gguf
 from jax_client.weights.read.names import Part, expected_tensors, leaf_parts
@@ -74,7 +74,7 @@ def load_params(source: ModelSource, config: ModelConfig, dtype: Any, mesh: Mesh
     leaves = leaf_parts(config)
     specs = param_specs(config, np.dtype(dtype))
     counter = Counter("loading", sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(specs)))
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with Workers("jax_client-read", min(8, os.cpu_count() or 1)) as pool:
 
         def build(key_path: Sequence[Any], spec: ParamSpec) -> jax.Array:
             path = tuple(key.key for key in key_path)
@@ -111,7 +111,7 @@ def _build_leaf(
     parts: Sequence[Part],
     reader: TensorReader,
     mesh: Mesh,
-    pool: ThreadPoolExecutor,
+    pool: Workers,
     bits: bool,
     counter: Counter,
 ) -> jax.Array:
@@ -140,7 +140,7 @@ def _build_leaf(
 
     layers = range(spec.shape[0] if stacked else 1)
     # list() is what lets a worker's exception out.
-    list(pool.map(fill, [(layer, part) for layer in layers for part in parts]))
+    pool.map(fill, [(layer, part) for layer in layers for part in parts])
     if bits and spec.dtype.name == "bfloat16":
         buffers = {bounds: buffer.view(np.uint16) for bounds, buffer in buffers.items()}
     array = jax.make_array_from_callback(spec.shape, sharding, lambda index: buffers[_bounds(index or (), spec.shape)])
