@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -19,22 +19,23 @@ if TYPE_CHECKING:
     import torch
 
 NOTE = "inside your loss function; no gradients were accumulated"
-TorchLoss = Callable[["list[torch.Tensor]"], "tuple[torch.Tensor, Mapping[str, Any]]"]
+T = TypeVar("T")
+# f(one logprob tensor per datum) -> (loss, metrics): a one-element tensor, and numbers or one-element tensors by name.
+TorchLoss = Callable[["list[torch.Tensor]"], "tuple[torch.Tensor, Mapping[str, object]]"]
 
 
-def require_torch() -> Any:
-    """Return the torch module.
+def require_torch() -> None:
+    """Import torch.
 
     Raises:
         ImportError: it is not installed; the message says how to install it.
     """
     try:
-        import torch
+        import torch  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "custom losses are written in PyTorch, which is not installed: pip install 'jax_client[torch]'."
         ) from error
-    return torch
 
 
 def custom_loss(function: TorchLoss) -> CustomLoss:
@@ -52,25 +53,26 @@ def custom_loss(function: TorchLoss) -> CustomLoss:
     Raises:
         ImportError: torch is not installed.
     """
-    torch = require_torch()
+    require_torch()
+    import torch
 
     def run(logprobs: list[np.ndarray]) -> tuple[float, list[np.ndarray], dict[str, float]]:
         leaves = [torch.from_numpy(np.array(array, np.float32)).requires_grad_(True) for array in logprobs]
         with torch.enable_grad():
             loss, metrics = _unpack(_noted(lambda: function(list(leaves))))
-            _check_loss(torch, loss)
+            loss = _checked_loss(loss)
             if any(leaf.grad is not None for leaf in leaves):
                 raise BadRequestError(f"backward() was called {NOTE}. Return the loss; it is differentiated for you.")
             value = float(loss.detach())
             if not math.isfinite(value):
                 _refuse_loss(value, leaves)
             _noted(loss.backward)
-        return value, _gradients(leaves, value), _numbers(torch, metrics)
+        return value, _gradients(leaves, value), _numbers(metrics)
 
     return run
 
 
-def _noted(call: Callable[[], Any]) -> Any:
+def _noted(call: Callable[[], T]) -> T:
     try:
         return call()
     except BaseException as error:
@@ -78,7 +80,7 @@ def _noted(call: Callable[[], Any]) -> Any:
         raise
 
 
-def _unpack(answer: Any) -> tuple[Any, Any]:
+def _unpack(answer: object) -> tuple[object, object]:
     if not isinstance(answer, tuple | list) or len(answer) != 2:
         returned = type(answer).__name__
         if isinstance(answer, tuple | list):
@@ -89,7 +91,9 @@ def _unpack(answer: Any) -> tuple[Any, Any]:
     return answer[0], answer[1]
 
 
-def _check_loss(torch: Any, loss: Any) -> None:
+def _checked_loss(loss: object) -> torch.Tensor:
+    import torch
+
     if not isinstance(loss, torch.Tensor):
         raise BadTypeError(
             f"your loss function must return (loss, metrics) with a torch.Tensor as loss; got {type(loss).__name__}. "
@@ -102,6 +106,7 @@ def _check_loss(torch: Any, loss: Any) -> None:
         )
     if not loss.requires_grad:
         raise BadRequestError(_UNRELATED)
+    return loss
 
 
 _UNRELATED = (
@@ -110,7 +115,7 @@ _UNRELATED = (
 )
 
 
-def _refuse_loss(value: float, leaves: list[Any]) -> None:
+def _refuse_loss(value: float, leaves: list[torch.Tensor]) -> None:
     where = ""
     for index, leaf in enumerate(leaves):
         if not bool(leaf.detach().isfinite().all()):
@@ -119,7 +124,7 @@ def _refuse_loss(value: float, leaves: list[Any]) -> None:
     raise RequestFailedError(f"your loss is {value}; no gradients were accumulated.{where}", category="user")
 
 
-def _gradients(leaves: list[Any], value: float) -> list[np.ndarray]:
+def _gradients(leaves: list[torch.Tensor], value: float) -> list[np.ndarray]:
     unused = [index for index, leaf in enumerate(leaves) if leaf.grad is None]
     if len(unused) == len(leaves):
         raise BadRequestError(_UNRELATED)
@@ -128,7 +133,8 @@ def _gradients(leaves: list[Any], value: float) -> list[np.ndarray]:
             f"the loss does not use the logprobs of datum {unused[0]} ({len(unused)} of {len(leaves)} datums are "
             "unused); no gradients were accumulated. Leave these datums out of the call, or add 0 * logprobs.sum()."
         )
-    gradients = [leaf.grad.detach().to_dense().numpy().astype(np.float32) for leaf in leaves]
+    grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    gradients = [grad.detach().to_dense().numpy().astype(np.float32) for grad in grads]
     for index, gradient in enumerate(gradients):
         bad = np.argwhere(~np.isfinite(gradient))
         if len(bad):
@@ -142,7 +148,9 @@ def _gradients(leaves: list[Any], value: float) -> list[np.ndarray]:
     return gradients
 
 
-def _numbers(torch: Any, metrics: Any) -> dict[str, float]:
+def _numbers(metrics: object) -> dict[str, float]:
+    import torch
+
     if not isinstance(metrics, Mapping):
         raise BadTypeError(
             f"your loss function must return (loss, metrics) with a dict as metrics; got {type(metrics).__name__}."
@@ -164,6 +172,6 @@ def _numbers(torch: Any, metrics: Any) -> dict[str, float]:
     return numbers
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     shape = getattr(value, "shape", None)
     return type(value).__name__ if shape is None else f"a {type(value).__name__} of shape {tuple(shape)}"

@@ -29,7 +29,9 @@ for name in ("internal_client_holder", "telemetry"):
     logging.getLogger(f"tinker.lib.{name}").setLevel(logging.ERROR)
 
 # Its failed assertions say what they compared, as those of the tests do.
-pytest.register_assert_rewrite("support.faults.fault_history", "support.checkpoints", "support.command_line")
+pytest.register_assert_rewrite(
+    "support.faults.fault_history", "support.checkpoints", "support.command_line", "support.bad_calls"
+)
 # Files that take long go first: of two processes that share the files, neither is then left with one at the end.
 LONG = ("real_model", "resume", "sharding", "golden", "export", "faults", "memory_bounds", "gradients", "checkpoint")
 TALLY = pytest.StashKey[Counter[str]]()

@@ -144,20 +144,18 @@ def save(server: Server, *, hurried: bool) -> None:
 
 
 def _load(server: Server, name: str, settings: ServerSettings) -> None:
-    from jax_client.runs.lifecycle import base_models
-
     start, meant = time.monotonic(), server.model_name(name)
     loading = server.live.own.base_model(meant)
 
     def progress_text() -> str:
-        progress = base_models.loading(meant, settings.engine)
+        progress = server.own.models.loading(meant, settings.engine)
         if progress is None:
             return f"loading {name}"
         _, _, bytes_ = str(progress).partition(" ")
         return f"{progress.stage} {name} {bytes_}".rstrip()
 
     engine = stages.wait(loading, progress_text).model.engine
-    found = engine.describe()
+    found = engine.monitor.describe()
     device, weights = found["device"], found["memory_bytes"]["weights"] / 1e9
     stages.say(
         f"loaded {name}: {weights:.2f} GB in {found['dtype']} on {device['count']} x {device['kind']}, "
@@ -174,7 +172,7 @@ def _compile(engine: Any, name: str, settings: ServerSettings) -> None:
     lengths = ", ".join(map(str, settings.warmup))
     warming: Future[list[Any]] = engine.warmup(LoraSpec(rank=settings.warmup_rank, seed=0), list(settings.warmup), 1)
     compiled = stages.wait(warming, lambda: f"compiling {name} for lengths {lengths}")
-    cached = sum(record["cached"] for record in compiled)
+    cached = sum(record.cached for record in compiled)
     stages.say(
         f"compiled {name}: {len(compiled)} programs, {cached} of them from the cache, {time.monotonic() - start:.1f} s"
     )

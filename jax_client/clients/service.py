@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -23,6 +24,7 @@ from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, BadTypeError
 from jax_client.runs import checks
 from jax_client.runs.lifecycle import autosave
+from jax_client.runs.lifecycle.base_models import BaseModels
 from jax_client.runs.lifecycle.futures import background
 from jax_client.runs.lifecycle.run import create_run, resume_run
 from jax_client.runs.lifecycle.session import Session, SessionInfo
@@ -48,6 +50,7 @@ class ServiceClient:
         api_key: for `base_url`; not needed in-process.
         default_headers_overrides: for `base_url`; not used in-process.
         config: engine settings.
+        _models: for this package's tests, whose base models need no device; None shares those of the process.
 
     Raises:
         BadRequestError: `config` together with `base_url`; metadata that are not strings.
@@ -90,6 +93,7 @@ class ServiceClient:
         api_key: str | None = None,
         default_headers_overrides: Mapping[str, str] | None = None,
         config: EngineConfig | None = None,
+        _models: BaseModels | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs:
@@ -104,7 +108,7 @@ class ServiceClient:
             project_id=project_id or os.environ.get("TINKER_PROJECT_ID") or None,
             display_name=display_name,
         )
-        self._session = Session(config, info)
+        self._session = Session(config, info, models=_models)
         if self._session.config.autosave_minutes is not None:
             autosave.handle_sigterm()
 
@@ -296,11 +300,11 @@ class ServiceClient:
 
         def work() -> list[dict[str, Any]]:
             engine = session.base_model(base_model).result().model.engine
-            if max(sizes) > engine.max_context:
+            if max(sizes) > (most := engine.model.max_context):
                 raise BadRequestError(
-                    f"lengths holds {max(sizes)}, but the model's context is {engine.max_context} tokens; leave it out."
+                    f"lengths holds {max(sizes)}, but the model's context is {most} tokens; leave it out."
                 )
-            return engine.warmup(spec, sizes, width).result()
+            return [asdict(record) for record in engine.warmup(spec, sizes, width).result()]
 
         return LocalFuture(session.track(background(work, "warmup")))
 

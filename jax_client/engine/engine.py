@@ -1,30 +1,30 @@
-"""What can one base model on one mesh be asked to do? The engine's whole surface.
+"""How does an engine carry out its operations? As tasks of its dispatcher; `protocol` says what each does.
 
-Every method returns a future at once; the work runs as tasks of the dispatcher. A task commits its result to the
+Every operation returns a future at once; the work runs as tasks of the dispatcher. A task commits its result to the
 adapter only after the device has finished it, so a failed request leaves the adapter as it was.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_client import interpreter_end, process
 from jax_client.config import EngineConfig, default_compilation_cache_dir
 from jax_client.engine.core import adapters, matmul_benchmark, memory
 from jax_client.engine.core.accounting import Work
-from jax_client.engine.core.adapters import Adapter, Held, Snapshot, Version
+from jax_client.engine.core.adapters import Adapter, Snapshot, Version, Weights
 from jax_client.engine.core.attention_check import choose_attention
 from jax_client.engine.core.device_errors import named_error
-from jax_client.engine.core.dispatch import Dispatcher, Lane, Task
-from jax_client.engine.core.programs import Cause, CompileRecord, compiling, enable_compilation_cache
+from jax_client.engine.core.dispatch import Dispatcher
+from jax_client.engine.core.programs import Cause, CompileRecord, enable_compilation_cache
 from jax_client.engine.core.requests import (
     AdamSettings,
     CustomLoss,
@@ -33,14 +33,19 @@ from jax_client.engine.core.requests import (
     LossSpec,
     TrainResult,
 )
+from jax_client.engine.core.turns import Lane, Task
+from jax_client.engine.monitor import EngineMonitor
 from jax_client.engine.sample.loop import SamplingLoop
 from jax_client.engine.train import packing
+from jax_client.engine.train.logits import full_logits
 from jax_client.engine.train.packing import Plan
+from jax_client.engine.train.programs import NO_ADAPTER
 from jax_client.engine.train.trainer import Trainer
 from jax_client.errors import RequestFailedError
+from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import param_specs
 from jax_client.process import Step
-from jax_client.sharding import check_mesh_divides, make_mesh
+from jax_client.sharding import check_mesh_divides, make_mesh, put_whole
 from jax_client.threads import Workers
 from jax_client.values import AdapterState, LoraSpec, TrainExample
 from jax_client.weights.read.load import load_params, read_config
@@ -58,17 +63,14 @@ STEP_SUMS = {
     "compile_seconds": "compile_seconds",
     "device_seconds": "device_seconds",
 }
-# Longer than any turn of the device should take; compiles are known by name and may take longer still.
-STUCK_SECONDS = 300.0
-COMPILE_SECONDS = 3600.0
 
 
 class Engine:
-    """One base model on one mesh: its frozen weights, compiled programs, and the thread that launches them.
+    """Implements `protocol.Engine`: one base model on one mesh, its compiled programs, the thread that launches them.
 
     Args:
         source: where the model's files are.
-        settings: as the user gave them; "auto" values are chosen here and shown by `describe()`.
+        settings: as the user gave them; "auto" values are chosen here and shown by `monitor.describe()`.
 
     Raises:
         BadRequestError: the model or the settings cannot be served; see `weights/` and `sharding`.
@@ -88,8 +90,8 @@ class Engine:
         # Now, while the device is idle: it is the yardstick of every step's time.
         self._matmul_rate = matmul_benchmark.matmul_rate(device, self.dtype) * self.mesh.size
         self._refuse_weights_that_do_not_fit(settings)
-        on_cpu = device.platform == "cpu"
-        self.params = load_params(source, self.model, self.dtype, self.mesh, bits=on_cpu)
+        self._on_cpu = device.platform == "cpu"
+        self.params = load_params(source, self.model, self.dtype, self.mesh, bits=self._on_cpu)
         self._log: list[CompileRecord] = []
         self._adapters: list[Adapter] = []
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
@@ -109,7 +111,20 @@ class Engine:
         self._background = Workers("jax_client-compile", 1, ready=1) if settings.precompile else None
         self._dispatcher = Dispatcher("jax_client")
         self._sampling_lane = Lane(sampling=True)
-        self._closed = False
+        self.monitor = EngineMonitor(
+            source=source,
+            model=self.model,
+            mesh=self.mesh,
+            dtype=self.dtype,
+            attention=self.attention,
+            weights_bytes=sum(a.nbytes for a in jax.tree.leaves(self.params)),
+            sampler=self.sampler,
+            trainer=self.trainer,
+            dispatcher=self._dispatcher,
+            adapters=self._adapters,
+            log=self._log,
+            matmul_flops_per_second=self._matmul_rate,
+        )
         process.register(
             f"engine of {source.name}",
             "base weights, adapters, the sampler's cache and compiled programs",
@@ -123,57 +138,70 @@ class Engine:
         )
         process.run_exit_steps_before_others()
 
-    @property
-    def max_context(self) -> int:
-        """Most tokens of a sequence."""
-        return self.model.max_context
-
     def open_lane(self) -> Lane:
         """Return a queue for one client: its requests run in order, lanes take turns."""
         return Lane()
 
-    def submit(self, lane: Lane, task: Task[T]) -> Future[T]:
-        """Carry out a task of one of the engine's own rooms, on the thread that launches programs."""
-        return self._dispatcher.submit(lane, self._with_named_errors(task))
+    def submit(self, lane: Lane, task: Task[T], queued: tuple[Work, ...] = ()) -> Future[T]:
+        """Carry out a task on the thread that launches programs; `queued` notes how long it waited for its turn."""
+        return self._dispatcher.submit(lane, self._supervised(lane, task, queued))
 
-    def create_adapter(self, lane: Lane, spec: LoraSpec) -> Future[Adapter]:
-        """Make an adapter with fresh weights and optimizer."""
+    def open_adapter(self, lane: Lane, start: LoraSpec | AdapterState) -> Future[Adapter]:
+        """Make an adapter: with fresh weights, or with those of a saved state and its moments if it has them."""
 
         def task() -> Task[Adapter]:
+            spec = start if isinstance(start, LoraSpec) else start.spec
             self._refuse_adapter_that_does_not_fit(spec)
-            weights = adapters.initial_weights(self.model, spec, self.mesh)
-            return (yield from self._opened(self._new_adapter(spec, 0, weights, None, None)))
+            if isinstance(start, LoraSpec):
+                adapter = self._new_adapter(spec, 0, adapters.initial_weights(self.model, spec, self.mesh), None, None)
+            else:
+                adapter = self._from_state(start)
+            yield partial(jax.block_until_ready, (adapter.weights, adapter.mu, adapter.nu))
+            self._adapters.append(adapter)
+            self._precompile_likely(spec)
+            return adapter
 
         return self.submit(lane, task())
 
-    def forward(
-        self, lane: Lane, adapter: Adapter | None, sequences: list[TrainExample], loss: LossSpec
-    ) -> Future[TrainResult]:
-        """Score sequences with an adapter, or with the base model for None; no gradient."""
-        prepared = self._elsewhere(self.trainer.prepare, sequences, loss)
-        return self.submit(lane, self.trainer.forward_task(adapter, sequences, loss, prepared))
+    def restore(self, lane: Lane, adapter: Adapter, state: AdapterState) -> Future[Version]:
+        """Replace the adapter's weights and optimizer by a saved state; accumulated gradients are dropped."""
 
-    def forward_backward(
-        self, lane: Lane, adapter: Adapter, sequences: list[TrainExample], loss: LossSpec
-    ) -> Future[TrainResult]:
-        """Add the gradient of the summed loss to the adapter's accumulated gradient."""
-        prepared = self._elsewhere(self.trainer.prepare, sequences, loss)
-        task = self.trainer.forward_backward_task(adapter, sequences, loss, prepared)
-        return self.submit(lane, self._counting_queue(lane, adapter, task))
+        def task() -> Task[Version]:
+            loaded = self._from_state(state)
+            yield partial(jax.block_until_ready, (loaded.weights, loaded.mu, loaded.nu))
+            with adapter.lock:
+                adapter.weights, adapter.mu, adapter.nu = loaded.weights, loaded.mu, loaded.nu
+                adapter.step, adapter.grads, adapter.skipped_in_a_row = loaded.step, None, 0
+                adapter.loads += 1
+            return adapter.version
 
-    def forward_backward_custom(
-        self, lane: Lane, adapter: Adapter, sequences: list[TrainExample], loss: CustomLoss
+        return self.submit(lane, task())
+
+    def release(self, adapter: Adapter) -> None:
+        """Forget an adapter; its memory is freed when nothing else refers to it."""
+        if adapter in self._adapters:
+            self._adapters.remove(adapter)
+
+    def score_batch(
+        self, lane: Lane, adapter: Adapter | None, examples: list[TrainExample], loss: LossSpec
     ) -> Future[TrainResult]:
-        """As `forward_backward` with a loss that runs on the host, on a thread of its own."""
-        prepared = self._elsewhere(self.trainer.prepare, sequences, None)
-        task = self.trainer.custom_task(adapter, sequences, loss, prepared)
-        return self.submit(lane, self._counting_queue(lane, adapter, task))
+        """Return the logprobs and the loss with an adapter, or with the base model for None; no gradient."""
+        prepared = self._elsewhere(self.trainer.prepare, examples, loss)
+        return self.submit(lane, self.trainer.score_task(adapter, examples, loss, prepared))
+
+    def train_batch(
+        self, lane: Lane, adapter: Adapter, examples: list[TrainExample], loss: LossSpec | CustomLoss
+    ) -> Future[TrainResult]:
+        """Add the gradient of the summed loss, built in or on the host, to the adapter's accumulated gradient."""
+        prepared = self._elsewhere(self.trainer.prepare, examples, loss if isinstance(loss, LossSpec) else None)
+        if isinstance(loss, LossSpec):
+            task = self.trainer.train_task(adapter, examples, loss, prepared)
+        else:
+            task = self.trainer.custom_task(adapter, examples, loss, prepared)
+        return self.submit(lane, task, (adapter.work, self.trainer.total))
 
     def optim_step(self, lane: Lane, adapter: Adapter, settings: AdamSettings) -> Future[dict[str, float]]:
-        """Apply one AdamW step with the accumulated gradient, and clear it.
-
-        A gradient that is not finite is dropped without an update and reported as `skipped_nonfinite:sum`.
-        """
+        """Apply one AdamW step with the accumulated gradient, and clear it; return the step's metrics."""
 
         def task() -> Task[dict[str, float]]:
             if adapter.grads is None:
@@ -182,7 +210,7 @@ class Engine:
                     "that it succeeded) before each optim_step.",
                     category="user",
                 )
-            new, metrics, work = yield from self.trainer.optim_step(adapter, settings)
+            new, metrics, work = yield from self.trainer.optim_step(adapter, adapter.grads, settings)
             adapter.work = Work()
             if not metrics["finite"]:
                 adapter.grads = None
@@ -211,175 +239,76 @@ class Engine:
                 **{f"{shown}:sum": rates[name] for name, shown in STEP_SUMS.items() if name in rates},
             }
 
-        return self.submit(lane, self._counting_queue(lane, adapter, task()))
+        return self.submit(lane, task(), (adapter.work, self.trainer.total))
 
-    def snapshot(self, lane: Lane, adapter: Adapter) -> Future[Snapshot]:
-        """Return the adapter's weights as of this place in its lane. Arrays are immutable: nothing is copied."""
-
-        def task() -> Task[Snapshot]:
-            return Snapshot(spec=adapter.spec, weights=adapter.weights)
-            yield
-
-        return self.submit(lane, task())
-
-    def hold_state(self, lane: Lane, adapter: Adapter, optimizer: bool) -> Future[Held]:
-        """Return the adapter as of this place in its lane, with Adam's moments if asked, to be fetched to the host.
-
-        The lane continues at once. A lane of its own reads between two turns of the device, whatever else is queued.
-        """
-
-        def task() -> Task[Held]:
-            return adapters.hold(adapter, optimizer)
-            yield
-
-        return self.submit(lane, task())
-
-    def current_state(self, adapter: Adapter, optimizer: bool) -> Held:
-        """Return the adapter as it is now, with Adam's moments if asked; any thread may ask, and waits for no request.
-
-        Requests in flight do not count, and need not: what they have changed, they change all at once.
-        """
-        return adapters.hold(adapter, optimizer)
-
-    def load_adapter(self, lane: Lane, state: AdapterState) -> Future[Adapter]:
-        """Make an adapter from a saved state; a fresh optimizer where the state has no moments."""
-
-        def task() -> Task[Adapter]:
-            self._refuse_adapter_that_does_not_fit(state.spec)
-            return (yield from self._opened(self._from_state(state)))
-
-        return self.submit(lane, task())
-
-    def restore_state(self, lane: Lane, adapter: Adapter, state: AdapterState) -> Future[Version]:
-        """Replace the adapter's weights and optimizer by a saved state; accumulated gradients are dropped."""
-
-        def task() -> Task[Version]:
-            loaded = yield from self._settle(self._from_state(state))
-            with adapter.lock:
-                adapter.weights, adapter.mu, adapter.nu = loaded.weights, loaded.mu, loaded.nu
-                adapter.step, adapter.grads, adapter.skipped_in_a_row = loaded.step, None, 0
-                adapter.loads += 1
-            return adapter.version
-
-        return self.submit(lane, task())
-
-    def load_snapshot(self, lane: Lane, state: AdapterState) -> Future[Snapshot]:
-        """Put saved weights on the device, to sample from."""
+    def snapshot(
+        self, lane: Lane | None, source: Adapter | AdapterState, *, optimizer: bool = False
+    ) -> Future[Snapshot]:
+        """Return weights to sample from or to save: an adapter's as of this place in its lane, or a saved state's."""
+        if lane is None and isinstance(source, Adapter):
+            now: Future[Snapshot] = Future()
+            now.set_result(adapters.snapshot_of(source, optimizer))
+            return now
 
         def task() -> Task[Snapshot]:
-            weights = adapters.unflatten(state.weights, self.model, state.spec, self.mesh)
-            return (yield from self._settle(Snapshot(spec=state.spec, weights=weights)))
+            if isinstance(source, Adapter):
+                return adapters.snapshot_of(source, optimizer)
+            weights = adapters.put(source.weights, self.model, source.spec, self.mesh)
+            yield partial(jax.block_until_ready, weights)
+            return Snapshot(spec=source.spec, weights=weights, step=source.step)
 
-        return self.submit(lane, task())
+        return self.submit(lane or Lane(), task())
 
-    def generate(self, lane: Lane, snapshot: Snapshot | None, request: GenerationRequest) -> Future[GenerationResult]:
+    def generate(self, snapshot: Snapshot | None, request: GenerationRequest) -> Future[GenerationResult]:
         """Sample from, or score, a prompt with a snapshot's weights, or the base model's for None.
 
-        Requests of all clients run together, whatever their weights. `lane` keeps the signature of the other
-        operations; sampling has one lane of its own. Cancelling the future frees the request's rows.
+        Requests of all clients run together in a lane of their own. Cancelling the future frees the request's rows.
         """
-        del lane
         self._dispatcher.check_open()
         future, start = self.sampler.enqueue(snapshot, request)
         if start:
             self.submit(self._sampling_lane, self.sampler.serve()).add_done_callback(self.sampler.stopped)
         return future
 
-    def warmup(self, spec: LoraSpec, lengths: list[int], targets_per_position: int) -> Future[list[dict[str, Any]]]:
-        """Compile what forward_backward over sequences of these lengths, and optim_step, will need.
+    def logits(
+        self, tokens_T: np.ndarray, state: AdapterState | None, model: ModelSource | None = None
+    ) -> Future[np.ndarray]:
+        """Score a short text over the whole vocabulary, float32 (T, V), if need be with another model's weights."""
 
-        Returns:
-            What was compiled or loaded for it, as in `describe`; programs that were there already are left out.
-        """
+        def task() -> Task[np.ndarray]:
+            params, config = self.params, self.model
+            if model is not None:
+                config = read_config(model)
+                self._refuse_model_beside(config)
+                load = partial(load_params, model, config, self.dtype, self.mesh, bits=self._on_cpu)
+                params = yield load
+            weights: Weights = NO_ADAPTER
+            if state is not None:
+                weights = adapters.put(state.weights, self.model, state.spec, self.mesh)
+                yield partial(jax.block_until_ready, weights)
+            tokens_BT = put_whole(tokens_T[None], self.mesh)
+            logits_TV = full_logits(
+                params, weights, tokens_BT, model=config, dtype=self.dtype, attention=self.attention
+            )
+            return (yield partial(jax.device_get, logits_TV))
 
-        def work() -> list[dict[str, Any]]:
+        return self.submit(Lane(), task())
+
+    def warmup(self, spec: LoraSpec, lengths: list[int], targets_per_position: int) -> Future[list[CompileRecord]]:
+        """Compile what train_batch over sequences of these lengths, and optim_step, will need; return what was new."""
+
+        def work() -> list[CompileRecord]:
             before = len(self._log)
             plans = packing.plan_call(lengths, self.trainer.limits)
             shapes = dict.fromkeys((plan.rows, plan.length) for plan in plans)
             examples = [Plan(rows=rows, length=length, slots=()) for rows, length in shapes]
             self._precompile(spec, examples, targets_per_position, "warmup")
-            return [asdict(record) for record in self._log[before:] if record.cause == "warmup"]
+            return [record for record in self._log[before:] if record.cause == "warmup"]
 
         return self._elsewhere(work)
 
-    def describe(self) -> dict[str, Any]:
-        """Return the model, the mesh, every value that "auto" chose, memory by kind and the compiled programs."""
-        device = self.mesh.devices.flat[0]
-        limits, usage = self.trainer.limits, self.usage()
-        return {
-            "model": {"name": self.source.name, "path": str(self.source.path), "family": self.model.family},
-            "device": {"platform": device.platform, "kind": device.device_kind, "count": self.mesh.size},
-            "mesh": dict(self.mesh.shape),
-            "dtype": self.dtype.name,
-            "attention": self.attention.name,
-            "remat": self.trainer.remat(limits.tokens_at_once),
-            "max_tokens_per_micro_batch": limits.tokens_at_once * limits.ways,
-            "micro_batches_at_once": limits.concurrent,
-            "max_context": self.max_context,
-            "memory_bytes": usage["memory_bytes"],
-            "sampling": usage["sampling"],
-            "training": self.trainer.total.rates(self._matmul_rate),
-            "matmul_flops_per_second": self._matmul_rate,
-            "compiled": self.compiled(),
-        }
-
-    def usage(self) -> dict[str, Any]:
-        """Return what changes from step to step: memory by kind, what was sampled, and the sums of all training.
-
-        Waits for nothing and walks the trees of the weights once; not for the thread that launches programs.
-        """
-        size = partial(jax.tree.reduce, lambda total, a: total + a.nbytes, initializer=0)
-        known, sampling = list(self._adapters), self.sampler.describe()
-        remat = self.trainer.remat(self.trainer.limits.tokens_at_once)
-        return {
-            "memory_bytes": {
-                "weights": size(self.params),
-                "adapters": size([a.weights for a in known]),
-                "optimizer": size([(a.mu, a.nu) for a in known]),
-                "gradients": size([grads for a in known if (grads := a.grads) is not None]),
-                "cache": sampling["cache_bytes"],
-                "activations_per_token": memory.activation_bytes_per_token(self.model, self.dtype, remat),
-                "available": self.trainer.available_bytes(),
-            },
-            "sampling": sampling,
-            "training": asdict(self.trainer.total),
-        }
-
-    def compiled(self, since: int = 0) -> list[dict[str, Any]]:
-        """Return the compiles so far, but for the first `since`."""
-        return [asdict(record) for record in self._log[since:]]
-
-    def health(self) -> dict[str, Any]:
-        """Return how the engine does: idle, busy, compiling, stuck, dead or closed. Never waits.
-
-        Returns:
-            state; waiting: requests that have not finished; stalled_seconds: since anything moved; compiling: what is
-            being compiled, if anything.
-        """
-        found, now = self._dispatcher.liveness(), compiling(self._log)
-        if not found.alive:
-            state = "closed" if self._closed else "dead"
-        elif any(each["seconds"] < COMPILE_SECONDS for each in now):
-            state = "compiling"
-        elif found.stalled_s > STUCK_SECONDS:
-            state = "stuck"
-        else:
-            state = "busy" if found.waiting else "idle"
-        return {
-            "state": state,
-            "waiting": found.waiting,
-            "stalled_seconds": round(found.stalled_s, 3),
-            "compiling": now,
-        }
-
-    def release(self, adapter: Adapter) -> None:
-        """Forget an adapter; its memory is freed when nothing else refers to it."""
-        if adapter in self._adapters:
-            self._adapters.remove(adapter)
-
     def close(self) -> None:
         """Stop the engine's threads; requests that have not finished fail."""
-        self._closed = True
         self._dispatcher.close()
         self._drop_compiles()
         self.trainer.close()
@@ -402,44 +331,42 @@ class Engine:
         self.sampler.free_weights()
         self.trainer.free_weights()
         for adapter in self._adapters:
-            adapter.weights, adapter.mu, adapter.nu, adapter.grads = {}, {}, {}, None
+            adapter.weights = adapter.mu = adapter.nu = NO_ADAPTER
+            adapter.grads = None
 
     def _keep_in_fork(self) -> None:
         """Fork rule: the arrays and their client are the parent's; freeing them here would crash."""
         interpreter_end.keep_in_fork(self, self.mesh.devices.flat[0].client)
 
-    def _new_adapter(self, spec: LoraSpec, step: int, weights: adapters.Weights, mu: Any, nu: Any) -> Adapter:
+    def _new_adapter(
+        self, spec: LoraSpec, step: int, weights: Weights, mu: Weights | None, nu: Weights | None
+    ) -> Adapter:
         zeros = lambda: jax.tree.map(jnp.zeros_like, weights)  # noqa: E731
         return Adapter(spec=spec, weights=weights, mu=mu or zeros(), nu=nu or zeros(), step=step)
 
-    def _opened(self, adapter: Adapter) -> Task[Adapter]:
-        """Return an adapter when its arrays exist, from then on one of the engine's."""
-        yield from self._settle(adapter)
-        self._adapters.append(adapter)
-        self._precompile_likely(adapter.spec)
-        return adapter
-
     def _from_state(self, state: AdapterState) -> Adapter:
-        put = lambda flat: adapters.unflatten(flat, self.model, state.spec, self.mesh)  # noqa: E731
-        moments = (None, None) if state.mu is None or state.nu is None else (put(state.mu), put(state.nu))
-        return self._new_adapter(state.spec, state.step if moments[0] else 0, put(state.weights), *moments)
+        put = partial(adapters.put, c=self.model, spec=state.spec, mesh=self.mesh)
+        if state.mu is None or state.nu is None:
+            return self._new_adapter(state.spec, 0, put(state.weights), None, None)
+        return self._new_adapter(state.spec, state.step, put(state.weights), put(state.mu), put(state.nu))
 
-    def _settle(self, value: T) -> Generator[Callable[[], Any], Any, T]:
-        """Wait, off the dispatch thread, until the arrays of an adapter or snapshot exist."""
-        arrays = [getattr(value, name) for name in ("weights", "mu", "nu") if hasattr(value, name)]
-        yield partial(jax.block_until_ready, arrays)
-        return value
+    def _refuse_model_beside(self, model: ModelConfig) -> None:
+        """Raise unless there is memory for another model, in the engine's dtype, beside the engine's own."""
+        memory.refuse_unless_fits(
+            "the exported model, to compare it with the adapter,",
+            {"weights": memory.tree_bytes(param_specs(model, self.dtype), self.mesh)},
+            self.trainer.available_bytes,
+            "The export is complete, but not checked. Close other clients, or check it on a machine with more memory.",
+            self.sampler.release_cache,
+        )
 
-    def _counting_queue(self, lane: Lane, adapter: Adapter, task: Task[T]) -> Task[T]:
-        """Note at the first turn of a task how long it waited for it."""
-        adapter.work.queue_s += lane.waited_s
-        self.trainer.total.queue_s += lane.waited_s
-        return (yield from task)
-
-    def _elsewhere(self, fn: Callable[..., T], *args: Any) -> Future[T]:
+    def _elsewhere(self, fn: Callable[..., T], *args: object) -> Future[T]:
         return self._dispatcher.workers.submit(fn, *args)
 
-    def _with_named_errors(self, task: Task[T]) -> Task[T]:
+    def _supervised(self, lane: Lane, task: Task[T], queued: tuple[Work, ...]) -> Task[T]:
+        """Run a task: note at its first turn how long it waited for it, and name the device's errors."""
+        for work in queued:
+            work.queue_s += lane.waited_s
         try:
             return (yield from task)
         except BaseException as error:

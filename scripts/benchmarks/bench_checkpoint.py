@@ -180,7 +180,7 @@ def steps(options: argparse.Namespace, place: Path) -> dict[str, Any]:
 
 
 def _adapter_state() -> AdapterState:
-    from jax_client.engine.core.adapters import array_shapes
+    from jax_client.models.lora_arrays import array_shapes
     from jax_client.weights.read.load import read_config
     from jax_client.weights.read.source import resolve
 

@@ -116,14 +116,14 @@ def on_engine(job: Job, config: EngineConfig) -> Contender:
     engine = Engine(resolve(job.model or MODEL), config)
     lanes = [engine.open_lane() for _ in range(job.row.clients)]
     spec = LoraSpec(rank=RANK, seed=0, train_unembed=False)
-    adapters = [engine.create_adapter(lane, spec).result() for lane in lanes]
+    adapters = [engine.open_adapter(lane, spec).result() for lane in lanes]
     if job.row.kind == "generate":
         snapshot = engine.snapshot(lanes[0], adapters[0]).result()
 
         def generate(tokens: list[int]) -> Any:
             tokens_T = np.asarray(tokens, np.int32)
             request = GenerationRequest(tokens_T=tokens_T, max_tokens=NEW_TOKENS, temperature=0.0)
-            return engine.generate(lanes[0], snapshot, request)
+            return engine.generate(snapshot, request)
 
         return generation(job, generate, lambda answer: len(answer.rows[0].tokens))
 
@@ -140,7 +140,7 @@ def on_engine(job: Job, config: EngineConfig) -> Contender:
 
     def submits(lane: Any, adapter: Any, data: list[TrainExample]) -> tuple[Submit, Submit]:
         return (
-            lambda: engine.forward_backward(lane, adapter, data, LossSpec(name="cross_entropy")),
+            lambda: engine.train_batch(lane, adapter, data, LossSpec(name="cross_entropy")),
             lambda: engine.optim_step(lane, adapter, adam),
         )
 

@@ -11,7 +11,7 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -85,18 +85,15 @@ class StandIn:
     def __init__(self, hold: bool) -> None:
         from jax_client.engine.core.requests import GeneratedRow, GenerationResult
 
-        self.model = SimpleNamespace(vocab_size=50_000, family="llama", eos_token_ids=(2,))
-        self.max_context = 8192
+        self.model = SimpleNamespace(vocab_size=50_000, max_context=8192, family="llama", eos_token_ids=(2,))
+        self.monitor = self
         tokens, logprobs = np.arange(NEW_TOKENS, dtype=np.int32), np.full(NEW_TOKENS, -1.0, np.float32)
         self._result = GenerationResult(rows=[GeneratedRow(tokens=tokens, logprobs=logprobs, stop_reason="length")])
         self._held: list[Future[Any]] | None = [] if hold else None
         self._lock = threading.Lock()
         self.generated = 0
 
-    def open_lane(self) -> object:
-        return object()
-
-    def generate(self, lane: Any, snapshot: Any, request: Any) -> Future[Any]:
+    def generate(self, snapshot: Any, request: Any) -> Future[Any]:
         answer: Future[Any] = Future()
         with self._lock:
             self.generated += 1
@@ -123,7 +120,8 @@ def serve(hold: bool) -> None:
     """Serve stand-ins for any model, say on which port, and go on until the standard input ends."""
     from jax_client.cli.serve import listen, uvicorn_server
     from jax_client.config import EngineConfig
-    from jax_client.runs.lifecycle import base_models
+    from jax_client.engine.protocol import Engine
+    from jax_client.runs.lifecycle.base_models import BaseModels, Loader
     from jax_client.server import LOOPBACK
     from jax_client.server.app import build_app
     from jax_client.server.state.request_log import RequestLog
@@ -131,10 +129,12 @@ def serve(hold: bool) -> None:
     from jax_client.weights.read.source import ModelSource
 
     engine = StandIn(hold)
-    base_models.resolve = lambda name: ModelSource(name=name, path=Path("/none") / name, kind="hf")
-    base_models.open_engine = lambda source, config: (engine, "none")  # type: ignore[assignment, return-value]
+    loader = Loader(
+        resolve=lambda name: ModelSource(name=name, path=Path("/none") / name, kind="hf"),
+        open_engine=lambda source, config: (cast(Engine, engine), "none"),
+    )
     with tempfile.TemporaryDirectory() as home:
-        server = Server(EngineConfig(state_dir=home), log=RequestLog(Path(home)))
+        server = Server(EngineConfig(state_dir=home), log=RequestLog(Path(home)), base_models=BaseModels(loader))
         app = build_app(server, api_key=KEY, hosts=LOOPBACK)
 
         async def beside(scope: Any, receive: Any, send: Any) -> None:

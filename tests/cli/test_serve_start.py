@@ -14,6 +14,7 @@ import pytest
 from jax_client.checkpoint.disk import run_lock
 from jax_client.cli import stages
 from jax_client.config import EngineConfig
+from jax_client.engine import monitor
 from jax_client.runs.lifecycle import base_models
 from jax_client.runs.lifecycle.futures import background
 from jax_client.weights.read import hub
@@ -36,20 +37,19 @@ def test_a_state_directory_has_one_server(cli, tmp_path):
         claim.release()
 
 
-def test_names_of_one_model_share_one_copy(model, tmp_path, monkeypatch):
+def test_names_of_one_model_share_one_copy(model, tmp_path):
     from tinker import types
 
     from jax_client.server.state.server import Server
 
     opened = []
-    original = base_models.open_engine
-    monkeypatch.setattr(base_models, "open_engine", lambda *args: opened.append(args) or original(*args))
+    loader = base_models.Loader(open_engine=lambda *args: opened.append(args) or base_models.open_engine(*args))
     link = tmp_path / "link"
     link.symlink_to(model)
     config = EngineConfig(
         dtype="float32", state_dir=tmp_path / "home", precompile=False, compilation_cache_dir="", record_metrics=False
     )
-    server = Server(config, {"Some/Model": model})
+    server = Server(config, {"Some/Model": model}, base_models=base_models.BaseModels(loader))
     try:
         for number, name in enumerate(("Some/Model", model, str(link), os.path.relpath(model))):
             about = types.CreateSessionRequest(tags=[], user_metadata=None, sdk_version="0.38")
@@ -80,27 +80,28 @@ def test_progress_of_a_load_is_told(model, tmp_path, monkeypatch):
             go_on.wait(30)
 
     monkeypatch.setattr(base_models._Entry, "set_progress", set_progress)
-    assert base_models.progress(model, config) is None
-    loading = background(lambda: base_models.acquire(model, config), "test")
+    models = base_models.BaseModels()
+    assert models.progress(model, config) is None
+    loading = background(lambda: models.acquire(model, config), "test")
     assert half.wait(30)
-    text, progress = base_models.progress(model, config), base_models.loading(model, config)
+    text, progress = models.progress(model, config), models.loading(model, config)
     assert text is not None and text.startswith("loading ") and text.endswith(" kB")
     assert progress is not None and progress.total / 2 < progress.done < progress.total
     go_on.set()
     lease = loading.result(60)
     try:
-        assert seen[-1].done == seen[-1].total == lease.model.engine.describe()["memory_bytes"]["weights"]
+        assert seen[-1].done == seen[-1].total == lease.model.engine.monitor.describe()["memory_bytes"]["weights"]
         assert [each.done for each in seen] == sorted(each.done for each in seen)
-        assert base_models.progress(model, config) is None and base_models.loading(model, config) is None
+        assert models.progress(model, config) is None and models.loading(model, config) is None
         compiling = [{"program": "forward", "shapes": "8x512", "seconds": 1.0}]
-        monkeypatch.setattr(lease.model.engine, "health", lambda: {"state": "compiling", "compiling": compiling})
-        assert base_models.progress(model, config) == "compiling forward (8x512)"
+        monkeypatch.setattr(monitor, "compiling", lambda log: compiling)
+        assert models.progress(model, config) == "compiling forward (8x512)"
     finally:
-        base_models.release(lease)
-    assert base_models.progress(model, config) is None and not base_models._named
+        lease.release()
+    assert models.progress(model, config) is None and not models._named
     with pytest.raises(Exception, match="no such file"):
-        base_models.acquire("./none", config)
-    assert not base_models._named
+        models.acquire("./none", config)
+    assert not models._named
 
 
 @pytest.mark.parametrize("hidden", [False, True])

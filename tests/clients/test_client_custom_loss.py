@@ -12,6 +12,7 @@ from support import fake_engine
 from support.fake_engine import ADAM, DATA, PROMPT, datum
 
 client, loaded, service = fake_engine.client, fake_engine.loaded, fake_engine.service
+models = fake_engine.models
 
 pytestmark = pytest.mark.torch
 

@@ -47,7 +47,7 @@ def test_an_export_holds_the_adapter_and_comes_back(tmp_path: Path) -> None:
         assert set(answer.urls) == {"adapter_config.json", "adapter_model.safetensors"}
         files = [Path(unquote(urlparse(url).path)) for url in answer.urls.values()]
         (directory,) = {file.parent for file in files}
-        kept = client._run._engine.hold_state(client._run._lane, client._run._adapter, False).result().fetch()
+        kept = client._run._engine.snapshot(client._run._lane, client._run._adapter).result().fetch()
         exported = read_adapter(directory, client._run._engine.model)
         for name, array in kept.weights.items():
             np.testing.assert_array_equal(exported.weights[name], array)

@@ -10,6 +10,7 @@ from support import fake_engine
 from support.fake_engine import MODEL, PARAMS, PROMPT, step
 
 client, loaded, service = fake_engine.client, fake_engine.loaded, fake_engine.service
+models = fake_engine.models
 
 
 def test_sampling(service, client, loaded):

@@ -10,9 +10,10 @@ import tinker
 import jax_client
 from jax_client.runs import listings
 from support import fake_engine
-from support.fake_engine import MODEL, logprob, step
+from support.fake_engine import MODEL, logprob, number, step
 
 client, loaded, service = fake_engine.client, fake_engine.loaded, fake_engine.service
+models = fake_engine.models
 
 
 def test_saving_and_loading(service, client):
@@ -43,11 +44,11 @@ def test_optimizer_state_goes_with_the_state(service, client):
         (service.create_training_client_from_state, 0.0),
     ):
         adapter = make(path).result()._run._adapter
-        assert (adapter.moment, adapter.step, adapter.weight) == (moment, int(moment), 0.5)
+        assert (number(adapter.mu), adapter.step, number(adapter.weights)) == (moment, int(moment), 0.5)
     client.load_state(path).result()
-    assert client._run._adapter.moment == 0.0
+    assert number(client._run._adapter.mu) == 0.0
     client.load_state_with_optimizer(path).result()
-    assert client._run._adapter.moment == 1.0
+    assert number(client._run._adapter.mu) == 1.0
 
 
 def test_a_checkpoint_that_does_not_fit(service, client):
@@ -67,9 +68,9 @@ def test_a_checkpoint_that_does_not_fit(service, client):
     assert logprob(client) == -1.0
 
 
-def test_a_damaged_entry_of_a_run_stops_nobody_from_going_on(loaded, tmp_path, caplog):
+def test_a_damaged_entry_of_a_run_stops_nobody_from_going_on(models, tmp_path, caplog):
     config = jax_client.EngineConfig(state_dir=tmp_path)
-    with jax_client.ServiceClient(config=config) as service:
+    with jax_client.ServiceClient(config=config, _models=models) as service:
         client = service.create_lora_training_client(MODEL, user_metadata={"who": "me"}).result()
         path = client.save_state("s").result().path
         (entry,) = tmp_path.glob("runs/*/run.json")
@@ -79,10 +80,10 @@ def test_a_damaged_entry_of_a_run_stops_nobody_from_going_on(loaded, tmp_path, c
         assert service.create_rest_client().copy_weights(path, "p1").result()
 
 
-def test_runs_and_checkpoints_are_listed(loaded, tmp_path):
+def test_runs_and_checkpoints_are_listed(models, tmp_path):
     config = jax_client.EngineConfig(state_dir=tmp_path)
     about = {"renderer": "x"}
-    with jax_client.ServiceClient({"who": "me"}, "p1", display_name="d", config=config) as service:
+    with jax_client.ServiceClient({"who": "me"}, "p1", display_name="d", config=config, _models=models) as service:
         client = service.create_lora_training_client(MODEL, user_metadata=about).result()
         path = client.save_state("s", ttl_seconds=3600, user_metadata=about).result().path
         sampler_path = client.save_weights_for_sampler("t").result().path
@@ -171,10 +172,10 @@ def test_a_sampler_outlives_its_checkpoint(service, client):
         service.create_sampling_client(path).result()
 
 
-def test_copies_belong_to_a_project_and_to_nobody_else(loaded, tmp_path, monkeypatch):
+def test_copies_belong_to_a_project_and_to_nobody_else(models, tmp_path, monkeypatch):
     monkeypatch.delenv("TINKER_PROJECT_ID", raising=False)
     config = jax_client.EngineConfig(state_dir=tmp_path)
-    with jax_client.ServiceClient(project_id="archive", config=config) as service:
+    with jax_client.ServiceClient(project_id="archive", config=config, _models=models) as service:
         client = service.create_lora_training_client(MODEL, user_metadata={"a": "b"}).result()
         step(client)
         path = client.save_state("s", user_metadata={"k": "v"}).result().path

@@ -21,6 +21,7 @@ from support import fake_engine
 from support.fake_engine import ADAM, DATA, MODEL, PARAMS, PROMPT, step
 
 client, loaded, service = fake_engine.client, fake_engine.loaded, fake_engine.service
+models = fake_engine.models
 
 
 def test_the_client_future_is_a_future_and_a_client(service):
@@ -92,13 +93,13 @@ def test_nothing_waits_for_the_device(client, loaded):
     for future in futures:
         future.result(30)
     # The load waits for the save to be durable, and what comes after it waits for the load.
-    order = ["create", "forward_backward", "optim_step", "hold_state", "restore", "forward_backward", "snapshot"]
+    order = ["open_adapter", "train_batch", "optim_step", "snapshot", "restore", "train_batch", "snapshot"]
     assert engine.log == order
 
 
-def test_one_engine_for_all_clients(service, loaded, tmp_path):
+def test_one_engine_for_all_clients(service, models, loaded, tmp_path):
     clients = [service.create_lora_training_client(MODEL) for _ in range(3)]
-    other = jax_client.ServiceClient(config=jax_client.EngineConfig(state_dir=tmp_path))
+    other = jax_client.ServiceClient(config=jax_client.EngineConfig(state_dir=tmp_path), _models=models)
     clients.append(other.create_lora_training_client(MODEL))
     assert len({client.result().model_id for client in clients}) == 4
     assert len(loaded) == 1
@@ -181,8 +182,8 @@ def test_metrics_that_are_not_finite(client):
     assert client.optim_step(ADAM).result().metrics == {"grad_norm:mean": 1.0, "nonfinite/update_norm:mean": 1.0}
 
 
-def test_closing(loaded, tmp_path):
-    service = jax_client.ServiceClient(config=jax_client.EngineConfig(state_dir=tmp_path))
+def test_closing(models, loaded, tmp_path):
+    service = jax_client.ServiceClient(config=jax_client.EngineConfig(state_dir=tmp_path), _models=models)
     client = service.create_lora_training_client(MODEL).result()
     loaded[0].gate.clear()
     late = client.forward_backward(DATA, "cross_entropy")
@@ -273,8 +274,8 @@ def test_waiting_in_a_callback_is_refused_not_a_deadlock(client, loaded):
     assert second.result(30).metrics
 
 
-def test_what_is_dropped_is_given_back(loaded, tmp_path):
-    service = jax_client.ServiceClient(config=jax_client.EngineConfig(state_dir=tmp_path))
+def test_what_is_dropped_is_given_back(models, loaded, tmp_path):
+    service = jax_client.ServiceClient(config=jax_client.EngineConfig(state_dir=tmp_path), _models=models)
     client = service.create_lora_training_client(MODEL).result()
     last = client.forward(DATA, "cross_entropy")
     del service, client

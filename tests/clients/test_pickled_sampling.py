@@ -38,6 +38,7 @@ from support.pickled_child import numbers, sampled, scored, scored_from_bytes
 from support.weight_files import HF_CONFIG, hf_tensors, tokenizer_metadata, write_gguf
 
 client, loaded, service = fake_engine.client, fake_engine.loaded, fake_engine.service
+models = fake_engine.models
 
 # The SDK's own HTTP stack and pydantic warn in ways that are not this package's to fix.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -217,8 +218,8 @@ def test_forks_and_the_end_of_the_process(pool: Any, model: str, tmp_path: Path)
         assert f"process {owner.pid}, which has the weights" in each["error"] and each["seconds"] < 20
 
 
-def test_the_sdks_own_clients_travel_from_a_server(pool: Any, loaded: Any, tmp_path: Path) -> None:
-    server, listening = Server(jax_client.EngineConfig(state_dir=tmp_path)), socket.socket()
+def test_the_sdks_own_clients_travel_from_a_server(pool: Any, models: Any, tmp_path: Path) -> None:
+    server, listening = Server(jax_client.EngineConfig(state_dir=tmp_path), base_models=models), socket.socket()
     listening.bind(("127.0.0.1", 0))
     app = build_app(server, api_key="tml-secret", hosts=LOOPBACK)
     http = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))

@@ -41,9 +41,9 @@ config = CASES["llama_untied"] | dict(
 )
 engine = open_engine(directory / "m", config, mesh=mesh, remat="none")
 lane = engine.open_lane()
-adapter = engine.create_adapter(lane, LoraSpec(rank={R}, seed=0)).result()
+adapter = engine.open_adapter(lane, LoraSpec(rank={R}, seed=0)).result()
 tokens = np.arange({T}, dtype=np.int32)
-engine.forward_backward(
+engine.train_batch(
     lane, adapter, [TrainExample(tokens_T=tokens, targets=tokens)] * mesh["fsdp"], CROSS_ENTROPY
 ).result()
 engine.optim_step(lane, adapter, AdamSettings(**ADAM)).result()
@@ -51,7 +51,7 @@ programs = engine.trainer.programs
 for program in (programs.forward, programs.backward, programs.optim_step):
     (compiled,) = program._compiled.values()
     (directory / program.name).write_text(compiled.result().as_text())
-print(json.dumps([c["shapes"] for c in engine.describe()["compiled"] if c["program"] == "forward"]))
+print(json.dumps([c["shapes"] for c in engine.monitor.describe()["compiled"] if c["program"] == "forward"]))
 engine.close()
 """
 MESHES: list[dict[str, int]] = [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}]

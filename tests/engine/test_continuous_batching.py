@@ -45,7 +45,7 @@ def snapshots(engine: Engine) -> list[Any]:
         for i in range(5)
     ]
     lane = engine.open_lane()
-    return [None, *(engine.load_snapshot(lane, state).result() for state in states)]
+    return [None, *(engine.snapshot(lane, state).result() for state in states)]
 
 
 def prompt(length: int, seed: int = 0) -> np.ndarray:
@@ -54,7 +54,7 @@ def prompt(length: int, seed: int = 0) -> np.ndarray:
 
 def send(engine: Engine, snapshot: Any = None, **fields: Any) -> Future[GenerationResult]:
     fields = {"tokens_T": prompt(40), "max_tokens": 20, "seed": 1} | fields
-    return engine.generate(engine.open_lane(), snapshot, GenerationRequest(**fields))
+    return engine.generate(snapshot, GenerationRequest(**fields))
 
 
 def same(a: GenerationResult, b: GenerationResult, atol: float = 1e-5) -> None:
@@ -86,13 +86,13 @@ def test_a_mixed_load_gives_what_each_request_gets_alone(engine: Engine, snapsho
     together = [future.result() for future in [send(engine, s, **f) for s, f in load]]
     for (snapshot, fields), result in list(zip(load, together, strict=True))[::4]:
         same(send(engine, snapshot, **fields).result(), result)
-    compiled = [r["program"] for r in engine.describe()["compiled"]]
+    compiled = [r["program"] for r in engine.monitor.describe()["compiled"]]
     before = len(compiled)
     assert len([name for name in compiled if name in ("prefill", "decode")]) <= 12
     more = [draw(i) for i in range(100, 140)]
     for future in [send(engine, s, **f) for s, f in more]:
         future.result()
-    assert len(engine.describe()["compiled"]) == before
+    assert len(engine.monitor.describe()["compiled"]) == before
 
 
 def test_the_same_programs_give_the_same_bits(engine: Engine) -> None:
@@ -111,9 +111,9 @@ def test_the_length_of_a_block_changes_nothing(engine: Engine, monkeypatch: pyte
     send(engine).result()  # so that it is known what a step takes
     for seconds in (1e9, 0.0):
         monkeypatch.setattr(sampler_module, "BLOCK_S", seconds)
-        before = engine.describe()["sampling"]["decode_blocks"]
+        before = engine.monitor.describe()["sampling"]["decode_blocks"]
         results.append(send(engine, tokens_T=prompt(21, 70), max_tokens=60, num_samples=3).result())
-        blocks.append(engine.describe()["sampling"]["decode_blocks"] - before)
+        blocks.append(engine.monitor.describe()["sampling"]["decode_blocks"] - before)
     same(*results, atol=0)
     assert blocks == [2, 15]
 
@@ -121,10 +121,10 @@ def test_the_length_of_a_block_changes_nothing(engine: Engine, monkeypatch: pyte
 def test_identical_prompts_are_computed_once(engine: Engine, snapshots: list[Any]) -> None:
     """The load of group sampling: every prompt comes many times at once, and its tail is not a whole page."""
     shared = [prompt(100 + PAGE // 2, seed) for seed in range(100, 104)]
-    before = engine.describe()["sampling"]["prompt_tokens_computed"]
+    before = engine.monitor.describe()["sampling"]["prompt_tokens_computed"]
     futures = [send(engine, snapshots[1], tokens_T=p, seed=i) for i in range(8) for p in shared]
     results = [future.result() for future in futures]
-    computed = engine.describe()["sampling"]["prompt_tokens_computed"] - before
+    computed = engine.monitor.describe()["sampling"]["prompt_tokens_computed"] - before
     assert computed == sum(len(p) - 1 for p in shared)
     cached = sorted(result.cached_tokens for result in results)
     assert cached == [0] * 4 + [len(shared[0]) - 1] * 28
@@ -146,23 +146,23 @@ def test_a_version_keeps_its_answers_and_training_its_state(engine: Engine) -> N
     """Bit for bit: training on changes no snapshot, and sampling no weights, moments or gradients."""
     lane = engine.open_lane()
     states = AdapterState(spec=SPEC, step=0, weights=to_ours(CONFIG, lora_values(CONFIG)))
-    one, twin = (engine.load_adapter(lane, states).result() for _ in range(2))
+    one, twin = (engine.open_adapter(lane, states).result() for _ in range(2))
     data = [TrainExample(tokens_T=prompt(50, s), targets=prompt(50, s + 9)) for s in range(3)]
     snapshot = engine.snapshot(lane, one).result()
     first = send(engine, snapshot, num_samples=3).result()
     for _ in range(2):
         flying = []
         for adapter, sampling in ((one, True), (twin, False)):
-            flying.append(engine.forward_backward(lane, adapter, data, CROSS_ENTROPY))
+            flying.append(engine.train_batch(lane, adapter, data, CROSS_ENTROPY))
             if sampling:
                 flying += [send(engine, snapshot, num_samples=2), send(engine, None), send(engine, snapshot)]
             flying.append(engine.optim_step(lane, adapter, ADAM))
         for future in flying:
             future.result()
     same(send(engine, snapshot, num_samples=3).result(), first, atol=0)
-    engine.forward_backward(lane, one, data, CROSS_ENTROPY).result()
+    engine.train_batch(lane, one, data, CROSS_ENTROPY).result()
     send(engine, engine.snapshot(lane, one).result()).result()
-    engine.forward_backward(lane, twin, data, CROSS_ENTROPY).result()
+    engine.train_batch(lane, twin, data, CROSS_ENTROPY).result()
     for name in ("weights", "mu", "nu", "grads"):
         jax.tree.map(np.testing.assert_array_equal, getattr(one, name), getattr(twin, name))
     newer = send(engine, engine.snapshot(lane, one).result(), num_samples=3).result()
@@ -182,7 +182,7 @@ def tight(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Engine]:
 def test_rows_that_find_no_pages_wait_and_lose_nothing(engine: Engine, tight: Engine) -> None:
     requests = [{"tokens_T": prompt(30, i), "max_tokens": 200, "seed": i} for i in range(6)]
     results = [future.result() for future in [send(tight, **r) for r in requests]]
-    assert tight.describe()["sampling"]["cache_tokens"] < 6 * 230
+    assert tight.monitor.describe()["sampling"]["cache_tokens"] < 6 * 230
     for request, result in zip(requests, results, strict=True):
         same(send(engine, **request).result(), result)
     schedule = tight.sampler._schedule
@@ -218,7 +218,7 @@ def test_a_cache_that_comes_back_smaller_refuses_what_it_cannot_hold(
 def test_an_answered_request_keeps_no_weights(engine: Engine) -> None:
     """Not even until the garbage collector looks for cycles: a loop takes new weights with every step."""
     weights = to_ours(CONFIG, lora_values(CONFIG))
-    snapshot = engine.load_snapshot(engine.open_lane(), AdapterState(spec=SPEC, step=0, weights=weights)).result()
+    snapshot = engine.snapshot(engine.open_lane(), AdapterState(spec=SPEC, step=0, weights=weights)).result()
     array = weakref.ref(jax.tree.leaves(snapshot.weights)[0])
     gc.collect()
     gc.disable()
@@ -267,7 +267,11 @@ def test_cancelling_frees_the_rows(engine: Engine) -> None:
     assert long.cancel()
     send(engine).result()
     assert engine._dispatcher.submit(engine._sampling_lane, after()).result()  # when nothing is left to serve
-    assert engine.describe()["sampling"]["rows_running"] == engine.describe()["sampling"]["rows_waiting"] == 0
+    assert (
+        engine.monitor.describe()["sampling"]["rows_running"]
+        == engine.monitor.describe()["sampling"]["rows_waiting"]
+        == 0
+    )
 
 
 def test_a_failed_program_fails_what_it_ran_and_nothing_else(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,10 +362,10 @@ def test_alternatives_follow_the_distribution(engine: Engine) -> None:
 def test_training_takes_the_caches_memory_before_it_gives_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """An out-of-memory step runs again without the cache; the rows that ran go on afterwards."""
     lane = engine.open_lane()
-    adapter = engine.create_adapter(lane, SPEC).result()
+    adapter = engine.open_adapter(lane, SPEC).result()
     data = [TrainExample(tokens_T=prompt(50), targets=prompt(50))]
     expected = send(engine, max_tokens=200).result()
-    forward, limit = engine.trainer.programs.forward, engine.describe()["max_tokens_per_micro_batch"]
+    forward, limit = engine.trainer.programs.forward, engine.monitor.describe()["max_tokens_per_micro_batch"]
 
     def first_runs_out(*_: Any, **__: Any) -> Any:
         monkeypatch.setattr(engine.trainer.programs, "forward", forward)
@@ -369,6 +373,6 @@ def test_training_takes_the_caches_memory_before_it_gives_up(engine: Engine, mon
 
     monkeypatch.setattr(engine.trainer.programs, "forward", first_runs_out)
     running = send(engine, max_tokens=200)
-    engine.forward_backward(lane, adapter, data, CROSS_ENTROPY).result()
-    assert engine.describe()["max_tokens_per_micro_batch"] == limit
+    engine.train_batch(lane, adapter, data, CROSS_ENTROPY).result()
+    assert engine.monitor.describe()["max_tokens_per_micro_batch"] == limit
     same(running.result(), expected)

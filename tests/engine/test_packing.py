@@ -34,7 +34,7 @@ LIMITS = st.sampled_from(
 def test_every_sequence_lies_once_and_apart(lengths: list[int], limits: Limits) -> None:
     seen: list[int] = []
     plans = plan_call(lengths, limits)
-    rounds = packing.side_by_side(plans, limits)
+    rounds = packing.in_rounds(plans, limits)
     assert sorted(map(id, plans)) == sorted(id(plan) for together in rounds for plan in together)
     for together in rounds:
         assert len(together) <= limits.concurrent
@@ -98,7 +98,7 @@ def test_a_call_is_shared_out_to_what_runs_at_once() -> None:
     """Two halves rather than a whole, without a round for which little is left."""
     limits = Limits(ways=1, tokens=2048, concurrent=2)
     for lengths, rounds in (([256] * 8, [[1024, 1024]]), ([1024] * 4, [[2048, 2048]]), ([300], [[512]])):
-        plans = packing.side_by_side(plan_call(lengths, limits), limits)
+        plans = packing.in_rounds(plan_call(lengths, limits), limits)
         assert [[plan.length for plan in together] for together in plans] == rounds
 
 
@@ -108,7 +108,7 @@ def test_the_last_round_follows_without_waiting() -> None:
 
     def chains(lengths: list[int]) -> list[list[list[list[int]]]]:
         sequences = [TrainExample(tokens_T=np.zeros(n, np.int32), targets=np.zeros(n, np.int32)) for n in lengths]
-        rounds = packing.side_by_side(plan_call(lengths, limits), limits)
+        rounds = packing.in_rounds(plan_call(lengths, limits), limits)
         filled = [[packing.fill(plan, sequences, {}) for plan in together] for together in rounds]
         kept = sorted(slot.index for together in filled for batch in together for slot in batch.plan.slots)
         assert kept == list(range(len(lengths)))
@@ -157,14 +157,14 @@ def test_packed_equals_alone(tmp_path: Path) -> None:
     config = CASES["qwen3_tied"]
     engine = open_engine(tmp_path / "m", config)
     lane = engine.open_lane()
-    adapter = engine.create_adapter(lane, SPEC).result()
+    adapter = engine.open_adapter(lane, SPEC).result()
     rng = np.random.default_rng(4)
     data = []
     for n in (5, 30, 17, 40, 3):
         tokens = rng.integers(0, config["vocab_size"], n + 1).astype(np.int32)
         data.append(TrainExample(tokens_T=tokens[:-1], targets=tokens[1:]))
-    together = engine.forward(lane, adapter, data, CROSS_ENTROPY).result().logprobs
+    together = engine.score_batch(lane, adapter, data, CROSS_ENTROPY).result().logprobs
     for sequence, packed in zip(data, together, strict=True):
-        alone = engine.forward(lane, adapter, [sequence], CROSS_ENTROPY).result().logprobs[0]
+        alone = engine.score_batch(lane, adapter, [sequence], CROSS_ENTROPY).result().logprobs[0]
         np.testing.assert_allclose(packed, alone, rtol=1e-6, atol=1e-6)
     engine.close()

@@ -68,7 +68,7 @@ def test_logprobs_equal_transformers(engine: Engine, tokenizer: Any, reference: 
         logits = reference(torch.from_numpy(tokens[:-1])[None].long()).logits[0]
     expected = torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(tokens[1:])[:, None].long())[:, 0].numpy()
     request = GenerationRequest(tokens_T=tokens, num_samples=0, prompt_logprobs=True)
-    got = engine.generate(engine.open_lane(), None, request).result().prompt_logprobs_T
+    got = engine.generate(None, request).result().prompt_logprobs_T
     assert got is not None
     np.testing.assert_allclose(got[1:], expected, atol=1e-3)
 
@@ -80,10 +80,7 @@ def test_greedy_equals_transformers(engine: Engine, tokenizer: Any, reference: A
     import torch
 
     prompts = [np.array(tokenizer.encode(p), np.int32) for p in PROMPTS]
-    lane = engine.open_lane()
-    futures = [
-        engine.generate(lane, None, GenerationRequest(tokens_T=p, max_tokens=32, temperature=0.0)) for p in prompts
-    ]
+    futures = [engine.generate(None, GenerationRequest(tokens_T=p, max_tokens=32, temperature=0.0)) for p in prompts]
     for prompt, future in zip(prompts, futures, strict=True):
         tokens = torch.from_numpy(prompt)[None].long()
         with torch.no_grad():
@@ -100,14 +97,14 @@ def test_sampler_equals_trainer(dtype: Any, engine: Engine, tokenizer: Any) -> N
     lane = engine.open_lane()
     prompts = [np.array(tokenizer.encode(p), np.int32) for p in PROMPTS[:4]]
     requests = [GenerationRequest(tokens_T=p, num_samples=8, max_tokens=64, seed=i) for i, p in enumerate(prompts)]
-    results = [f.result() for f in [engine.generate(lane, None, r) for r in requests]]
+    results = [f.result() for f in [engine.generate(None, r) for r in requests]]
     data, sampled = [], []
     for prompt, result in zip(prompts, results, strict=True):
         for row in result.rows:
             tokens = np.concatenate([prompt, row.tokens])
             data.append(TrainExample(tokens_T=tokens[:-1], targets=tokens[1:]))
             sampled.append(row.logprobs)
-    scored = engine.forward(lane, None, data, CROSS_ENTROPY).result().logprobs
+    scored = engine.score_batch(lane, None, data, CROSS_ENTROPY).result().logprobs
     gap = np.concatenate([p[-len(q) :] - q for p, q in zip(scored, sampled, strict=True)])
     k3 = np.mean(np.exp(gap) - 1 - gap)
     print(

@@ -34,18 +34,18 @@ def state() -> AdapterState:
 
 def sample(engine: Engine, snapshot: Any = None, **fields: Any) -> GenerationResult:
     request = GenerationRequest(**({"tokens_T": PROMPT, "max_tokens": 12, "seed": 1} | fields))
-    return engine.generate(engine.open_lane(), snapshot, request).result()
+    return engine.generate(snapshot, request).result()
 
 
 def test_sampled_logprobs_equal_the_trainers(engine: Engine) -> None:
     lane = engine.open_lane()
-    adapter, snapshot = engine.load_adapter(lane, state()).result(), engine.load_snapshot(lane, state()).result()
+    adapter, snapshot = engine.open_adapter(lane, state()).result(), engine.snapshot(lane, state()).result()
     rows = sample(engine, snapshot, num_samples=9, max_tokens=70, temperature=0.7).rows
     data = []
     for row in rows:
         tokens = np.concatenate([PROMPT, row.tokens])
         data.append(TrainExample(tokens_T=tokens[:-1], targets=tokens[1:]))
-    scored = engine.forward(lane, adapter, data, CROSS_ENTROPY).result().logprobs
+    scored = engine.score_batch(lane, adapter, data, CROSS_ENTROPY).result().logprobs
     for row, logprobs in zip(rows, scored, strict=True):
         assert row.stop_reason == "length" and len(row.tokens) == 70
         np.testing.assert_allclose(row.logprobs, logprobs[len(PROMPT) - 1 :], atol=1e-4)
@@ -68,9 +68,8 @@ def test_seed_decides_and_samples_differ(engine: Engine) -> None:
 
 def test_batch_mates_change_nothing(engine: Engine) -> None:
     alone = [sample(engine, seed=s, tokens_T=PROMPT[: 2 + s]).rows[0].tokens.tolist() for s in range(3)]
-    lane = engine.open_lane()
     requests = [GenerationRequest(tokens_T=PROMPT[: 2 + s], max_tokens=12, seed=s) for s in range(3)]
-    futures = [engine.generate(lane, None, request) for request in requests]
+    futures = [engine.generate(None, request) for request in requests]
     assert [f.result().rows[0].tokens.tolist() for f in futures] == alone
 
 
@@ -96,39 +95,39 @@ def test_prompt_scores(engine: Engine) -> None:
 
 def test_settings_compile_nothing(engine: Engine) -> None:
     sample(engine)
-    before = len(engine.describe()["compiled"])
+    before = len(engine.monitor.describe()["compiled"])
     sample(engine, temperature=0.3, top_k=5, top_p=0.5, seed=9, max_tokens=7, stop_ids=(3,))
     sample(engine, tokens_T=PROMPT[:2], num_samples=4)
-    assert len(engine.describe()["compiled"]) == before
+    assert len(engine.monitor.describe()["compiled"]) == before
 
 
 def test_a_custom_loss_compiles_nothing_more(engine: Engine) -> None:
     lane = engine.open_lane()
-    adapter = engine.load_adapter(lane, state()).result()
+    adapter = engine.open_adapter(lane, state()).result()
     tokens = np.arange(20, dtype=np.int32)
     data = [TrainExample(tokens_T=tokens, targets=tokens, inputs={"weights": np.ones(20, np.float32)})]
-    engine.forward_backward(lane, adapter, data, CROSS_ENTROPY).result()
-    before = len(engine.describe()["compiled"])
-    custom = engine.forward_backward_custom(lane, adapter, data, lambda p: (1.0, [-np.ones_like(a) for a in p], {}))
+    engine.train_batch(lane, adapter, data, CROSS_ENTROPY).result()
+    before = len(engine.monitor.describe()["compiled"])
+    custom = engine.train_batch(lane, adapter, data, lambda p: (1.0, [-np.ones_like(a) for a in p], {}))
     assert custom.result().metrics["loss:sum"] == 1.0
-    assert len(engine.describe()["compiled"]) == before
+    assert len(engine.monitor.describe()["compiled"]) == before
 
 
 def test_training_shapes_are_compiled_once(engine: Engine) -> None:
     lane = engine.open_lane()
-    adapter = engine.load_adapter(lane, state()).result()
+    adapter = engine.open_adapter(lane, state()).result()
     rng = np.random.default_rng(0)
 
     def score(*lengths: int) -> None:
         data = [rng.integers(0, 64, n).astype(np.int32) for n in lengths]
         sequences = [TrainExample(tokens_T=t, targets=t) for t in data]
-        engine.forward(lane, adapter, sequences, CROSS_ENTROPY).result()
+        engine.score_batch(lane, adapter, sequences, CROSS_ENTROPY).result()
 
     score(20, 30, 9)
-    before = len(engine.describe()["compiled"])
+    before = len(engine.monitor.describe()["compiled"])
     for lengths in ([64], [1, 2, 3], [10] * 6, [31, 33]):
         score(*lengths)
-    assert len(engine.describe()["compiled"]) == before
+    assert len(engine.monitor.describe()["compiled"]) == before
 
 
 @pytest.mark.parametrize(

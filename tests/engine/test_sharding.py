@@ -32,15 +32,15 @@ mesh = json.loads(sys.argv[1])
 config = CASES["qwen2_untied"]
 engine = open_engine(Path(sys.argv[2]), config, mesh=mesh)
 lane = engine.open_lane()
-adapter = engine.create_adapter(lane, SPEC).result()
+adapter = engine.open_adapter(lane, SPEC).result()
 for _ in range(3):
-    engine.forward_backward(lane, adapter, data(config), CROSS_ENTROPY)
+    engine.train_batch(lane, adapter, data(config), CROSS_ENTROPY)
     engine.optim_step(lane, adapter, AdamSettings(**(ADAM | {"learning_rate": 1e-2}))).result()
-logprobs = engine.forward(lane, adapter, data(config), CROSS_ENTROPY).result().logprobs
+logprobs = engine.score_batch(lane, adapter, data(config), CROSS_ENTROPY).result().logprobs
 snapshot = engine.snapshot(lane, adapter).result()
 request = GenerationRequest(tokens_T=np.array([3, 1, 4, 1, 5], np.int32), max_tokens=20, temperature=0.0)
-row = engine.generate(lane, snapshot, request).result().rows[0]
-compiled = [c["program"] for c in engine.describe()["compiled"]]
+row = engine.generate(snapshot, request).result().rows[0]
+compiled = [c["program"] for c in engine.monitor.describe()["compiled"]]
 answer = {"logprobs": np.concatenate(logprobs).tolist(), "tokens": row.tokens.tolist(), "compiled": compiled}
 print(json.dumps(answer))
 engine.close()

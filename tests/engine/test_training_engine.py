@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_client.engine.core import accounting, adapters, attention_check, memory
+from jax_client.engine.core import accounting, attention_check, memory
 from jax_client.engine.core.attention_check import agrees
-from jax_client.engine.core.programs import CompileRecord, enable_compilation_cache, waited_for_s
+from jax_client.engine.core.programs import CompileRecord, Program, compiling, enable_compilation_cache, waited_for_s
 from jax_client.engine.core.requests import AdamSettings, LossSpec
 from jax_client.engine.engine import Engine
 from jax_client.errors import RequestFailedError
+from jax_client.models import lora_arrays
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts import attention
 from jax_client.models.parts.attention import Attention
@@ -52,23 +54,21 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 def gradients(adapter: Any) -> dict[str, np.ndarray]:
-    return {name: np.asarray(array) for name, array in adapters.flatten(adapter.grads).items()}
+    return {name: np.asarray(array) for name, array in lora_arrays.flatten(adapter.grads).items()}
 
 
 def test_only_a_new_rectangle_compiles(engine: Engine) -> None:
     """Not the number of datums, their lengths within a row, the loss, its settings or the learning rate."""
     lane = engine.open_lane()
-    adapter = engine.create_adapter(lane, SPEC).result()
-    before = len(engine.describe()["compiled"])
+    adapter = engine.open_adapter(lane, SPEC).result()
+    before = len(engine.monitor.describe()["compiled"])
     for i, name in enumerate(("cross_entropy", *POLICY)):
         loss = LossSpec(name=name, config={"beta": 0.1 * i} if name == "dro" else {})
-        engine.forward_backward(lane, adapter, data(1 + i, 10 + i), loss).result()
+        engine.train_batch(lane, adapter, data(1 + i, 10 + i), loss).result()
         engine.optim_step(lane, adapter, replace(ADAM, learning_rate=0.1**i)).result()
-    custom = engine.forward_backward_custom(
-        lane, adapter, data(2, 9), lambda p: (0.0, [np.zeros_like(a) for a in p], {})
-    )
+    custom = engine.train_batch(lane, adapter, data(2, 9), lambda p: (0.0, [np.zeros_like(a) for a in p], {}))
     custom.result()
-    records = engine.describe()["compiled"][before:]
+    records = engine.monitor.describe()["compiled"][before:]
     assert sorted(record["program"] for record in records) == ["backward", "forward", "optim_step"]
     assert all(record["cause"] == "first use" and record["bytes"] > 0 for record in records)
 
@@ -89,14 +89,14 @@ def test_warmup_leaves_nothing_to_compile(engine: Engine) -> None:
     spec = LoraSpec(rank=3, seed=0)
     warmed = engine.warmup(spec, [300, 200], 1).result()
     add = {"add"} if engine.trainer.limits.concurrent > 1 else set()
-    assert {record["program"] for record in warmed} == {"forward", "backward", "optim_step"} | add
-    before = len(engine.describe()["compiled"])
+    assert {record.program for record in warmed} == {"forward", "backward", "optim_step"} | add
+    before = len(engine.monitor.describe()["compiled"])
     lane = engine.open_lane()
-    adapter = engine.create_adapter(lane, spec).result()
+    adapter = engine.open_adapter(lane, spec).result()
     for _ in range(2):
-        engine.forward_backward(lane, adapter, data(1, 300) + data(1, 200), CROSS_ENTROPY).result()
+        engine.train_batch(lane, adapter, data(1, 300) + data(1, 200), CROSS_ENTROPY).result()
     engine.optim_step(lane, adapter, ADAM).result()
-    assert engine.describe()["compiled"][before:] == []
+    assert engine.monitor.describe()["compiled"][before:] == []
 
 
 @pytest.fixture
@@ -110,11 +110,11 @@ def test_a_second_start_compiles_nothing(tmp_path: Path, own_cache: Path) -> Non
     for start in range(2):
         engine = open_engine(tmp_path / "m", CONFIG, compilation_cache_dir=own_cache, precompile=True)
         lane = engine.open_lane()
-        adapter = engine.create_adapter(lane, SPEC).result()
-        engine.forward_backward(lane, adapter, data(2, 9), CROSS_ENTROPY).result()
+        adapter = engine.open_adapter(lane, SPEC).result()
+        engine.train_batch(lane, adapter, data(2, 9), CROSS_ENTROPY).result()
         engine.optim_step(lane, adapter, ADAM).result()
         engine._background.shutdown(wait=True)  # type: ignore[union-attr]
-        records = engine.describe()["compiled"]
+        records = engine.monitor.describe()["compiled"]
         engine.close()
         assert {record["cause"] for record in records} == {"first use", "background"}
         assert {record["cached"] for record in records} == {start == 1}
@@ -133,28 +133,28 @@ def test_out_of_memory_halves_the_micro_batch_once(
     monkeypatch.setattr(memory, "choose_concurrency", lambda mesh: concurrent)
     engine = open_engine(tmp_path / "m", CONFIG)
     lane = engine.open_lane()
-    adapter, twin = (engine.create_adapter(lane, SPEC).result() for _ in range(2))
+    adapter, twin = (engine.open_adapter(lane, SPEC).result() for _ in range(2))
     batch = data(8 * concurrent, 120)
-    engine.forward_backward(lane, adapter, batch, CROSS_ENTROPY).result()
-    engine.forward_backward(lane, twin, batch, CROSS_ENTROPY).result()
-    expected = engine.forward_backward(lane, twin, batch, CROSS_ENTROPY).result()
+    engine.train_batch(lane, adapter, batch, CROSS_ENTROPY).result()
+    engine.train_batch(lane, twin, batch, CROSS_ENTROPY).result()
+    expected = engine.train_batch(lane, twin, batch, CROSS_ENTROPY).result()
     backward = engine.trainer.programs.backward
 
     def small_only(*args: Any, **static: Any) -> Any:
         return backward(*args, **static) if args[2]["tokens_BT"].size <= 512 else exhausted()
 
     monkeypatch.setattr(engine.trainer.programs, "backward", small_only)
-    result = engine.forward_backward(lane, adapter, batch, CROSS_ENTROPY).result()
+    result = engine.train_batch(lane, adapter, batch, CROSS_ENTROPY).result()
     for got, want in zip(result.logprobs, expected.logprobs, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
     for name, array in gradients(adapter).items():
         np.testing.assert_allclose(array, gradients(twin)[name], rtol=1e-4, atol=1e-4)
-    assert engine.describe()["max_tokens_per_micro_batch"] == 512 * concurrent
+    assert engine.monitor.describe()["max_tokens_per_micro_batch"] == 512 * concurrent
 
     before = gradients(adapter)
     monkeypatch.setattr(engine.trainer.programs, "forward", exhausted)
     with pytest.raises(RequestFailedError, match="ran out of memory in a micro-batch of 1 x 256 tokens"):
-        engine.forward_backward(lane, adapter, batch, CROSS_ENTROPY).result()
+        engine.train_batch(lane, adapter, batch, CROSS_ENTROPY).result()
     for name, array in gradients(adapter).items():
         np.testing.assert_array_equal(array, before[name])
     engine.close()
@@ -165,18 +165,16 @@ def test_two_micro_batches_at_once_are_two_one_after_the_other(tmp_path: Path, m
     for concurrent, tokens in ((1, 512), (2, 1024)):
         monkeypatch.setattr(memory, "choose_concurrency", lambda mesh, concurrent=concurrent: concurrent)
         engine = open_engine(tmp_path / "m", CONFIG, max_tokens_per_micro_batch=tokens)
-        assert engine.describe()["micro_batches_at_once"] == concurrent
+        assert engine.monitor.describe()["micro_batches_at_once"] == concurrent
         lane = engine.open_lane()
-        built_in, twin, custom = (engine.create_adapter(lane, SPEC).result() for _ in range(3))
+        built_in, twin, custom = (engine.open_adapter(lane, SPEC).result() for _ in range(3))
         for adapter in (built_in, twin):
             for _ in range(2):
-                engine.forward_backward(lane, adapter, batch, CROSS_ENTROPY).result()
+                engine.train_batch(lane, adapter, batch, CROSS_ENTROPY).result()
         for name, array in gradients(built_in).items():
             np.testing.assert_array_equal(array, gradients(twin)[name])
-        engine.forward_backward_custom(
-            lane, custom, batch, lambda p: (0.0, [np.full_like(a, -1.0) for a in p], {})
-        ).result()
-        scored = engine.forward(lane, built_in, batch, CROSS_ENTROPY).result()
+        engine.train_batch(lane, custom, batch, lambda p: (0.0, [np.full_like(a, -1.0) for a in p], {})).result()
+        scored = engine.score_batch(lane, built_in, batch, CROSS_ENTROPY).result()
         results.append((scored.logprobs, gradients(built_in), gradients(custom)))
         engine.close()
     (logprobs, twice, once), (logprobs_2, twice_2, once_2) = results
@@ -191,14 +189,14 @@ def test_two_micro_batches_at_once_are_two_one_after_the_other(tmp_path: Path, m
 def test_what_cannot_fit_is_refused_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = open_engine(tmp_path / "m", CONFIG)
     lane = engine.open_lane()
-    adapter = engine.create_adapter(lane, SPEC).result()
+    adapter = engine.open_adapter(lane, SPEC).result()
     monkeypatch.setattr(memory, "available_bytes", lambda *_: 10_000)
     with pytest.raises(
         RequestFailedError, match=r"rank 512 needs .* \(adapter .*optimizer .*\), but 0.0 MiB are free.*rank"
     ):
-        engine.create_adapter(lane, LoraSpec(rank=512, seed=0)).result()
+        engine.open_adapter(lane, LoraSpec(rank=512, seed=0)).result()
     with pytest.raises(RequestFailedError, match=r"1 x 256 tokens needs .*activations.*remat='full'") as caught:
-        engine.forward_backward(lane, adapter, data(1, 9), CROSS_ENTROPY).result()
+        engine.train_batch(lane, adapter, data(1, 9), CROSS_ENTROPY).result()
     assert caught.value.category == "user" and adapter.grads is None
     with pytest.raises(RequestFailedError, match=r"base model .* in float32 needs .*weights.*dtype='bfloat16'"):
         open_engine(tmp_path / "m2", CONFIG)
@@ -229,11 +227,11 @@ def test_clients_do_not_touch_each_other(engine: Engine) -> None:
 
     def run(clients: list[int]) -> dict[int, list[Any]]:
         lanes = {c: engine.open_lane() for c in clients}
-        owned = {c: engine.create_adapter(lanes[c], LoraSpec(rank=4, seed=c)).result() for c in clients}
+        owned = {c: engine.open_adapter(lanes[c], LoraSpec(rank=4, seed=c)).result() for c in clients}
         out: dict[int, list[Any]] = {c: [] for c in clients}
         for step in range(3):
             for c in clients:
-                out[c].append(engine.forward_backward(lanes[c], owned[c], data(2, 20, 10 * c + step), CROSS_ENTROPY))
+                out[c].append(engine.train_batch(lanes[c], owned[c], data(2, 20, 10 * c + step), CROSS_ENTROPY))
                 engine.optim_step(lanes[c], owned[c], ADAM)
         return {c: [future.result().logprobs for future in futures] for c, futures in out.items()}
 
@@ -245,15 +243,15 @@ def test_clients_do_not_touch_each_other(engine: Engine) -> None:
 
 def test_accounting(engine: Engine) -> None:
     lane = engine.open_lane()
-    adapter = engine.create_adapter(lane, SPEC).result()
-    engine.forward_backward(lane, adapter, data(3, 60), CROSS_ENTROPY)
+    adapter = engine.open_adapter(lane, SPEC).result()
+    engine.train_batch(lane, adapter, data(3, 60), CROSS_ENTROPY)
     metrics = engine.optim_step(lane, adapter, ADAM).result()
     assert metrics["padding_waste:mean"] == pytest.approx(1 - 180 / 256)
     assert (
         metrics["tokens_per_second:mean"] > 0 and 0 < metrics["matmul_fraction:mean"] <= metrics["limit_fraction:mean"]
     )
-    assert engine.describe()["training"]["device_seconds"] > 0
-    engine.forward_backward(lane, adapter, data(1, 256), CROSS_ENTROPY)
+    assert engine.monitor.describe()["training"]["device_seconds"] > 0
+    engine.train_batch(lane, adapter, data(1, 256), CROSS_ENTROPY)
     assert engine.optim_step(lane, adapter, ADAM).result()["padding_waste:mean"] == 0.0
 
 
@@ -324,3 +322,19 @@ def test_the_tpu_kernel_is_trusted() -> None:
     assert agrees(
         attention.splash(mesh, interpret=True), attention.blockwise(True), mesh, model(), np.dtype(np.float32)
     )
+
+
+def test_a_compile_that_runs_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[CompileRecord] = []
+    seen: list[Any] = []
+
+    def traced(x: Any) -> Any:
+        seen.append((compiling(log), compiling([])))
+        return x + 1
+
+    program = Program("traced", traced, log, describe=lambda x: "a shape")
+    before = time.time()
+    program(jnp.zeros(3))
+    ((running, others),) = seen
+    assert [(each["program"], each["shapes"]) for each in running] == [("traced", "a shape")] and others == []
+    assert compiling(log) == [] and before <= log[0].ended_at <= time.time()

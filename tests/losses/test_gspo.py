@@ -100,15 +100,15 @@ def test_a_step_of_the_engine(tmp_path: Path) -> None:
     """On the policy that sampled, every ratio is 1: the loss is that of importance sampling."""
     engine = open_engine(tmp_path / "m", CASE)
     lane = engine.open_lane()
-    gspo, plain = (engine.create_adapter(lane, SPEC).result() for _ in range(2))
+    gspo, plain = (engine.open_adapter(lane, SPEC).result() for _ in range(2))
     data = [datum(length, seed) for seed, length in enumerate((12, 30, 5))]
-    scored = engine.forward(lane, gspo, data, LossSpec(name="cross_entropy")).result().logprobs
+    scored = engine.score_batch(lane, gspo, data, LossSpec(name="cross_entropy")).result().logprobs
     data = [
         TrainExample(tokens_T=d.tokens_T, targets=d.targets, inputs=d.inputs | {"logprobs": q})  # type: ignore[operator]
         for d, q in zip(data, scored, strict=True)
     ]
-    ours = engine.forward_backward(lane, gspo, data, LossSpec(name="gspo")).result().metrics
-    theirs = engine.forward_backward(lane, plain, data, LossSpec(name="importance_sampling")).result().metrics
+    ours = engine.train_batch(lane, gspo, data, LossSpec(name="gspo")).result().metrics
+    theirs = engine.train_batch(lane, plain, data, LossSpec(name="importance_sampling")).result().metrics
     assert ours["loss:sum"] == pytest.approx(theirs["loss:sum"], rel=1e-5)
     assert ours["ratio:mean"] == pytest.approx(1.0, abs=1e-6) and ours["clip_fraction:mean"] == 0.0
     engine.close()

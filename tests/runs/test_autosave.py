@@ -25,7 +25,7 @@ from jax_client.values import CheckpointKey
 from support import fake_engine
 from support.fake_engine import MODEL, step
 
-loaded = fake_engine.loaded
+loaded, models = fake_engine.loaded, fake_engine.models
 
 RESUME = r'service_client\.create_training_client_from_state_with_optimizer\("(tinker://[^"]+)"\)'
 
@@ -45,8 +45,8 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.01)
 
 
-def test_slots_take_turns_and_only_new_steps_are_saved(loaded: Any, autosaving: None, tmp_path: Path) -> None:
-    with jax_client.ServiceClient(config=config(tmp_path, 0.02 / 60)) as service:
+def test_slots_take_turns_and_only_new_steps_are_saved(models: Any, autosaving: None, tmp_path: Path) -> None:
+    with jax_client.ServiceClient(config=config(tmp_path, 0.02 / 60), _models=models) as service:
         client = service.create_lora_training_client(MODEL).result()
         time.sleep(0.2)
         assert saved_steps(tmp_path) == {}, "a run without a step has nothing to lose"
@@ -60,9 +60,9 @@ def test_slots_take_turns_and_only_new_steps_are_saved(loaded: Any, autosaving: 
 
 
 def test_closing_saves_and_says_how_to_go_on(
-    loaded: Any, autosaving: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: Any, autosaving: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with jax_client.ServiceClient(config=config(tmp_path)) as service:
+    with jax_client.ServiceClient(config=config(tmp_path), _models=models) as service:
         client = service.create_lora_training_client(MODEL).result()
         step(client)
         step(client)
@@ -71,16 +71,16 @@ def test_closing_saves_and_says_how_to_go_on(
         saved.save_state("by-hand").result()
     assert saved_steps(tmp_path) == {"autosave-0": 2, "by-hand": 1}
     (path,) = re.findall(RESUME, capsys.readouterr().err)
-    with jax_client.ServiceClient(config=config(tmp_path)) as service:
+    with jax_client.ServiceClient(config=config(tmp_path), _models=models) as service:
         resumed = service.create_training_client_from_state_with_optimizer(path).result()
         assert resumed._run._adapter.step == 2
     assert capsys.readouterr().err == "", "nothing new was trained"
 
 
 def test_steps_after_a_load_are_saved_although_their_number_was_saved_before(
-    loaded: Any, autosaving: None, tmp_path: Path
+    models: Any, autosaving: None, tmp_path: Path
 ) -> None:
-    with jax_client.ServiceClient(config=config(tmp_path)) as service:
+    with jax_client.ServiceClient(config=config(tmp_path), _models=models) as service:
         client = service.create_lora_training_client(MODEL).result()
         start = client.save_state("start").result().path
         step(client)
@@ -88,13 +88,13 @@ def test_steps_after_a_load_are_saved_although_their_number_was_saved_before(
         client.load_state_with_optimizer(start).result()
         step(client)
     assert saved_steps(tmp_path) == {"start": 0, "one": 1, "autosave-0": 1}
-    with jax_client.ServiceClient(config=config(tmp_path)) as service:
+    with jax_client.ServiceClient(config=config(tmp_path), _models=models) as service:
         service.create_lora_training_client(MODEL).result().load_state(start).result()
     assert len(saved_steps(tmp_path)) == 3, "what was only loaded is saved already"
 
 
 def test_the_thread_survives_what_it_cannot_list(
-    loaded: Any, autosaving: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    models: Any, autosaving: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     children = reading.children
 
@@ -106,7 +106,7 @@ def test_the_thread_survives_what_it_cannot_list(
     monkeypatch.setattr(reading, "children", forbidden)
     (tmp_path / "runs" / "another").mkdir(parents=True)
     monkeypatch.setattr(store_module, "_ends_now", lambda *_: 1 / 0)
-    with jax_client.ServiceClient(config=config(tmp_path, 0.02 / 60)) as service:
+    with jax_client.ServiceClient(config=config(tmp_path, 0.02 / 60), _models=models) as service:
         client = service.create_lora_training_client(MODEL).result()
         step(client)
         client.save_state("mine", ttl_seconds=3600).result()
@@ -117,8 +117,8 @@ def test_the_thread_survives_what_it_cannot_list(
     assert "expired checkpoints could not be looked for" in caplog.text
 
 
-def test_a_forgotten_client_is_saved(loaded: Any, autosaving: None, tmp_path: Path) -> None:
-    service = jax_client.ServiceClient(config=config(tmp_path))
+def test_a_forgotten_client_is_saved(models: Any, autosaving: None, tmp_path: Path) -> None:
+    service = jax_client.ServiceClient(config=config(tmp_path), _models=models)
     client = service.create_lora_training_client(MODEL).result()
     run_id = client.model_id
     step(client)
@@ -129,19 +129,19 @@ def test_a_forgotten_client_is_saved(loaded: Any, autosaving: None, tmp_path: Pa
     service.close("success").result()
 
 
-def test_never_means_never(loaded: Any, autosaving: None, tmp_path: Path) -> None:
-    with jax_client.ServiceClient(config=config(tmp_path, None)) as service:
+def test_never_means_never(models: Any, autosaving: None, tmp_path: Path) -> None:
+    with jax_client.ServiceClient(config=config(tmp_path, None), _models=models) as service:
         step(service.create_lora_training_client(MODEL).result())
     assert saved_steps(tmp_path) == {}
 
 
 def test_a_full_disk_stops_nobody(
-    loaded: Any, autosaving: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    models: Any, autosaving: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
         raise jax_client.errors.RequestFailedError("No space left on device")
 
-    with jax_client.ServiceClient(config=config(tmp_path, 0.02 / 60)) as service:
+    with jax_client.ServiceClient(config=config(tmp_path, 0.02 / 60), _models=models) as service:
         client = service.create_lora_training_client(MODEL).result()
         with monkeypatch.context() as patch:
             patch.setattr(run_checkpointer.RunCheckpointer, "write", full)
@@ -177,10 +177,10 @@ from jax_client import types
 from support.golden_cases import CASES, sequences
 
 model, state_dir, how = sys.argv[1:]
+models = None
 if how not in ("exit", "term", "fork"):  # the engine makes no difference there, but its start does
-    from support.fake_engine import FakeEngine
-    from jax_client.runs.lifecycle import base_models
-    base_models.open_engine = lambda source, config: (FakeEngine(source, config), "weights")
+    from support.fake_engine import FakeModels
+    models = FakeModels()
 
 def earlier(number, frame):
     print("earlier handler", flush=True)
@@ -191,7 +191,7 @@ if how == "chained":
 config = jax_client.EngineConfig(dtype="float32", state_dir=state_dir, compilation_cache_dir="", precompile=False)
 
 def train():
-    service = jax_client.ServiceClient(config=config)
+    service = jax_client.ServiceClient(config=config, _models=models)
     client = service.create_lora_training_client(base_model=model, rank=4, seed=11).result()
     first = sequences(CASES["llama_tied"])[0]
     data = [

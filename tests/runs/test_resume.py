@@ -107,7 +107,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def take_steps(engine: Engine, adapter: Adapter, settings: AdamSettings, count: int) -> None:
     lane = engine.open_lane()
     for _ in range(count):
-        engine.forward_backward(lane, adapter, data(CASES["llama_tied"]), CROSS_ENTROPY)
+        engine.train_batch(lane, adapter, data(CASES["llama_tied"]), CROSS_ENTROPY)
         engine.optim_step(lane, adapter, settings).result()
 
 
@@ -115,19 +115,19 @@ def take_steps(engine: Engine, adapter: Adapter, settings: AdamSettings, count: 
 def test_every_optimizer_setting_resumes_exactly(engine: Engine, changes: dict[str, float], tmp_path: Path) -> None:
     settings = AdamSettings(**ADAM | {"learning_rate": 1e-2} | changes)
     lane, store = engine.open_lane(), CheckpointStore(tmp_path)
-    adapter = engine.create_adapter(lane, SPEC).result()
+    adapter = engine.open_adapter(lane, SPEC).result()
     take_steps(engine, adapter, settings, 3)
     # Gradients that were not stepped with are not part of a checkpoint: the loop computes that batch again.
-    engine.forward_backward(lane, adapter, data(CASES["llama_tied"]), CROSS_ENTROPY).result()
-    state = engine.hold_state(lane, adapter, True).result().fetch()
+    engine.train_batch(lane, adapter, data(CASES["llama_tied"]), CROSS_ENTROPY).result()
+    state = engine.snapshot(lane, adapter, optimizer=True).result().fetch()
     store.save(key=CheckpointKey("run", "weights", "a"), state=state, metadata={})
     engine.optim_step(lane, adapter, settings).result()
     take_steps(engine, adapter, settings, 2)
 
-    resumed = engine.load_adapter(lane, store.load(CheckpointKey("run", "weights", "a"))[0]).result()
+    resumed = engine.open_adapter(lane, store.load(CheckpointKey("run", "weights", "a"))[0]).result()
     assert resumed.grads is None and resumed.step == 3
     take_steps(engine, resumed, settings, 3)
-    ours, theirs = (engine.hold_state(lane, a, True).result().fetch() for a in (resumed, adapter))
+    ours, theirs = (engine.snapshot(lane, a, optimizer=True).result().fetch() for a in (resumed, adapter))
     assert ours.step == theirs.step == 6
     for group in ("weights", "mu", "nu"):
         for name, array in getattr(theirs, group).items():
@@ -150,16 +150,17 @@ mesh, model, state, load, save = json.loads(sys.argv[1]), *sys.argv[2:]
 config, store = CASES["qwen2_untied"], CheckpointStore(Path(state))
 engine = open_engine(Path(model), config, mesh=mesh)
 lane = engine.open_lane()
-logprobs = lambda: np.concatenate(engine.forward(lane, adapter, data(config), CROSS_ENTROPY).result().logprobs).tolist()
+score = lambda: engine.score_batch(lane, adapter, data(config), CROSS_ENTROPY).result()
+logprobs = lambda: np.concatenate(score().logprobs).tolist()
 if load:
-    adapter = engine.load_adapter(lane, store.load(CheckpointKey("run", "weights", load))[0]).result()
+    adapter = engine.open_adapter(lane, store.load(CheckpointKey("run", "weights", load))[0]).result()
 else:
-    adapter = engine.create_adapter(lane, SPEC).result()
+    adapter = engine.open_adapter(lane, SPEC).result()
 loaded = logprobs()
 for _ in range(3):
-    engine.forward_backward(lane, adapter, data(config), CROSS_ENTROPY)
+    engine.train_batch(lane, adapter, data(config), CROSS_ENTROPY)
     engine.optim_step(lane, adapter, AdamSettings(**(ADAM | {"learning_rate": 1e-2}))).result()
-state = engine.hold_state(lane, adapter, True).result().fetch()
+state = engine.snapshot(lane, adapter, optimizer=True).result().fetch()
 store.save(key=CheckpointKey("run", "weights", save), state=state, metadata={})
 print(json.dumps([loaded, logprobs()]))
 engine.close()

@@ -20,7 +20,7 @@ from support.serving import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-loaded, start = fake_engine.loaded, served_fake.start
+loaded, models, start = fake_engine.loaded, fake_engine.models, served_fake.start
 
 
 def test_a_full_queue_costs_time_and_no_request(start: Any, loaded: Any) -> None:
@@ -75,7 +75,7 @@ def test_bodies_wait_for_room(start: Any, loaded: Any) -> None:
         assert http.get("/healthz").status_code == 200
     loaded[0].gate.set()
     assert all(each.result(LIMIT).metrics["loss:sum"] == 1.0 for each in passes)
-    assert loaded[0].log.count("forward_backward") == 6 and running.server.admission.bytes == 0
+    assert loaded[0].log.count("train_batch") == 6 and running.server.admission.bytes == 0
 
 
 def test_slow_bodies_hold_no_more_than_the_limit(start: Any) -> None:

@@ -23,7 +23,7 @@ from support.serving import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-loaded, start = fake_engine.loaded, served_fake.start
+loaded, models, start = fake_engine.loaded, fake_engine.models, served_fake.start
 
 
 def test_clients_that_go_away_leave_nothing_behind(start: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:

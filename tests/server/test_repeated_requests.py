@@ -19,7 +19,7 @@ from support.serving import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-loaded, start = fake_engine.loaded, served_fake.start
+loaded, models, start = fake_engine.loaded, fake_engine.models, served_fake.start
 
 
 class Twice(Between):

@@ -20,7 +20,7 @@ from support.serving import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-loaded, start = fake_engine.loaded, served_fake.start
+loaded, models, start = fake_engine.loaded, fake_engine.models, served_fake.start
 
 
 def test_errors_are_raised_where_and_as_what_they_are(start: Any, loaded: Any) -> None:

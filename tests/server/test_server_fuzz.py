@@ -32,7 +32,7 @@ from jax_client.server.state import pending
 from jax_client.server.state.server import Server
 from jax_client.server.wire import bodies
 from support import fuzz_bodies
-from support.fake_engine import MODEL, replace_loading
+from support.fake_engine import MODEL, FakeModels
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHORT, EVERY = 60, 2_000
@@ -207,10 +207,6 @@ class Target:
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     with pytest.MonkeyPatch.context() as patch:
-        replace_loading(patch)
-        # The fake engine has one number instead of weights.
-        host_state = lambda weight: SimpleNamespace(weights={"w": [weight]})  # noqa: E731
-        patch.setattr("jax_client.engine.core.adapters.to_host", host_state)
         export = lambda directory, *_: (directory / "f").write_bytes(b"x")  # noqa: E731
         patch.setattr("jax_client.weights.write.peft.write_adapter", export)
         checked = SimpleNamespace(tokens=1, difference=0.0)
@@ -220,7 +216,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         # A frame that grows has to pass it.
         patch.setattr(bodies, "MAX_JSON_BYTES", 2**20)
         patch.setattr(bodies, "MAX_BYTES", 2**20)
-        server = Server(jax_client.EngineConfig(state_dir=tmp_path_factory.mktemp("state"), autosave_minutes=None))
+        settings = jax_client.EngineConfig(state_dir=tmp_path_factory.mktemp("state"), autosave_minutes=None)
+        server = Server(settings, base_models=FakeModels())
         loop = asyncio.new_event_loop()
         found = Target(server, build_app(server, hosts=["127.0.0.1"]), loop, itertools.count(1))
         found.begin()

@@ -187,7 +187,7 @@ asyncio.run(main()); ends_now()
 own = {"precompile": True, "compilation_cache_dir": ""}
 service = jax_client.ServiceClient(config=jax_client.EngineConfig(**settings | own))
 client = trainer(service)
-until(lambda: client._run._engine.health()["compiling"])
+until(lambda: client._run._engine.monitor.health()["compiling"])
 ends_now()
 """,
     ),
@@ -196,7 +196,7 @@ ends_now()
 service = jax_client.ServiceClient(config=jax_client.EngineConfig(**settings | {"compilation_cache_dir": ""}))
 client = trainer(service)
 future = client.forward_backward(DATA, "cross_entropy")
-until(lambda: client._run._engine.health()["compiling"])
+until(lambda: client._run._engine.monitor.health()["compiling"])
 ends_now(); sys.exit(4)
 """,
         code=4,

@@ -1,218 +1,267 @@
-"""What do the client tests run on? A fake engine: one scalar per adapter, one worker thread per engine."""
+"""What do the client tests run on? A fake engine: one number per adapter, one worker thread per engine."""
 
 from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pytest
 
 import jax_client
 from jax_client import errors, types
-from jax_client.engine.core.requests import GeneratedRow, GenerationResult, TrainResult
-from jax_client.runs.lifecycle import base_models
-from jax_client.values import AdapterState, LoraSpec
+from jax_client.config import EngineConfig
+from jax_client.engine.core.adapters import Adapter, Snapshot, Version, Weights, snapshot_of
+from jax_client.engine.core.programs import CompileRecord
+from jax_client.engine.core.requests import (
+    AdamSettings,
+    CustomLoss,
+    GeneratedRow,
+    GenerationRequest,
+    GenerationResult,
+    LossSpec,
+    TrainResult,
+)
+from jax_client.engine.core.turns import Lane
+from jax_client.engine.protocol import Description, Engine, Health, Usage
+from jax_client.models.config import ModelConfig
+from jax_client.runs.lifecycle.base_models import BaseModels, Loader
+from jax_client.values import AdapterState, LoraSpec, TrainExample
 from jax_client.weights.read.source import ModelSource
 
+T = TypeVar("T")
 MODEL = "tiny/model"
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=64,
+    d_model=8,
+    d_ff=8,
+    n_layers=1,
+    n_heads=1,
+    n_kv_heads=1,
+    head_dim=8,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    tied_embeddings=True,
+    max_context=32,
+    eos_token_ids=(2,),
+)
 
 
-@dataclass
-class FakeAdapter:
-    spec: LoraSpec
-    weight: float = 0.0
-    step: int = 0
-    passes: int = 0
-    moment: float = 0.0
-    loads: int = 0
+# One number stands for all arrays of an adapter.
+def tree(value: float) -> Weights:
+    return cast(Weights, {"layers": {"w": {"A": np.array([value], np.float32)}}, "unembed": {}})
+
+
+def number(weights: Weights) -> float:
+    return float(weights["layers"]["w"]["A"][0])
+
+
+class FakeMonitor:
+    """What a fake engine says about itself: nothing ever waits, and nothing is compiled."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+
+    def describe(self) -> Description:
+        return {"model": self._source.name, "dtype": "float32"}
+
+    def usage(self) -> Usage:
+        memory = {"weights": 1, "adapters": 0, "optimizer": 0, "gradients": 0, "cache": 0, "available": 9}
+        rows, prompt = ("rows_running", "rows_waiting"), ("prompt_tokens", "prompt_tokens_cached")
+        names: list[str] = [*rows, *prompt, "sampled_tokens", "decode_rows", "decode_slots"]
+        counts = dict.fromkeys(names, 0.0)
+        return {"memory_bytes": memory, "sampling": counts, "training": {}}
+
+    def health(self) -> Health:
+        return {"state": "idle", "waiting": 0, "stalled_seconds": 0.0, "compiling": []}
+
+    def compiled(self, since: int = 0) -> list[CompileRecord]:
+        return []
 
 
 class FakeEngine:
-    """The engine's surface over one thread; `gate` holds the device, `log` is what it did."""
+    """Implements `protocol.Engine` over one thread; `gate` holds the device, `log` is what it did."""
 
-    def __init__(self, source, config):
+    def __init__(self, source: ModelSource, config: EngineConfig) -> None:
         self.source = source
-        self.model = SimpleNamespace(vocab_size=64, family="llama", eos_token_ids=(2,))
-        self.max_context = 32
-        self.log = []
-        self.requests = []
+        self.model = CONFIG
+        self.dtype = np.dtype(np.float32)
+        self.monitor = FakeMonitor(source)
+        self.log: list[str] = []
+        self.requests: list[GenerationRequest] = []
         self.gate = threading.Event()
         self.gate.set()
         self.closed = threading.Event()
         self._device = ThreadPoolExecutor(1)
 
-    def describe(self):
-        return {"model": self.source.name, "dtype": "float32"}
-
-    def usage(self):
-        memory = {"weights": 1, "adapters": 0, "optimizer": 0, "gradients": 0, "cache": 0, "available": 9}
-        sampling = ("rows_running", "rows_waiting", "prompt_tokens", "prompt_tokens_cached", "sampled_tokens")
-        counts = dict.fromkeys((*sampling, "decode_rows", "decode_slots"), 0)
-        return {"memory_bytes": memory, "sampling": counts, "training": {}}
-
-    def health(self):
-        return {"state": "idle", "waiting": 0, "stalled_seconds": 0.0, "compiling": []}
-
-    def compiled(self, since=0):
-        return []
-
-    def close(self):
+    def close(self) -> None:
         self._device.shutdown(wait=True)
         self.closed.set()
 
-    def open_lane(self):
-        return object()
+    def open_lane(self) -> Lane:
+        return Lane()
 
-    def _run(self, name, work):
-        def job():
+    def _run(self, name: str, work: Callable[[], T]) -> Future[T]:
+        def job() -> T:
             assert self.gate.wait(30)
             self.log.append(name)
             return work()
 
         return self._device.submit(job)
 
-    def create_adapter(self, lane, spec):
-        return self._run("create", lambda: FakeAdapter(spec))
+    def open_adapter(self, lane: Lane, start: LoraSpec | AdapterState) -> Future[Adapter]:
+        def work() -> Adapter:
+            if isinstance(start, LoraSpec):
+                return Adapter(spec=start, weights=tree(0), mu=tree(0), nu=tree(0))
+            return _restored(Adapter(spec=start.spec, weights=tree(0), mu=tree(0), nu=tree(0)), start)
 
-    def release(self, adapter):
+        return self._run("open_adapter", work)
+
+    def restore(self, lane: Lane, adapter: Adapter, state: AdapterState) -> Future[Version]:
+        def work() -> Version:
+            _restored(adapter, state).loads += 1
+            return adapter.version
+
+        return self._run("restore", work)
+
+    def release(self, adapter: Adapter) -> None:
         self.log.append("release")
 
-    def load_adapter(self, lane, state):
-        return self._run("load", lambda: self._restore(FakeAdapter(state.spec), state))
+    def score_batch(
+        self, lane: Lane, adapter: Adapter | None, examples: list[TrainExample], loss: LossSpec
+    ) -> Future[TrainResult]:
+        return self._run("score_batch", lambda: _result(adapter, examples, {"loss:sum": 1.0}))
 
-    def _restore(self, adapter, state):
-        adapter.weight, adapter.step, adapter.passes = float(state.weights["w"][0]), state.step, 0
-        adapter.moment = float(state.mu["w"][0]) if state.mu else 0.0
-        return adapter
+    def train_batch(
+        self, lane: Lane, adapter: Adapter, examples: list[TrainExample], loss: LossSpec | CustomLoss
+    ) -> Future[TrainResult]:
+        def work() -> TrainResult:
+            metrics = {"loss:sum": 1.0, "kl:mean": math.nan}
+            if not isinstance(loss, LossSpec):
+                logprobs = _result(adapter, examples, {}).logprobs
+                with ThreadPoolExecutor(1) as own:
+                    own.submit(loss, logprobs).result()
+                metrics = {"tokens:sum": 3.0}
+            adapter.grads = tree(1 + (0 if adapter.grads is None else number(adapter.grads)))
+            return _result(adapter, examples, metrics)
 
-    def _result(self, adapter, sequences, metrics):
-        logprobs = [np.full(s.targets.shape, -1.0 - adapter.weight, np.float32) for s in sequences]
-        return TrainResult(logprobs=logprobs, metrics=metrics)
+        return self._run("train_batch", work)
 
-    def forward(self, lane, adapter, sequences, loss):
-        return self._run("forward", lambda: self._result(adapter, sequences, {"loss:sum": 1.0}))
-
-    def forward_backward(self, lane, adapter, sequences, loss):
-        def work():
-            adapter.passes += 1
-            return self._result(adapter, sequences, {"loss:sum": 1.0, "kl:mean": math.nan})
-
-        return self._run("forward_backward", work)
-
-    def forward_backward_custom(self, lane, adapter, sequences, custom):
-        def work():
-            result = self._result(adapter, sequences, {})
-            own: Future = Future()
-
-            def call():
-                try:
-                    own.set_result(custom(result.logprobs))
-                except BaseException as error:
-                    own.set_exception(error)
-
-            threading.Thread(target=call, daemon=True).start()
-            own.result()
-            adapter.passes += 1
-            return replace(result, metrics={"tokens:sum": 3.0})
-
-        return self._run("custom", work)
-
-    def optim_step(self, lane, adapter, settings):
-        def work():
-            if not adapter.passes:
+    def optim_step(self, lane: Lane, adapter: Adapter, settings: AdamSettings) -> Future[dict[str, float]]:
+        def work() -> dict[str, float]:
+            if adapter.grads is None:
                 raise errors.RequestFailedError("no gradients since step 0", request_id="r1", category="user")
-            adapter.weight += settings.learning_rate
-            adapter.moment += adapter.passes
-            adapter.passes, adapter.step = 0, adapter.step + 1
+            with adapter.lock:
+                adapter.weights = tree(number(adapter.weights) + settings.learning_rate)
+                adapter.mu = tree(number(adapter.mu) + number(adapter.grads))
+                adapter.grads, adapter.step = None, adapter.step + 1
             return {"grad_norm:mean": 1.0, "update_norm:mean": math.inf}
 
         return self._run("optim_step", work)
 
-    def snapshot(self, lane, adapter):
-        return self._run("snapshot", lambda: adapter.weight)
+    def snapshot(
+        self, lane: Lane | None, source: Adapter | AdapterState, *, optimizer: bool = False
+    ) -> Future[Snapshot]:
+        if lane is None and isinstance(source, Adapter):
+            now: Future[Snapshot] = Future()
+            now.set_result(snapshot_of(source, optimizer))
+            return now
 
-    def load_snapshot(self, lane, state):
-        return self._run("load_snapshot", lambda: float(state.weights["w"][0]))
+        def work() -> Snapshot:
+            if isinstance(source, Adapter):
+                return snapshot_of(source, optimizer)
+            return Snapshot(spec=source.spec, weights=tree(source.weights["w.A"][0]), step=source.step)
 
-    def hold_state(self, lane, adapter, optimizer):
-        return self._run("hold_state", lambda: self.current_state(adapter, optimizer))
+        return self._run("snapshot", work)
 
-    def current_state(self, adapter, optimizer):
-        def array(value):
-            return {"w": np.array([value], np.float32)}
-
-        moments = {"mu": array(adapter.moment), "nu": array(0)} if optimizer else {}
-        state = AdapterState(spec=adapter.spec, step=adapter.step, weights=array(adapter.weight), **moments)
-        return SimpleNamespace(
-            step=state.step,
-            version=(adapter.loads, state.step),
-            accumulating=adapter.passes > 0,
-            fetch=lambda: state,
-        )
-
-    def restore_state(self, lane, adapter, state):
-        def work():
-            self._restore(adapter, state).loads += 1
-            return adapter.loads, adapter.step
-
-        return self._run("restore", work)
-
-    def generate(self, lane, snapshot, request):
+    def generate(self, snapshot: Snapshot | None, request: GenerationRequest) -> Future[GenerationResult]:
         self.requests.append(request)
         length = len(request.tokens_T)
 
-        def work():
-            logprob = np.float32(-1.0 if snapshot is None else -1.0 - snapshot)
+        def work() -> GenerationResult:
+            logprob = np.float32(-1.0 if snapshot is None else -1.0 - number(snapshot.weights))
             row = GeneratedRow(tokens=np.array([5, 2], np.int32), logprobs=np.full(2, logprob), stop_reason="stop")
-            prompt = np.full(length, logprob)
-            prompt[0] = np.nan
-            topk = {}
-            if request.topk_prompt:
-                shape = (length, request.topk_prompt)
-                topk = {"topk_ids_Tk": np.full(shape, 7, np.int32), "topk_logprobs_Tk": np.full(shape, logprob)}
+            reported = 1 if request.score_last is None else length - request.score_last
+            prompt_T = np.full(length, logprob)
+            prompt_T[:reported] = np.nan
+            ids_Tk = np.full((length, request.topk_prompt), 7, np.int32)
+            top_Tk = np.full((length, request.topk_prompt), logprob)
+            if request.score_last is not None:
+                ids_Tk[:reported], top_Tk[:reported] = 0, -99999.0
             return GenerationResult(
                 rows=[row] * request.num_samples,
-                prompt_logprobs_T=prompt if request.prompt_logprobs else None,
-                **topk,
+                prompt_logprobs_T=prompt_T if request.prompt_logprobs else None,
+                topk_ids_Tk=ids_Tk if request.topk_prompt else None,
+                topk_logprobs_Tk=top_Tk if request.topk_prompt else None,
             )
 
         return self._run("generate", work)
 
+    def logits(
+        self, tokens_T: np.ndarray, state: AdapterState | None, model: ModelSource | None = None
+    ) -> Future[np.ndarray]:
+        weight = 0.0 if state is None else state.weights["w.A"][0]
+        return self._run("logits", lambda: np.full((len(tokens_T), self.model.vocab_size), weight, np.float32))
 
-@pytest.fixture
-def loaded(monkeypatch):
-    """Replace loading; returns the engines that were opened."""
-    return replace_loading(monkeypatch)
+    def warmup(self, spec: LoraSpec, lengths: list[int], targets_per_position: int) -> Future[list[CompileRecord]]:
+        return self._run("warmup", list)
 
 
-def replace_loading(monkeypatch):
-    opened = []
+def _restored(adapter: Adapter, state: AdapterState) -> Adapter:
+    moment = 0.0 if state.mu is None else state.mu["w.A"][0]
+    adapter.weights, adapter.mu = tree(state.weights["w.A"][0]), tree(moment)
+    adapter.step, adapter.grads = state.step, None
+    return adapter
 
-    def resolve(name):
-        if name == "missing":
-            raise errors.NotFoundError("there is no model 'missing'")
-        return ModelSource(name=name, path=Path("/models") / name, kind="hf")
 
-    def open_engine(source, config):
+def _result(adapter: Adapter | None, examples: list[TrainExample], metrics: dict[str, float]) -> TrainResult:
+    weight = 0.0 if adapter is None else number(adapter.weights)
+    return TrainResult(
+        logprobs=[np.full(example.targets.shape, -1.0 - weight, np.float32) for example in examples], metrics=metrics
+    )
+
+
+class FakeModels(BaseModels):
+    """Base models of any name but "missing", each on a fake engine; `opened` are the engines."""
+
+    def __init__(self) -> None:
+        self.opened: list[FakeEngine] = []
+        tokenizer = lambda source: cast(Any, SimpleNamespace(name=source.name, decode=str))  # noqa: E731
+        super().__init__(Loader(resolve=_resolve, open_engine=self._open, load_tokenizer=tokenizer))
+
+    def _open(self, source: ModelSource, config: EngineConfig) -> tuple[Engine, str]:
         engine = FakeEngine(source, config)
-        opened.append(engine)
+        self.opened.append(engine)
         return engine, f"weights of {source.name}"
 
-    monkeypatch.setattr(base_models, "_entries", {})
-    monkeypatch.setattr(base_models, "resolve", resolve)
-    monkeypatch.setattr(base_models, "open_engine", open_engine)
-    monkeypatch.setattr(base_models, "load_tokenizer", lambda source: SimpleNamespace(name=source.name, decode=str))
-    return opened
+
+def _resolve(name: str) -> ModelSource:
+    if name == "missing":
+        raise errors.NotFoundError("there is no model 'missing'")
+    return ModelSource(name=name, path=Path("/models") / name, kind="hf")
 
 
 @pytest.fixture
-def service(loaded, tmp_path):
-    with jax_client.ServiceClient(config=jax_client.EngineConfig(state_dir=tmp_path)) as client:
+def models() -> FakeModels:
+    """Where the clients of a test load their models."""
+    return FakeModels()
+
+
+@pytest.fixture
+def loaded(models: FakeModels) -> list[FakeEngine]:
+    """The engines that were opened."""
+    return models.opened
+
+
+@pytest.fixture
+def service(models, tmp_path):
+    with jax_client.ServiceClient(config=jax_client.EngineConfig(state_dir=tmp_path), _models=models) as client:
         yield client
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from jax_client.config import EngineConfig
-from jax_client.engine.core import adapters
 from jax_client.engine.core.requests import AdamSettings, LossSpec, TrainResult
 from jax_client.engine.engine import Engine
+from jax_client.models.lora_arrays import flatten
 from jax_client.values import AdapterState, LoraSpec, TrainExample
 from jax_client.weights.read.source import resolve
 from support.golden_cases import ADAM, RANK, STEPS, base_values, lora_values, module_shapes, sequences
@@ -54,12 +54,13 @@ def train(engine: Engine, config: dict[str, Any]) -> tuple[TrainResult, dict[str
     """Run the case: the first pass with its gradients by flat name, and the pass after `STEPS` steps."""
     lane = engine.open_lane()
     state = AdapterState(spec=SPEC, step=0, weights=to_ours(config, lora_values(config)))
-    adapter = engine.load_adapter(lane, state).result()
+    adapter = engine.open_adapter(lane, state).result()
     first: Any = None
     grads: dict[str, np.ndarray] = {}
     for _ in range(STEPS):
-        result = engine.forward_backward(lane, adapter, data(config), CROSS_ENTROPY).result()
+        result = engine.train_batch(lane, adapter, data(config), CROSS_ENTROPY).result()
         if first is None:
-            first, grads = result, {n: np.asarray(g) for n, g in adapters.flatten(adapter.grads or {}).items()}
+            assert adapter.grads is not None
+            first, grads = result, {n: np.asarray(g) for n, g in flatten(adapter.grads).items()}
         engine.optim_step(lane, adapter, AdamSettings(**ADAM)).result()
-    return first, grads, engine.forward(lane, adapter, data(config), CROSS_ENTROPY).result()
+    return first, grads, engine.score_batch(lane, adapter, data(config), CROSS_ENTROPY).result()

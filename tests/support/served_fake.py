@@ -26,13 +26,13 @@ LIMIT = 60
 
 
 @pytest.fixture
-def start(loaded: Any, tmp_path: Path) -> Iterator[Callable[..., Running]]:
+def start(loaded: Any, models: Any, tmp_path: Path) -> Iterator[Callable[..., Running]]:
     """Start servers over the fake engine; they are stopped at the end."""
     started: list[Running] = []
 
     def begin(between: Callable[[Any], Any] = lambda app: app) -> Running:
         log = RequestLog(tmp_path) if not started else None
-        server = Server(jax_client.EngineConfig(state_dir=tmp_path), log=log)
+        server = Server(jax_client.EngineConfig(state_dir=tmp_path), log=log, base_models=models)
         started.append(Running(server, between=between))
         return started[-1]
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from jax_client.engine.core.requests import AdamSettings
 from jax_client.engine.engine import Engine
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError, UnsupportedError
-from jax_client.runs.lifecycle.export_check import check_export, logits, probe_tokens
+from jax_client.runs.lifecycle.export_check import check_export, probe_tokens
 from jax_client.values import AdapterState, LoraSpec
 from jax_client.weights.read.gguf import GgufReader, read_gguf
 from jax_client.weights.read.load import read_config
@@ -56,10 +56,10 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
 def trained(engine: Engine, case: str, spec: LoraSpec) -> tuple[AdapterState, np.ndarray]:
     """Train three steps; return the adapter and its logprobs."""
     lane = engine.open_lane()
-    adapter = engine.create_adapter(lane, spec).result()
+    adapter = engine.open_adapter(lane, spec).result()
     train(engine, case, adapter)
-    logprobs = engine.forward(lane, adapter, data(CASES[case]), CROSS_ENTROPY).result().logprobs
-    state = engine.hold_state(lane, adapter, optimizer=False).result().fetch()
+    logprobs = engine.score_batch(lane, adapter, data(CASES[case]), CROSS_ENTROPY).result().logprobs
+    state = engine.snapshot(lane, adapter).result().fetch()
     engine.release(adapter)
     return state, np.concatenate(logprobs)
 
@@ -67,7 +67,7 @@ def trained(engine: Engine, case: str, spec: LoraSpec) -> tuple[AdapterState, np
 def train(engine: Engine, case: str, adapter: Any) -> None:
     lane = engine.open_lane()
     for _ in range(3):
-        engine.forward_backward(lane, adapter, data(CASES[case]), CROSS_ENTROPY).result()
+        engine.train_batch(lane, adapter, data(CASES[case]), CROSS_ENTROPY).result()
         engine.optim_step(lane, adapter, AdamSettings(**ADAM | {"learning_rate": 1e-2})).result()
 
 
@@ -78,8 +78,8 @@ def directory(parent: Path, name: str = "export") -> Path:
 
 def random_state(engine: Engine, spec: LoraSpec) -> AdapterState:
     lane = engine.open_lane()
-    adapter = engine.create_adapter(lane, spec).result()
-    state = engine.hold_state(lane, adapter, optimizer=False).result().fetch()
+    adapter = engine.open_adapter(lane, spec).result()
+    state = engine.snapshot(lane, adapter).result().fetch()
     engine.release(adapter)
     rng = np.random.default_rng(5)
     return replace(
@@ -88,7 +88,7 @@ def random_state(engine: Engine, spec: LoraSpec) -> AdapterState:
 
 
 def engine_logits(engine: Engine, state: AdapterState | None) -> np.ndarray:
-    return logits(engine, engine.params, engine.model, state, probe_tokens(engine.source, engine.model))
+    return engine.logits(probe_tokens(engine.source, engine.model), state).result()
 
 
 # --- with torch -------------------------------------------------------------------------------------------------------
@@ -223,10 +223,10 @@ def test_training_goes_on_as_in_peft(engine_of: Callable[[str], Engine], tmp_pat
         adam.step()
         adam.zero_grad()
 
-    adapter = engine.load_adapter(lane, read_adapter(tmp_path / "adapter", engine.model)).result()
-    before = engine.forward(lane, adapter, data(CASES[case]), CROSS_ENTROPY).result().logprobs
+    adapter = engine.open_adapter(lane, read_adapter(tmp_path / "adapter", engine.model)).result()
+    before = engine.score_batch(lane, adapter, data(CASES[case]), CROSS_ENTROPY).result().logprobs
     train(engine, case, adapter)
-    after = np.concatenate(engine.forward(lane, adapter, data(CASES[case]), CROSS_ENTROPY).result().logprobs)
+    after = np.concatenate(engine.score_batch(lane, adapter, data(CASES[case]), CROSS_ENTROPY).result().logprobs)
     assert np.abs(after - np.concatenate(before)).max() > 0.1
     np.testing.assert_allclose(after, torch_logprobs(model, case).detach().numpy(), **CLOSE)
 

@@ -1,5 +1,6 @@
-"""What did training cost: tokens, useful FLOPs, padding, and whose time?
+"""What did training cost in tokens, useful FLOPs, padding and time?
 
+`Work` adds up what each call cost; `flops` counts what a call needs.
 Useful FLOPs per token are 4 N for the frozen weights (forward, and the gradient by the input; none by the weights),
 6 for each adapter weight, and three times the forward attention, counted over the pairs that causality allows. The
 limit is what the device would need for them at its measured matmul rate, with what the remat setting recomputes.

@@ -1,24 +1,27 @@
-"""What is an adapter on the device, how does it start, and how does it become host arrays and back?"""
+"""What is an adapter on the device, how does it start, and how does it become host arrays and back?
+
+An adapter is a record of device arrays that tasks replace. A snapshot refers to the arrays of one moment.
+"""
 
 from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jax_client.engine.core.accounting import Work
-from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import ParamSpec
+from jax_client.models.lora_arrays import AdapterTree, LoraArray, flatten, lora_arrays, nest, refuse_other_shapes
 from jax_client.sharding import sharding_for
 from jax_client.values import AdapterState, LoraSpec
 
-Weights = dict[str, Any]
+Weights = AdapterTree[jax.Array]
 # How often an adapter was loaded, and the optimizer steps it has; grows with every change of the weights.
 Version = tuple[int, int]
 
@@ -47,99 +50,77 @@ class Adapter:
 
     @property
     def version(self) -> Version:
-        """Which of the weights that the adapter has had these are."""
+        """Tells these weights from all others that the adapter has had."""
         return self.loads, self.step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Snapshot:
-    """Immutable adapter weights to sample from; `version` tells one snapshot from every other of the process."""
-
-    spec: LoraSpec
-    weights: Weights
-    version: int = field(default_factory=itertools.count(1).__next__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Held:
-    """An adapter at one moment. Arrays are immutable: holding them costs nothing until the adapter has others.
+    """An adapter at one moment, to sample from or to save. Arrays are immutable: nothing is copied.
 
     Attributes:
+        spec: the adapter's configuration.
+        weights: on the device.
+        step: optimizer steps taken.
         version: the adapter's.
-        accumulating: whether there are gradients that no step was taken with. They are not part of a saved state.
+        mu, nu: Adam's moments; None unless asked for.
+        accumulating: whether the adapter had gradients that no step was taken with. They are not part of a saved state.
+        number: tells one snapshot from every other of the process.
     """
 
     spec: LoraSpec
-    step: int
-    version: Version
     weights: Weights
-    mu: Weights | None
-    nu: Weights | None
-    accumulating: bool
+    step: int = 0
+    version: Version = (0, 0)
+    mu: Weights | None = None
+    nu: Weights | None = None
+    accumulating: bool = False
+    number: int = field(default_factory=itertools.count(1).__next__)
 
     def fetch(self) -> AdapterState:
         """Copy it to the host. Blocks; call it off the dispatch thread."""
-        host = [None if tree is None else jax.device_get(flatten(tree)) for tree in (self.weights, self.mu, self.nu)]
-        return AdapterState(spec=self.spec, step=self.step, weights=host[0] or {}, mu=host[1], nu=host[2])
+        weights, mu, nu = (_host(tree) for tree in (self.weights, self.mu, self.nu))
+        return AdapterState(spec=self.spec, step=self.step, weights=weights or {}, mu=mu, nu=nu)
 
 
-def hold(adapter: Adapter, optimizer: bool) -> Held:
+def _host(tree: Weights | None) -> dict[str, np.ndarray] | None:
+    return None if tree is None else jax.device_get(flatten(tree))
+
+
+def snapshot_of(adapter: Adapter, optimizer: bool) -> Snapshot:
     """Return the adapter as it is now, with Adam's moments if asked."""
     with adapter.lock:
-        moments = (adapter.mu, adapter.nu) if optimizer else (None, None)
-        return Held(
+        return Snapshot(
             spec=adapter.spec,
+            weights=adapter.weights,
             step=adapter.step,
             version=adapter.version,
-            weights=adapter.weights,
-            mu=moments[0],
-            nu=moments[1],
+            mu=adapter.mu if optimizer else None,
+            nu=adapter.nu if optimizer else None,
             accumulating=adapter.grads is not None,
         )
 
 
-def _shapes(c: ModelConfig, spec: LoraSpec) -> dict[str, dict[str, dict[str, tuple[Any, Any, int]]]]:
-    """Return {"layers" | "unembed": {module: {"A" | "B": (shape, axes, fan_in)}}}."""
-    L, D, F, K, G, H, R = c.n_layers, c.d_model, c.d_ff, c.n_kv_heads, c.group, c.head_dim, spec.rank
-    into = ((L, R, D), (None, None, "embed"), D)
-    out_D, out_F = ((L, R, D), (None, None, "embed"), 0), ((L, R, F), (None, None, "ffw"), 0)
-    q_heads, kv_heads = (None, None, "kv_heads", None, None), (None, None, "kv_heads", None)
-    layers: dict[str, Any] = {}
-    if spec.train_attn:
-        layers["q"] = {"A": into, "B": ((L, R, K, G, H), q_heads, 0)}
-        layers["k"] = {"A": into, "B": ((L, R, K, H), kv_heads, 0)}
-        layers["v"] = {"A": into, "B": ((L, R, K, H), kv_heads, 0)}
-        layers["o"] = {"A": ((L, R, K, G, H), q_heads, K * G * H), "B": out_D}
-    if spec.train_mlp:
-        layers["gate"] = {"A": into, "B": out_F}
-        layers["up"] = {"A": into, "B": out_F}
-        layers["down"] = {"A": ((L, R, F), (None, None, "ffw"), F), "B": out_D}
-    unembed: dict[str, Any] = {}
-    if spec.train_unembed:
-        unembed = {"A": ((R, D), (None, "embed"), D), "B": ((R, c.vocab_size), (None, "vocab"), 0)}
-    return {"layers": layers, "unembed": unembed}
+def _is_array(node: object) -> bool:
+    return isinstance(node, LoraArray)
 
 
-def _is_entry(node: Any) -> bool:
-    return isinstance(node, tuple)
-
-
-def shardings(c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:
+def shardings(c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> AdapterTree[NamedSharding]:
     """Return the sharding of every adapter array."""
-    return jax.tree.map(lambda e: sharding_for(e[1], e[0], mesh), _shapes(c, spec), is_leaf=_is_entry)
+    return jax.tree.map(lambda a: sharding_for(a.axes, a.shape, mesh), lora_arrays(c, spec), is_leaf=_is_array)
 
 
-def param_specs(c: ModelConfig, spec: LoraSpec) -> Weights:
+def param_specs(c: ModelConfig, spec: LoraSpec) -> AdapterTree[ParamSpec]:
     """Return the tree of `ParamSpec` of an adapter; nothing is allocated."""
     f32 = np.dtype(np.float32)
-    entry = lambda e: ParamSpec(shape=e[0], dtype=f32, axes=e[1])  # noqa: E731
-    return jax.tree.map(entry, _shapes(c, spec), is_leaf=_is_entry)
+    to_spec = lambda a: ParamSpec(shape=a.shape, dtype=f32, axes=a.axes)  # noqa: E731
+    return jax.tree.map(to_spec, lora_arrays(c, spec), is_leaf=_is_array)
 
 
-def abstract_weights(c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:
+def abstract_weights(c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> AdapterTree[jax.ShapeDtypeStruct]:
     """Return the adapter's arrays as shapes with their places on the mesh, to compile programs with."""
-    struct = lambda e, place: jax.ShapeDtypeStruct(e[0], np.float32, sharding=place)  # noqa: E731
-    return jax.tree.map(struct, _shapes(c, spec), shardings(c, spec, mesh), is_leaf=_is_entry)
+    struct = lambda a, place: jax.ShapeDtypeStruct(a.shape, np.float32, sharding=place)  # noqa: E731
+    return jax.tree.map(struct, lora_arrays(c, spec), shardings(c, spec, mesh), is_leaf=_is_array)
 
 
 def initial_weights(c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:
@@ -150,51 +131,15 @@ def initial_weights(c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:
     """
     rng = np.random.default_rng(spec.seed)
 
-    def start(entry: tuple[Any, Any, int], place: NamedSharding) -> jax.Array:
-        shape, _, fan_in = entry
-        if not fan_in:
-            return jax.device_put(np.zeros(shape, np.float32), place)
-        return jax.device_put((2 * rng.random(shape, np.float32) - 1) * np.float32(fan_in**-0.5), place)
+    def start(array: LoraArray, place: NamedSharding) -> jax.Array:
+        if not array.fan_in:
+            return jax.device_put(np.zeros(array.shape, np.float32), place)
+        return jax.device_put((2 * rng.random(array.shape, np.float32) - 1) * np.float32(array.fan_in**-0.5), place)
 
-    return jax.tree.map(start, _shapes(c, spec), shardings(c, spec, mesh), is_leaf=_is_entry)
-
-
-def flatten(weights: Weights) -> dict[str, Any]:
-    """Return the arrays under flat names: "q.A", ..., "unembed.B"."""
-    flat = {f"{m}.{ab}": a for m, pair in weights["layers"].items() for ab, a in pair.items()}
-    return flat | {f"unembed.{ab}": a for ab, a in weights["unembed"].items()}
+    return jax.tree.map(start, lora_arrays(c, spec), shardings(c, spec, mesh), is_leaf=_is_array)
 
 
-def array_shapes(c: ModelConfig, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every array of an adapter, by flat name."""
-    return {name: tuple(entry[0]) for name, entry in flatten(_shapes(c, spec)).items()}
-
-
-def refuse_other_shapes(subject: str, flat: Any, c: ModelConfig, spec: LoraSpec, advice: str) -> None:
-    """Raise BadRequestError unless flat arrays have the names and shapes of this model with this configuration.
-
-    Args:
-        subject: of the message.
-        flat: arrays by name.
-        c, spec: the model and the adapter's configuration.
-        advice: what to do.
-    """
-    expected = array_shapes(c, spec)
-    found = {name: tuple(np.shape(array)) for name, array in flat.items()}
-    if expected != found:
-        names = [n for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n)]
-        wrong = [f"{n}: {found.get(n)} instead of {expected.get(n)}" for n in names]
-        raise BadRequestError(
-            f"{subject} does not fit this model: {len(wrong)} arrays differ, {'; '.join(wrong[:5])}. {advice}"
-        )
-
-
-def to_host(snapshot: Snapshot) -> AdapterState:
-    """Copy a snapshot's weights to the host, without optimizer. Blocks; call it off the dispatch thread."""
-    return AdapterState(spec=snapshot.spec, step=0, weights=jax.device_get(flatten(snapshot.weights)))
-
-
-def unflatten(flat: Any, c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:
+def put(flat: Mapping[str, np.ndarray], c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:
     """Put flat host arrays onto the mesh.
 
     Raises:
@@ -203,14 +148,4 @@ def unflatten(flat: Any, c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:
     advice = "Load it into a client with the base model, rank and train_* settings that it was saved with."
     refuse_other_shapes("the saved adapter", flat, c, spec, advice)
     place = flatten(shardings(c, spec, mesh))
-    put = {name: jax.device_put(np.asarray(flat[name], np.float32), place[name]) for name in place}
-    return _nest(put)
-
-
-def _nest(flat: dict[str, Any]) -> Weights:
-    tree: Weights = {"layers": {}, "unembed": {}}
-    for name, array in flat.items():
-        module, part = name.split(".")
-        owner = tree["unembed"] if module == "unembed" else tree["layers"].setdefault(module, {})
-        owner[part] = array
-    return tree
+    return nest({name: jax.device_put(np.asarray(flat[name], np.float32), place[name]) for name in place})

@@ -1,4 +1,7 @@
-"""Which programs have been compiled, for which shapes, why, and how long did each take?"""
+"""Which programs have been compiled, for which shapes, why, and how long did each take?
+
+A `Program` compiles its function once per signature and appends a record of each compile to its engine's log.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, ParamSpec, TypedDict, TypeVar, cast
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -23,7 +26,17 @@ from jax_client.errors import RequestFailedError
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Cause = Literal["first use", "warmup", "background"]
+
+
+class Compiling(TypedDict):
+    """A compile that runs now, and for how many seconds it has."""
+
+    program: str
+    shapes: str
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,62 +73,60 @@ class _Compile:
 _running: set[_Compile] = set()
 
 
-class Program:
+class Program(Generic[P, R]):
     """A function compiled ahead of time once per signature, with a record of each compile.
 
     Call it with arrays only; what is static is closed over or given as keywords, which are part of the signature.
 
     Args:
-        place: from the arguments to the shardings of the outputs, so that what one call returns can be an argument of
+        out_shardings_of: `f(*args) -> shardings` of the outputs, so that what one call returns can be an argument of
             the next without another compile; None leaves them to the compiler.
-        label: from the arguments to the shape that the record and the log show.
+        describe: `f(*args) -> text`, the shapes that the record and the log show.
         donate: positions of the arguments whose memory the outputs take over. They are gone even if a run fails.
     """
 
     def __init__(
         self,
         name: str,
-        fn: Callable[..., Any],
+        fn: Callable[P, R],
         log: list[CompileRecord],
-        place: Callable[..., Any] | None = None,
-        label: Callable[..., str] | None = None,
+        out_shardings_of: Callable[..., object] | None = None,
+        describe: Callable[..., str] | None = None,
         donate: tuple[int, ...] = (),
     ):
         self.name = name
         self._fn = fn
-        self._place = place
-        self._label = label
+        self._out_shardings_of = out_shardings_of
+        self._describe = describe
         self._donate = donate
         self._log = log
         self._lock = threading.Lock()
-        self._compiled: dict[Any, Future[Any]] = {}
+        self._compiled: dict[object, Future[jax.stages.Compiled]] = {}
 
-    def __call__(self, *args: Any, **static: Any) -> Any:
+    def __call__(self, *args: P.args, **static: P.kwargs) -> R:
         """Run the program; compile it first if the arrays' shapes, types or places, or `static`, are new."""
         return self._get(args, static, "first use")(*args)
 
-    def prepare(self, *args: Any, cause: Cause, **static: Any) -> Any:
+    def prepare(self, cause: Cause, *args: P.args, **static: P.kwargs) -> R:
         """Compile for arguments given as arrays or as `jax.ShapeDtypeStruct`s with shardings, without running.
 
         Returns:
-            The outputs as `jax.ShapeDtypeStruct`s with shardings, to prepare the next program with.
+            In place of the outputs `jax.ShapeDtypeStruct`s with shardings, to prepare the next program with.
         """
         compiled = self._get(args, static, cause)
         shapes = jax.eval_shape(partial(self._fn, **static), *args)
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            compiled.output_shardings,
-        )
+        struct = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
+        return cast(R, jax.tree.map(struct, shapes, compiled.output_shardings))
 
-    def lower(self, *args: Any, **static: Any) -> jax.stages.Lowered:
+    def lower(self, *args: P.args, **static: P.kwargs) -> jax.stages.Lowered:
         """Return the program as XLA gets it, for arguments as those of `prepare`."""
-        outputs = {} if self._place is None else {"out_shardings": self._place(*args)}
         fn = partial(self._fn, **static)
         fn.__name__ = self.name  # type: ignore[attr-defined]  (profiles and dumps show it)
-        return jax.jit(fn, donate_argnums=self._donate, **outputs).lower(*args)
+        jit = partial(jax.jit, fn, donate_argnums=self._donate)
+        jitted = jit() if self._out_shardings_of is None else jit(out_shardings=self._out_shardings_of(*args))
+        return jitted.lower(*args)
 
-    def _get(self, args: Any, static: dict[str, Any], cause: Cause) -> Any:
+    def _get(self, args: tuple[object, ...], static: dict[str, object], cause: Cause) -> jax.stages.Compiled:
         leaves, treedef = jax.tree.flatten(args)
         key = (treedef, tuple((a.shape, a.dtype, a.sharding) for a in leaves), tuple(sorted(static.items())))
         with self._lock:
@@ -132,11 +143,11 @@ class Program:
                 future.set_exception(error)
         return future.result()
 
-    def _compile(self, args: Any, static: dict[str, Any], cause: Cause) -> Any:
+    def _compile(self, args: tuple[object, ...], static: dict[str, object], cause: Cause) -> jax.stages.Compiled:
         if process.ending():
             raise RequestFailedError(f"{self.name} is not compiled any more: the program is ending.")
         start, hits = time.perf_counter(), _cache_hits()
-        shapes = [] if self._label is None else [self._label(*args)]
+        shapes = [] if self._describe is None else [self._describe(*args)]
         text = ", ".join(shapes + [f"{name}={value}" for name, value in static.items()])
         logger.info("compiling %s (%s): %s", self.name, text, cause)
         running = _Compile(log=self._log, program=self.name, shapes=text, began=time.monotonic())
@@ -164,7 +175,7 @@ class Program:
 
 
 def _return_freed_memory() -> None:
-    """Give what the C library keeps of freed memory back to the system: compiles leave hundreds of MiB of it."""
+    """Return freed memory from the C library to the system: compiles leave hundreds of MiB."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
@@ -179,8 +190,8 @@ def waited_for_s(log: list[CompileRecord]) -> float:
     return waited
 
 
-def compiling(log: list[CompileRecord]) -> list[dict[str, Any]]:
-    """Return the compiles of an engine that run now: program, shapes, and for how many seconds."""
+def compiling(log: list[CompileRecord]) -> list[Compiling]:
+    """Return the compiles of an engine that run now."""
     now = time.monotonic()
     return [
         {"program": each.program, "shapes": each.shapes, "seconds": round(now - each.began, 3)}
@@ -199,14 +210,14 @@ def enable_compilation_cache(directory: str | os.PathLike[str]) -> None:
     path.chmod(0o700)
     if jax.config.jax_compilation_cache_dir != str(path):  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(path))
-        compilation_cache.reset_cache()  # jax would go on with the directory that it used first
+        compilation_cache.reset_cache()  # jax would keep the directory that it used first
     # Everything: a second start should compile nothing at all.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def same_place(tree: Any) -> Any:
-    """Return the shardings of a tree of arrays."""
+def shardings_of(tree: object) -> Any:
+    """Return the tree of the shardings of a tree of arrays."""
     return jax.tree.map(lambda a: a.sharding, tree)
 
 
@@ -218,7 +229,7 @@ def _cache_hits() -> int:
     return getattr(_thread, "hits", 0)
 
 
-def _count_cache_hit(event: str, **_: Any) -> None:
+def _count_cache_hit(event: str, **_: object) -> None:
     if event == "/jax/compilation_cache/cache_hits":
         _thread.hits = _cache_hits() + 1
 

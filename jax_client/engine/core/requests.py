@@ -37,7 +37,7 @@ class AdamSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainResult:
-    """Answer of a forward or forward_backward pass.
+    """Answer of `Engine.score_batch` or `Engine.train_batch`.
 
     Attributes:
         logprobs: one float32 array per datum, in the shape of its targets, in nats.
@@ -68,7 +68,7 @@ class GenerationRequest:
         topk_sample: report the k most likely tokens at each sampled position; 0 is off.
         targets_TK: int32 (T - 1, K), ids to score at the prompt positions after the first; -1 asks for nothing.
         alternatives: tokens to draw at each prompt position after the first, at the request's temperature; 0 is off.
-        score_last: how many of the last prompt tokens are scored; None scores all.
+        score_last: report logprobs and likeliest tokens of the last `score_last` prompt tokens; None reports all.
     """
 
     tokens_T: np.ndarray
@@ -117,7 +117,7 @@ class GenerationResult:
         topk_ids_Tk: int32 (T, k), topk_logprobs_Tk: float32 (T, k); id 0 and -99999.0 where not scored.
         target_logprobs_TK: float32 (T - 1, K), 0 where a target is -1 or not scored; None if not asked for.
         alternative_ids_Tk: int32 (T - 1, k), alternative_logprobs_Tk: float32 (T - 1, k); None if not asked for.
-        cached_tokens: prompt tokens whose keys and values were there already.
+        cached_tokens: prompt tokens whose keys and values were in the cache.
     """
 
     rows: list[GeneratedRow]
@@ -130,5 +130,5 @@ class GenerationResult:
     cached_tokens: int = 0
 
 
-# From each datum's logprobs to (loss, its gradient by each datum's logprobs, metrics). Runs on a thread of its own.
+# f(logprobs of each datum) -> (loss, its gradient by each datum's logprobs, metrics). Runs on a thread of its own.
 CustomLoss = Callable[[list[np.ndarray]], tuple[float, list[np.ndarray], dict[str, float]]]

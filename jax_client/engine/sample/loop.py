@@ -1,8 +1,9 @@
 """How are sampling requests carried out? Continuous batching over a paged cache, on the engine's dispatch thread.
 
-One task serves all requests, round by round: place what waits, compute tiles of prompts, run one block of decode steps,
-take out what stopped. Between the rounds the other lanes have their turn. Rows and tiles come from short ladders;
-max_tokens, temperature, top_k, top_p, seeds and stop sets are data, so none of them compiles anything.
+One task serves all requests, round by round: it places waiting rows, computes tiles of prompts, runs one block of
+decode steps, and takes out the rows that stopped. Between the rounds the other lanes have their turn. Rows and tiles
+come from short ladders; max_tokens, temperature, top_k, top_p, seeds and stop sets are data, so none of them compiles
+anything.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,36 +26,28 @@ from jax.sharding import Mesh
 from jax_client.engine.core import memory
 from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.device_errors import is_out_of_memory, named_error
-from jax_client.engine.core.dispatch import Task
 from jax_client.engine.core.programs import CompileRecord
-from jax_client.engine.core.requests import MAX_TARGETS, GenerationRequest, GenerationResult
+from jax_client.engine.core.requests import GenerationRequest, GenerationResult
+from jax_client.engine.core.turns import Task
+from jax_client.engine.sample.batches import Batches
 from jax_client.engine.sample.pages import PAGE
-from jax_client.engine.sample.programs import (
-    BLOCK_STEPS,
-    SCORE_CHUNK,
-    Pool,
-    SamplePrograms,
-    sampling_params,
-)
-from jax_client.engine.sample.schedule import MAX_VERSIONS, Job, Row, Schedule, Tile
+from jax_client.engine.sample.programs import BLOCK_STEPS, Pool, SamplePrograms, sampling_params
+from jax_client.engine.sample.rows import Job, Row
+from jax_client.engine.sample.schedule import MAX_VERSIONS, Schedule
 from jax_client.errors import RequestFailedError
 from jax_client.models.config import ModelConfig
-from jax_client.models.kernels.paged import BLOCK
+from jax_client.models.decoder import Params
 from jax_client.models.parts.attention import Attention
-from jax_client.models.parts.lora import LORA_ALPHA
-from jax_client.sharding import put_rows, put_whole
 
-STOP_IDS = 64
 MAX_WAITING = 65_536  # rows
 PREFILL_TOKENS = 2048  # of prompts, at most, between two decode blocks
 LINGER_S = 0.003
-# What a block of decode steps should take: who comes meanwhile waits for its end. An accelerator does all `BLOCK_STEPS`
-# in less; a CPU, which takes tens of milliseconds a step, does fewer.
+# Target seconds of a decode block; new requests wait for its end. An accelerator does all `BLOCK_STEPS` in less; a CPU,
+# which takes tens of milliseconds a step, does fewer.
 BLOCK_S = 0.5
 FEWEST_STEPS = 4
 CACHE_SHARE = 0.4  # of the free memory that the pages may take
 FEWEST_PAGES = 16
-Steps = Generator[Any, Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +74,7 @@ ACCELERATOR = Sizes(rows=(16, 128), tiles=(2, 16), many_tiles=3, tokens_per_row=
 
 @dataclass(slots=True)
 class Counts:
-    """What the sampler has done: for `describe`."""
+    """What the loop has done so far, for `describe`; `slots` are the rows of the decode blocks, empty ones included."""
 
     prompt_tokens: int = 0
     computed_prompt_tokens: int = 0
@@ -90,7 +82,7 @@ class Counts:
     sampled_tokens: int = 0
     blocks: int = 0
     rows_run: int = 0
-    rows_paid: int = 0
+    slots: int = 0
 
 
 class SamplingLoop:
@@ -98,7 +90,7 @@ class SamplingLoop:
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         model: ModelConfig,
         dtype: jnp.dtype,
         mesh: Mesh,
@@ -110,12 +102,12 @@ class SamplingLoop:
         self._model = model
         self._mesh = mesh
         self._sizes = CPU if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR
-        self._ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._batches = Batches.of(mesh, model.max_context)
+        self._ways = self._batches.ways
         self._memory_fraction = memory_fraction
         self._programs = SamplePrograms(model, dtype, mesh, attention, log)
         row_pages = -(-model.max_context // PAGE)
         self._most_pages = max(row_pages, self._sizes.rows[-1] * self._sizes.tokens_per_row // PAGE)
-        self._table_width = -(-model.max_context // (PAGE * BLOCK)) * BLOCK
         self._pool: Pool | None = None
         self._schedule: Schedule | None = None
         self._lock = threading.Lock()
@@ -173,7 +165,7 @@ class SamplingLoop:
                     return
 
     def stopped(self, serving: Future[None]) -> None:
-        """Fail what waits if a `serve` task failed, as when its thread died; the next request may start another."""
+        """Fail waiting requests if a `serve` task failed, as when its thread died; the next request may start one."""
         if not serving.cancelled() and (error := serving.exception()) is not None:
             with self._lock:
                 self._serving = False
@@ -191,12 +183,12 @@ class SamplingLoop:
         self._params = {}
 
     def release_cache(self) -> bool:
-        """Free the cache's memory; rows that run wait, and start again from what they have drawn.
+        """Free the cache's memory; running rows wait for a new one, and resume with their drawn tokens.
 
-        To be called on the dispatch thread. What is in flight comes to its end first.
+        To be called on the dispatch thread. Programs in flight finish first.
 
         Returns:
-            Whether there was anything to free.
+            Whether a cache was freed.
         """
         if (schedule := self._schedule) is None:
             return False
@@ -204,7 +196,7 @@ class SamplingLoop:
         self._pool = self._schedule = None
         return True
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, float]:
         """Return the cache's size and what has been sampled."""
         counts, schedule = self.counts, self._schedule
         pages = 0 if schedule is None else len(schedule.pages) * schedule.pages[0].count
@@ -219,8 +211,8 @@ class SamplingLoop:
             "sampled_tokens": counts.sampled_tokens,
             "decode_blocks": counts.blocks,
             "decode_rows": counts.rows_run,
-            "decode_slots": counts.rows_paid,
-            "occupancy": counts.rows_run / counts.rows_paid if counts.rows_paid else 0.0,
+            "decode_slots": counts.slots,
+            "occupancy": counts.rows_run / counts.slots if counts.slots else 0.0,
         }
 
     def _left(self, rows: int, _: Future[GenerationResult]) -> None:
@@ -228,7 +220,7 @@ class SamplingLoop:
             self._waiting_rows -= rows
 
     def _fail_placed(self, error: BaseException) -> None:
-        """Fail what a failed program was working on, or all if there was none; the cache may have gone with it."""
+        """Fail the requests of a failed program, or all if it had none; the cache may be gone with it."""
         schedule = self._schedule
         if schedule is None or not schedule.placed:
             self.fail_waiting(error)
@@ -239,7 +231,7 @@ class SamplingLoop:
         for job in placed:
             _fail(job, error)
 
-    def _round(self) -> Steps:
+    def _round(self) -> Task[None]:
         """Yield-from: place, prefill, decode one block, and take out what stopped."""
         schedule = self._open()
         yield from self._run(schedule)
@@ -252,7 +244,7 @@ class SamplingLoop:
             if not row.job.left:
                 self.counts.cached_prompt_tokens += row.job.cached_tokens or 0
 
-    def _run(self, schedule: Schedule) -> Steps:
+    def _run(self, schedule: Schedule) -> Task[None]:
         spent, decoding = 0, any(row.ready and row.job.rows for row in schedule.placed)
         while True:
             # Requests of one round of a user's loop come one by one, a little apart; a block takes much longer.
@@ -271,7 +263,7 @@ class SamplingLoop:
                     return
             if spent == before or not schedule.has_room() or (decoding and spent >= PREFILL_TOKENS):
                 break
-            # What came while these prompts were computed had better not wait for a whole block.
+            # Requests that came while these prompts were computed should not wait for a whole block.
             yield partial(jax.block_until_ready, self._pool)
             if schedule is not self._schedule:
                 return
@@ -281,10 +273,10 @@ class SamplingLoop:
         if any(rows):
             yield from self._decode(schedule, snapshots, rows)
         else:
-            yield None  # whatever keeps rows waiting, others have their turn
+            yield None  # the rows wait for pages: the other lanes have their turn
 
     def _receive(self, schedule: Schedule) -> bool:
-        """Take what was sent since the last time into the schedule; say whether there was anything."""
+        """Take what was sent since the last time into the schedule; return whether a request was."""
         with self._lock:
             jobs = list(self._inbox)
             self._inbox.clear()
@@ -333,15 +325,15 @@ class SamplingLoop:
             pages //= 2
         return pages
 
-    def _prefill(self, schedule: Schedule, size: int) -> Steps:
+    def _prefill(self, schedule: Schedule, size: int) -> Task[None]:
         """Yield-from: compute tiles of one version; wait for their scores if any were asked for."""
         snapshot, tiles = schedule.next_tiles(size)
         loras = () if snapshot is None else (snapshot.weights,)
-        batch = self._tile_batch(tiles, size, snapshot)
-        self._pool, scores = self._programs.prefill(self._params, loras, self._take_pool(), self._put(batch))
+        batch = self._batches.put(self._batches.of_tiles(tiles, size, snapshot))
+        self._pool, scores = self._programs.prefill(self._params, loras, self._take_pool(), batch)
         for tile in (tile for way in tiles for tile in way):
             tile.launched = True
-            self.counts.computed_prompt_tokens += min(PAGE, len(tile.row.tokens) - 1 - tile.start)
+            self.counts.computed_prompt_tokens += min(PAGE, tile.row.length - 1 - tile.start)
         if not any(tile.scores for way in tiles for tile in way):
             return
         host = yield partial(jax.device_get, scores)
@@ -351,55 +343,20 @@ class SamplingLoop:
                     part = {name: array[way, i * PAGE : (i + 1) * PAGE] for name, array in host.items()}
                     tile.scores.add(tile.start, part)
 
-    def _tile_batch(self, tiles: list[list[Tile]], t: int, snapshot: Snapshot | None) -> dict[str, np.ndarray]:
-        W, N = self._ways, t * PAGE
-        batch = {
-            "tokens": np.zeros((W, t, PAGE), np.int32),
-            "start": np.full((W, t), -1, np.int32),
-            "page": np.zeros((W, t), np.int32),
-            "table": np.zeros((W, t, self._table_width), np.int32),
-            "scale": np.zeros((W, t, 0 if snapshot is None else 1), np.float32),
-            "targets": np.zeros((W, N, MAX_TARGETS), np.int32),
-            "key": np.zeros((W, N, 2), np.uint32),
-            "temperature": np.ones((W, N), np.float32),
-            "wanted": np.zeros((N // SCORE_CHUNK, 3), np.int32),
-        }
-        for way, placed in enumerate(tiles):
-            for i, tile in enumerate(placed):
-                row, at = tile.row, slice(i * PAGE, (i + 1) * PAGE)
-                tokens = row.tokens[tile.start : min(tile.start + PAGE, len(row.tokens) - 1)]
-                batch["tokens"][way, i, : len(tokens)] = tokens
-                batch["start"][way, i], batch["page"][way, i] = tile.start, tile.page
-                batch["table"][way, i, : len(tile.table)] = tile.table
-                batch["scale"][way, i] = _scale(snapshot)
-                if tile.scores is not None:
-                    request = row.job.request
-                    targets = tile.scores.targets_TC[tile.start : tile.start + len(tokens)]
-                    batch["targets"][way, i * PAGE : i * PAGE + len(targets), : targets.shape[1]] = targets
-                    if request.alternatives:
-                        # No row of the request has this number, so that its draws and these are independent.
-                        positions = range(tile.start, tile.start + PAGE)
-                        batch["key"][way, at] = [_key(request.seed, 2**32 + p) for p in positions]
-                    batch["temperature"][way, at] = request.temperature
-                    asks = (1, request.topk_prompt, request.alternatives)
-                    chunk = i * PAGE // SCORE_CHUNK
-                    batch["wanted"][chunk] = np.maximum(batch["wanted"][chunk], asks)
-        return batch
-
-    def _decode(self, schedule: Schedule, snapshots: list[Snapshot], rows: list[list[Row]]) -> Steps:
+    def _decode(self, schedule: Schedule, snapshots: list[Snapshot], rows: list[list[Row]]) -> Task[None]:
         """Yield-from: run one block of steps for rows of each way."""
         R = next(size for size in self._sizes.rows if size >= max(map(len, rows)))
         # One adapter, or a fixed number of them: those beyond the ones in use are the first again, which no row uses.
         versions = snapshots if len(snapshots) < 2 else [*snapshots, *[snapshots[0]] * (MAX_VERSIONS - len(snapshots))]
         loras = tuple(snapshot.weights for snapshot in versions)
-        batch = self._row_batch(rows, R, versions) | {"steps": self._steps(R)}
-        self._pool, out = self._programs.decode(self._params, loras, self._take_pool(), self._put(batch))
+        batch = self._batches.put(self._batches.of_rows(rows, R, versions) | {"steps": self._steps(R)})
+        self._pool, out = self._programs.decode(self._params, loras, self._take_pool(), batch)
         for row in (row for way in rows for row in way):
             schedule.copied(row)
         counts = self.counts
         counts.blocks += 1
         counts.rows_run += sum(map(len, rows))
-        counts.rows_paid += self._ways * R
+        counts.slots += self._ways * R
         launched = time.perf_counter()
         host = yield partial(jax.device_get, out)
         counts.sampled_tokens += int(host["new"].sum())
@@ -417,50 +374,6 @@ class SamplingLoop:
         if steps:
             self._step_s[rows] = min(seconds / steps, 1.1 * self._step_s.get(rows, math.inf))
 
-    def _row_batch(self, rows: list[list[Row]], R: int, versions: list[Snapshot]) -> dict[str, np.ndarray]:
-        W = self._ways
-        batch = {
-            "token": np.zeros((W, R), np.int32),
-            "position": np.zeros((W, R), np.int32),
-            "count": np.zeros((W, R), np.int32),
-            "done": np.ones((W, R), bool),
-            "max_tokens": np.zeros((W, R), np.int32),
-            "temperature": np.ones((W, R), np.float32),
-            "top_k": np.full((W, R), -1, np.int32),
-            "top_p": np.ones((W, R), np.float32),
-            "key": np.zeros((W, R, 2), np.uint32),
-            "stop_ids": np.full((W, R, STOP_IDS), -1, np.int32),
-            "top": np.zeros((W, R), bool),
-            "table": np.zeros((W, R, self._table_width), np.int32),
-            "scale": np.zeros((W, R, len(versions)), np.float32),
-            "copy": np.zeros((W, R, 2), np.int32),
-        }
-        for way, members in enumerate(rows):
-            for i, row in enumerate(members):
-                request = row.job.request
-                batch["token"][way, i] = row.tokens[-1]
-                batch["position"][way, i] = len(row.tokens) - 1
-                batch["count"][way, i] = row.drawn
-                batch["done"][way, i] = False
-                batch["max_tokens"][way, i] = request.max_tokens
-                batch["temperature"][way, i] = request.temperature
-                batch["top_k"][way, i] = request.top_k
-                batch["top_p"][way, i] = request.top_p
-                batch["key"][way, i] = _key(request.seed, row.sample)
-                batch["stop_ids"][way, i, : len(request.stop_ids)] = request.stop_ids
-                batch["top"][way, i] = request.topk_sample > 0
-                batch["table"][way, i, : len(row.pages)] = row.pages
-                if row.job.snapshot is not None:
-                    batch["scale"][way, i, versions.index(row.job.snapshot)] = _scale(row.job.snapshot)
-                if row.copy is not None:
-                    batch["copy"][way, i] = row.copy
-        return batch
-
-    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Put a batch on the mesh, split by way; what every way sees is whole everywhere."""
-        put = dict.fromkeys(batch, put_rows) | {"wanted": put_whole, "steps": put_whole}
-        return {name: put[name](array, self._mesh) for name, array in batch.items()}
-
     def _take_pool(self) -> Pool:
         """Return the pool for a program that takes its memory over; it is gone if that fails."""
         pool, self._pool = self._pool, None
@@ -472,8 +385,8 @@ class SamplingLoop:
 def _extend(rows: Sequence[Sequence[Row]], host: dict[str, np.ndarray]) -> None:
     for way, members in enumerate(rows):
         for i, row in enumerate(members):
-            drawn = {name: host[name][way, i] for name in ("tokens", "logprobs", "top_ids", "top_logprobs")}
-            row.extend(drawn, int(host["new"][way, i]), bool(host["stopped"][way, i]), bool(host["done"][way, i]))
+            block = {name: host[name][way, i] for name in ("tokens", "logprobs", "top_ids", "top_logprobs")}
+            row.extend(block, int(host["new"][way, i]), bool(host["stopped"][way, i]), bool(host["done"][way, i]))
 
 
 def _fail(job: Job, error: BaseException) -> None:
@@ -482,7 +395,7 @@ def _fail(job: Job, error: BaseException) -> None:
 
 
 def _refused(job: Job, schedule: Schedule) -> bool:
-    """Fail a request that has no room even alone; say whether it was failed."""
+    """Fail a request that has no room even alone; return whether it was failed."""
     tokens = len(job.request.tokens_T) + job.request.max_tokens
     if tokens <= schedule.capacity:
         return False
@@ -493,12 +406,3 @@ def _refused(job: Job, schedule: Schedule) -> bool:
     )
     _fail(job, error)
     return True
-
-
-def _scale(snapshot: Snapshot | None) -> float:
-    return 0.0 if snapshot is None else LORA_ALPHA / snapshot.spec.rank
-
-
-def _key(seed: int, number: int) -> np.ndarray:
-    """Return the raw key of one row, from the request's seed and the row's number."""
-    return np.random.SeedSequence([seed & (2**64 - 1), number]).generate_state(2)

@@ -1,8 +1,8 @@
-"""Which pages of the key/value cache hold what? Allocation, shared prefixes, and what is forgotten first.
+"""Which pages of the key/value cache hold what? Allocation, shared prefixes, and eviction.
 
-A page holds the keys and values of `PAGE` successive tokens. Pages whose tokens are known are kept after their last
-user has gone and found again by what they hold: their version's id, then page by page the tokens from the start. So a
-prompt that begins as an earlier one did is not computed again. Nothing here touches a device.
+A page holds the keys and values of `PAGE` successive tokens. A published page stays after its last user and is found by
+its contents: the weights' number, then page by page the tokens from the start. So a prompt that begins as an earlier
+one did is not computed again. Nothing here touches a device.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _Key = tuple[int, bytes]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefix:
-    """What is known of a prompt's beginning.
+    """The published beginning of a prompt.
 
     Attributes:
         pages: in order; all of them full but perhaps the last.
         tokens: how many tokens they hold.
-        node: names the last full page among what is known, for `publish`.
+        node: names the last full page, for `publish`.
     """
 
     pages: list[int]
@@ -48,13 +48,13 @@ class Pages:
         self._users = [0] * count
         self._page_of: dict[_Key, tuple[int, int]] = {}  # to (page, node)
         self._key_of: dict[int, _Key] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # known pages without users, the longest unused first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # published pages without users, the longest unused first
         self._roots: dict[int, int] = {}
         self._nodes = itertools.count()
 
     @property
     def available(self) -> int:
-        """Pages that `take` could give: free ones, and known ones that no row uses."""
+        """Pages that `take` could give: free ones, and published ones that no row uses."""
         return len(self._free) + len(self._idle)
 
     def find(self, version: int, tokens_T: np.ndarray) -> Prefix:
@@ -96,7 +96,7 @@ class Pages:
         return self._roots[version]
 
     def take(self, count: int) -> list[int] | None:
-        """Return pages with one user each, forgetting what was unused the longest; None if there are too few."""
+        """Return pages with one user each, evicting those unused the longest; None if there are too few."""
         if count > self.available:
             return None
         while len(self._free) < count:
@@ -114,7 +114,7 @@ class Pages:
             self._idle.pop(page, None)
 
     def drop(self, pages: Iterable[int]) -> None:
-        """Take one user from each page. The last page is forgotten before those that lead to it."""
+        """Take one user from each page. The last page is evicted before those that lead to it."""
         for page in reversed(list(pages)):
             self._users[page] -= 1
             if self._users[page]:

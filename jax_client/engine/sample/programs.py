@@ -1,4 +1,4 @@
-"""What runs on the device to sample? Prefill of tiles into the paged cache, and blocks of decode steps.
+"""Which programs sample? Prefill of tiles into the paged cache, and blocks of decode steps.
 
 A tile is one page of one row's tokens, at a fixed place of the row; a prefill takes tiles of any rows, so that two
 programs serve every mix of prompts. It stores all of a prompt but its last token and scores it where asked. A decode
@@ -18,23 +18,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_client.engine.core.programs import CompileRecord, Program, same_place
+from jax_client.engine.core.adapters import Weights
+from jax_client.engine.core.programs import CompileRecord, Program, shardings_of
 from jax_client.engine.core.requests import MAX_ALTERNATIVES, MAX_TARGETS, MAX_TOPK_PROMPT, MAX_TOPK_SAMPLE
 from jax_client.engine.sample.pages import PAGE
 from jax_client.engine.sample.token_sampling import draw_tokens
 from jax_client.models.config import ModelConfig
-from jax_client.models.decoder import output_head_VD
+from jax_client.models.decoder import Params, output_head_VD
 from jax_client.models.kernels.paged import paged_attention, write_pages, write_tokens
 from jax_client.models.parts.attention import Attention
-from jax_client.models.parts.block import MixedLinears, layer_forward, mixed_pairs
+from jax_client.models.parts.block import Attend, MixedLinears, layer_forward, mixed_pairs
 from jax_client.models.parts.layers import contract, from_bits, rms_norm, to_bits
+from jax_client.models.parts.lora import Pair
 from jax_client.models.transformer import context, embed
 from jax_client.sharding import sharding_for
 
 BLOCK_STEPS = 32
 SCORE_CHUNK = 64  # positions whose scores over the vocabulary exist at once
 Pool = dict[str, list[jax.Array]]  # "k" and "v": per layer (W, P, K, S, H), in the matmul type or its bits
-Batch = dict[str, Any]
+Batch = dict[str, jax.Array]
+# The number of the step, the pool, the rows' state, and what the block has drawn.
+Carry = tuple[jax.Array, Pool, Batch, Batch]
+# f(q, k, v, k_P, v_P, *tables) -> (o, k_P, v_P): the attention of one way's rows, over its pages after writing to them.
+Way = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
 class SamplePrograms:
@@ -55,9 +61,9 @@ class SamplePrograms:
         tiles = lambda _, loras, __, batch: "{}x{} tokens".format(*batch["tokens"].shape[1:]) + versions(loras)  # noqa: E731
         rows = lambda _, loras, __, batch: f"{batch['token'].shape[1]} rows" + versions(loras)  # noqa: E731
         whole = NamedSharding(mesh, PartitionSpec())
-        place = lambda *args: (same_place(args[2]), whole)  # noqa: E731
-        self.prefill = Program("prefill", self._prefill, log, place, tiles, donate=(2,))
-        self.decode = Program("decode", self._decode, log, place, rows, donate=(2,))
+        outputs = lambda *args: (shardings_of(args[2]), whole)  # noqa: E731
+        self.prefill = Program("prefill", self._prefill, log, outputs, tiles, donate=(2,))
+        self.decode = Program("decode", self._decode, log, outputs, rows, donate=(2,))
 
     def new_pool(self, ways: int, pages: int) -> Pool:
         """Return an empty pool; what is read before it is written must be finite, so it is zeros."""
@@ -74,7 +80,7 @@ class SamplePrograms:
         return 2 * c.n_layers * c.n_kv_heads * c.head_dim * PAGE * self._dtype.itemsize
 
     @jax.named_scope("prefill")
-    def _prefill(self, params: Any, loras: tuple[Any, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
+    def _prefill(self, params: Params, loras: tuple[Weights, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
         """Store tiles, and score their positions where asked.
 
         Args:
@@ -95,8 +101,17 @@ class SamplePrograms:
         c = context(place_BS, self._config, self._dtype, self._attention, work=any_tile)
         scale_MV = jnp.repeat(batch["scale"].reshape(W * t, len(loras)), S, axis=0)
 
-        def attend(i: int) -> Any:
-            def way(q: Any, k: Any, v: Any, k_P: Any, v_P: Any, page: Any, table: Any, position: Any) -> Any:
+        def attend(i: int) -> Attend:
+            def way(
+                q: jax.Array,
+                k: jax.Array,
+                v: jax.Array,
+                k_P: jax.Array,
+                v_P: jax.Array,
+                page: jax.Array,
+                table: jax.Array,
+                position: jax.Array,
+            ) -> tuple[jax.Array, jax.Array, jax.Array]:
                 k_P, v_P = write_pages(k_P, k, page), write_pages(v_P, v, page)
                 return paged_attention(q, k_P, v_P, table, position, self._dtype), k_P, v_P
 
@@ -110,7 +125,9 @@ class SamplePrograms:
         return pool, self._scores(params, loras, h_WND, scale_MV.reshape(W, t * S, len(loras)), batch)
 
     @jax.named_scope("scores")
-    def _scores(self, params: Any, loras: tuple[Any, ...], h_WND: jax.Array, scale_WNV: jax.Array, batch: Batch) -> Any:
+    def _scores(
+        self, params: Params, loras: tuple[Weights, ...], h_WND: jax.Array, scale_WNV: jax.Array, batch: Batch
+    ) -> Batch:
         W, N, _ = h_WND.shape
         fields = {"h": h_WND, "scale": scale_WNV, **{name: batch[name] for name in ("targets", "key", "temperature")}}
 
@@ -121,7 +138,7 @@ class SamplePrograms:
 
         chunks = {name: cut(a) for name, a in fields.items()}
 
-        def chunk(args: Any) -> Batch:
+        def chunk(args: tuple[Batch, jax.Array]) -> Batch:
             x, (score, top, draws) = args
             rows, top_tokens = len(x["h"]), min(MAX_TOPK_PROMPT, self._config.vocab_size)
             empty = {
@@ -157,7 +174,7 @@ class SamplePrograms:
         return jax.tree.map(in_order, out)
 
     @jax.named_scope("decode")
-    def _decode(self, params: Any, loras: tuple[Any, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
+    def _decode(self, params: Params, loras: tuple[Weights, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
         """Run one block of steps.
 
         Args:
@@ -179,13 +196,21 @@ class SamplePrograms:
         flat = {name: batch[name].reshape(W * R, *batch[name].shape[2:]) for name in sorted(per_row)}
         any_top = jnp.any(flat["top"])
 
-        def step(carry: Any) -> Any:
+        def step(carry: Carry) -> Carry:
             i, pool, row, drawn = carry
             position_B1, any_row = row["position"][:, None], ~jnp.all(row["done"])
             c = context(position_B1, self._config, self._dtype, self._attention, work=any_row)
             pool = {name: list(arrays) for name, arrays in pool.items()}
 
-            def way(q: Any, k: Any, v: Any, k_P: Any, v_P: Any, table: Any, position: Any) -> Any:
+            def way(
+                q: jax.Array,
+                k: jax.Array,
+                v: jax.Array,
+                k_P: jax.Array,
+                v_P: jax.Array,
+                table: jax.Array,
+                position: jax.Array,
+            ) -> tuple[jax.Array, jax.Array, jax.Array]:
                 page = jnp.take_along_axis(table, (position // PAGE)[:, None], axis=1)[:, 0]
                 k_P = write_tokens(k_P, k[:, 0], page, position % PAGE)
                 v_P = write_tokens(v_P, v[:, 0], page, position % PAGE)
@@ -218,7 +243,7 @@ class SamplePrograms:
         out = drawn | {"new": row["count"] - flat["count"], "stopped": row["stopped"], "done": row["done"]}
         return pool, {name: a.reshape(W, R, *a.shape[1:]) for name, a in out.items()}
 
-    def _layers(self, params: Any, loras: tuple[Any, ...]) -> list[tuple[Any, Any]]:
+    def _layers(self, params: Params, loras: tuple[Weights, ...]) -> list[tuple[Params, dict[str, Pair]]]:
         """Return each layer's weights and its pairs of all adapters."""
         layers = params["layers"]
         if not isinstance(layers, list):
@@ -230,7 +255,7 @@ class SamplePrograms:
         ]
         return list(zip(from_bits(layers), pairs, strict=True))
 
-    def _attend(self, pool: Pool, layer: int, way: Callable[..., Any], ways: int, *tables: jax.Array) -> Any:
+    def _attend(self, pool: Pool, layer: int, way: Way, ways: int, *tables: jax.Array) -> Attend:
         """Return a layer's attention, `way` for the rows, pages and tables of each way; it replaces the pool."""
 
         def attend(*qkv_BT: jax.Array) -> tuple[jax.Array, None]:
@@ -252,7 +277,7 @@ class SamplePrograms:
         return jax.lax.cond(jnp.any(copy_WR2 > 0), lambda p: jax.tree.map(each, p), lambda p: p, pool)
 
     @jax.named_scope("head")
-    def _logits(self, params: Any, loras: tuple[Any, ...], h_ND: jax.Array, scale_NV: jax.Array) -> jax.Array:
+    def _logits(self, params: Params, loras: tuple[Weights, ...], h_ND: jax.Array, scale_NV: jax.Array) -> jax.Array:
         """Return float32 logits (N, vocabulary)."""
         logits_NV = contract("ND,VD->NV", h_ND, from_bits(output_head_VD(params)), self._dtype)
         for i, lora in enumerate(loras):
@@ -262,7 +287,7 @@ class SamplePrograms:
         return logits_NV
 
 
-def sampling_params(params: Any) -> Any:
+def sampling_params(params: Params) -> Params:
     """Return the parameters with each layer's in arrays of their own where that costs no memory: on one CPU.
 
     There the arrays are views of the stored ones, in bfloat16 instead of its bits where a matmul takes them. A program
@@ -284,7 +309,7 @@ def sampling_params(params: Any) -> Any:
     return params | {"layers": layers, "unembed_VD": view(numbers(np.asarray(output_head_VD(params))))}
 
 
-def _cut(stacks: Any, layer: int) -> Any:
+def _cut(stacks: object, layer: int) -> Any:
     """Return one layer of stacked arrays."""
     return from_bits(jax.tree.map(lambda a: a[layer], to_bits(stacks)))
 

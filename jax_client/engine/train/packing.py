@@ -18,10 +18,10 @@ from jax_client.values import TrainExample
 # Tokens of a row. Small calls take small rows; beyond the usual ceiling the steps are finer, because there a row holds
 # few sequences.
 ROW_LENGTHS = (256, 512, 1024, 2048, 3072, 4096, 6144, 8192)
-# What a micro-batch costs beside its tokens, in tokens: streaming the weights, adding up the gradients.
+# The cost of a micro-batch beside its tokens, in tokens: streaming the weights, adding up the gradients.
 MICRO_BATCH_COST = 64
-# What one costs that runs beside another, of what it costs alone: measured, see docs/design.md.
-SIDE_BY_SIDE_COST = 0.75
+# The cost of a micro-batch that runs beside another one, as a share of its cost alone: measured, see docs/design.md.
+CONCURRENT_COST = 0.75
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a micro-batch may look like.
+    """The bounds of a micro-batch.
 
     Attributes:
         ways: ways that rows are split over the mesh; a micro-batch has a multiple of this many rows.
@@ -53,7 +53,7 @@ class Limits:
         row_length: longest row that several sequences are packed into, where attention costs by the row; None where it
             costs by the segment, so that one row per way is best.
         segments: most sequences of a row; None for any number.
-        concurrent: micro-batches that run side by side, see `side_by_side`.
+        concurrent: micro-batches that run at the same time, see `in_rounds`.
     """
 
     ways: int
@@ -64,7 +64,7 @@ class Limits:
 
     @property
     def tokens_at_once(self) -> int:
-        """Return the ceiling of the tokens of all micro-batches that run side by side, per way."""
+        """Return the ceiling of the tokens of all micro-batches that run at the same time, per way."""
         return self.tokens * self.concurrent
 
     def alone(self, plan: Plan) -> bool:
@@ -126,8 +126,8 @@ def _usual_rows(limits: Limits) -> tuple[int, int]:
 def plan_call(lengths: Sequence[int], limits: Limits) -> list[Plan]:
     """Lay out a call's sequences of these lengths; return plans that hold each sequence once.
 
-    Rows are filled best-fit, longest sequence first. What is left over at the end, too little for a full micro-batch,
-    goes into the few smaller ones that cost least.
+    Rows are filled best-fit, longest sequence first. The rest, too little for a full micro-batch, goes into the few
+    smaller ones that cost least.
     """
     ceiling, usual = _usual_rows(limits)
     bins = _Bins(lengths, limits.segments)
@@ -175,17 +175,17 @@ def _plan_tail(indices: list[int], lengths: Sequence[int], limits: Limits) -> li
             ways = limits.ways
             rows = [bins.members[i : i + ways] for i in range(0, len(bins.members), ways)]
             return [_plan(r, ways, length, lengths) for r, length in zip(rows, sorted(choice), strict=True)]
-    half = len(indices) // 2  # a row may not have so many segments
+    half = len(indices) // 2  # a row may not have as many segments
     return [plan for part in (indices[:half], indices[half:]) for plan in _plan_tail(part, lengths, limits)]
 
 
 def _cost(choice: Sequence[int], limits: Limits) -> float:
     """Return what micro-batches of one row per way, of these lengths in ascending order, cost, in tokens of a way."""
     costs = [length + MICRO_BATCH_COST / limits.ways for length in reversed(choice)]
-    return sum(cost * (SIDE_BY_SIDE_COST if i % limits.concurrent else 1) for i, cost in enumerate(costs))
+    return sum(cost * (CONCURRENT_COST if i % limits.concurrent else 1) for i, cost in enumerate(costs))
 
 
-def side_by_side(plans: Iterable[Plan], limits: Limits) -> list[list[Plan]]:
+def in_rounds(plans: Iterable[Plan], limits: Limits) -> list[list[Plan]]:
     """Return the plans in rounds of up to `limits.concurrent` that run at the same time, the largest first."""
     ordered = sorted(plans, key=lambda plan: -plan.rows * plan.length)
     large = [plan for plan in ordered if limits.alone(plan)]

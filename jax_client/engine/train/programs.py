@@ -1,32 +1,58 @@
-"""What runs on the device in a training pass? Forward with the loss, backward, and the optimizer step, as programs.
+"""Which programs train? Forward with the loss, backward, and the optimizer step.
 
-Built-in and custom losses share the path: forward gives logprobs, their cotangents and what was saved; backward turns
-cotangents, the loss's or the host's, into adapter gradients, added to what was accumulated. So the programs do not
-multiply by loss, and a custom loss costs one forward pass.
+Built-in and custom losses share the path: forward gives logprobs, their cotangents and the saved activations; backward
+turns cotangents, the loss's or the host's, into adapter gradients, added to the accumulated ones. So the programs do
+not multiply by loss, and a custom loss costs one forward pass.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
+from typing import TypedDict, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jax_client.engine.core.programs import CompileRecord, Program, same_place
+from jax_client.engine.core.adapters import Weights
+from jax_client.engine.core.programs import CompileRecord, Program, shardings_of
 from jax_client.losses import registry
 from jax_client.losses.logprob_head import Order, head_backward, head_forward
 from jax_client.models.config import ModelConfig
-from jax_client.models.decoder import output_head_VD
+from jax_client.models.decoder import Params, output_head_VD
 from jax_client.models.parts.attention import Attention
-from jax_client.models.parts.block import Remat
+from jax_client.models.parts.block import Remat, Saved
 from jax_client.models.transformer import backward_pass, context, forward_pass
 from jax_client.sharding import split_rows
 
-Weights = dict[str, Any]
+Tree = TypeVar("Tree")
 NO_ADAPTER: Weights = {"layers": {}, "unembed": {}}
+# The values that the layers and the head saved for their backward passes.
+Kept = tuple[Saved, dict[str, jax.Array]]
+
+
+class Batch(TypedDict):
+    """A `packing.MicroBatch` on the device."""
+
+    tokens_BT: jax.Array
+    segments_BT: jax.Array
+    positions_BT: jax.Array
+    targets_BTC: jax.Array
+    real_BTC: jax.Array
+    inputs: dict[str, jax.Array]
+    order_BT: jax.Array
+    place_BT: jax.Array
+    with_gradient: jax.Array
+    scored: jax.Array
+
+
+class StepMetrics(TypedDict):
+    """Scalars of an optimizer step; `finite` is whether it was taken."""
+
+    grad_norm: jax.Array
+    update_norm: jax.Array
+    finite: jax.Array
 
 
 class TrainPrograms:
@@ -43,20 +69,19 @@ class TrainPrograms:
         self._shards = tensor if config.vocab_size % tensor == 0 else 1
         size = lambda _, __, batch, *rest: "x".join(map(str, batch["targets_BTC"].shape))  # noqa: E731
         # Cotangents lie as a custom loss's do that come from the host, so that `backward` is compiled once for both.
-        place = lambda *args: (None, args[2]["targets_BTC"].sharding, None, None)  # noqa: E731
-        self.forward = Program("forward", self._forward, log, place, size)
-        self.backward = Program("backward", self._backward, log, lambda *args: same_place(args[-1]), size)
-        self.add = Program("add", _add, log, lambda total, _: same_place(total))
-        self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*same_place(args[:3]), None))
+        forwards = lambda *args: (None, args[2]["targets_BTC"].sharding, None, None)  # noqa: E731
+        self.forward = Program("forward", self._forward, log, forwards, size)
+        self.backward = Program("backward", self._backward, log, lambda *args: shardings_of(args[-1]), size)
+        self.add = Program("add", _add, log, lambda total, _: shardings_of(total))
+        self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*shardings_of(args[:3]), None))
 
     @jax.named_scope("forward")
     def _forward(
-        self, params: Any, weights: Weights, batch: dict[str, Any], loss: jax.Array, *, remat: Remat | None
-    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], Any]:
+        self, params: Params, weights: Weights, batch: Batch, loss: jax.Array, *, remat: Remat | None
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], Kept]:
         """Score a micro-batch.
 
         Args:
-            batch: the arrays of a `packing.MicroBatch`.
             loss: int32 scalar, see `registry.loss_number`.
             remat: what to keep for `backward`; None keeps nothing.
 
@@ -80,7 +105,7 @@ class TrainPrograms:
 
     @jax.named_scope("backward")
     def _backward(
-        self, params: Any, weights: Weights, batch: dict[str, Any], saved: Any, g_BTC: jax.Array, accumulated: Weights
+        self, params: Params, weights: Weights, batch: Batch, saved: Kept, g_BTC: jax.Array, accumulated: Weights
     ) -> Weights:
         """Return the accumulated gradients plus those of d(sum g x logprobs) by the adapter."""
         layers_saved, head_saved = saved
@@ -101,18 +126,18 @@ class TrainPrograms:
 
 
 @jax.named_scope("accumulate")
-def _add(total: Weights, part: Weights) -> Weights:
+def _add(total: Tree, part: Tree) -> Tree:
     return jax.tree.map(jnp.add, total, part)
 
 
-def _order(batch: dict[str, Any]) -> Order:
+def _order(batch: Batch) -> Order:
     return Order(batch["order_BT"], batch["place_BT"], batch["with_gradient"], batch["scored"])
 
 
 @jax.named_scope("optimizer")
 def adamw_step(
     weights: Weights, mu: Weights, nu: Weights, grads: Weights, step: jax.Array, settings: dict[str, jax.Array]
-) -> tuple[Weights, Weights, Weights, dict[str, jax.Array]]:
+) -> tuple[Weights, Weights, Weights, StepMetrics]:
     """Return new weights and moments, and the step's metrics.
 
     AdamW as torch's: eps outside the root, decoupled decay. Clipping scales the gradient to `grad_clip_norm` where its
@@ -127,7 +152,7 @@ def adamw_step(
     limit = settings["grad_clip_norm"]
     scale = jnp.where(limit > 0, jnp.minimum(1.0, limit / (norm + 1e-6)), 1.0)
     adam = optax.scale_by_adam(settings["beta1"], settings["beta2"], settings["eps"])
-    state = optax.ScaleByAdamState(count=step, mu=mu, nu=nu)
+    state = optax.ScaleByAdamState(count=step, mu=cast(optax.Updates, mu), nu=cast(optax.Updates, nu))
     updates, after = adam.update(jax.tree.map(lambda g: g * scale, grads), state)
     moments = cast(optax.ScaleByAdamState, after)
     rate, decay = settings["learning_rate"], settings["weight_decay"]
@@ -137,5 +162,5 @@ def adamw_step(
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
     new = keep(jax.tree.map(jnp.add, weights, delta), weights)
-    metrics = {"grad_norm": norm, "update_norm": optax.tree.norm(delta), "finite": finite}
+    metrics: StepMetrics = {"grad_norm": norm, "update_norm": optax.tree.norm(delta), "finite": finite}
     return new, keep(moments.mu, mu), keep(moments.nu, nu), metrics

@@ -1,16 +1,19 @@
-"""How do the results of micro-batches come back from the device, a few at a time, as one answer?"""
+"""How do the results of micro-batches come back from the device, a few at a time, as one answer?
+
+`Results` waits for the oldest micro-batch when `IN_FLIGHT` of them are unfinished, and copies each sequence's part
+to its place in the answer.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
 
 from jax_client.engine.core.requests import LossSpec, TrainResult
+from jax_client.engine.core.turns import Task
 from jax_client.engine.train import packing
 from jax_client.engine.train.packing import MicroBatch
 from jax_client.errors import RequestFailedError
@@ -19,7 +22,8 @@ from jax_client.values import TrainExample
 
 # Micro-batches whose programs may be queued on the device at once: one runs while the next is launched.
 IN_FLIGHT = 2
-Steps = Generator[Any, Any, Any]
+# The logprobs (B, T, C) of a micro-batch, and its loss's sums.
+Launched = tuple[jax.Array, dict[str, jax.Array]]
 
 
 class Results:
@@ -34,9 +38,9 @@ class Results:
         self._sequences = sequences
         self._logprobs: list[np.ndarray | None] = [None] * len(sequences)
         self._sums: dict[str, float] = {}
-        self._pending: list[tuple[MicroBatch, Any]] = []
+        self._pending: list[tuple[MicroBatch, Launched]] = []
 
-    def add(self, batch: MicroBatch, logprobs_BTC: jax.Array, sums: dict[str, jax.Array]) -> Steps:
+    def add(self, batch: MicroBatch, logprobs_BTC: jax.Array, sums: dict[str, jax.Array]) -> Task[None]:
         """Yield-from: take what a launched program will return; wait for earlier ones if too many are unfinished."""
         self._pending.append((batch, (logprobs_BTC, sums)))
         if len(self._pending) >= IN_FLIGHT:
@@ -44,12 +48,12 @@ class Results:
         else:
             yield None
 
-    def drain(self) -> Steps:
+    def drain(self) -> Task[None]:
         """Yield-from: wait for everything."""
         while self._pending:
             yield from self._fetch()
 
-    def _fetch(self) -> Steps:
+    def _fetch(self) -> Task[None]:
         batch, arrays = self._pending.pop(0)
         logprobs_BTC, sums = yield partial(jax.device_get, arrays)
         start = time.perf_counter()

@@ -1,4 +1,7 @@
-"""How does a training call become micro-batches on the device and come back as one answer?"""
+"""How does a training call become micro-batches on the device and come back as one answer?
+
+The trainer packs a call on the host, launches the programs of each micro-batch and commits the gradient after the last.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, reduce
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +24,18 @@ from jax_client.engine.core import accounting, adapters, memory
 from jax_client.engine.core.accounting import Work
 from jax_client.engine.core.adapters import Adapter, Weights
 from jax_client.engine.core.device_errors import is_out_of_memory, named_error
-from jax_client.engine.core.dispatch import Task
 from jax_client.engine.core.programs import Cause, CompileRecord, waited_for_s
 from jax_client.engine.core.requests import AdamSettings, CustomLoss, LossSpec, TrainResult
+from jax_client.engine.core.turns import Task
 from jax_client.engine.train import packing
+from jax_client.engine.train.halving import halved, shape_and_remedy
 from jax_client.engine.train.packing import MicroBatch, Plan
-from jax_client.engine.train.programs import NO_ADAPTER, TrainPrograms
-from jax_client.engine.train.results import Results, Steps
+from jax_client.engine.train.programs import NO_ADAPTER, Batch, Kept, StepMetrics, TrainPrograms
+from jax_client.engine.train.results import Launched, Results
 from jax_client.losses import registry
 from jax_client.models.config import ModelConfig
+from jax_client.models.decoder import Params
+from jax_client.models.lora_arrays import AdapterTree
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.block import Remat
 from jax_client.sharding import put_rows, put_whole
@@ -68,7 +74,7 @@ class Trainer:
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         model: ModelConfig,
         dtype: jnp.dtype,
         mesh: Mesh,
@@ -115,7 +121,7 @@ class Trainer:
         return memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction)
 
     def remat(self, tokens: int) -> Remat:
-        """Return what the backward pass recomputes where `tokens` tokens per way are computed at once."""
+        """Return the remat setting where `tokens` tokens per way are computed at the same time."""
         if self._remat != "auto":
             return self._remat  # type: ignore[return-value]
         return memory.choose_remat(self._model, self._dtype, tokens, self._free_at_start)
@@ -129,11 +135,11 @@ class Trainer:
             defaults |= {**known.defaults, **known.config, **loss.config}
             gradient_input = None if known.masked_has_gradient else known.mask
         plans = packing.plan_call([len(s.tokens_T) for s in sequences], self.limits)
-        rounds = packing.side_by_side(plans, self.limits)
+        rounds = packing.in_rounds(plans, self.limits)
         filled = [[packing.fill(plan, sequences, defaults, gradient_input) for plan in plans] for plans in rounds]
         return Packed(rounds=filled, seconds=time.perf_counter() - start)
 
-    def forward_task(
+    def score_task(
         self, adapter: Adapter | None, sequences: list[TrainExample], loss: LossSpec, prepared: Future[Packed]
     ) -> Task[TrainResult]:
         """Score the sequences and their loss without a gradient."""
@@ -142,12 +148,12 @@ class Trainer:
         def run(packed: Packed) -> Task[TrainResult]:
             out = Results(sequences)
 
-            def launch(batch: MicroBatch) -> Any:
+            def launch(batch: MicroBatch) -> Launched:
                 logprobs_BTC, _, sums, _ = self._forward(weights, self._put(batch), loss, remat=None)
                 return logprobs_BTC, sums
 
             for batches in packed.rounds:
-                launched = self._side_by_side(launch, batches)
+                launched = self._run_concurrently(launch, batches)
                 for batch, (logprobs_BTC, sums) in zip(batches, launched, strict=True):
                     yield from out.add(batch, logprobs_BTC, sums)
             yield from out.drain()
@@ -155,7 +161,7 @@ class Trainer:
 
         return (yield from self._halving(run, sequences, loss, prepared))
 
-    def forward_backward_task(
+    def train_task(
         self, adapter: Adapter, sequences: list[TrainExample], loss: LossSpec, prepared: Future[Packed]
     ) -> Task[TrainResult]:
         """Accumulate the gradient of a built-in loss."""
@@ -164,24 +170,24 @@ class Trainer:
             self._refuse_what_does_not_fit(adapter, packed)
             out, work, totals = Results(sequences), self._work(adapter, packed), self._accumulators(adapter, packed)
 
-            def launch(batches: list[MicroBatch], total: Weights) -> Any:
+            def launch(batches: list[MicroBatch], total: Weights) -> tuple[Weights, list[tuple[MicroBatch, Launched]]]:
                 answers = []
                 for batch in batches:
                     device, remat = self._put(batch), self._remat_of(batch.plan)
                     logprobs_BTC, g_BTC, sums, saved = self._forward(adapter.weights, device, loss, remat=remat)
                     total = self._backward(adapter, device, saved, g_BTC, total)
                     del saved
-                    if batch is not batches[-1]:  # what the next one keeps must not lie beside what this one kept
+                    if batch is not batches[-1]:  # the saved activations of two micro-batches may not fit
                         jax.block_until_ready(total)
-                    answers.append((batch, logprobs_BTC, sums))
+                    answers.append((batch, (logprobs_BTC, sums)))
                 return total, answers
 
             with self._clock(work):
                 for chains in packing.chained(packed.rounds):
-                    launched = self._side_by_side(launch, chains, totals)
+                    launched = self._run_concurrently(launch, chains, totals)
                     totals[: len(launched)] = [grads for grads, _ in launched]
-                    for answer in (answer for _, answers in launched for answer in answers):
-                        yield from out.add(*answer)
+                    for batch, answer in (pair for _, answers in launched for pair in answers):
+                        yield from out.add(batch, *answer)
                 yield from out.drain()
                 grads = yield partial(jax.block_until_ready, self._sum(totals))
             adapter.grads = grads
@@ -195,21 +201,21 @@ class Trainer:
     ) -> Task[TrainResult]:
         """Accumulate the gradient of a loss that runs on the host: one forward, the user's function, one backward.
 
-        What the forward pass saved waits on the device for the cotangents; the micro-batches beyond the memory's share
-        run their forward pass again.
+        The saved activations wait on the device for the cotangents; the micro-batches beyond the memory's share run
+        their forward pass again.
         """
 
         def run(packed: Packed) -> Task[TrainResult]:
             self._refuse_what_does_not_fit(adapter, packed)
-            out, work, kept = Results(sequences), self._work(adapter, packed), list[list[Any]]()
+            out, work, kept = Results(sequences), self._work(adapter, packed), list[list[tuple[Batch, Kept | None]]]()
             room = memory.ACTIVATION_SHARE * self.available_bytes()
 
-            def forward(batch: MicroBatch, keep: bool) -> Any:
+            def forward(batch: MicroBatch, keep: bool) -> tuple[jax.Array, tuple[Batch, Kept | None]]:
                 device, remat = self._put(batch), self._remat_of(batch.plan)
                 logprobs_BTC, _, _, saved = self._forward(adapter.weights, device, None, remat=remat)
                 return logprobs_BTC, (device, saved if keep else None)
 
-            def backward(batch: MicroBatch, forwarded: list[Any], total: Weights) -> Weights:
+            def backward(batch: MicroBatch, forwarded: list[tuple[Batch, Kept | None]], total: Weights) -> Weights:
                 device, saved = forwarded.pop()  # popped, so that what was saved is freed as soon as it was used
                 if saved is None:
                     *_, saved = self._forward(adapter.weights, device, None, remat=self._remat_of(batch.plan))
@@ -224,7 +230,7 @@ class Trainer:
                             self._model, self._dtype, self._remat_of(batch.plan)
                         )
                         keep.append(room >= 0)
-                    launched = self._side_by_side(forward, batches, keep)
+                    launched = self._run_concurrently(forward, batches, keep)
                     for batch, (logprobs_BTC, forwarded) in zip(batches, launched, strict=True):
                         kept.append([forwarded])
                         yield from out.add(batch, logprobs_BTC, {})
@@ -239,7 +245,7 @@ class Trainer:
             totals, waiting = self._accumulators(adapter, packed), iter(kept)
             with self._clock(work):
                 for batches in packed.rounds:
-                    launched = self._side_by_side(backward, batches, waiting, totals)
+                    launched = self._run_concurrently(backward, batches, waiting, totals)
                     totals[: len(launched)] = launched
                     yield partial(jax.block_until_ready, launched)
                 grads = yield partial(jax.block_until_ready, self._sum(totals))
@@ -249,32 +255,30 @@ class Trainer:
 
         return (yield from self._halving(run, sequences, None, prepared))
 
-    def optim_step(self, adapter: Adapter, settings: AdamSettings) -> Steps:
+    def optim_step(
+        self, adapter: Adapter, grads: Weights, settings: AdamSettings
+    ) -> Task[tuple[tuple[Weights, Weights, Weights], StepMetrics, Work]]:
         """Yield-from: return ((weights, mu, nu), metrics on the host, work since the last step).
 
         The adapter is not changed.
         """
         hyper = {name: put_whole(np.float32(value), self._mesh) for name, value in asdict(settings).items()}
-        work = Work()
+        work, step = Work(), put_whole(np.int32(adapter.step), self._mesh)
         with self._clock(work):
-            *new, metrics = self.programs.optim_step(
-                adapter.weights,
-                adapter.mu,
-                adapter.nu,
-                adapter.grads,
-                put_whole(np.int32(adapter.step), self._mesh),
-                hyper,
-            )
+            *new, metrics = self.programs.optim_step(adapter.weights, adapter.mu, adapter.nu, grads, step, hyper)
             yield partial(jax.block_until_ready, new)
         self.total.add(work)
         work.add(adapter.work)
-        return tuple(new), (yield partial(jax.device_get, metrics)), work
+        weights, mu, nu = new
+        return (weights, mu, nu), (yield partial(jax.device_get, metrics)), work
 
-    def precompile(self, weights: Weights, plan: Plan, targets_per_position: int, cause: Cause) -> None:
-        """Compile what forward_backward over a micro-batch of this rectangle and optim_step need.
+    def precompile(
+        self, shapes: AdapterTree[jax.ShapeDtypeStruct], plan: Plan, targets_per_position: int, cause: Cause
+    ) -> None:
+        """Compile what a training pass over a micro-batch of this rectangle and optim_step need.
 
         Args:
-            weights: an adapter's, or their shapes and places.
+            shapes: of an adapter's weights, with their places.
             targets_per_position: K of the targets.
         """
         sequence = TrainExample(tokens_T=np.zeros(1, np.int32), targets=np.zeros((1, targets_per_position), np.int32))
@@ -282,13 +286,14 @@ class Trainer:
         batch = self._put(packing.fill(example, [sequence], dict.fromkeys(registry.INPUTS, 0.0)))
         number, remat = put_whole(np.int32(0), self._mesh), self._remat_of(plan)
         forward, backward = self.programs.forward, self.programs.backward
-        _, g_BTC, _, saved = forward.prepare(self._params, weights, batch, number, remat=remat, cause=cause)
-        backward.prepare(self._params, weights, batch, saved, g_BTC, weights, cause=cause)
+        weights = cast(Weights, shapes)  # a program is prepared with shapes as it is called with arrays
+        _, g_BTC, _, saved = forward.prepare(cause, self._params, weights, batch, number, remat=remat)
+        backward.prepare(cause, self._params, weights, batch, saved, g_BTC, weights)
         if self.limits.concurrent > 1:
-            self.programs.add.prepare(weights, weights, cause=cause)
+            self.programs.add.prepare(cause, weights, weights)
         hyper = {field.name: put_whole(np.float32(0), self._mesh) for field in fields(AdamSettings)}
         step = put_whole(np.int32(0), self._mesh)
-        self.programs.optim_step.prepare(weights, weights, weights, weights, step, hyper, cause=cause)
+        self.programs.optim_step.prepare(cause, weights, weights, weights, weights, step, hyper)
 
     def _halving(
         self,
@@ -311,32 +316,22 @@ class Trainer:
                     raise
             return (yield from run(packed))
         except jax.errors.JaxRuntimeError as error:
-            smaller = self._halved(packed)
+            smaller = halved(packed.batches, self.limits)
             if smaller is None or not is_out_of_memory(error):
-                raise named_error(error, packed.batches, before) from error
+                raise named_error(error, *shape_and_remedy(packed.batches, before)) from error
         self.limits = smaller
         packed = yield partial(self.prepare, sequences, loss)
         try:
             result = yield from run(packed)
         except BaseException as error:
             self.limits = before
-            named = named_error(error, packed.batches, before)
+            named = named_error(error, *shape_and_remedy(packed.batches, before))
             if named is error:
                 raise
             raise named from error
         most = smaller.tokens_at_once * smaller.ways
         logger.warning("out of memory: at most %d tokens are computed at once from now on", most)
         return result
-
-    def _halved(self, packed: Packed) -> packing.Limits | None:
-        """Return limits under which the call's largest micro-batch is half as large; None if it cannot be smaller."""
-        largest = max(batch.plan.rows * batch.plan.length for batch in packed.batches) // self.limits.ways
-        if largest <= packing.ROW_LENGTHS[0]:
-            return None
-        smaller = replace(self.limits, tokens=largest // 2)
-        plans = packing.plan_call([slot.length for b in packed.batches for slot in b.plan.slots], smaller)
-        fits = max(plan.rows * plan.length for plan in plans) < largest * self.limits.ways
-        return smaller if fits else None
 
     def _refuse_what_does_not_fit(self, adapter: Adapter, packed: Packed) -> None:
         adapter_bytes = memory.tree_bytes(adapters.param_specs(self._model, adapter.spec), self._mesh)
@@ -385,7 +380,7 @@ class Trainer:
         work.device_s += max(0.0, time.perf_counter() - start - compile_s)
 
     def _accumulators(self, adapter: Adapter, packed: Packed) -> list[Weights]:
-        """Return what the gradients are added to: the adapter's, and zeros for each further one that runs at once."""
+        """Return a tree to add gradients to for each concurrent micro-batch: the adapter's own first, then zeros."""
         further = max(map(len, packed.rounds)) - 1
         if adapter.grads is not None and not further:
             return [adapter.grads]
@@ -395,18 +390,18 @@ class Trainer:
     def _sum(self, totals: list[Weights]) -> Weights:
         return reduce(self.programs.add, totals)
 
-    def _forward(self, weights: Weights, device: dict[str, Any], loss: LossSpec | None, *, remat: Remat | None) -> Any:
+    def _forward(
+        self, weights: Weights, device: Batch, loss: LossSpec | None, *, remat: Remat | None
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], Kept]:
         number = registry.NO_LOSS if loss is None else registry.loss_number(loss.name)
         return self.programs.forward(
             self._params, weights, device, put_whole(np.int32(number), self._mesh), remat=remat
         )
 
-    def _backward(
-        self, adapter: Adapter, device: dict[str, Any], saved: Any, g_BTC: jax.Array, grads: Weights
-    ) -> Weights:
+    def _backward(self, adapter: Adapter, device: Batch, saved: Kept, g_BTC: jax.Array, grads: Weights) -> Weights:
         return self.programs.backward(self._params, adapter.weights, device, saved, g_BTC, grads)
 
-    def _side_by_side(self, launch: Callable[..., T], *each: Iterable[Any]) -> list[T]:
+    def _run_concurrently(self, launch: Callable[..., T], *each: Iterable[Any]) -> list[T]:
         """Return launch(*...) for the first of each, the second of each, and so on.
 
         A single one returns with its programs queued, as on any device. Of several each has a thread, for XLA runs what
@@ -422,8 +417,17 @@ class Trainer:
         finally:
             wait(futures)
 
-    def _put(self, batch: MicroBatch) -> dict[str, Any]:
-        rows = ("tokens_BT", "segments_BT", "positions_BT", "targets_BTC", "real_BTC", "order_BT", "place_BT")
-        out: dict[str, Any] = {name: put_rows(getattr(batch, name), self._mesh) for name in rows}
-        out["inputs"] = {name: put_rows(array, self._mesh) for name, array in batch.inputs.items()}
-        return out | {name: put_whole(getattr(batch, name), self._mesh) for name in ("with_gradient", "scored")}
+    def _put(self, batch: MicroBatch) -> Batch:
+        rows, whole = partial(put_rows, mesh=self._mesh), partial(put_whole, mesh=self._mesh)
+        return Batch(
+            tokens_BT=rows(batch.tokens_BT),
+            segments_BT=rows(batch.segments_BT),
+            positions_BT=rows(batch.positions_BT),
+            targets_BTC=rows(batch.targets_BTC),
+            real_BTC=rows(batch.real_BTC),
+            inputs={name: rows(array) for name, array in batch.inputs.items()},
+            order_BT=rows(batch.order_BT),
+            place_BT=rows(batch.place_BT),
+            with_gradient=whole(batch.with_gradient),
+            scored=whole(batch.scored),
+        )

@@ -24,7 +24,7 @@ from jax_client.runs.checks.tokens import text_tokens
 MAX_SAMPLES = 16_384
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 4096
-MAX_SEED = 2**63 - 1
+MAX_SAMPLING_SEED = 2**63 - 1
 
 
 def generation(
@@ -67,7 +67,7 @@ def generation(
     """
     tokens_T = text_tokens(prompt, "prompt", vocab_size, max_context)
     include = flag("include_prompt_logprobs", include_prompt_logprobs)
-    _check_last_n(prompt_logprobs_last_n, include, len(tokens_T))
+    last_n = _last_n(prompt_logprobs_last_n, include, len(tokens_T))
     if not isinstance(sampling_params, types.SamplingParams):
         raise BadTypeError(
             f"sampling_params is {shown(sampling_params)} ({type(sampling_params).__name__}), expected SamplingParams."
@@ -89,7 +89,7 @@ def generation(
         temperature=real("SamplingParams.temperature", params.temperature, 0, hint="0 is greedy."),
         top_k=-1 if top_k >= vocab_size else top_k,
         top_p=real("SamplingParams.top_p", params.top_p, 0, 1, low_open=True, hint="1 turns it off."),
-        seed=secrets.randbits(31) if seed is None else integer("SamplingParams.seed", seed, 0, MAX_SEED),
+        seed=secrets.randbits(31) if seed is None else integer("SamplingParams.seed", seed, 0, MAX_SAMPLING_SEED),
         stop_ids=stop_ids,
         find_stop=find_stop,
         prompt_logprobs=include,
@@ -97,8 +97,7 @@ def generation(
         topk_sample=integer("topk_sample_logprobs", topk_sample_logprobs, 0, MAX_TOPK_SAMPLE, "0 turns it off."),
         targets_TK=targets_TK,
         alternatives=alternatives,
-        # Targets and alternatives are of the whole prompt.
-        score_last=None if targets_TK is not None or alternatives else prompt_logprobs_last_n,  # type: ignore[arg-type]
+        score_last=last_n,
     )
 
 
@@ -118,16 +117,17 @@ def _targets(tensor: object, length: int, vocab_size: int) -> np.ndarray:
     return token_ids(ids_TK, field, vocab_size, or_nothing=True)
 
 
-def _check_last_n(last_n: object, include: bool, length: int) -> None:
+def _last_n(last_n: object, include: bool, length: int) -> int | None:
     if last_n is None:
-        return
+        return None
     # A prompt of one token has nothing to score; the range check then names 1, the smallest value there is.
-    integer("prompt_logprobs_last_n", last_n, 1, max(1, length - 1), "The first prompt token has no logprob.")
+    number = integer("prompt_logprobs_last_n", last_n, 1, max(1, length - 1), "The first prompt token has no logprob.")
     if not include:
         raise BadRequestError(
             f"prompt_logprobs_last_n is {last_n}, but include_prompt_logprobs is False; "
             "prompt_logprobs_last_n applies to prompt logprobs; set include_prompt_logprobs=True."
         )
+    return number
 
 
 def _max_tokens(value: object, length: int, max_context: int) -> int:

@@ -15,7 +15,7 @@ from jax_client.values import NAME_FORM, LoraSpec, is_name
 
 MAX_RANK = 512
 # Random keys are made of 32 bits; a larger seed would start like a smaller one.
-MAX_SEED = 2**32 - 1
+MAX_LORA_SEED = 2**32 - 1
 MAX_METADATA_BYTES = 64 * 1024
 MIN_TTL_SECONDS = 3600
 MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
@@ -52,7 +52,7 @@ def lora_spec(
         raise NothingToTrainError("At least one of train_mlp, train_attn, or train_unembed must be True")
     return LoraSpec(
         rank=integer("rank", rank, 1, MAX_RANK, "8 to 64 suits most runs."),
-        seed=secrets.randbits(31) if seed is None else integer("seed", seed, 0, MAX_SEED, "None draws one."),
+        seed=secrets.randbits(31) if seed is None else integer("seed", seed, 0, MAX_LORA_SEED, "None draws one."),
         train_attn=attn,
         train_mlp=mlp,
         train_unembed=unembed,

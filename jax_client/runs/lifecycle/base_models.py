@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jax_client import interpreter_end, process
 from jax_client.config import EngineConfig
@@ -22,31 +23,84 @@ from jax_client.weights.read.progress import Progress, observed
 from jax_client.weights.read.source import ModelSource, resolve
 
 if TYPE_CHECKING:
-    from jax_client.engine.engine import Engine
+    from transformers import PreTrainedTokenizerFast
+
+    from jax_client.engine.protocol import Engine
 
 logger = logging.getLogger(__name__)
+
+
+def open_engine(source: ModelSource, config: EngineConfig) -> tuple[Engine, str]:
+    """Load the weights onto the devices; return the engine and the weights' fingerprint."""
+    # Imported here: a process that never loads a model must not initialise a backend.
+    from jax_client.engine import engine
+    from jax_client.weights.read.load import fingerprint
+
+    return engine.Engine(source, config), fingerprint(source)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
+    """Load the tokenizer that belongs to the weights."""
+    from jax_client.weights.read.tokenizer import load_tokenizer as load
+
+    return load(source)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loader:
+    """How base models get into this process. The tests give one whose engines need neither files nor devices.
+
+    Attributes:
+        resolve: `f(name) -> ModelSource`.
+        open_engine: `f(source, config) -> (engine, fingerprint of the weights)`.
+        load_tokenizer: `f(source) -> tokenizer`.
+    """
+
+    resolve: Callable[[str], ModelSource] = resolve
+    open_engine: Callable[[ModelSource, EngineConfig], tuple[Engine, str]] = open_engine
+    load_tokenizer: Callable[[ModelSource], PreTrainedTokenizerFast] = load_tokenizer
 
 
 class BaseModel:
     """A loaded base model: its engine, its identity, and its tokenizer on demand."""
 
-    def __init__(self, source: ModelSource, engine: Engine, fingerprint: str) -> None:
+    def __init__(self, source: ModelSource, engine: Engine, fingerprint: str, loader: Loader) -> None:
         self.source = source
         self.engine = engine
         self.fingerprint = fingerprint
-        self._tokenizer: Any = None
+        self._loader = loader
+        self._tokenizer: PreTrainedTokenizerFast | None = None
         self._lock = threading.Lock()
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerFast:
         """Return the model's tokenizer, loaded on first use and then shared."""
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = load_tokenizer(self.source)
+                self._tokenizer = self._loader.load_tokenizer(self.source)
             return self._tokenizer
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of `tokens`, special tokens included."""
-        return self.tokenizer().decode(tokens)
+        text = self.tokenizer().decode(tokens)
+        return text if isinstance(text, str) else "".join(text)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRef:
+    """The right to use a base model until `release`; `name` is what this session calls it."""
+
+    name: str
+    key: _Key
+    model: BaseModel
+    models: BaseModels
+
+    def retain(self) -> None:
+        """Count one more user of the model; each user calls `release`."""
+        self.models.retain(self)
+
+    def release(self) -> None:
+        """Release the model. The last release closes its engine, and waits for that."""
+        self.models.release(self)
 
 
 @dataclass(slots=True)
@@ -60,136 +114,140 @@ class _Entry:
 
 
 _Key = tuple[object, ...]
-_entries: dict[_Key, _Entry] = {}
-# The same entries by requested name, while the name is being resolved to files.
-_named: dict[_Key, _Entry] = {}
+
+
+class BaseModels:
+    """The base models by their weights and settings, each with the number of its users. Thread-safe.
+
+    Args:
+        loader: how a model is loaded.
+    """
+
+    def __init__(self, loader: Loader | None = None) -> None:
+        self._loader = loader or Loader()
+        self._entries: dict[_Key, _Entry] = {}
+        # The same entries by requested name, while the name is being resolved to files.
+        self._named: dict[_Key, _Entry] = {}
+        self._lock = threading.Lock()
+        _registries.add(self)
+
+    def acquire(self, name: str, config: EngineConfig) -> ModelRef:
+        """Find or load the base model `name`; waits for the load.
+
+        Raises:
+            NotFoundError: there is no such model.
+            BadRequestError: the model or the mesh is not supported.
+        """
+        settings, new = _settings(config), _Entry()
+        called = (name, *settings)
+        _start_janitor()
+        with self._lock:
+            self._named.setdefault(called, new)
+        # A download or a load takes minutes and cannot be told to end.
+        with observed(new.set_progress), process.not_waited_for():
+            try:
+                source = self._loader.resolve(name)
+            except BaseException:
+                with self._lock:
+                    self._forget_names(new)
+                raise
+            # Links and relative names lead to one copy of the weights too.
+            key = (os.path.realpath(source.path), *settings)
+            with self._lock:
+                entry = self._named[called] = self._entries.setdefault(key, new)
+                entry.users += 1
+            if entry is new:
+                try:
+                    engine, fingerprint = self._loader.open_engine(source, config)
+                    entry.model.set_result(BaseModel(source, engine, fingerprint, self._loader))
+                except BaseException as error:
+                    # Forgotten, not cached: the next call may find the file that was missing.
+                    with self._lock:
+                        self._entries.pop(key, None)
+                        self._forget_names(entry)
+                    entry.model.set_exception(error)
+        return ModelRef(name=name, key=key, model=entry.model.result(), models=self)
+
+    def loading(self, name: str, config: EngineConfig) -> Progress | None:
+        """Return how far the load of a base model is; None when it is loaded, or was never requested."""
+        entry = self._named.get((name, *_settings(config)))
+        return None if entry is None or entry.model.done() else entry.progress
+
+    def progress(self, name: str, config: EngineConfig) -> str | None:
+        """Return what requests of a base model wait for, such as "loading 4.1/8.0 GB" or "compiling forward (8x512)".
+
+        Takes no lock: it may be asked at any rate, by any thread.
+
+        Returns:
+            None where they wait for neither: the model is loaded, or was never requested.
+        """
+        entry = self._named.get((name, *_settings(config)))
+        if entry is None:
+            return None
+        if not entry.model.done():
+            return str(entry.progress)
+        if entry.model.exception() is not None:
+            return None
+        compiling = entry.model.result().engine.monitor.health()["compiling"]
+        return f"compiling {compiling[0]['program']} ({compiling[0]['shapes']})" if compiling else None
+
+    def loaded(self) -> list[BaseModel]:
+        """Return the loaded base models; waits for none that is being loaded."""
+        with self._lock:
+            models = [entry.model for entry in self._entries.values()]
+        return [model.result() for model in models if model.done() and model.exception() is None]
+
+    def retain(self, model_ref: ModelRef) -> None:
+        """Count one more user of a model."""
+        with self._lock:
+            self._entries[model_ref.key].users += 1
+
+    def release(self, model_ref: ModelRef) -> None:
+        """Take one user from a model; close its engine after the last one, and wait for that."""
+        with self._lock:
+            entry = self._entries.get(model_ref.key)
+            if entry is None or entry.model.result() is not model_ref.model:
+                return
+            entry.users -= 1
+            if entry.users:
+                return
+            del self._entries[model_ref.key]
+            self._forget_names(entry)
+        model_ref.model.engine.close()
+
+    def keep_in_fork(self) -> None:
+        """Forget the parent's engines, which do not run here, without freeing them."""
+        interpreter_end.keep_in_fork(self._entries.copy(), self._named.copy())
+        self._lock = threading.Lock()
+        self._entries.clear()
+        self._named.clear()
+
+    def _forget_names(self, entry: _Entry) -> None:
+        """With the lock held."""
+        for called in [called for called, each in self._named.items() if each is entry]:
+            del self._named[called]
+
+
+_registries: weakref.WeakSet[BaseModels] = weakref.WeakSet()
+# Those of every session that is not given others.
+shared = BaseModels()
 _lock = threading.Lock()
-# What sessions that were dropped without close() still held. A destructor may run inside any allocation, with any lock
+# The models of sessions that were dropped without close(). A destructor may run inside any allocation, with any lock
 # held, so it only puts here (SimpleQueue.put is re-entrant); the janitor's thread releases. None ends that thread.
 _dropped: SimpleQueue[list[Future[ModelRef]] | None] = SimpleQueue()
 _janitor: threading.Thread | None = None
 
 
-def open_engine(source: ModelSource, config: EngineConfig) -> tuple[Engine, str]:
-    """Load the weights onto the devices; return the engine and the weights' fingerprint."""
-    # Imported here: a process that never loads a model must not initialise a backend.
-    from jax_client.engine.engine import Engine
-    from jax_client.weights.read.load import fingerprint
-
-    return Engine(source, config), fingerprint(source)
-
-
-def load_tokenizer(source: ModelSource) -> Any:
-    """Load the tokenizer that belongs to the weights."""
-    from jax_client.weights.read.tokenizer import load_tokenizer as load
-
-    return load(source)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelRef:
-    """The right to use a base model until `release`; `name` is what this session calls it."""
-
-    name: str
-    key: _Key
-    model: BaseModel
-
-
-def acquire(name: str, config: EngineConfig) -> ModelRef:
-    """Find or load the base model `name`; waits for the load.
-
-    Raises:
-        NotFoundError: there is no such model.
-        BadRequestError: the model or the mesh is not supported.
-    """
-    settings, new = _settings(config), _Entry()
-    called = (name, *settings)
-    _start_janitor()
-    with _lock:
-        _named.setdefault(called, new)
-    # A download or a load takes minutes and cannot be told to end.
-    with observed(new.set_progress), process.not_waited_for():
-        try:
-            source = resolve(name)
-        except BaseException:
-            with _lock:
-                _forget_names(new)
-            raise
-        # Links and relative names lead to one copy of the weights too.
-        key = (os.path.realpath(source.path), *settings)
-        with _lock:
-            entry = _named[called] = _entries.setdefault(key, new)
-            entry.users += 1
-        if entry is new:
-            try:
-                engine, fingerprint = open_engine(source, config)
-                entry.model.set_result(BaseModel(source, engine, fingerprint))
-            except BaseException as error:
-                # Forgotten, not cached: the next call may find the file that was missing.
-                with _lock:
-                    _entries.pop(key, None)
-                    _forget_names(entry)
-                entry.model.set_exception(error)
-    return ModelRef(name=name, key=key, model=entry.model.result())
-
-
-def loading(name: str, config: EngineConfig) -> Progress | None:
-    """Return how far a base model is on its way here; None when it is there, or nobody asked for it."""
-    entry = _named.get((name, *_settings(config)))
-    return None if entry is None or entry.model.done() else entry.progress
-
-
-def progress(name: str, config: EngineConfig) -> str | None:
-    """Say what keeps requests of a base model waiting, such as "loading 4.1/8.0 GB" or "compiling forward (8x512)".
-
-    Takes no lock: it may be asked at any rate, by any thread.
-
-    Returns:
-        None where nothing of that kind does: the model is there, or nobody asked for it.
-    """
-    entry = _named.get((name, *_settings(config)))
-    if entry is None:
-        return None
-    if not entry.model.done():
-        return str(entry.progress)
-    if entry.model.exception() is not None:
-        return None
-    compiling = entry.model.result().engine.health()["compiling"]
-    return f"compiling {compiling[0]['program']} ({compiling[0]['shapes']})" if compiling else None
-
-
 def loaded() -> list[BaseModel]:
-    """Return the base models that are loaded in this process; waits for none that is on its way."""
-    with _lock:
-        models = [entry.model for entry in _entries.values()]
-    return [model.result() for model in models if model.done() and model.exception() is None]
-
-
-def retain(model_ref: ModelRef) -> None:
-    """Count one more user of a model that is held already; each user calls `release`."""
-    with _lock:
-        _entries[model_ref.key].users += 1
-
-
-def release(model_ref: ModelRef) -> None:
-    """Release a base model. The last release closes its engine, and waits for that."""
-    with _lock:
-        entry = _entries.get(model_ref.key)
-        if entry is None or entry.model.result() is not model_ref.model:
-            return
-        entry.users -= 1
-        if entry.users:
-            return
-        del _entries[model_ref.key]
-        _forget_names(entry)
-    model_ref.model.engine.close()
+    """Return the base models that are loaded in this process; waits for none that is being loaded."""
+    return [model for registry in list(_registries) for model in registry.loaded()]
 
 
 def release_all(model_refs: list[Future[ModelRef]]) -> None:
     """Release base models that are loaded or still loading; waits for them."""
     for future in model_refs:
         if future.exception() is None:
-            release(future.result())
+            future.result().release()
 
 
 def drop(model_refs: list[Future[ModelRef]]) -> None:
@@ -219,12 +277,11 @@ def _end_janitor() -> None:
 
 
 def _after_fork() -> None:
-    """Forget the parent's engines, which do not run here, without freeing them."""
     global _lock, _dropped, _janitor
-    interpreter_end.keep_in_fork(_entries.copy(), _named.copy(), _dropped)
+    interpreter_end.keep_in_fork(_dropped)
     _lock, _dropped, _janitor = threading.Lock(), SimpleQueue(), None
-    _entries.clear()
-    _named.clear()
+    for registry in list(_registries):
+        registry.keep_in_fork()
 
 
 process.register(
@@ -233,12 +290,6 @@ process.register(
     at_exit={Step.ENGINES: _end_janitor},
     after_fork=_after_fork,
 )
-
-
-def _forget_names(entry: _Entry) -> None:
-    """With the lock held."""
-    for called in [called for called, each in _named.items() if each is entry]:
-        del _named[called]
 
 
 def _settings(config: EngineConfig) -> tuple[object, ...]:

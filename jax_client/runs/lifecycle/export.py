@@ -125,11 +125,11 @@ def _check(
     from jax_client.runs.lifecycle.export_check import check_export
 
     try:
-        model_ref = base_models.acquire(base_model, config)
+        model_ref = base_models.shared.acquire(base_model, config)
         try:
             return check_export(model_ref.model.engine, state, directory), ""
         finally:
-            base_models.release(model_ref)
+            model_ref.release()
     except RequestFailedError as error:
         text = error.message.replace(str(directory), str(output))
         # The files may be wanted for a machine that has the memory which this one lacks.

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jax_client.engine.core import memory
-from jax_client.engine.core.dispatch import Task
-from jax_client.engine.engine import Engine
-from jax_client.engine.train.programs import NO_ADAPTER
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, RequestFailedError
 from jax_client.models.config import ModelConfig
-from jax_client.models.decoder import Params, output_head_VD, param_specs
-from jax_client.models.parts.attention import Attention
-from jax_client.models.parts.layers import contract, from_bits
-from jax_client.models.parts.lora import lora_scale
-from jax_client.models.transformer import context, forward_pass
-from jax_client.sharding import put_whole
 from jax_client.values import AdapterState
 from jax_client.weights.read import hf
-from jax_client.weights.read.load import load_params, read_config
 from jax_client.weights.read.source import ModelSource
 from jax_client.weights.read.tokenizer import load_tokenizer
 from jax_client.weights.write import peft_config
 from jax_client.weights.write.peft import read_adapter
+
+if TYPE_CHECKING:
+    from jax_client.engine.protocol import Engine
 
 # No multiple of 128: such rows go through an attention that every platform and mesh has (models/parts/attention.py).
 PROBE_TOKENS = 96
@@ -75,17 +64,16 @@ def check_export(engine: Engine, state: AdapterState | None, directory: Path) ->
             second model (category "user").
     """
     tokens_T = probe_tokens(engine.source, engine.model)
-    live_TV = logits(engine, engine.params, engine.model, state, tokens_T)
+    live_TV = engine.logits(tokens_T, state).result()
     dtypes = {engine.dtype.name}
     try:
         if (directory / peft_config.CONFIG).is_file():
             back = read_adapter(directory, engine.model)
             _refuse_other_arrays(state, back, directory)
-            exported_TV = logits(engine, engine.params, engine.model, back, tokens_T)
+            exported_TV = engine.logits(tokens_T, back).result()
         else:
             source = ModelSource(name=str(directory), path=directory, kind="hf")
-            params, model = _load_beside(engine, source)
-            exported_TV = logits(engine, params, model, None, tokens_T)
+            exported_TV = engine.logits(tokens_T, None, source).result()
             dtypes.add(str(hf.read_json(directory, hf.CONFIG).get("dtype")))
     except (BadRequestError, NotFoundError) as error:
         raise RequestFailedError(f"the export cannot be read back: {error} {AGAIN}") from error
@@ -118,59 +106,3 @@ def _refuse_other_arrays(state: AdapterState | None, back: AdapterState, directo
         raise RequestFailedError(
             f"{directory}: {len(wrong)} arrays of the export are not the adapter's ({', '.join(wrong[:5])}). {AGAIN}"
         )
-
-
-def _load_beside(engine: Engine, source: ModelSource) -> tuple[Params, ModelConfig]:
-    """Load an exported model in the engine's dtype, if there is memory for it beside the engine's own."""
-    model = read_config(source)
-    memory.refuse_unless_fits(
-        "the exported model, to compare it with the adapter,",
-        {"weights": memory.tree_bytes(param_specs(model, engine.dtype), engine.mesh)},
-        engine.trainer.available_bytes,
-        "The export is complete, but not checked. Close other clients, or check it on a machine with more memory.",
-        engine.sampler.release_cache,
-    )
-    on_cpu = engine.mesh.devices.flat[0].platform == "cpu"
-    return load_params(source, model, engine.dtype, engine.mesh, bits=on_cpu), model
-
-
-def logits(
-    engine: Engine, params: Params, model: ModelConfig, state: AdapterState | None, tokens_T: np.ndarray
-) -> np.ndarray:
-    """Return the logits (T, V) float32 of a text, int32 (T,).
-
-    Args:
-        engine: its device, dtype and thread are used.
-        params, model: of the engine, or of a model that was loaded beside it.
-        state: the adapter; None for none.
-    """
-    lane = engine.open_lane()
-    weights = NO_ADAPTER if state is None else engine.load_snapshot(lane, state).result().weights
-
-    def task() -> Task[np.ndarray]:
-        # On the engine's own thread: the only one that may launch programs (engine/core/dispatch.py).
-        tokens_BT = put_whole(tokens_T[None], engine.mesh)
-        logits_TV = _program(params, weights, tokens_BT, model=model, dtype=engine.dtype, attention=engine.attention)
-        return (yield partial(jax.device_get, logits_TV))
-
-    return engine.submit(lane, task()).result()
-
-
-@partial(jax.jit, static_argnames=("model", "dtype", "attention"))
-def _program(
-    params: Params,
-    weights: dict[str, Any],
-    tokens_BT: jax.Array,
-    *,
-    model: ModelConfig,
-    dtype: jnp.dtype,
-    attention: Attention,
-) -> jax.Array:
-    c = context(jnp.arange(tokens_BT.shape[1])[None], model, dtype, attention)
-    h_BTD, _ = forward_pass(params, weights["layers"], tokens_BT, jnp.ones_like(tokens_BT), c, None)
-    h_TD, unembed = h_BTD[0], weights["unembed"]
-    logits_TV = contract("TD,VD->TV", h_TD, from_bits(output_head_VD(params)), dtype)
-    if unembed:
-        u_TR = contract("TD,RD->TR", h_TD, unembed["A"], dtype) * lora_scale(unembed["A"])
-        logits_TV += contract("TR,RV->TV", u_TR, unembed["B"], dtype)
-    return logits_TV

@@ -1,11 +1,14 @@
-"""How does one future follow another?"""
+"""How does one future follow another?
+
+`link` completes a future with the value or the error of another one, converted if asked.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 from jax_client.threads import Workers, complete, start_thread
 
@@ -40,15 +43,18 @@ def link(
     target: Future[B],
     convert: Callable[[A], B] | None = None,
     *,
+    error: Callable[[BaseException], BaseException] | None = None,
     owner: object = None,
     hop: bool = False,
 ) -> None:
-    """Complete `target` with what becomes of `source`; cancelling the target cancels the source.
+    """Complete `target` as `source` is completed; cancelling the target cancels the source.
 
     Args:
         source: the future to follow.
         target: a future that nothing else completes.
-        convert: applied to the value, on the thread that completes the target; what it raises fails the target.
+        convert: `f(value) -> value of the target`, on the thread that completes the target; an error in it fails the
+            target. None takes the value as it is.
+        error: `f(error of source or convert) -> error of the target`; None takes it as it is.
         hop: complete the target on the answer thread, not on the one that completes the source.
         owner: kept alive until the source is done, such as the run whose device state the source needs.
     """
@@ -64,11 +70,9 @@ def link(
         if not target.set_running_or_notify_cancel():
             return
         try:
-            value: Any = done.result()
-            if convert is not None:
-                value = convert(value)
-        except BaseException as error:
-            target.set_exception(error)
+            value = cast("B", done.result()) if convert is None else convert(done.result())
+        except BaseException as raised:
+            target.set_exception(raised if error is None else error(raised))
         else:
             target.set_result(value)
 

@@ -7,16 +7,26 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 from jax_client.runs.lifecycle.futures import link
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Waiting:
-    after: Future[Any] | None
-    start: Callable[[], Future[Any]]
-    answer: Future[Any]
+    """A request that waits for its turn.
+
+    Attributes:
+        is_ready: `f() -> bool`, whether it may start.
+        start: `f() -> g`: starts it; `g()` completes its answer, and is called outside the lock.
+    """
+
+    is_ready: Callable[[], bool]
+    start: Callable[[], Callable[[], None]]
 
 
 class RequestOrder:
@@ -30,37 +40,48 @@ class RequestOrder:
         self._lock = threading.Lock()
         self._waiting: deque[_Waiting] = deque()
 
-    def submit(self, start: Callable[[], Future[Any]], *, after: Future[Any] | None = None) -> Future[Any]:
+    def submit(self, start: Callable[[], Future[T]], *, after: Future[A] | None = None) -> Future[T]:
         """Call `start` once `after` is done and every earlier request has started; return the future of its answer.
 
         `start` must only enqueue: it runs under a lock. Without anything to wait for it runs in this call, and what it
-        raises is raised here; otherwise that fails the returned future, and later requests go on.
+        raises is raised here; otherwise that fails the returned future, and later requests continue.
         """
         with self._lock:
             if not self._waiting and (after is None or after.done()):
                 return start()
-            entry = _Waiting(after=after, start=start, answer=Future())
-            self._waiting.append(entry)
+            answer: Future[T] = Future()
+            is_ready = _always if after is None else after.done
+            self._waiting.append(_Waiting(is_ready=is_ready, start=partial(_start, start, answer)))
         if after is None:
             self._advance()
         else:
             after.add_done_callback(lambda _: self._advance())
-        return entry.answer
+        return answer
 
     def _advance(self) -> None:
         # Answers are completed outside the lock: their callbacks are the user's code and may submit again.
-        started: list[tuple[Future[Any] | BaseException, Future[Any]]] = []
+        started = []
         with self._lock:
-            while self._waiting and ((after := self._waiting[0].after) is None or after.done()):
-                entry = self._waiting.popleft()
-                if entry.answer.cancelled():
-                    continue
-                try:
-                    started.append((entry.start(), entry.answer))
-                except BaseException as error:
-                    started.append((error, entry.answer))
-        for outcome, answer in started:
-            if isinstance(outcome, Future):
-                link(outcome, answer)
-            elif answer.set_running_or_notify_cancel():
-                answer.set_exception(outcome)
+            while self._waiting and self._waiting[0].is_ready():
+                started.append(self._waiting.popleft().start())
+        for complete in started:
+            complete()
+
+
+def _always() -> bool:
+    return True
+
+
+def _start(start: Callable[[], Future[T]], answer: Future[T]) -> Callable[[], None]:
+    """Start a request, unless it was cancelled; return the function that completes its answer."""
+    if answer.cancelled():
+        return lambda: None
+    try:
+        return partial(link, start(), answer)
+    except BaseException as error:
+        return partial(_fail, answer, error)
+
+
+def _fail(answer: Future[T], error: BaseException) -> None:
+    if answer.set_running_or_notify_cancel():
+        answer.set_exception(error)

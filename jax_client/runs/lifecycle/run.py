@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 from tinker import types
 
@@ -29,15 +30,40 @@ from jax_client.runs.results.graph_loss import GraphCall
 from jax_client.values import AdapterState, CheckpointKey, LoraSpec, TrainExample
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jax_client.checkpoint.disk.run_lock import RunLock
     from jax_client.checkpoint.record import Record
-    from jax_client.engine.core.adapters import Held, Version
+    from jax_client.engine.core.adapters import Adapter, Snapshot, Version
+    from jax_client.engine.core.requests import LossSpec, TrainResult
+    from jax_client.engine.core.turns import Lane
     from jax_client.torch_graph.program import GraphProgram
 
 logger = logging.getLogger(__name__)
+A = TypeVar("A")
 T = TypeVar("T")
+P = ParamSpec("P")
 # The runs whose loss function is running in this context.
 _inside_loss: ContextVar[frozenset[str]] = ContextVar("jax_client_inside_loss", default=frozenset())
+
+
+class _WithMetrics(Protocol):
+    @property
+    def metrics(self) -> Mapping[str, float] | None: ...
+
+
+Shown = TypeVar("Shown", bound=_WithMetrics)
+
+
+def _while_usable(method: Callable[Concatenate[Run, P], T]) -> Callable[Concatenate[Run, P], T]:
+    """Refuse a call on a closed session, or from the run's own loss function, before its arguments are looked at."""
+
+    @functools.wraps(method)
+    def checked(self: Run, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self.check_usable()
+        return method(self, *args, **kwargs)
+
+    return checked
 
 
 class Run:
@@ -55,7 +81,7 @@ class Run:
     """
 
     def __init__(
-        self, session: Session, model_ref: ModelRef, lane: Any, adapter: Any, checkpointer: RunCheckpointer
+        self, session: Session, model_ref: ModelRef, lane: Lane, adapter: Adapter, checkpointer: RunCheckpointer
     ) -> None:
         self.session = session
         self.model_ref = model_ref
@@ -69,12 +95,13 @@ class Run:
         self.published = WeightsFeed()
         weakref.finalize(self, autosave.forget, checkpointer).atexit = False
 
-    def _request(self, start: Callable[[], Future[Any]], *, after: Future[Any] | None = None) -> Future[Any]:
-        """Submit to the engine in order, unless the session is closed or the caller is this run's own loss function."""
-        self._check_usable()
+    def _request(self, start: Callable[[], Future[T]], *, after: Future[A] | None = None) -> Future[T]:
+        """Submit to the engine in order, unless the session was closed while the arguments were checked."""
+        self.check_usable()
         return self._order.submit(start, after=after)
 
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
+        """Raise if the session is closed, or the caller is this run's own loss function."""
         if self.run_id in _inside_loss.get():
             raise RuntimeError(
                 "re-entrant call: a loss function cannot use the TrainingClient that is running it, which would wait "
@@ -82,77 +109,84 @@ class Run:
             )
         self.session.check_open()
 
-    def _answer(self, source: Future[Any], show: Callable[[Any], Any]) -> Future[Any]:
+    def _answer(self, source: Future[A], show: Callable[[A], T]) -> Future[T]:
         return self.session.track(then(source, show, owner=self))
 
-    def forward(self, data: Any, loss_fn: Any, loss_fn_config: Any) -> Future[types.ForwardBackwardOutput]:
+    @_while_usable
+    def forward(self, data: object, loss_fn: object, loss_fn_config: object) -> Future[types.ForwardBackwardOutput]:
         """Compute logprobs and the loss; gradients stay as they are."""
-        self._check_usable()
-        sequences, loss = self._training_data(data, loss_fn, loss_fn_config)
-        source = self._request(lambda: self._engine.forward(self._lane, self._adapter, sequences, loss))
+        examples, loss = self._training_data(data, loss_fn, loss_fn_config)
+        source = self._request(lambda: self._engine.score_batch(self._lane, self._adapter, examples, loss))
         return self._answer(source, self._noting(convert.training_output, self._checkpointer.observed.scored))
 
-    def forward_backward(self, data: Any, loss_fn: Any, loss_fn_config: Any) -> Future[types.ForwardBackwardOutput]:
+    @_while_usable
+    def forward_backward(
+        self, data: object, loss_fn: object, loss_fn_config: object
+    ) -> Future[types.ForwardBackwardOutput]:
         """Compute logprobs and the loss, and add its gradient to the accumulated ones."""
-        self._check_usable()
-        sequences, loss = self._training_data(data, loss_fn, loss_fn_config)
-        source = self._request(lambda: self._engine.forward_backward(self._lane, self._adapter, sequences, loss))
+        examples, loss = self._training_data(data, loss_fn, loss_fn_config)
+        source = self._request(lambda: self._engine.train_batch(self._lane, self._adapter, examples, loss))
         return self._answer(source, self._noting(convert.training_output, self._checkpointer.observed.passed))
 
     @staticmethod
-    def _noting(show: Callable[[Any], T], note: Callable[[Any], None]) -> Callable[[Any], T]:
-        def noted(result: Any) -> T:
-            shown: Any = show(result)
-            note(shown.metrics)
+    def _noting(show: Callable[[A], Shown], note: Callable[[Mapping[str, float]], None]) -> Callable[[A], Shown]:
+        """Return `show`, which also gives the metrics of what it returns to `note`."""
+
+        def noted(result: A) -> Shown:
+            shown = show(result)
+            note(shown.metrics or {})
             return shown
 
         return noted
 
-    def _training_data(self, data: Any, loss_fn: Any, loss_fn_config: Any) -> Any:
+    def _training_data(
+        self, data: object, loss_fn: object, loss_fn_config: object
+    ) -> tuple[list[TrainExample], LossSpec]:
         model = self._engine.model
         return checks.training_data(
-            data, loss_fn, loss_fn_config, vocab_size=model.vocab_size, max_context=self._engine.max_context
+            data, loss_fn, loss_fn_config, vocab_size=model.vocab_size, max_context=model.max_context
         )
 
+    @_while_usable
     def forward_backward_custom(
-        self, data: Any, loss: CustomLoss, extra: Callable[[], Mapping[str, float]]
+        self, data: object, loss: CustomLoss, extra: Callable[[], Mapping[str, float]]
     ) -> Future[types.ForwardBackwardOutput]:
         """Run `loss` between a forward and a backward pass, and add the gradient to the accumulated ones.
 
         Args:
             data: a list of Datum, of which the engine needs the tokens and the targets.
-            loss: from logprobs to loss, gradients and metrics; called on a thread of the engine's.
-            extra: the metrics of the user's own, called after the loss.
+            loss: `f(logprobs) -> (loss, gradients, metrics)`, called on a thread of the engine's.
+            extra: `f() -> metrics` of the user's own, called after the loss.
         """
-        self._check_usable()
         return self._custom(self._custom_data(data), loss, extra)
 
-    def forward_backward_graph(self, data: Any, program: GraphProgram) -> Future[types.ForwardBackwardOutput]:
+    @_while_usable
+    def forward_backward_graph(
+        self, data: list[types.Datum], program: GraphProgram
+    ) -> Future[types.ForwardBackwardOutput]:
         """Run an uploaded loss, as `forward_backward_custom` runs the user's function."""
-        self._check_usable()
-        sequences = self._custom_data(data)
-        return self._custom(sequences, GraphCall(program, data, sequences).run, dict)
+        examples = self._custom_data(data)
+        return self._custom(examples, GraphCall(program, data, examples).run, dict)
 
-    def _custom_data(self, data: Any) -> list[TrainExample]:
-        return checks.custom_data(data, vocab_size=self._engine.model.vocab_size, max_context=self._engine.max_context)
+    def _custom_data(self, data: object) -> list[TrainExample]:
+        model = self._engine.model
+        return checks.custom_data(data, vocab_size=model.vocab_size, max_context=model.max_context)
 
     def _custom(
-        self, sequences: list[TrainExample], loss: CustomLoss, extra: Callable[[], Mapping[str, float]]
+        self, examples: list[TrainExample], loss: CustomLoss, extra: Callable[[], Mapping[str, float]]
     ) -> Future[types.ForwardBackwardOutput]:
-        def guarded(logprobs: Any) -> Any:
+        def guarded(logprobs: list[np.ndarray]) -> tuple[float, list[np.ndarray], dict[str, float]]:
             with self._inside_loss():
                 return loss(logprobs)
 
-        def show(result: Any) -> types.ForwardBackwardOutput:
+        def show(result: TrainResult) -> types.ForwardBackwardOutput:
             own = extra()
             engine_metrics = {key: value for key, value in result.metrics.items() if key not in own}
             return convert.training_output(replace(result, metrics=engine_metrics), own)
 
-        source = self._request(
-            lambda: self._engine.forward_backward_custom(self._lane, self._adapter, sequences, guarded)
-        )
         # The user gets their own metrics as they are, with NaN; what is recorded is finite.
         note = lambda metrics: self._checkpointer.observed.passed(convert.metrics(metrics))  # noqa: E731
+        source = self._request(lambda: self._engine.train_batch(self._lane, self._adapter, examples, guarded))
         return self._answer(source, self._noting(show, note))
 
     @contextlib.contextmanager
@@ -163,61 +197,57 @@ class Run:
         finally:
             _inside_loss.reset(token)
 
-    def optim_step(self, optim_params: Any, adam_params: Any) -> Future[types.OptimStepResponse]:
+    @_while_usable
+    def optim_step(self, optim_params: object, adam_params: object) -> Future[types.OptimStepResponse]:
         """Take one AdamW step with the accumulated gradients, and clear them."""
-        self._check_usable()
         settings = checks.adam_settings(optim_params, adam_params)
         self._checkpointer.optimizer_config = settings
         source = self._request(lambda: self._engine.optim_step(self._lane, self._adapter, settings))
-        show = lambda metrics: types.OptimStepResponse(metrics=convert.metrics(metrics))  # noqa: E731
+
+        def show(metrics: dict[str, float]) -> types.OptimStepResponse:
+            return types.OptimStepResponse(metrics=convert.metrics(metrics))
+
         return self._answer(source, self._noting(show, self._checkpointer.observed.stepped))
 
+    @_while_usable
     def save(
         self,
         kind: Literal["weights", "sampler_weights"],
-        name: Any,
-        ttl_seconds: Any,
-        user_metadata: Any,
+        name: object,
+        ttl_seconds: object,
+        user_metadata: object,
         overwrite: bool = False,
-    ) -> Future[Any]:
+    ) -> Future[types.SaveWeightsResponse | types.SaveWeightsForSamplerResponse]:
         """Write a checkpoint; the future resolves after it is durable."""
-        self._check_usable()
         path = CheckpointKey(self.run_id, kind, checks.checkpoint_name(name))
         ttl, about = checks.ttl(ttl_seconds), checks.user_metadata_or_none(user_metadata)
         optimizer, checkpointer = kind == "weights", self._checkpointer
-        held = self._request(lambda: self._engine.hold_state(self._lane, self._adapter, optimizer))
+        held = self._request(lambda: self._engine.snapshot(self._lane, self._adapter, optimizer=optimizer))
 
-        def write(held: Held) -> Any:
-            checkpointer.write(
-                held,
-                kind,
-                path.name,
-                ttl_seconds=ttl,
-                user_metadata=about,
-                overwrite=overwrite,
-            )
+        def write(held: Snapshot) -> types.SaveWeightsResponse | types.SaveWeightsForSamplerResponse:
+            checkpointer.write(held, kind, path.name, ttl_seconds=ttl, user_metadata=about, overwrite=overwrite)
             if optimizer:
                 return types.SaveWeightsResponse(path=str(path), type="save_weights")
             return types.SaveWeightsForSamplerResponse(path=str(path), type="save_weights_for_sampler")
 
         return self.session.track(self.session.save(str(path), held, write))
 
-    def export(self, name: Any, ttl_seconds: Any) -> Future[types.SaveWeightsExternalResponse]:
+    @_while_usable
+    def export(self, name: object, ttl_seconds: object) -> Future[types.SaveWeightsExternalResponse]:
         """Write the adapter in the form that peft reads; the future resolves after it is durable and checked."""
-        self._check_usable()
         path = CheckpointKey(self.run_id, "external_weights", checks.checkpoint_name(name))
         ttl, checkpointer = checks.ttl(ttl_seconds), self._checkpointer
-        held = self._request(lambda: self._engine.hold_state(self._lane, self._adapter, False))
+        held = self._request(lambda: self._engine.snapshot(self._lane, self._adapter))
 
-        def write(held: Held) -> Any:
+        def write(held: Snapshot) -> types.SaveWeightsExternalResponse:
             checkpointer.export(held.fetch(), path.name, ttl_seconds=ttl)
             return types.SaveWeightsExternalResponse(path=str(path))
 
         return self.session.track(self.session.save(str(path), held, write))
 
-    def load(self, text: Any, *, optimizer: bool, method: str) -> Future[types.LoadWeightsResponse]:
+    @_while_usable
+    def load(self, text: object, *, optimizer: bool, method: str) -> Future[types.LoadWeightsResponse]:
         """Replace the adapter's weights, and its optimizer state if asked for; drop the accumulated gradients."""
-        self._check_usable()
         path = training_path(text, method)
         if not self.session.is_saving(str(path)):
             self._check_fits(self.session.store.record(path), optimizer)
@@ -228,9 +258,7 @@ class Run:
             return state if optimizer else replace(state, step=0, mu=None, nu=None)
 
         reading = self.session.read(str(path), read)
-        source = self._request(
-            lambda: self._engine.restore_state(self._lane, self._adapter, reading.result()), after=reading
-        )
+        source = self._request(lambda: self._engine.restore(self._lane, self._adapter, reading.result()), after=reading)
 
         def show(version: Version) -> types.LoadWeightsResponse:
             self._checkpointer.loaded(version)
@@ -240,7 +268,7 @@ class Run:
         return self._answer(source, show)
 
     def _check_fits(self, record: Record, optimizer: bool) -> None:
-        api_records.check_adapter(record, self.model_ref, self.spec)
+        api_records.check_adapter(record, self.model_ref.name, self.model_ref.model.fingerprint, self.spec)
         if optimizer:
             api_records.check_optimizer(record)
 
@@ -251,7 +279,7 @@ class Run:
         """
         source = self._request(lambda: self._engine.snapshot(self._lane, self._adapter))
 
-        def show(snapshot: Any) -> SamplerHandle:
+        def show(snapshot: Snapshot) -> SamplerHandle:
             published = WeightsFeed(snapshot) if kind == "snapshot" else self.published.publish(snapshot)
             return SamplerHandle(self.session, self.model_ref, published, model_path=None, sampler_id=sampler_id)
 
@@ -296,7 +324,7 @@ def create_run(
     """Load the base model if need be and make a fresh adapter; waits for both."""
     model_ref = session.base_model(base_model).result()
     lane = model_ref.model.engine.open_lane()
-    adapter = model_ref.model.engine.create_adapter(lane, spec).result()
+    adapter = model_ref.model.engine.open_adapter(lane, spec).result()
     return _open(session, run_id, model_ref, lane, adapter, spec, user_metadata, step=0)
 
 
@@ -325,14 +353,14 @@ def resume_run(
     if optimizer:
         api_records.check_optimizer(record)
     model_ref = session.base_model(base_model or record.metadata["base_model"]).result()
-    api_records.check_base_model(record, model_ref)
+    api_records.check_base_model(record, model_ref.name, model_ref.model.fingerprint)
     state, record = session.store.load(path)
     if not optimizer:
         state = replace(state, step=0, mu=None, nu=None)
     if user_metadata is None:
         user_metadata = _user_metadata(session, path.run_id)
     lane = model_ref.model.engine.open_lane()
-    adapter = model_ref.model.engine.load_adapter(lane, state).result()
+    adapter = model_ref.model.engine.open_adapter(lane, state).result()
     spec = api_records.saved_spec(record)
     return _open(session, run_id, model_ref, lane, adapter, spec, user_metadata, step=state.step, source=path)
 
@@ -341,8 +369,8 @@ def _open(
     session: Session,
     run_id: str,
     model_ref: ModelRef,
-    lane: Any,
-    adapter: Any,
+    lane: Lane,
+    adapter: Adapter,
     spec: LoraSpec,
     user_metadata: Mapping[str, str] | None,
     *,
@@ -373,8 +401,8 @@ def _open(
     except BaseException:
         model_ref.model.engine.release(adapter)
         raise
-    observed = run_metrics.watch(
-        run_id, model_ref.model.engine, session.state_dir, step, on=session.config.record_metrics
+    observed = run_metrics.observe(
+        run_id, model_ref.model.engine.monitor, session.state_dir, step, on=session.config.record_metrics
     )
     observed.event("start", step, base_model=model_ref.name, rank=spec.rank, origin=source and str(source))
     checkpointer = RunCheckpointer(

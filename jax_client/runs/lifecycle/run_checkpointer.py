@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jax_client.engine.core.requests import AdamSettings
 from jax_client.runs.lifecycle import base_models
@@ -23,7 +24,7 @@ from jax_client.values import AdapterState, CheckpointKey, Kind, LoraSpec
 if TYPE_CHECKING:
     from jax_client.checkpoint.disk.run_lock import RunLock
     from jax_client.checkpoint.store import CheckpointStore
-    from jax_client.engine.core.adapters import Held, Version
+    from jax_client.engine.core.adapters import Adapter, Snapshot, Version
     from jax_client.runs.results.run_metrics import RunMetrics
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class RunCheckpointer:
         *,
         store: CheckpointStore,
         model_ref: ModelRef,
-        adapter: Any,
+        adapter: Adapter,
         spec: LoraSpec,
         run_id: str,
         claim: RunLock,
@@ -68,7 +69,7 @@ class RunCheckpointer:
         self.store = store
         self.spec = spec
         self.optimizer_config: AdamSettings | None = None
-        base_models.retain(model_ref)
+        model_ref.retain()
         self._model_ref = model_ref
         self._engine = model_ref.model.engine
         self._adapter = adapter
@@ -82,7 +83,7 @@ class RunCheckpointer:
 
     def write(
         self,
-        held: Held,
+        held: Snapshot,
         kind: Kind,
         name: str,
         *,
@@ -112,7 +113,7 @@ class RunCheckpointer:
         from jax_client.runs.lifecycle.export_check import check_export
         from jax_client.weights.write import peft
 
-        def write(directory: Any) -> None:
+        def write(directory: Path) -> None:
             peft.write_adapter(directory, state, self._engine.model, self._model_ref.name)
             check = check_export(self._engine, state, directory)
             logger.info(
@@ -140,7 +141,7 @@ class RunCheckpointer:
             The path and the step, None if there was nothing to save.
         """
         with self._lock:
-            held = self._engine.current_state(self._adapter, True)
+            held = self._engine.snapshot(None, self._adapter, optimizer=True).result()
             if held.version == self._saved:
                 return None
             return self._autosave(held), held.step
@@ -154,7 +155,7 @@ class RunCheckpointer:
         None, and nothing is written, while the run holds gradients, of which a checkpoint has none.
         """
         with self._lock:
-            held = self._engine.current_state(self._adapter, True)
+            held = self._engine.snapshot(None, self._adapter, optimizer=True).result()
             if held.accumulating:
                 return None
             new = held.step if held.version != self._saved else None
@@ -166,7 +167,7 @@ class RunCheckpointer:
         """Take note that the adapter has saved weights, as this version."""
         self._saved = max(self._saved, version)
 
-    def _autosave(self, held: Held) -> CheckpointKey:
+    def _autosave(self, held: Snapshot) -> CheckpointKey:
         path = self.write(held, "weights", SLOTS[self._autosaves % len(SLOTS)], overwrite=True)
         self._autosaves += 1
         self._autosaved = path, held.version
@@ -186,11 +187,11 @@ class RunCheckpointer:
         self._engine.release(self._adapter)
         self._claim.release()
         if wait:
-            base_models.release(self._model_ref)
+            self._model_ref.release()
         else:
             base_models.drop([settled(self._model_ref)])
 
-    def _metadata(self, state: AdapterState, user_metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    def _metadata(self, state: AdapterState, user_metadata: Mapping[str, str] | None) -> dict[str, object]:
         return api_records.checkpoint_metadata(
             self._model_ref.name,
             self._model_ref.model.fingerprint,
@@ -200,6 +201,6 @@ class RunCheckpointer:
             user_metadata=user_metadata,
         )
 
-    def _optimizer(self) -> dict[str, Any]:
-        settings = self.optimizer_config
-        return {"name": "adamw"} | ({} if settings is None else asdict(settings))
+    def _optimizer(self) -> dict[str, object]:
+        settings: dict[str, object] = {} if self.optimizer_config is None else asdict(self.optimizer_config)
+        return {"name": "adamw"} | settings

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from tinker import types
 
@@ -19,23 +19,28 @@ from jax_client.runs.lifecycle.session import SamplerInfo, Session
 from jax_client.runs.results import api_records, convert
 from jax_client.values import AdapterState, CheckpointKey
 
+if TYPE_CHECKING:
+    from jax_client.engine.core.adapters import Snapshot
+
+T = TypeVar("T")
+
 
 class WeightsFeed:
     """The snapshot that samplers read; None is the base model. Its samplers follow what is published."""
 
-    def __init__(self, snapshot: Any = None) -> None:
+    def __init__(self, snapshot: Snapshot | None = None) -> None:
         self._snapshot = snapshot
         self.followed = False
         self._lock = threading.Lock()
 
-    def publish(self, snapshot: Any) -> WeightsFeed:
+    def publish(self, snapshot: Snapshot) -> WeightsFeed:
         """Make `snapshot` the newest weights, for every sampler of this holder."""
         with self._lock:
             self._snapshot = snapshot
             self.followed = True
         return self
 
-    def newest(self) -> Any:
+    def newest(self) -> Snapshot | None:
         """Return the newest weights."""
         with self._lock:
             return self._snapshot
@@ -65,7 +70,6 @@ class SamplerHandle:
         self.model_ref = model_ref
         self.sampler_id = sampler_id or session.new_id("sample")
         self._engine = model_ref.model.engine
-        self._lane = self._engine.open_lane()
         self._published = published
         self._count = itertools.count()
         session.samplers[self.sampler_id] = SamplerInfo(
@@ -73,7 +77,7 @@ class SamplerHandle:
         )
 
     def sample(
-        self, prompt: Any, num_samples: Any, sampling_params: Any, *, last_n: Any = None, **scores: Any
+        self, prompt: object, num_samples: object, sampling_params: object, *, last_n: object = None, **scores: object
     ) -> Future[types.SampleResponse]:
         """Check the request in the call, then return the future of its answer.
 
@@ -86,21 +90,16 @@ class SamplerHandle:
         """
         self.session.check_open()
         request = self._request(prompt, num_samples, sampling_params, last_n, scores)
-        include = bool(scores.get("include_prompt_logprobs"))
+        targets = scores.get("target_prompt_logprobs")
+        layout = targets if isinstance(targets, types.TensorData) else None
         request_id = f"{self.sampler_id}:{next(self._count)}"
 
         def show(result: GenerationResult) -> types.SampleResponse:
-            return convert.sample_response(
-                result,
-                request_id=request_id,
-                last_n=last_n,
-                prompt_logprobs=include,
-                targets=scores.get("target_prompt_logprobs"),
-            )
+            return convert.sample_response(result, request_id=request_id, targets=layout)
 
         return self._answer(request, show)
 
-    def compute_logprobs(self, prompt: Any, last_n: Any) -> Future[list[float | None]]:
+    def compute_logprobs(self, prompt: object, last_n: object) -> Future[list[float | None]]:
         """Return the future of log p of each prompt token given those before it; None for the first."""
         self.session.check_open()
         scored = {"include_prompt_logprobs": True}
@@ -109,7 +108,7 @@ class SamplerHandle:
         request = replace(request, num_samples=0, max_tokens=0)
 
         def show(result: GenerationResult) -> list[float | None]:
-            return convert.sample_response(result, request_id="", last_n=last_n).prompt_logprobs or []
+            return convert.sample_response(result, request_id="").prompt_logprobs or []
 
         return self._answer(request, show)
 
@@ -126,14 +125,17 @@ class SamplerHandle:
             return lambda: base_sampler(session, base_model, sampler_id=sampler_id)
         if self._published.followed:
             return None
-        # Imported here: a process that only lists samplers needs no device.
-        from jax_client.engine.core.adapters import to_host
-
-        state = to_host(snapshot)
+        state = snapshot.fetch()
         return lambda: _loaded(session, base_model, state, model_path=model_path, sampler_id=sampler_id)
 
     def _request(
-        self, prompt: Any, num_samples: Any, params: Any, last_n: Any, scores: dict[str, Any], room: int = 0
+        self,
+        prompt: object,
+        num_samples: object,
+        params: object,
+        last_n: object,
+        scores: Mapping[str, object],
+        room: int = 0,
     ) -> GenerationRequest:
         model = self._engine.model
         return checks.generation(
@@ -142,14 +144,14 @@ class SamplerHandle:
             params,
             prompt_logprobs_last_n=last_n,
             vocab_size=model.vocab_size,
-            max_context=self._engine.max_context + room,
+            max_context=model.max_context + room,
             eos_token_ids=model.eos_token_ids,
             decode=self.model_ref.model.decode,
             **scores,
         )
 
-    def _answer(self, request: GenerationRequest, show: Any) -> Future[Any]:
-        source = self._engine.generate(self._lane, self._published.newest(), request)
+    def _answer(self, request: GenerationRequest, show: Callable[[GenerationResult], T]) -> Future[T]:
+        source = self._engine.generate(self._published.newest(), request)
         return self.session.track(then(source, show, owner=self))
 
 
@@ -163,7 +165,7 @@ def checkpoint_sampler(session: Session, path: CheckpointKey, *, sampler_id: str
     """Return a sampler of saved weights; waits until they are loaded."""
     record = session.read(str(path), lambda: session.store.record(path)).result()
     model_ref = session.base_model(record.metadata["base_model"]).result()
-    api_records.check_base_model(record, model_ref)
+    api_records.check_base_model(record, model_ref.name, model_ref.model.fingerprint)
     state, _ = session.store.load(path)
     return _loaded(session, model_ref.name, state, model_path=str(path), sampler_id=sampler_id)
 
@@ -173,5 +175,5 @@ def _loaded(
 ) -> SamplerHandle:
     model_ref = session.base_model(base_model).result()
     engine = model_ref.model.engine
-    snapshot = engine.load_snapshot(engine.open_lane(), state).result()
+    snapshot = engine.snapshot(engine.open_lane(), state).result()
     return SamplerHandle(session, model_ref, WeightsFeed(snapshot), model_path=model_path, sampler_id=sampler_id)

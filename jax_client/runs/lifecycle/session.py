@@ -11,21 +11,25 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from jax_client import process
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import EngineConfig, default_mirror, default_state_dir
 from jax_client.errors import NotFoundError
 from jax_client.runs.lifecycle import autosave, base_models
-from jax_client.runs.lifecycle.base_models import ModelRef
+from jax_client.runs.lifecycle.base_models import BaseModels, ModelRef
 from jax_client.runs.lifecycle.futures import background, link, settled
 from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
 from jax_client.runs.results import run_metrics
 from jax_client.threads import Workers
 from jax_client.values import JsonObject
 
+if TYPE_CHECKING:
+    from jax_client.engine.protocol import Description
+
 logger = logging.getLogger(__name__)
+A = TypeVar("A")
 T = TypeVar("T")
 # Most that closing waits for uploads.
 MIRROR_SECONDS = 300.0
@@ -83,20 +87,27 @@ class Session:
         config: engine settings.
         info: what the user said about the session.
         session_id: of a session that goes on; None makes a new one.
+        models: where base models are loaded; None shares those of the process.
     """
 
     def __init__(
-        self, config: EngineConfig | None = None, info: SessionInfo | None = None, session_id: str | None = None
+        self,
+        config: EngineConfig | None = None,
+        info: SessionInfo | None = None,
+        session_id: str | None = None,
+        *,
+        models: BaseModels | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         self.info = info or SessionInfo()
         self.session_id = session_id or str(uuid.uuid4())
+        self.models = models or base_models.shared
         self.samplers: dict[str, SamplerInfo] = {}
         self.loss_keys: set[str] = set()
         self._lock = threading.RLock()
         self._counts = {"train": 0, "sample": 0}
-        self._in_flight: set[Future[Any]] = set()
-        self._saving: dict[str, Future[Any]] = {}
+        self._in_flight: set[Future[object]] = set()
+        self._saving: dict[str, Future[object]] = {}
         self._closed: str | None = None
         self._closing: Future[None] | None = None
         self._store: CheckpointStore | None = None
@@ -135,8 +146,8 @@ class Session:
             known = self._resources.model_refs.get(name)
             if known is not None and not (known.done() and known.exception() is not None):
                 return known
-            config = self.config
-            loading = background(lambda: base_models.acquire(name, config), "load")
+            config, models = self.config, self.models
+            loading = background(lambda: models.acquire(name, config), "load")
             self._resources.model_refs[name] = loading
             return loading
 
@@ -168,13 +179,13 @@ class Session:
     def track(self, future: Future[T]) -> Future[T]:
         """Count a request as in flight until it is done; closing waits for it."""
         with self._lock:
-            self._in_flight.add(future)
+            self._in_flight.add(cast("Future[object]", future))
         future.add_done_callback(self._forget)
         return future
 
-    def _forget(self, future: Future[Any]) -> None:
+    def _forget(self, future: Future[T]) -> None:
         with self._lock:
-            self._in_flight.discard(future)
+            self._in_flight.discard(cast("Future[object]", future))
 
     def on_disk(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` on the session's disk thread, after what was given to it before."""
@@ -183,7 +194,7 @@ class Session:
                 self._disk = Workers("jax_client-disk", 1)
             return self._disk.submit(function)
 
-    def save(self, path: str, state: Future[Any], write: Callable[[Any], T]) -> Future[T]:
+    def save(self, path: str, state: Future[A], write: Callable[[A], T]) -> Future[T]:
         """Write `state` on the disk thread when it is there; the future resolves after the commit.
 
         The end of the program waits for it.
@@ -191,10 +202,10 @@ class Session:
         saved: Future[T] = Future()
         autosave.finish_at_exit(saved)
         with self._lock:
-            self._saving[path] = saved
+            self._saving[path] = cast("Future[object]", saved)
         saved.add_done_callback(lambda _: self._saved(path, saved))
 
-        def start(done: Future[Any]) -> None:
+        def start(done: Future[A]) -> None:
             try:
                 link(self.on_disk(lambda: write(done.result())), saved)
             except BaseException as error:
@@ -203,7 +214,7 @@ class Session:
         state.add_done_callback(start)
         return saved
 
-    def _saved(self, path: str, saved: Future[Any]) -> None:
+    def _saved(self, path: str, saved: Future[T]) -> None:
         with self._lock:
             if self._saving.get(path) is saved:
                 del self._saving[path]
@@ -216,7 +227,7 @@ class Session:
             return self.on_disk(function)
         answer: Future[T] = Future()
 
-        def start(_: Future[Any]) -> None:
+        def start(_: Future[object]) -> None:
             try:
                 link(self.on_disk(function), answer)
             except BaseException as error:
@@ -257,7 +268,7 @@ class Session:
             self._closing = background(lambda: self._finish(pending), "close")
             return self._closing
 
-    def _finish(self, pending: list[Future[Any]]) -> None:
+    def _finish(self, pending: list[Future[object]]) -> None:
         wait(pending)
         for function in self._at_close:
             function()
@@ -272,14 +283,14 @@ class Session:
             logger.warning("not every checkpoint in %s was copied to the mirror", self.state_dir)
         base_models.release_all(_take(self._resources))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         """Return what the loaded engines say about themselves; the newest one's entries also at the top level."""
         with self._resources.lock:
             loads = list(self._resources.model_refs.values())
         loaded = [load.result().model for load in loads if load.done() and load.exception() is None]
-        described = [model.engine.describe() for model in dict.fromkeys(loaded)]
+        described = [model.engine.monitor.describe() for model in dict.fromkeys(loaded)]
         newest = described[-1] if described else {}
-        own: dict[str, Any] = {"session_id": self.session_id, "state_dir": str(self.state_dir), "engines": described}
+        own: Description = {"session_id": self.session_id, "state_dir": str(self.state_dir), "engines": described}
         if self._store is not None:
             own |= self._store.describe()
         return {**newest, **own}

@@ -21,7 +21,6 @@ from jax_client.values import CheckpointKey, LoraSpec
 if TYPE_CHECKING:
     from jax_client.checkpoint.record import Record
     from jax_client.checkpoint.store import CheckpointStore
-    from jax_client.runs.lifecycle.base_models import ModelRef
 
 _TYPES: dict[str, types.CheckpointType] = {
     "weights": "training",
@@ -41,9 +40,9 @@ def checkpoint_metadata(
     spec: LoraSpec,
     *,
     step: int,
-    optimizer: Mapping[str, Any] | None,
+    optimizer: Mapping[str, object] | None,
     user_metadata: Mapping[str, str] | None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return what a checkpoint must know for `create_training_client_from_state` and for the listings.
 
     Args:
@@ -69,19 +68,19 @@ def saved_spec(record: Record) -> LoraSpec:
     return LoraSpec.from_json(record.metadata["spec"])
 
 
-def check_base_model(record: Record, model_ref: ModelRef) -> None:
-    """Raise BadRequestError unless the checkpoint belongs to these base weights."""
-    if record.metadata["base_fingerprint"] != model_ref.model.fingerprint:
+def check_base_model(record: Record, base_model: str, fingerprint: str) -> None:
+    """Raise BadRequestError unless the checkpoint belongs to the base weights of this fingerprint."""
+    if record.metadata["base_fingerprint"] != fingerprint:
         raise BadRequestError(
             f"checkpoint {record.key} was trained on {record.metadata['base_model']!r}, but this is "
-            f"{model_ref.name!r}, whose weights differ; nothing was loaded. Leave base_model out, or give the one it "
+            f"{base_model!r}, whose weights differ; nothing was loaded. Leave base_model out, or give the one it "
             "was trained on."
         )
 
 
-def check_adapter(record: Record, model_ref: ModelRef, spec: LoraSpec) -> None:
+def check_adapter(record: Record, base_model: str, fingerprint: str, spec: LoraSpec) -> None:
     """Raise BadRequestError unless the checkpoint fits into an adapter of `spec` on this base model."""
-    check_base_model(record, model_ref)
+    check_base_model(record, base_model, fingerprint)
     saved = saved_spec(record)
     if _shape(saved) != _shape(spec):
         raise BadRequestError(
@@ -145,7 +144,7 @@ def run_metadata(
     project_id: str | None,
     display_name: str | None,
     session_metadata: Mapping[str, str] | None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return what is kept about a training run."""
     return {
         "session_id": session_id,

@@ -9,7 +9,7 @@ import numpy as np
 from tinker import types
 
 from jax_client.engine.core.requests import GenerationResult, TrainResult
-from jax_client.runs.sdk import MASK_LOGPROB, TopkLogprobs
+from jax_client.runs.sdk import TopkLogprobs
 
 
 def metrics(values: Mapping[str, float]) -> dict[str, float]:
@@ -34,8 +34,6 @@ def sample_response(
     result: GenerationResult,
     *,
     request_id: str,
-    last_n: int | None = None,
-    prompt_logprobs: bool = True,
     targets: types.TensorData | None = None,
 ) -> types.SampleResponse:
     """Show a generation.
@@ -43,8 +41,6 @@ def sample_response(
     Args:
         result: the engine's answer.
         request_id: makes the sequences' ids distinct.
-        last_n: only the last n prompt positions keep their log probabilities; earlier ones read as not computed.
-        prompt_logprobs: whether they were asked for.
         targets: the ids whose scores were asked for, whose layout the answer has.
     """
     sequences = [
@@ -57,23 +53,17 @@ def sample_response(
         )
         for index, row in enumerate(result.rows)
     ]
-    prompt_T, topk = result.prompt_logprobs_T, _topk(result.topk_ids_Tk, result.topk_logprobs_Tk)
-    if topk is not None and last_n is not None:
-        topk.token_ids[:-last_n], topk.logprobs[:-last_n] = 0, MASK_LOGPROB
     alternatives = None
     if result.alternative_ids_Tk is not None and result.alternative_logprobs_Tk is not None:
         alternatives = types.PromptAltTokens(
             tokens=types.TensorData.from_numpy(result.alternative_ids_Tk.astype(np.int64)),
             logprobs=types.TensorData.from_numpy(result.alternative_logprobs_Tk.astype(np.float32)),
         )
-    if prompt_T is not None:
-        prompt_T = prompt_T.astype(np.float32)
-        if last_n is not None:
-            prompt_T[:-last_n] = np.nan
+    prompt_T = result.prompt_logprobs_T
     return types.SampleResponse(
         sequences=sequences,
-        prompt_logprobs_np=prompt_T if prompt_logprobs else None,
-        topk_prompt_logprobs_np=topk,
+        prompt_logprobs_np=None if prompt_T is None else prompt_T.astype(np.float32),
+        topk_prompt_logprobs_np=_topk(result.topk_ids_Tk, result.topk_logprobs_Tk),
         target_prompt_logprobs=_like(targets, result.target_logprobs_TK),
         prompt_cache_hit_tokens=result.cached_tokens,
         prompt_alt_tokens=alternatives,

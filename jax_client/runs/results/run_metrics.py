@@ -12,12 +12,13 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 from jax_client import interpreter_end, process
+from jax_client.engine.protocol import Monitor, Usage
 from jax_client.metrics.store import FILE_NAME, Event, MetricsStore, Point
 from jax_client.process import Step
 from jax_client.threads import start_thread
@@ -68,7 +69,7 @@ class RunMetrics:
 
     Args:
         run_id: `SESSION:train:N`.
-        engine: whose memory, sampling and compiles are recorded with it.
+        monitor: of the engine, whose memory, sampling and compiles are recorded with the run.
         state_dir: where the file is.
         step: optimizer steps that the run starts with.
         recorder: None observes nothing.
@@ -77,9 +78,11 @@ class RunMetrics:
         totals, newest: what it has done, and the newest metrics by name; of the recorder's thread.
     """
 
-    def __init__(self, run_id: str, engine: Any, state_dir: Path, step: int, recorder: MetricsWriter | None) -> None:
+    def __init__(
+        self, run_id: str, monitor: Monitor, state_dir: Path, step: int, recorder: MetricsWriter | None
+    ) -> None:
         self.run_id = run_id
-        self.engine = engine
+        self.monitor = monitor
         self.path = state_dir / FILE_NAME
         self.step = step
         self.totals = Totals()
@@ -148,7 +151,7 @@ class RunMetrics:
         for part in PARTS:
             totals.seconds[part] += metrics.get(f"{part}_seconds:sum", 0.0)
 
-    def device(self, usage: Mapping[str, Any], now: float) -> Point:
+    def device(self, usage: Usage, now: float) -> Point:
         """Return the engine's memory, and what it sampled since the last such point; for the recorder's thread."""
         metrics = {f"memory_bytes/{kind}": float(size) for kind, size in usage["memory_bytes"].items()}
         sampling = usage["sampling"]
@@ -167,12 +170,12 @@ class RunMetrics:
 
     def compiles(self) -> list[Event]:
         """Return the engine's compiles since the last time; for the recorder's thread."""
-        new = self.engine.compiled(self._compiles)
+        new = self.monitor.compiled(self._compiles)
         self._compiles += len(new)
         return [
-            Event(run=self.run_id, kind="compile", step=self.step, time=record["ended_at"], details=record)
+            Event(run=self.run_id, kind="compile", step=self.step, time=record.ended_at, details=asdict(record))
             for record in new
-            if record["ended_at"] >= self._opened
+            if record.ended_at >= self._opened
         ]
 
 
@@ -289,13 +292,13 @@ class MetricsWriter:
                 self._drop(count)
 
     def _ask_engines(self, runs: list[RunMetrics], files: dict[Path, tuple[list[Point], list[Event]]]) -> None:
-        usages: dict[int, Any] = {}
+        usages: dict[int, Usage] = {}
         for run in runs:
             try:
-                if id(run.engine) not in usages:
-                    usages[id(run.engine)] = run.engine.usage()
+                if id(run.monitor) not in usages:
+                    usages[id(run.monitor)] = run.monitor.usage()
                 points, events = files[run.path]
-                points.append(run.device(usages[id(run.engine)], time.time()))
+                points.append(run.device(usages[id(run.monitor)], time.time()))
                 events += run.compiles()
             except Exception:
                 self._complain()
@@ -331,9 +334,9 @@ process.register(
 )
 
 
-def watch(run_id: str, engine: Any, state_dir: Path, step: int, *, on: bool) -> RunMetrics:
+def observe(run_id: str, monitor: Monitor, state_dir: Path, step: int, *, on: bool) -> RunMetrics:
     """Begin to observe a run; `on` says whether anything is recorded."""
-    observed = RunMetrics(run_id, engine, state_dir, step, shared if on else None)
+    observed = RunMetrics(run_id, monitor, state_dir, step, shared if on else None)
     if on:
         with _lock:
             _live.add(observed)

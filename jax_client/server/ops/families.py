@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jax_client.runs.lifecycle import base_models
 from jax_client.runs.results import run_metrics
@@ -13,7 +13,8 @@ from jax_client.runs.results.run_metrics import MetricsWriter, RunMetrics
 from jax_client.server.ops.prometheus import Family
 
 if TYPE_CHECKING:
-    from jax_client.engine.engine import Engine
+    from jax_client.engine.core.programs import CompileRecord
+    from jax_client.engine.protocol import Engine
 
 Labels = Mapping[str, str]
 
@@ -69,7 +70,8 @@ def all_families() -> list[Family]:
 
 
 def _of_engines(named: list[tuple[str, Engine]]) -> Iterable[Family]:
-    states = [({"model": name}, engine.usage(), engine.health(), engine.compiled()) for name, engine in named]
+    monitors = [({"model": name}, engine.monitor) for name, engine in named]
+    states = [(labels, monitor.usage(), monitor.health(), monitor.compiled()) for labels, monitor in monitors]
     yield Family(
         name="engine_up",
         kind="gauge",
@@ -126,14 +128,14 @@ def _of_engines(named: list[tuple[str, Engine]]) -> Iterable[Family]:
             )
 
 
-def _of_compiles(compiled: list[tuple[Labels, list[dict[str, Any]]]]) -> Iterable[Family]:
+def _of_compiles(compiled: list[tuple[Labels, list[CompileRecord]]]) -> Iterable[Family]:
     counts: defaultdict[tuple[str, str, str], float] = defaultdict(float)
     seconds: defaultdict[tuple[str, str, str], float] = defaultdict(float)
     for labels, records in compiled:
         for record in records:
-            key = labels["model"], record["cause"], "cache" if record["cached"] else "compiler"
+            key = labels["model"], record.cause, "cache" if record.cached else "compiler"
             counts[key] += 1
-            seconds[key] += record["seconds"]
+            seconds[key] += record.seconds
     description = "Programs made, by what asked for them and where they came from."
     for name, text, values in (
         ("engine_compiles_total", description, counts),

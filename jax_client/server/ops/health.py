@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -16,7 +16,7 @@ from jax_client.runs.lifecycle import base_models
 from jax_client.runs.lifecycle.base_models import BaseModel
 
 if TYPE_CHECKING:
-    from jax_client.engine.engine import Engine
+    from jax_client.engine.protocol import Engine, Health
 
 logger = logging.getLogger(__name__)
 # Engine states that make a health check fail.
@@ -31,7 +31,7 @@ class Watchdog:
 
     async def check(self, request: Request) -> Response:
         """Answer GET /healthz without a thread and without waiting: 200, or 503 with the stuck or dead engines."""
-        checked = [(model, model.engine.health()) for model in base_models.loaded()]
+        checked = [(model, model.engine.monitor.health()) for model in base_models.loaded()]
         ill = [(model, health) for model, health in checked if health["state"] in _ILL]
         for model, health in checked:
             self._report(model, health)
@@ -41,7 +41,7 @@ class Watchdog:
         # The only 5xx status of the server: the SDK does not send health checks.
         return JSONResponse({"status": "; ".join(_sentence(*each) for each in ill), "engines": shown}, 503)
 
-    def _report(self, model: BaseModel, health: dict[str, Any]) -> None:
+    def _report(self, model: BaseModel, health: Health) -> None:
         """Log all stacks when an engine is ill, once until it has recovered."""
         if health["state"] not in _ILL:
             self._reported.discard(model.engine)
@@ -50,7 +50,7 @@ class Watchdog:
             logger.error("%s\n%s", _sentence(model, health), stacks())
 
 
-def _sentence(model: BaseModel, health: dict[str, Any]) -> str:
+def _sentence(model: BaseModel, health: Health) -> str:
     return (
         f"engine {model.source.name!r} is {health['state']}: {health['waiting']} requests wait, and nothing has moved "
         f"for {health['stalled_seconds']:.0f} s"

@@ -74,7 +74,7 @@ async def list_engines(request: Request) -> Response:
     models = base_models.loaded()
 
     def describe() -> list[dict[str, Any]]:
-        return [model.engine.describe() | {"health": model.engine.health()} for model in models]
+        return [model.engine.monitor.describe() | {"health": model.engine.monitor.health()} for model in models]
 
     return JSONResponse({"engines": await run_in_threadpool(describe)})
 

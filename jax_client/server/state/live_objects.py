@@ -16,6 +16,7 @@ from functools import partial
 
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, NotFoundError
+from jax_client.runs.lifecycle.base_models import BaseModels
 from jax_client.runs.lifecycle.futures import settled
 from jax_client.runs.lifecycle.run import Run, resume_run
 from jax_client.runs.lifecycle.sampler_handle import SamplerHandle, base_sampler, checkpoint_sampler
@@ -57,13 +58,19 @@ class LiveObjects:
         records: what the next server will know.
         queues: the queue of every model, whose place in the order is part of a model's record.
         clients: objects of this process's clients, None for a server of other processes only.
+        base_models: where base models are loaded; None shares those of the process.
     """
 
     def __init__(
-        self, config: EngineConfig, records: Records, queues: ModelQueues, clients: ClientObjects | None = None
+        self,
+        config: EngineConfig,
+        records: Records,
+        queues: ModelQueues,
+        clients: ClientObjects | None = None,
+        base_models: BaseModels | None = None,
     ) -> None:
         self.config = config
-        self.own = Session(config)
+        self.own = Session(config, models=base_models)
         self.sessions: Table[Session] = Table("session", records, "; make a new ServiceClient.")
         self.models: Table[Served[Run]] = Table("model", records, ". Make one, or go on from a checkpoint of its run.")
         self.samplers: Table[Served[SamplerHandle]] = Table("sampler", records, "; make one again.")
@@ -82,7 +89,7 @@ class LiveObjects:
 
     def add_session(self, info: SessionInfo) -> Session:
         """Begin a session."""
-        session = Session(self.config, info)
+        session = Session(self.config, info, models=self.own.models)
         self.sessions.add(session.session_id, session)
         self.sessions.record(session.session_id, info.to_json())
         return session
@@ -96,7 +103,10 @@ class LiveObjects:
         session = None if self._clients is None else self._clients.sessions.get(session_id)
         if session is not None:
             return session
-        remake = lambda fields: Session(self.config, SessionInfo.from_json(fields), session_id)  # noqa: E731
+
+        def remake(fields: Fields) -> Session:
+            return Session(self.config, SessionInfo.from_json(fields), session_id, models=self.own.models)
+
         session = self.sessions.get(session_id, remake)
         self._signs[session_id] = time.monotonic()
         return session

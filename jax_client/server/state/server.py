@@ -12,7 +12,7 @@ from tinker import types
 
 from jax_client.config import EngineConfig
 from jax_client.runs import checks
-from jax_client.runs.lifecycle import base_models
+from jax_client.runs.lifecycle.base_models import BaseModels
 from jax_client.runs.lifecycle.session import SessionInfo
 from jax_client.runs.listings import Listings
 from jax_client.server.state.ledger import RequestLedger
@@ -43,6 +43,7 @@ class Server:
         aliases: names of base models that stand for others.
         log: keeps requests, answers and records over a restart; None keeps them in memory.
         clients: objects of this process's clients, which are served too.
+        base_models: where base models are loaded; None shares those of the process.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class Server:
         aliases: Mapping[str, str] | None = None,
         log: RequestLog | None = None,
         clients: ClientObjects | None = None,
+        *,
+        base_models: BaseModels | None = None,
     ) -> None:
         self.config = config
         self._aliases = dict(aliases or {})
         records = Records(log)
         self.ledger = RequestLedger(log, self._lost_answer)
-        self.live = LiveObjects(config, records, self.ledger.queues, clients)
+        self.live = LiveObjects(config, records, self.ledger.queues, clients, base_models)
         self.training = TrainingRequests(self.live, self.ledger, self.model_name)
         self.sampling = SamplingRequests(self.live, self.ledger, records, self.model_name)
         self.listings = Listings(self.live.own)
@@ -97,7 +100,7 @@ class Server:
         if served is None:
             return None
         name = served.base_model_name
-        progress = None if name is None else base_models.progress(name, self.config)
+        progress = None if name is None else self.live.own.models.progress(name, self.config)
         ahead = self.ledger.ahead_of(request)
         return progress or (f"{ahead} requests ahead" if ahead else None)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jax_client.engine.core import adapters
+from jax_client.models import lora_arrays
 from jax_client.models.config import ModelConfig
 from jax_client.values import AdapterState, LoraSpec
 
@@ -40,7 +40,7 @@ def linear_names(module: str, c: ModelConfig) -> list[str]:
 
 def linear_sizes(c: ModelConfig, spec: LoraSpec) -> dict[str, tuple[int, int]]:
     """Return (in, out) of every linear layer that an adapter of this configuration covers."""
-    shapes, sizes = adapters.array_shapes(c, spec), {}
+    shapes, sizes = lora_arrays.array_shapes(c, spec), {}
     for module in covered(spec):
         names = linear_names(module, c)
         n_in, n_out = (math.prod(shapes[f"{module}.{ab}"]) // (len(names) * spec.rank) for ab in "AB")
@@ -55,7 +55,7 @@ def to_pairs(state: AdapterState, c: ModelConfig) -> Pairs:
         BadRequestError: the arrays are not those of this model: how many, and the first five with both shapes.
     """
     advice = "Give the base model that it was trained on."
-    adapters.refuse_other_shapes("the adapter", state.weights, c, state.spec, advice)
+    lora_arrays.refuse_other_shapes("the adapter", state.weights, c, state.spec, advice)
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for module in covered(state.spec):
         names = linear_names(module, c)
@@ -67,7 +67,7 @@ def to_pairs(state: AdapterState, c: ModelConfig) -> Pairs:
 def from_pairs(pairs: Pairs, c: ModelConfig, spec: LoraSpec) -> dict[str, np.ndarray]:
     """Return an adapter's arrays, float32 by flat name, from the matrices of every linear layer that it covers."""
     arrays = {}
-    for name, shape in adapters.array_shapes(c, spec).items():
+    for name, shape in lora_arrays.array_shapes(c, spec).items():
         module, part = name.split(".")
         matrices = [pairs[linear]["AB".index(part)] for linear in linear_names(module, c)]
         arrays[name] = np.stack(matrices, dtype=np.float32).reshape(shape)

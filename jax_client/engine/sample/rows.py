@@ -1,0 +1,194 @@
+"""What state does a sampling request have: its job, its rows, their tiles, and the scores of its prompt?
+
+A job has one row per sample, or one that draws nothing where only the prompt is scored. Its future is completed when
+the last row has finished.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from jax_client.engine.core.adapters import Snapshot
+from jax_client.engine.core.requests import GeneratedRow, GenerationRequest, GenerationResult
+
+
+class Job:
+    """One request and its answer so far."""
+
+    def __init__(self, request: GenerationRequest, snapshot: Snapshot | None):
+        self.request = request
+        self.prompt_T = np.asarray(request.tokens_T, np.int32)
+        self.snapshot = snapshot
+        self.future: Future[GenerationResult] = Future()
+        self.rows: list[GeneratedRow | None] = [None] * request.num_samples
+        self.scores = PromptScores(request) if request.scores_prompt else None
+        self.cached_tokens: int | None = None
+        self.left = max(1, request.num_samples)  # a request that only scores has one row, which draws nothing
+
+    @property
+    def version(self) -> int:
+        """Which weights the pages of this job's rows belong to."""
+        return 0 if self.snapshot is None else self.snapshot.number
+
+    def finish(self, row: Row) -> None:
+        """Note that a row is done; complete the request with its last one."""
+        if self.rows:
+            self.rows[row.sample] = row.result()
+        row.after = None  # it leads back to the row, and with it to weights
+        self.left -= 1
+        if self.left == 0:
+            scores = {} if self.scores is None else self.scores.fields()
+            rows = [r for r in self.rows if r is not None]
+            if self.future.set_running_or_notify_cancel():
+                self.future.set_result(GenerationResult(rows=rows, cached_tokens=self.cached_tokens or 0, **scores))
+
+
+class PromptScores:
+    """The scores of a prompt's own positions; position i is about token i + 1.
+
+    Attributes:
+        targets_TC: int32 ids to score at each position, the prompt's own next token first.
+        reported: first position whose logprob and likeliest tokens are reported.
+        first: first position that is computed.
+    """
+
+    def __init__(self, request: GenerationRequest):
+        self._request = request
+        # Targets and alternatives are of the whole prompt, whatever else is left out.
+        whole = request.targets_TK is not None or request.alternatives > 0
+        self.reported = 0 if request.score_last is None else len(request.tokens_T) - 1 - request.score_last
+        self.first = 0 if whole else self.reported
+        targets = request.tokens_T[1:, None]
+        if request.targets_TK is not None:
+            targets = np.concatenate([targets, np.maximum(request.targets_TK, 0)], axis=1)
+        self.targets_TC = targets.astype(np.int32)
+        self._parts: list[tuple[int, dict[str, np.ndarray]]] = []
+
+    def add(self, position: int, scores: dict[str, np.ndarray]) -> None:
+        """Take the scores of positions from `position` on."""
+        self._parts.append((position, scores))
+
+    def fields(self) -> dict[str, np.ndarray]:
+        """Return the fields of `GenerationResult` that were asked for."""
+        request, T = self._request, len(self._request.tokens_T)
+        logprobs_TC = np.full((T, self.targets_TC.shape[1]), np.nan, np.float32)
+        ids_Tk = np.zeros((T, request.topk_prompt), np.int32)
+        top_Tk = np.full((T, request.topk_prompt), -99999.0, np.float32)
+        drawn_Tk = np.zeros((T, request.alternatives), np.int32)
+        drawn_logprobs_Tk = np.zeros((T, request.alternatives), np.float32)
+        for start, scores in self._parts:
+            first = max(start, self.first)
+            at = slice(first + 1, min(start + len(scores["logprobs"]) + 1, T))
+            of = slice(first - start, at.stop - 1 - start)
+            logprobs_TC[at] = scores["logprobs"][of, : logprobs_TC.shape[1]]
+            k = min(ids_Tk.shape[1], scores["top_ids"].shape[1])
+            ids_Tk[at, :k], top_Tk[at, :k] = scores["top_ids"][of, :k], scores["top_logprobs"][of, :k]
+            drawn_Tk[at] = scores["alternatives"][of, : request.alternatives]
+            drawn_logprobs_Tk[at] = scores["alternative_logprobs"][of, : request.alternatives]
+        left_out = slice(0, self.reported + 1)
+        logprobs_TC[left_out, 0], ids_Tk[left_out], top_Tk[left_out] = np.nan, 0, -99999.0
+        fields: dict[str, np.ndarray] = {}
+        if request.prompt_logprobs:
+            fields["prompt_logprobs_T"] = logprobs_TC[:, 0]
+        if request.topk_prompt:
+            fields |= {"topk_ids_Tk": ids_Tk, "topk_logprobs_Tk": top_Tk}
+        if request.targets_TK is not None:
+            asked_TK = (request.targets_TK >= 0) & ~np.isnan(logprobs_TC[1:, 1:])
+            fields["target_logprobs_TK"] = np.where(asked_TK, logprobs_TC[1:, 1:], np.float32(0))
+        if request.alternatives:
+            fields |= {"alternative_ids_Tk": drawn_Tk[1:], "alternative_logprobs_Tk": drawn_logprobs_Tk[1:]}
+        return fields
+
+
+@dataclass(slots=True, eq=False)
+class Tile:
+    """One page of a row's tokens to compute.
+
+    Attributes:
+        start: position of its first token.
+        page: where its keys and values go.
+        table: the row's pages up to there, which it attends to.
+        scores: takes the scores of its positions, None where nobody asked for them.
+    """
+
+    row: Row
+    start: int
+    page: int
+    table: list[int]
+    scores: PromptScores | None
+    launched: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One sample of a job.
+
+    Attributes:
+        drawn: the tokens drawn so far.
+        way: of the mesh, where its pages are.
+        pages: that hold its tokens in order.
+        node, published: names its last page that others can find, and how many such pages it has.
+        copy: a page that the row's last page has to become a copy of before its next step.
+        after: the last tile that it depends on.
+        served: when it last took part in a decode block, in blocks.
+    """
+
+    job: Job
+    sample: int
+    drawn: list[int] = field(default_factory=list)
+    way: int = 0
+    pages: list[int] = field(default_factory=list)
+    node: int = 0
+    published: int = 0
+    copy: tuple[int, int] | None = None
+    after: Tile | None = None
+    served: int = -1
+    logprobs: list[np.ndarray] = field(default_factory=list)
+    tops: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    stop_reason: Literal["stop", "length"] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of what was drawn; the keys and values of all but the last are stored once ready."""
+        return len(self.job.prompt_T) + len(self.drawn)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Return the tokens at positions start to stop, int32; fewer at the row's end."""
+        prompt_T, n = self.job.prompt_T, len(self.job.prompt_T)
+        if stop <= n:
+            return prompt_T[start:stop]
+        return np.concatenate([prompt_T[start:], np.array(self.drawn[max(0, start - n) : stop - n], np.int32)])
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything that it reads has been launched."""
+        return self.after is None or self.after.launched
+
+    def extend(self, block: dict[str, np.ndarray], new: int, stopped: bool, done: bool) -> None:
+        """Take the `new` tokens that a block drew; cut at a stop string."""
+        request = self.job.request
+        self.drawn += block["tokens"][:new].tolist()
+        self.logprobs.append(block["logprobs"][:new])
+        if k := request.topk_sample:
+            self.tops.append((block["top_ids"][:new, :k], block["top_logprobs"][:new, :k]))
+        keep = None if request.find_stop is None else request.find_stop(self.drawn)
+        if keep is not None:
+            del self.drawn[keep:]
+        if done or keep is not None:
+            self.stop_reason = "stop" if stopped or keep is not None else "length"
+
+    def result(self) -> GeneratedRow:
+        """Return what was drawn."""
+        n = len(self.drawn)
+        tops = [np.concatenate(part)[:n] for part in zip(*self.tops, strict=True)] if self.tops else [None, None]
+        return GeneratedRow(
+            tokens=np.array(self.drawn, np.int32),
+            logprobs=np.concatenate(self.logprobs)[:n] if self.logprobs else np.zeros(0, np.float32),
+            stop_reason=self.stop_reason or "length",
+            top_ids=tops[0],
+            top_logprobs=tops[1],
+        )

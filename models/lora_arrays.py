@@ -1,0 +1,103 @@
+"""Which arrays does a LoRA adapter of a model have, and in which shapes?
+
+Each covered module has a pair: A (L, R, in...) and B (L, R, out...), stacked by layer, with the heads apart as in the
+base weights; the output projection's pair lacks the leading axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Generic, NamedTuple, TypedDict, TypeVar
+
+import numpy as np
+
+from jax_client.errors import BadRequestError
+from jax_client.models.config import ModelConfig
+from jax_client.values import LoraSpec
+
+T = TypeVar("T")
+
+
+class LoraArray(NamedTuple):
+    """One array of an adapter: its logical axes as in `sharding.RULES`, and the inputs of an A (0 for a B)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    fan_in: int
+
+
+class AdapterTree(TypedDict, Generic[T]):
+    """One value for every array of an adapter.
+
+    Attributes:
+        layers: by module ("q", "k", "v", "o", "gate", "up", "down"), then "A" or "B".
+        unembed: "A" and "B" of the output projection; empty where the adapter does not cover it.
+    """
+
+    layers: dict[str, dict[str, T]]
+    unembed: dict[str, T]
+
+
+def lora_arrays(c: ModelConfig, spec: LoraSpec) -> AdapterTree[LoraArray]:
+    """Return the arrays of an adapter with this configuration; nothing is allocated."""
+    L, D, F, K, G, H, R = c.n_layers, c.d_model, c.d_ff, c.n_kv_heads, c.group, c.head_dim, spec.rank
+    into = LoraArray((L, R, D), (None, None, "embed"), D)
+    out_D, out_F = LoraArray((L, R, D), (None, None, "embed"), 0), LoraArray((L, R, F), (None, None, "ffw"), 0)
+    q_heads, kv_heads = (None, None, "kv_heads", None, None), (None, None, "kv_heads", None)
+    layers: dict[str, dict[str, LoraArray]] = {}
+    if spec.train_attn:
+        layers["q"] = {"A": into, "B": LoraArray((L, R, K, G, H), q_heads, 0)}
+        layers["k"] = {"A": into, "B": LoraArray((L, R, K, H), kv_heads, 0)}
+        layers["v"] = {"A": into, "B": LoraArray((L, R, K, H), kv_heads, 0)}
+        layers["o"] = {"A": LoraArray((L, R, K, G, H), q_heads, K * G * H), "B": out_D}
+    if spec.train_mlp:
+        layers["gate"] = {"A": into, "B": out_F}
+        layers["up"] = {"A": into, "B": out_F}
+        layers["down"] = {"A": LoraArray((L, R, F), (None, None, "ffw"), F), "B": out_D}
+    unembed: dict[str, LoraArray] = {}
+    if spec.train_unembed:
+        unembed["A"] = LoraArray((R, D), (None, "embed"), D)
+        unembed["B"] = LoraArray((R, c.vocab_size), (None, "vocab"), 0)
+    return {"layers": layers, "unembed": unembed}
+
+
+def flatten(tree: AdapterTree[T]) -> dict[str, T]:
+    """Return the values under flat names: "q.A", ..., "unembed.B"."""
+    flat = {f"{module}.{ab}": value for module, pair in tree["layers"].items() for ab, value in pair.items()}
+    return flat | {f"unembed.{ab}": value for ab, value in tree["unembed"].items()}
+
+
+def nest(flat: Mapping[str, T]) -> AdapterTree[T]:
+    """Return the tree of values under flat names: the inverse of `flatten`."""
+    tree: AdapterTree[T] = {"layers": {}, "unembed": {}}
+    for name, value in flat.items():
+        module, part = name.split(".")
+        pair = tree["unembed"] if module == "unembed" else tree["layers"].setdefault(module, {})
+        pair[part] = value
+    return tree
+
+
+def array_shapes(c: ModelConfig, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every array of an adapter, by flat name."""
+    return {name: array.shape for name, array in flatten(lora_arrays(c, spec)).items()}
+
+
+def refuse_other_shapes(
+    subject: str, flat: Mapping[str, np.ndarray], c: ModelConfig, spec: LoraSpec, advice: str
+) -> None:
+    """Raise BadRequestError unless flat arrays have the names and shapes of this model with this configuration.
+
+    Args:
+        subject: of the message.
+        flat: arrays by name.
+        c, spec: the model and the adapter's configuration.
+        advice: what to do.
+    """
+    expected = array_shapes(c, spec)
+    found = {name: tuple(np.shape(array)) for name, array in flat.items()}
+    if expected != found:
+        names = [n for n in sorted(expected.keys() | found.keys()) if expected.get(n) != found.get(n)]
+        wrong = [f"{n}: {found.get(n)} instead of {expected.get(n)}" for n in names]
+        raise BadRequestError(
+            f"{subject} does not fit this model: {len(wrong)} arrays differ, {'; '.join(wrong[:5])}. {advice}"
+        )
