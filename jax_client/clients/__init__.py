@@ -1,1 +1,1 @@
-"""What a user holds: ServiceClient, TrainingClient, SamplingClient, RestClient and the futures they return."""
+"""What does a user hold? A ServiceClient, training and sampling clients, a RestClient, and the futures they return."""

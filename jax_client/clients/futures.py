@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import tinker
 
-from jax_client.clients.sdk_errors import bind
+from jax_client.clients.sdk_errors import translate
 from jax_client.runs.lifecycle.futures import link, on_answer_thread, settled
 
 T = TypeVar("T")
@@ -26,15 +26,13 @@ class LocalFuture(tinker.APIFuture[T]):
     cancels the request if it has not started.
 
     Args:
-        source: the future to show; its errors are translate to the SDK's classes.
-        convert: applied to its value.
+        source: the future of the request; its errors become the SDK's classes too.
+        convert: `f(value) -> value`, called with the result.
     """
 
     def __init__(self, source: Future[A], convert: Callable[[A], T] | None = None) -> None:
         self._future: Future[T] = Future()
-        unbound: Future[T] = Future()
-        link(source, unbound, convert)
-        _bind_into(unbound, self._future)
+        link(source, self._future, convert, error=translate)
 
     @classmethod
     def of(cls, value: T) -> LocalFuture[T]:
@@ -69,7 +67,7 @@ class LocalFuture(tinker.APIFuture[T]):
                     woken.set_result(None)
 
             def done(_: Future[T]) -> None:
-                # A closed loop has nobody waiting any more.
+                # On a closed loop no task waits any more.
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(wake)
 
@@ -103,24 +101,8 @@ async def await_alone(future: LocalFuture[T]) -> T:
         raise
 
 
-def _bind_into(source: Future[T], target: Future[T]) -> None:
-    def finished(done: Future[T]) -> None:
-        if done.cancelled():
-            target.cancel()
-        if not target.set_running_or_notify_cancel():
-            return
-        error = done.exception()
-        if error is None:
-            target.set_result(done.result())
-        else:
-            target.set_exception(bind(error))
-
-    target.add_done_callback(lambda done: source.cancel() if done.cancelled() else None)
-    source.add_done_callback(finished)
-
-
 class ClientFuture(LocalFuture[C], Generic[C]):
-    """The future of a client, which is also the client: using it so waits until the client is there.
+    """The future of a client, which is also the client: each use as the client waits until it is made.
 
     A subclass adds the client's class; the inherited methods find the client's attributes through `__getattr__`.
     """

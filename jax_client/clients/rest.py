@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, TypeVar
 
 import tinker
 from tinker import types
 
 from jax_client.clients.futures import LocalFuture
-from jax_client.clients.sdk_errors import bind, register_as_sdk_class, sdk_errors
+from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors, translate
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError
 from jax_client.runs import checks
@@ -21,17 +21,18 @@ from jax_client.runs.paths import external_path
 from jax_client.values import CheckpointKey
 
 Scope = Literal["owned", "accessible"]
+T = TypeVar("T")
 
 
 @sdk_errors
 class RestClient:
-    """Client for what is on disk. Needs no ServiceClient and never touches a device.
+    """Client for the runs and checkpoints on disk. It needs no ServiceClient and never touches a device.
 
     Args:
         _holder: a session of this process, as `ServiceClient.create_rest_client` gives it.
         base_url: of a Tinker server: the SDK's own RestClient is returned.
         api_key: for `base_url`.
-        config: of which only `state_dir` matters here.
+        config: its `state_dir` is read; the other settings do not matter here.
     """
 
     def __new__(
@@ -46,7 +47,7 @@ class RestClient:
         if base_url is None:
             return super().__new__(cls)
         if config is not None:
-            raise bind(BadRequestError("config sets up this process; leave it out with base_url."))
+            raise translate(BadRequestError("config sets up this process; leave it out with base_url."))
         return tinker.RestClient(base_url=base_url, api_key=api_key)
 
     def __init__(
@@ -163,7 +164,7 @@ class RestClient:
         return _future(lambda: self._listings.copy(source, project, ttl))
 
     def assign_session_project(self, session_id: str, project_id: str) -> tinker.APIFuture[None]:
-        """Put every run of a session, and those that it will make, into a project."""
+        """Put all runs of a session, later ones included, into a project."""
         return _future(lambda: self._listings.assign_project(session_id, project_id))
 
     def get_session(self, session_id: str, access_scope: Scope = "owned") -> tinker.APIFuture[types.GetSessionResponse]:
@@ -173,12 +174,12 @@ class RestClient:
     def list_sessions(
         self, limit: int = 20, offset: int = 0, access_scope: Scope = "owned"
     ) -> tinker.APIFuture[types.ListSessionsResponse]:
-        """Give the ids of the sessions that trained something, newest first, after those that only sample now."""
+        """Give the ids of sessions: first those that only sample now, then those that trained, newest first."""
         check_page(limit, offset)
         return _future(lambda: self._listings.sessions(limit, offset))
 
     def get_sampler(self, sampler_id: str) -> tinker.APIFuture[types.GetSamplerResponse]:
-        """Give what a sampler of this process serves."""
+        """Give the base model and the path of a sampler of this process."""
         return _future(lambda: self._listings.sampler(sampler_id))
 
     def _delete(self, key: CheckpointKey) -> LocalFuture[None]:
@@ -272,20 +273,20 @@ class RestClient:
         return await self.get_sampler(sampler_id)
 
 
-def _future(work: Callable[[], Any]) -> LocalFuture[Any]:
+def _future(work: Callable[[], T]) -> LocalFuture[T]:
     return LocalFuture(background(work, "rest"))
 
 
-def _refusal(name: str) -> Callable[..., Any]:
+def _refusal(name: str) -> Callable[..., object]:
     """Return a method with the SDK's signature that raises UnsupportedError."""
     template = getattr(tinker.RestClient, name)
     method_name = name.removesuffix("_async")
 
-    def refuse(self: RestClient, *args: Any, **kwargs: Any) -> Any:
-        raise bind(not_served(method_name))
+    def refuse(self: RestClient, *args: object, **kwargs: object) -> NoReturn:
+        raise translate(not_served(method_name))
 
-    async def refuse_async(self: RestClient, *args: Any, **kwargs: Any) -> Any:
-        raise bind(not_served(method_name))
+    async def refuse_async(self: RestClient, *args: object, **kwargs: object) -> NoReturn:
+        raise translate(not_served(method_name))
 
     method: Any = refuse_async if inspect.iscoroutinefunction(inspect.unwrap(template)) else refuse
     method.__name__, method.__qualname__ = name, f"RestClient.{name}"

@@ -1,20 +1,22 @@
-"""What does a user sample with?
+"""What does a user sample with? A SamplingClient in the process that has the weights, a RemoteSamplingClient elsewhere.
 
-A process that unpickles a client imports this module, and has no use for jax: nothing here imports it before a client
-is made from weights.
+A process that unpickles a client imports this module and needs no jax: jax is imported only to make a client from
+weights.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import tinker
 from tinker import types
 
 from jax_client.clients import handles
 from jax_client.clients.futures import ClientFuture, LocalFuture, await_alone
-from jax_client.clients.remote import RemoteSamplingClient
+from jax_client.clients.remote import connection
 from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.runs.lifecycle.futures import background
@@ -45,7 +47,7 @@ class SamplingClient:
 
     @property
     def _sampler(self) -> SamplerHandle:
-        # The threads that drive the device are not in a forked process: a request would wait for ever.
+        # A forked process has no thread that drives the device: a request would wait for ever.
         if os.getpid() != self._process:
             raise UnsupportedError(
                 f"this SamplingClient came from process {self._process} by a fork, where its engine does not run. "
@@ -99,6 +101,79 @@ class SamplingClient:
             )
         )
 
+    def compute_logprobs(
+        self, prompt: types.ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> LocalFuture[list[float | None]]:
+        """Score a prompt: log p of each token given those before it, in nats; None where there is none.
+
+        Args:
+            prompt: tokens to score.
+            prompt_logprobs_last_n: score only the last n.
+        """
+        return LocalFuture(self._sampler.compute_logprobs(prompt, prompt_logprobs_last_n))
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the base model's tokenizer."""
+        return self._sampler.model_ref.model.tokenizer()
+
+    def get_base_model(self) -> str:
+        """Return the base model's name."""
+        return self._sampler.model_ref.name
+
+    def get_telemetry(self) -> None:
+        """Return None: nothing is reported to anyone."""
+
+    def on_queue_state_change(self, queue_state: object, queue_state_reason: str | None) -> None:
+        """Ignore the queue states of a hosted service; there are none in-process."""
+
+    def get_sampler_handle(self) -> str:
+        """Return a string from which `from_sampler_handle` makes a client of these weights, on this machine.
+
+        From the first handle on, this process serves its samplers on a Unix socket that only its user can open. The
+        handle holds for as long as this client lives, and while it is among the newest 16 of an open session.
+
+        Raises:
+            NotFoundError: the session is closed.
+        """
+        sampler = self._sampler
+        # Imported here: only a process that shares its samplers needs the server.
+        from jax_client.server.sharing import share
+
+        address = share(sampler)
+        handles.here[address.sampler_id] = sampler
+        return address.encode()
+
+    @staticmethod
+    def from_sampler_handle(handle: str, *, api_key: str | None = None) -> tinker.SamplingClient:
+        """Make a client from a handle; the client sends nothing before its first request.
+
+        Args:
+            handle: of `get_sampler_handle`.
+            api_key: not needed on the machine of the handle.
+
+        Returns:
+            In the process that has the weights, a client like any other; elsewhere a client that asks that process.
+
+        Raises:
+            BadRequestError: the text is no handle.
+        """
+        address = SamplerAddress.decode(handle)
+        sampler = handles.here.get(address.sampler_id)
+        if sampler is None:
+            return RemoteSamplingClient(address)
+        return cast(tinker.SamplingClient, SamplingClient(sampler))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return SamplingClient.from_sampler_handle, (self.get_sampler_handle(),)
+
+    def __copy__(self) -> SamplingClient:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> SamplingClient:
+        return self
+
+    # The twins of the methods above, in the same order.
+
     async def sample_async(
         self,
         prompt: types.ModelInput,
@@ -126,17 +201,6 @@ class SamplingClient:
         )
         return await await_alone(future)
 
-    def compute_logprobs(
-        self, prompt: types.ModelInput, prompt_logprobs_last_n: int | None = None
-    ) -> LocalFuture[list[float | None]]:
-        """Score a prompt: log p of each token given those before it, in nats; None where there is none.
-
-        Args:
-            prompt: tokens to score.
-            prompt_logprobs_last_n: score only the last n.
-        """
-        return LocalFuture(self._sampler.compute_logprobs(prompt, prompt_logprobs_last_n))
-
     async def compute_logprobs_async(
         self, prompt: types.ModelInput, prompt_logprobs_last_n: int | None = None
     ) -> list[float | None]:
@@ -144,69 +208,51 @@ class SamplingClient:
         client = await self._ready()
         return await await_alone(client.compute_logprobs(prompt, prompt_logprobs_last_n))
 
-    def get_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the base model's tokenizer."""
-        return self._sampler.model_ref.model.tokenizer()
-
-    def get_base_model(self) -> str:
-        """Return the base model's name."""
-        return self._sampler.model_ref.name
-
     async def get_base_model_async(self) -> str:
         """Return the base model's name."""
         return (await self._ready()).get_base_model()
 
-    def get_telemetry(self) -> None:
-        """Return None: nothing is reported to anyone."""
 
-    def on_queue_state_change(self, queue_state: Any, queue_state_reason: str | None) -> None:
-        """Ignore the queue states of a hosted service; there are none in-process."""
+@sdk_errors
+class RemoteSamplingClient(tinker.SamplingClient):
+    """A sampling client whose weights are in another process of this machine; both processes get the same numbers.
+
+    Made by unpickling a SamplingClient, or by `SamplingClient.from_sampler_handle`. It can be pickled again. Its
+    requests fail within seconds once the other process has ended or closed its session.
+
+    Args:
+        address: of the sampler.
+    """
+
+    def __init__(self, address: SamplerAddress) -> None:
+        super().__init__(
+            connection(address), sampling_session_id=address.sampler_id, base_model=address.base_model, shadow=True
+        )
+        self._address = address
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the base model's tokenizer, from the files that the other process loaded."""
+        return _tokenizer(self._address.model_path, self._address.model_kind)
 
     def get_sampler_handle(self) -> str:
-        """Return a string from which `from_sampler_handle` makes a client of these weights, on this machine.
-
-        From the first handle on, this process serves its samplers on a Unix socket that only its user can open. The
-        handle holds for as long as this client lives, and while it is among the newest 16 of an open session.
-
-        Raises:
-            NotFoundError: the session is closed.
-        """
-        sampler = self._sampler
-        # Imported here: only a process that shares its samplers needs the server.
-        from jax_client.server.sharing import share
-
-        address = share(sampler)
-        handles.here[address.sampler_id] = sampler
-        return address.encode()
+        """Return the handle from which this client was made."""
+        return self._address.encode()
 
     @staticmethod
     def from_sampler_handle(handle: str, *, api_key: str | None = None) -> tinker.SamplingClient:
-        """Make a client from a handle; it loads and asks nothing before its first request.
+        """Make a client from a handle, as `jax_client.SamplingClient.from_sampler_handle`."""
+        return SamplingClient.from_sampler_handle(handle, api_key=api_key)
 
-        Args:
-            handle: of `get_sampler_handle`.
-            api_key: not needed on the machine of the handle.
-
-        Returns:
-            In the process that has the weights a client as every other; elsewhere the SDK's own, which asks it.
-
-        Raises:
-            BadRequestError: it is no handle.
-        """
-        address = SamplerAddress.decode(handle)
-        sampler = handles.here.get(address.sampler_id)
-        if sampler is None:
-            return RemoteSamplingClient(address)
-        return cast(tinker.SamplingClient, SamplingClient(sampler))
-
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return SamplingClient.from_sampler_handle, (self.get_sampler_handle(),)
 
-    def __copy__(self) -> SamplingClient:
-        return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SamplingClient:
-        return self
+@functools.cache
+def _tokenizer(path: str, kind: str) -> PreTrainedTokenizerBase:
+    from jax_client.weights.read.source import ModelSource
+    from jax_client.weights.read.tokenizer import read_tokenizer
+
+    return read_tokenizer(ModelSource(name=path, path=Path(path), kind="gguf" if kind == "gguf" else "hf"))
 
 
 class BackcompatSamplingClientFuture(ClientFuture[SamplingClient], SamplingClient):
@@ -231,7 +277,7 @@ def open_sampling_client(
     """Check the arguments in the call, then load the weights in the background.
 
     Raises:
-        BadRequestError: not exactly one of the two is given, or the path is not one of sampler weights.
+        BadRequestError: not exactly one of the two is given, or the path is not of sampler weights.
     """
     from jax_client.runs.lifecycle.sampler_handle import base_sampler, checkpoint_sampler
 

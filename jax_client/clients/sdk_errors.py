@@ -9,8 +9,13 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
+import os
+import sys
+import warnings
+from abc import ABCMeta
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import ParamSpec, TypeVar, cast
 
 import httpx
 import tinker
@@ -19,6 +24,8 @@ from tinker.types import RequestErrorCategory
 from jax_client import errors
 
 T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # First match wins.
 _PAIRS: tuple[tuple[type[errors.JaxClientError], type[tinker.TinkerError]], ...] = (
@@ -29,17 +36,18 @@ _PAIRS: tuple[tuple[type[errors.JaxClientError], type[tinker.TinkerError]], ...]
 )
 # The SDK's status errors carry the HTTP exchange; in-process there was none.
 _REQUEST = httpx.Request("POST", "http://in-process.invalid/")
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
-def bind(error: BaseException) -> BaseException:
-    """Return the error as one that is also the SDK's; other people's errors are returned as they are.
+def translate(error: BaseException) -> BaseException:
+    """Return the error as one that is also the SDK's; an error of another package is returned as it is.
 
     Message, cause, notes and traceback are kept.
     """
     if not isinstance(error, errors.JaxClientError) or isinstance(error, tinker.TinkerError):
         return error
-    translate = _bound_class(type(error))
-    new = translate.__new__(translate, *error.args)
+    both = _both_classes(type(error))
+    new = both.__new__(both, *error.args)
     new.__dict__.update(error.__dict__)
     if isinstance(new, tinker.RequestFailedError):
         new.category = RequestErrorCategory(new.category)
@@ -53,7 +61,7 @@ def bind(error: BaseException) -> BaseException:
 
 
 @functools.cache
-def _bound_class(ours: type[errors.JaxClientError]) -> type[errors.JaxClientError]:
+def _both_classes(ours: type[errors.JaxClientError]) -> type[errors.JaxClientError]:
     theirs = next(sdk for base, sdk in _PAIRS if issubclass(ours, base))
 
     def reduce(self: BaseException) -> tuple[object, ...]:
@@ -62,24 +70,28 @@ def _bound_class(ours: type[errors.JaxClientError]) -> type[errors.JaxClientErro
         return _rebuild, (ours, self.args, state)
 
     members = {"__module__": ours.__module__, "__doc__": ours.__doc__, "__reduce__": reduce}
-    return _BoundType(ours.__name__, (ours, theirs), members)
+    return _BothType(ours.__name__, (ours, theirs), members)
 
 
-class _BoundType(type):
-    """The type of the paired classes, which pickle could not find by name: the name is that of the lower floor's."""
+class _BothType(type):
+    """The type of the paired classes, which pickle could not find by name: their name is the lower floor's."""
 
 
-# torch's DataLoader, for one, pickles the class of what a worker raises.
-copyreg.pickle(_BoundType, lambda paired: (_bound_class, (paired.__mro__[1],)))
+# torch's DataLoader, for one, pickles the class of the error that a worker raises.
+def _reduce_class(both: _BothType) -> tuple[Callable[..., type], tuple[type]]:
+    return _both_classes, (both.__mro__[1],)
+
+
+copyreg.pickle(_BothType, _reduce_class)
 
 
 def _rebuild(ours: type[errors.JaxClientError], args: tuple[object, ...], state: dict[str, object]) -> BaseException:
     error = ours.__new__(ours, *args)
     error.__dict__.update(state)
-    return bind(error)
+    return translate(error)
 
 
-def register_as_sdk_class(theirs: Any, ours: type) -> None:
+def register_as_sdk_class(theirs: ABCMeta, ours: type) -> None:
     """Make `isinstance(x, theirs)` true for our class: the SDK's clients are abstract base classes."""
     theirs.register(ours)
 
@@ -90,32 +102,40 @@ def sdk_errors(cls: type[T]) -> type[T]:
         if name.startswith("_") and name != "__init__":
             continue
         if isinstance(member, staticmethod):
-            setattr(cls, name, staticmethod(_binds(member.__func__)))
+            setattr(cls, name, staticmethod(_translating(member.__func__)))
         elif inspect.isfunction(member):
-            setattr(cls, name, _binds(member))
+            setattr(cls, name, _translating(member))
     return cls
 
 
-def _binds(function: Callable[..., Any]) -> Callable[..., Any]:
+def _translating(function: Callable[P, R]) -> Callable[P, R]:
     if inspect.iscoroutinefunction(function):
 
         @functools.wraps(function)
-        async def bound_async(*args: Any, **kwargs: Any) -> Any:
+        async def call_async(*args: P.args, **kwargs: P.kwargs) -> object:
             try:
                 return await function(*args, **kwargs)
             except errors.JaxClientError as error:
-                new = bind(error)
+                new = translate(error)
             raise new
 
-        return bound_async
+        return cast(Callable[P, R], call_async)
 
     @functools.wraps(function)
-    def translate(*args: Any, **kwargs: Any) -> Any:
-        # Raised outside the except block: the unbound original is not worth a "during handling of".
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        # Raised outside the except block: the original is not worth a "during handling of".
         try:
             return function(*args, **kwargs)
         except errors.JaxClientError as error:
-            new = bind(error)
+            new = translate(error)
         raise new
 
-    return translate
+    return call
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warn at the line of the user's program that called this package, however many frames of ours are between."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

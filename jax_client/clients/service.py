@@ -1,10 +1,9 @@
-"""Where does a user begin?"""
+"""Where does a user begin? With a ServiceClient, which makes the training and sampling clients of one session."""
 
 from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
@@ -18,7 +17,7 @@ from jax_client.clients.custom_loss import register
 from jax_client.clients.futures import LocalFuture
 from jax_client.clients.rest import RestClient
 from jax_client.clients.sampling import BackcompatSamplingClientFuture, SamplingClient, open_sampling_client
-from jax_client.clients.sdk_errors import bind, register_as_sdk_class, sdk_errors
+from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors, translate, warn_caller
 from jax_client.clients.training import BackcompatTrainingClientFuture, TrainingClient, note_access_token
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, BadTypeError
@@ -45,8 +44,8 @@ class ServiceClient:
         user_metadata: kept with every run of this session.
         project_id: kept with every run, default `$TINKER_PROJECT_ID`.
         display_name: kept with every run.
-        base_url: of a Tinker server: the SDK's own ServiceClient for that URL is returned. The environment is not
-            asked: without this argument the work is done in this process.
+        base_url: of a Tinker server: the SDK's own ServiceClient for that URL is returned. Without this argument the
+            work is done in this process, whatever the environment says.
         api_key: for `base_url`; not needed in-process.
         default_headers_overrides: for `base_url`; not used in-process.
         config: engine settings.
@@ -72,7 +71,7 @@ class ServiceClient:
         if base_url is None:
             return super().__new__(cls)
         if config is not None:
-            raise bind(BadRequestError("config sets up the engine of this process; leave it out with base_url."))
+            raise translate(BadRequestError("config sets up the engine of this process; leave it out with base_url."))
         return tinker.ServiceClient(
             user_metadata,
             project_id,
@@ -97,8 +96,7 @@ class ServiceClient:
         **kwargs: Any,
     ) -> None:
         if kwargs:
-            # The caller of this method, which is wrapped once to bind its errors.
-            warnings.warn(f"ServiceClient ignores {', '.join(sorted(kwargs))}.", FutureWarning, stacklevel=3)
+            warn_caller(f"ServiceClient ignores {', '.join(sorted(kwargs))}.", FutureWarning)
         if config is not None and not isinstance(config, EngineConfig):
             raise BadTypeError(f"config is {type(config).__name__}; give a jax_client.EngineConfig.")
         if api_key is not None or default_headers_overrides is not None:
@@ -194,7 +192,14 @@ class ServiceClient:
         return self._resume(path, base_model, user_metadata, weights_access_token, optimizer=True, method=method)
 
     def _resume(
-        self, path: Any, base_model: Any, user_metadata: Any, token: str | None, *, optimizer: bool, method: str
+        self,
+        path: str,
+        base_model: str | None,
+        user_metadata: dict[str, str] | None,
+        token: str | None,
+        *,
+        optimizer: bool,
+        method: str,
     ) -> BackcompatTrainingClientFuture:
         self._session.check_open()
         note_access_token(token)
@@ -230,7 +235,7 @@ class ServiceClient:
         """Trace a per-datum torch loss for `forward_backward_custom`; it runs on this machine.
 
         Args:
-            fn: from `logprobs` and the named loss_fn_inputs to (loss, {"custom/NAME:sum" or ":mean": tensor}).
+            fn: `fn(logprobs, **loss_fn_inputs) -> (loss, {"custom/NAME:sum" or ":mean": tensor})`.
             input_ranks: the rank of each parameter, `logprobs` included.
 
         Raises:
@@ -277,7 +282,7 @@ class ServiceClient:
         train_unembed: bool = True,
         targets_per_position: int = 1,
     ) -> tinker.APIFuture[list[dict[str, Any]]]:
-        """Compile ahead what `forward_backward` over data of these lengths, and `optim_step`, will need.
+        """Compile ahead the programs of `forward_backward` over data of these lengths, and of `optim_step`.
 
         Not in the SDK. Programs are kept between processes, so this pays once per machine and setting.
 
@@ -291,7 +296,7 @@ class ServiceClient:
             targets_per_position: K of `[N, K]` targets.
 
         Returns:
-            The future of what was compiled or loaded, in the form of `describe()["compiled"]`.
+            The future of the records of these programs, in the form of `describe()["compiled"]`.
         """
         self._session.check_open()
         spec = checks.lora_spec(base_model, rank, 0, train_mlp, train_attn, train_unembed)

@@ -1,9 +1,8 @@
-"""What does a user train with?"""
+"""What does a user train with? A TrainingClient, whose requests take effect in the order of the calls."""
 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,7 @@ from jax_client.clients.sampling import (
     open_sampling_client,
     refuse_stability_info,
 )
-from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors
+from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors, warn_caller
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.runs.lifecycle.run import Run
 from jax_client.runs.sdk import RetryConfig
@@ -135,7 +134,7 @@ class TrainingClient:
 
         Args:
             name: becomes `tinker://RUN/weights/NAME`.
-            ttl_seconds: delete it after so long; None keeps it.
+            ttl_seconds: delete it after this time; None keeps it.
             overwrite: replace a checkpoint of this name, which otherwise fails the future.
             user_metadata: kept with it.
         """
@@ -177,7 +176,7 @@ class TrainingClient:
 
         Args:
             name: of the export.
-            ttl_seconds: delete it after so long; None keeps it.
+            ttl_seconds: delete it after this time; None keeps it.
             age_encryption_recipients: must be None.
 
         Raises:
@@ -233,12 +232,10 @@ class TrainingClient:
                 by such a call.
         """
         if name is not None:
-            warnings.warn(
+            warn_caller(
                 "the name given to save_weights_and_get_sampling_client has no effect, its weights are not kept; use "
                 "save_weights_for_sampler(name) and create_sampling_client(model_path) to keep them.",
                 DeprecationWarning,
-                # The caller of this method, which is wrapped once to bind its errors.
-                stacklevel=3,
             )
         refuse_stability_info(record_stability_info)
         if kind not in ("snapshot", "inflight"):

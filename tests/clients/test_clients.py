@@ -148,11 +148,12 @@ def test_subclasses_keep_their_traits_when_bound():
     error = Odd("odd")
     error.__cause__ = cause
     error.add_note("a note")
-    bound = sdk_errors.bind(error)
-    assert isinstance(bound, Odd) and isinstance(bound, tinker.BadRequestError) and isinstance(bound, AssertionError)
-    assert bound.__cause__ is cause and bound.__notes__ == ["a note"]
-    assert sdk_errors.bind(bound) is bound
-    assert sdk_errors.bind(cause) is cause
+    translated = sdk_errors.translate(error)
+    assert isinstance(translated, Odd) and isinstance(translated, tinker.BadRequestError)
+    assert isinstance(translated, AssertionError)
+    assert translated.__cause__ is cause and translated.__notes__ == ["a note"]
+    assert sdk_errors.translate(translated) is translated
+    assert sdk_errors.translate(cause) is cause
 
 
 def test_all_modules_off_is_the_sdks_assertion(service):
