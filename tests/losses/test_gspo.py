@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_client.engine.core.requests import LossSpec
 from jax_client.engine.train import packing
 from jax_client.losses import registry
 from jax_client.losses.gspo import segment_totals
 from jax_client.values import TrainExample
 from support.golden_cases import CASES
-from support.golden_engine import SPEC, open_engine
 
 CASE = CASES["llama_tied"]
 LENGTHS = (1, 40, 7, 100, 33, 256, 2, 90)
@@ -94,23 +91,3 @@ def test_segment_totals(length: int) -> None:
     x = rng.normal(size=(3, length, 2)).astype(np.float32)
     expected = [[sum(x[b, s] for s in range(length) if segments[b, s] == segments[b, t]) for t in range(length)] for b in range(3)]  # noqa: E501 # fmt: skip
     np.testing.assert_allclose(segment_totals(jnp.asarray(x), jnp.asarray(segments)), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_step_of_the_engine(tmp_path: Path) -> None:
-    """On the policy that sampled, every ratio is 1: the loss is that of importance sampling."""
-    engine = open_engine(tmp_path / "m", CASE)
-    lane = engine.open_lane()
-    gspo, plain = (engine.open_adapter(lane, SPEC).result() for _ in range(2))
-    data = [datum(length, seed) for seed, length in enumerate((12, 30, 5))]
-    scored = engine.score_batch(lane, gspo, data, LossSpec(name="cross_entropy")).result().logprobs
-    data = [
-        TrainExample(tokens_T=d.tokens_T, targets=d.targets, inputs=d.inputs | {"logprobs": q})  # type: ignore[operator]
-        for d, q in zip(data, scored, strict=True)
-    ]
-    ours = engine.train_batch(lane, gspo, data, LossSpec(name="gspo")).result().metrics
-    theirs = engine.train_batch(lane, plain, data, LossSpec(name="importance_sampling")).result().metrics
-    assert ours["loss:sum"] == pytest.approx(theirs["loss:sum"], rel=1e-5)
-    assert ours["ratio:mean"] == pytest.approx(1.0, abs=1e-6) and ours["clip_fraction:mean"] == 0.0
-    engine.close()
-    for a, b in zip(jax.tree.leaves(gspo.grads), jax.tree.leaves(plain.grads), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
