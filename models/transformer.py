@@ -41,9 +41,14 @@ def context(
         work: bool scalar, for a pass that unrolls its layers: whether there are rows to compute. The rotary table is
             computed under this condition, which keeps XLA from computing it again in every layer.
     """
-    table = lambda: rope_table(positions_BT, config)  # noqa: E731
-    nothing = lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(table))  # noqa: E731
-    cos_BTH, sin_BTH = table() if work is None else jax.lax.cond(work, table, nothing)
+
+    def table() -> tuple[jax.Array, jax.Array]:
+        return rope_table(positions_BT, config)
+
+    def zeros() -> tuple[jax.Array, jax.Array]:
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(table))
+
+    cos_BTH, sin_BTH = table() if work is None else jax.lax.cond(work, table, zeros)
     return Context(config=config, dtype=dtype, attention=attention, cos_BTH=cos_BTH, sin_BTH=sin_BTH, **more)
 
 
@@ -77,7 +82,7 @@ def forward_pass(
     def step(x_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter]) -> tuple[jax.Array, Any]:
         w, layer_lora = from_bits(layer)
         with jax.named_scope("layer"):
-            y_BTD, saved, (_, _, residual) = layer_forward(x_BTD, w, Linears(layer_lora, c.dtype), c, attend)
+            y_BTD, saved, (_, _, residual) = layer_forward(x_BTD, w, Linears(layer_lora, c), c, attend)
         saved["attention"] = residual
         names = () if remat is None else SAVED_FOR_BACKWARD[remat]
         return c.split_rows(y_BTD), to_bits({name: saved[name] for name in names if name in saved})

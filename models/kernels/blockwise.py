@@ -44,10 +44,10 @@ def blockwise_forward(
         segments_BT: int32; a token sees the earlier tokens of its row with its own segment id. A segment's tokens stand
             next to each other.
         dtype: of the matmul operands.
-        one_cpu: take one block of queries after the other, from where it lies, and only the keys from the place where
-            its first query's segment begins: the work follows the segments and not the row. Else all rows and heads at
-            once, over every key that causality allows (a loop whose length differs by row would synchronise the devices
-            of a mesh at every turn).
+        one_cpu: take one block of queries after the other, without a copy, and only the keys from the place where its
+            first query's segment begins: the work follows the segments and not the row. Else all rows and heads are
+            computed at once, over every key that causality allows: a loop whose length differs by row would
+            synchronise the devices of a mesh at every turn.
 
     Returns:
         o_BTKGH float32, and lse_BKnX float32, the logsumexp of each query's scores, for the backward pass.
@@ -60,7 +60,10 @@ def blockwise_forward(
 
         def one(i: jax.Array, out: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             (o_BTKGH, lse_BKnX), at = out, blocks.place(i)
-            keys = lambda j: (blocks.keys(k_BTKH, at, j), blocks.turned_keys(v_BKHT, at, j))  # noqa: E731
+
+            def keys(j: jax.Array) -> tuple[jax.Array, jax.Array]:
+                return blocks.keys(k_BTKH, at, j), blocks.transposed_keys(v_BKHT, at, j)
+
             o_HX, lse_X = _attend(blocks.queries(q_BTKGH, at), keys, blocks.visible(at), blocks.visits(at), dtype)
             return blocks.put_queries(o_BTKGH, o_HX, at), lse_BKnX.at[at].set(lse_X)
 
@@ -70,7 +73,10 @@ def blockwise_forward(
     def head(q_nXH: jax.Array, k_TH: jax.Array, v_HT: jax.Array, start_nX: jax.Array) -> tuple[jax.Array, jax.Array]:
         def one(block: Any) -> tuple[jax.Array, jax.Array]:
             q_XH, start_X, position_X, end = block
-            keys = lambda j: (blocks.slice(k_TH, j, 0), blocks.slice(v_HT, j, 1))  # noqa: E731
+
+            def keys(j: jax.Array) -> tuple[jax.Array, jax.Array]:
+                return blocks.slice(k_TH, j, 0), blocks.slice(v_HT, j, 1)
+
             return _attend(q_XH, keys, (start_X, position_X), (0, end), dtype)
 
         return jax.lax.map(one, (q_nXH, start_nX, blocks.position_nX, blocks.end_n))
@@ -108,9 +114,11 @@ def blockwise_backward(
             queries = blocks.queries(q_BTKGH, at), blocks.queries(do_BTKGH, at), lse_BKnX[at], delta_BKnX[at]
 
             def keys(j: jax.Array) -> tuple[jax.Array, ...]:
-                return blocks.keys(k_BTKH, at, j), blocks.turned_keys(k_BKHT, at, j), blocks.keys(v_BTKH, at, j)
+                return blocks.keys(k_BTKH, at, j), blocks.transposed_keys(k_BKHT, at, j), blocks.keys(v_BTKH, at, j)
 
-            add = lambda sum_BTKH, new_sH, j: blocks.add_keys(sum_BTKH, new_sH, at, j)  # noqa: E731
+            def add(sum_BTKH: jax.Array, new_sH: jax.Array, j: jax.Array) -> jax.Array:
+                return blocks.add_keys(sum_BTKH, new_sH, at, j)
+
             dq_HX, sums = _attend_backward(queries, keys, blocks.visible(at), blocks.visits(at), sums, add, dtype)
             return blocks.put_queries(dq_BTKGH, dq_HX, at), sums
 
@@ -159,7 +167,7 @@ def _attend(
     """Return o (H, X) of one block of queries and the logsumexp (X,) of their scores.
 
     Args:
-        keys: from the number of a block of keys to its k_sH and v_Hs.
+        keys: `keys(j) -> (k_sH, v_Hs)` of block j of the keys.
         visible: start_X and position_X, the first and the last place that each query sees.
         visits: the first block of keys to visit, and the one after the last.
     """
@@ -192,9 +200,9 @@ def _attend_backward(
 
     Args:
         queries: q_XH, do_XH, lse_X, and delta_X, the sums over H of o x do.
-        keys: from the number of a block of keys to its k_sH, k_Hs and v_sH.
+        keys: `keys(j) -> (k_sH, k_Hs, v_sH)` of block j of the keys.
         visible, visits: as for `_attend`.
-        add: from a sum, what (s, H) is to be added, and the block's number, to the new sum.
+        add: `add(sum, new_sH, j) -> sum` adds to block j of the keys.
     """
     q_XH, do_XH, lse_X, delta_X = queries
     scale = q_XH.shape[-1] ** -0.5
@@ -272,7 +280,7 @@ class _Blocks:
         (b, k, _), H = at, self._shape[-1]
         return jax.lax.dynamic_slice(x_BTKH, (b, j * self._keys, k, 0), (1, self._keys, 1, H)).reshape(-1, H)
 
-    def turned_keys(self, x_BKHT: jax.Array, at: Any, j: jax.Array) -> jax.Array:
+    def transposed_keys(self, x_BKHT: jax.Array, at: Any, j: jax.Array) -> jax.Array:
         """Return (H, s) of block j of the keys."""
         (b, k, _), H = at, self._shape[-1]
         return jax.lax.dynamic_slice(x_BKHT, (b, k, 0, j * self._keys), (1, 1, H, self._keys))[0, 0]

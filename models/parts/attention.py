@@ -26,8 +26,8 @@ class Attention:
 
     Attributes:
         name: for `describe()` and the log.
-        forward: (q_BTKGH, k_BTKH, v_BTKH, segments_BT, dtype) to (o_BTKGH, residual), float32.
-        backward: (q, k, v, segments, o, residual, do, dtype) to (dq, dk, dv), float32.
+        forward: `forward(q_BTKGH, k_BTKH, v_BTKH, segments_BT, dtype) -> (o_BTKGH, residual)`, float32.
+        backward: `backward(q, k, v, segments, o, residual, do, dtype) -> (dq, dk, dv)`, float32.
         row_length: longest row that several sequences should share. None: the work follows the segments' lengths and
             not the row's, so a long row of short ones is cheap.
         max_segments: most segments of a row; None for any number.

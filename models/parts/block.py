@@ -38,7 +38,7 @@ SAVED_FOR_BACKWARD: dict[Remat, tuple[str, ...]] = {
     "selective": _SELECTIVE,
     "full": ("x",),
 }
-# From rotated q_BTKGH, k_BTKH and v_BTKH to (o_BTKGH, anything the caller wants to keep).
+# attend(q_BTKGH, k_BTKH, v_BTKH) -> (o_BTKGH, what the caller wants to keep), with rotated q and k.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -47,8 +47,10 @@ class Context:
     """What every layer of a pass shares: the model, the matmul type, the attention, the rotary table (B, T, H/2).
 
     Attributes:
-        split_rows: keeps the residual stream (B, T, D) split by rows over a mesh. The embedding and the weights are
-            split by width over the same axis: left to itself, XLA would follow them, and compute all rows everywhere.
+        one_device: whether the program runs on one device, where some layouts are worth a constraint.
+        split_rows: `split_rows(x_BTD) -> x_BTD` keeps the residual stream split by rows over a mesh. The embedding and
+            the weights are split by width over the same axis: left to itself, XLA would follow them, and compute all
+            rows everywhere.
     """
 
     config: ModelConfig
@@ -56,6 +58,7 @@ class Context:
     attention: Attention
     cos_BTH: jax.Array
     sin_BTH: jax.Array
+    one_device: bool = False
     split_rows: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
 
 
@@ -185,7 +188,7 @@ def layer_backward(
         c: what all layers of the pass share.
     """
     saved = _recompute(kept, segments_BT, w, lora, c)
-    linears = Linears(lora, c.dtype, us=saved)
+    linears = Linears(lora, c, us=saved)
     dx2_MD = _mlp_backward(dy_BTD.reshape(-1, c.config.d_model), saved, w, linears, c)
     dx_MD = _attention_backward(dx2_MD, saved, segments_BT, w, linears, c)
     return dx_MD.reshape(dy_BTD.shape), linears.adapter_grads()
@@ -231,15 +234,15 @@ def _attention_backward(
 
 @jax.named_scope("recompute")
 def _recompute(kept: Saved, segments_BT: jax.Array, w: dict[str, jax.Array], lora: Adapter, c: Context) -> Saved:
-    """Return everything that the backward pass reads; products that it does not read are never carried out."""
+    """Return everything that the backward pass reads; XLA drops the products that it does not read."""
     if "gate" in kept:
         return kept
     if "q" in kept:
-        linears = Linears(lora, c.dtype)
+        linears = Linears(lora, c)
         _, mlp_saved = _mlp(kept["x2"].astype(jnp.float32), w, linears, c)
         return linears.us | mlp_saved | kept
     x_BTD = kept["x"].reshape(*segments_BT.shape, -1).astype(jnp.float32)
-    _, saved, (_, _, residual) = layer_forward(x_BTD, w, Linears(lora, c.dtype), c, row_attention(segments_BT, c))
+    _, saved, (_, _, residual) = layer_forward(x_BTD, w, Linears(lora, c), c, row_attention(segments_BT, c))
     return saved | {"attention": residual}
 
 
@@ -256,10 +259,10 @@ def row_attention(segments_BT: jax.Array, c: Context) -> Attend:
 class Linears:
     """A layer's matmuls with their adapters. Collects each one's u (see `lora.linear`) and gradients by name."""
 
-    def __init__(self, lora: Adapter, dtype: jnp.dtype, us: Saved | None = None):
-        self._pairs, self._turn_back = jax.vjp(layer_pairs, lora)
+    def __init__(self, lora: Adapter, c: Context, us: Saved | None = None):
+        self._pairs, self._pairs_vjp = jax.vjp(layer_pairs, lora)
         self._scale = adapter_scale(lora)
-        self._dtype = dtype
+        self._dtype, self._one_device = c.dtype, c.one_device
         self._grads: dict[str, Pair] = {}
         self.us: Saved = {} if us is None else us
 
@@ -280,14 +283,15 @@ class Linears:
     ) -> jax.Array:
         """Return the cotangent of x (M, I) for those of the outputs, and of the `whole_MO` that they are parts of."""
         u_Mn, pair = self.us.get(f"u_{name}"), self._pairs.get(name)
-        dx_MI, grad = linear_backward(dys_MO, x_MI, u_Mn, ws_IO, pair, self._scale, self._dtype, whole_MO)
+        options: Any = {"one_device": self._one_device, "whole_MO": whole_MO}
+        dx_MI, grad = linear_backward(dys_MO, x_MI, u_Mn, ws_IO, pair, self._scale, self._dtype, **options)
         if grad is not None:
             self._grads[name] = grad
         return dx_MI
 
     def adapter_grads(self) -> dict[str, dict[str, jax.Array]]:
         """Return the collected gradients by the adapter's own modules."""
-        return self._turn_back(self._grads)[0]
+        return self._pairs_vjp(self._grads)[0]
 
 
 class MixedLinears:

@@ -17,7 +17,7 @@ from jax_client.models.parts.layers import contract
 Adapter = Mapping[str, Mapping[str, jax.Array]]
 # A (n, I), n = R times the modules of a fused layer, and each output's B (R, O).
 Pair = tuple[jax.Array, list[jax.Array]]
-# From the product with a fused W (M, O) to the outputs that are interleaved in it.
+# parts(y_MO) -> the outputs that are interleaved in the product with a fused W.
 Parts = Callable[[jax.Array], list[jax.Array]]
 
 # LoRA's alpha is fixed; only the rank is a user's choice.
@@ -38,8 +38,8 @@ def adapter_scale(lora: Adapter) -> float:
 def layer_pairs(lora: Adapter) -> dict[str, Pair]:
     """Return the pairs of a layer's matmuls that the adapter covers: qkv, o, gate_up and down.
 
-    The modules of a fused layer have their A's on top of each other. Linear in the adapter, so that its transpose turns
-    gradients back.
+    The modules of a fused layer have their A's on top of each other. The function is linear in the adapter: its
+    transpose takes the gradients of the pairs to those of the modules.
     """
     pairs: dict[str, Pair] = {}
     for fused, names in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up"))):
@@ -82,7 +82,7 @@ def linear(
 
     Args:
         scale: s, a number, or (M, n) as `mix` gives it.
-        parts: takes the product with a single W apart, into the outputs that have a B of their own.
+        parts: `parts(y_MO) -> outputs` takes the product with a single W apart, into outputs with a B each.
     """
     ys = [contract("MI,IO->MO", x_MI, w_IO, dtype) for w_IO in ws_IO]
     if parts is not None:
@@ -104,11 +104,18 @@ def linear_backward(
     pair: Pair | None,
     scale: float,
     dtype: jnp.dtype,
+    *,
+    one_device: bool,
     whole_MO: jax.Array | None = None,
 ) -> tuple[jax.Array, Pair | None]:
     """Return dx (M, I) and the gradients of the pair, float32; the frozen W's get none.
 
-    `whole_MO` is the cotangent of the product with a single W that `linear` took apart.
+    Args:
+        dys_MO: float32 cotangents of the outputs.
+        x_MI, ws_IO, pair, scale, dtype: as for `linear`.
+        u_Mn: as `linear` returned it.
+        one_device: whether the program runs on one device, see `_transposed_copy`.
+        whole_MO: the cotangent of the product with a single W, of which `dys_MO` are the parts.
     """
     wholes_MO = dys_MO if whole_MO is None else [whole_MO]
     dx_MI, *others = (contract("MO,IO->MI", dy, w, dtype) for dy, w in zip(wholes_MO, ws_IO, strict=True))
@@ -118,21 +125,19 @@ def linear_backward(
         return dx_MI, None
     a_nI, bs_RO = pair
     with jax.named_scope("lora"):
-        us_RM = jnp.split(_transposed(u_Mn), len(bs_RO))
+        us_RM = jnp.split(_transposed_copy(u_Mn, one_device), len(bs_RO))
         dbs_RO = [contract("RM,MO->RO", u, dy, dtype) for u, dy in zip(us_RM, dys_MO, strict=True)]
         dus_MR = [contract("MO,RO->MR", dy, b, dtype) for dy, b in zip(dys_MO, bs_RO, strict=True)]
         du_Mn = jnp.concatenate(dus_MR, axis=1) * scale
-        da_nI = contract("nM,MI->nI", _transposed(du_Mn), x_MI, dtype)
+        da_nI = contract("nM,MI->nI", _transposed_copy(du_Mn, one_device), x_MI, dtype)
         return dx_MI + contract("Mn,nI->MI", du_Mn, a_nI, dtype), (da_nI, dbs_RO)
 
 
-def _transposed(u_Mn: jax.Array) -> jax.Array:
-    """Return a materialised transpose.
+def _transposed_copy(u_Mn: jax.Array, one_device: bool) -> jax.Array:
+    """Return a transpose that is materialised on one device.
 
     XLA would fold it into the matmul that follows, which then contracts the left operand's first axis: on a CPU that
-    is two to three times slower in bfloat16. Not on a mesh: XLA does not split what has a layout constraint, and each
-    device would gather all devices' u.
+    is two to three times slower in bfloat16. Not on a mesh: XLA does not split an array with a layout constraint, and
+    each device would gather all devices' u.
     """
-    if jax.device_count() > 1:
-        return u_Mn.T
-    return with_layout_constraint(u_Mn.T, Layout(major_to_minor=(0, 1)))
+    return with_layout_constraint(u_Mn.T, Layout(major_to_minor=(0, 1))) if one_device else u_Mn.T

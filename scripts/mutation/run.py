@@ -1,8 +1,8 @@
 """Which changes of the source do the tests not notice? Runs cosmic-ray over the losses and the packing.
 
 The package is copied into one tree, build/mutate/GROUP, since models/ and losses/ lie outside of it here. cosmic-ray
-changes one place of that copy at a time and runs the group's tests. A change that leaves the syntax tree as it was, but
-for annotations, or that is not Python, is no mutant and is skipped.
+changes one place of that copy at a time and runs the group's tests. A change of an annotation, or of the star of an
+argument, is no mutant and is skipped.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cosmic_ray.mutating import mutate_code
-from cosmic_ray.plugins import get_operator
 from cosmic_ray.work_db import WorkDB, use_db
-from cosmic_ray.work_item import MutationSpec, WorkerOutcome, WorkResult
+from cosmic_ray.work_item import WorkerOutcome, WorkResult
 
 ROOT = Path(__file__).resolve().parents[2]
 SURVIVORS = Path(__file__).with_name("survivors.md")
@@ -109,37 +108,43 @@ def environment(tree: Path) -> dict[str, str]:
     }
 
 
-def plain(source: str) -> str | None:
-    """Return the syntax tree without annotations, which nothing reads; None for what is not Python."""
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return None
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg):
-            node.annotation = None
+Place = tuple[int, int]  # line from 1, column from 0
+
+
+def places(source: str) -> tuple[list[tuple[Place, Place]], list[tuple[Place, Place]]]:
+    """Return where annotations stand, and where the operators of two operands do, between these."""
+    annotations: list[ast.expr | None] = []
+    operators = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.arg, ast.AnnAssign)):
+            annotations.append(node.annotation)
         elif isinstance(node, ast.FunctionDef):
-            node.returns = None
-        elif isinstance(node, ast.AnnAssign):
-            node.annotation = ast.Constant(None)
-    return ast.dump(tree)
+            annotations.append(node.returns)
+        elif isinstance(node, ast.BinOp):
+            operators.append((end(node.left), (node.right.lineno, node.right.col_offset)))
+        elif isinstance(node, ast.AugAssign):
+            operators.append((end(node.target), (node.value.lineno, node.value.col_offset)))
+    return [((node.lineno, node.col_offset), end(node)) for node in annotations if node is not None], operators
 
 
-def mutated(tree: Path, change: MutationSpec) -> str:
-    """Return the module's source with the change."""
-    operator = get_operator(change.operator_name)(**change.operator_args)
-    return mutate_code((tree / change.module_path).read_text(), operator, change.occurrence) or ""
+def end(node: ast.expr) -> Place:
+    """Return the place behind an expression."""
+    return node.end_lineno or 0, node.end_col_offset or 0
 
 
 def skip_what_is_no_mutant(tree: Path, database: WorkDB) -> None:
-    """Mark the items whose change does nothing, is not Python, or equals that of an item before."""
-    seen: dict[Path, set[str | None]] = {}
+    """Mark the items in annotations, which nothing reads, and those that replace the star of an argument."""
+    known: dict[Path, Any] = {}
     for item in database.work_items:
         (change,) = item.mutations
-        known = seen.setdefault(change.module_path, {None, plain((tree / change.module_path).read_text())})
-        if (shape := plain(mutated(tree, change))) in known:
+        if change.module_path not in known:
+            known[change.module_path] = places((tree / change.module_path).read_text())
+        annotations, operators = known[change.module_path]
+        binary = change.operator_name.startswith("core/ReplaceBinaryOperator")
+        if any(start <= change.start_pos <= stop for start, stop in annotations) or (
+            binary and not any(start <= change.start_pos <= stop for start, stop in operators)
+        ):
             database.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
-        known.add(shape)
 
 
 def changed_line(diff: str) -> str:
@@ -188,10 +193,12 @@ def mutate(name: str) -> bool:
     tree, group = make_tree(name), GROUPS[name]
     config, session = tree / "session.toml", tree / "session.sqlite"
     tool = str(Path(sys.executable).parent / "cosmic-ray")
+    pytest = ["-q", "-x", "--assert=plain", "-p", "no:cacheprovider", *group.tests]
+    # The tests pass without a change, and fill the compilation cache.
+    python = str(ROOT / ".venv-test" / "bin" / "python")
+    subprocess.run([python, "-m", "pytest", *pytest], cwd=tree, env=environment(tree), check=True)
     with fork_server(tree) as command:
-        tests = [*command, "-q", "-x", "--assert=plain", "-p", "no:cacheprovider", *group.tests]
-        # They pass without a change, and fill the compilation cache.
-        subprocess.run(tests, cwd=tree, check=True)
+        tests = [*command, *pytest]
         config.write_text(
             f"[cosmic-ray]\nmodule-path = {list(group.modules)}\ntimeout = {group.seconds}.0\nexcluded-modules = []\n"
             f"test-command = '{shlex.join(tests)}'\n[cosmic-ray.distributor]\nname = 'local'\n"

@@ -64,7 +64,7 @@ class TrainPrograms:
         self._config = config
         self._dtype = dtype
         self._attention = attention
-        self._split_rows = partial(split_rows, mesh=mesh)
+        self._mesh_options = {"split_rows": partial(split_rows, mesh=mesh), "one_device": mesh.size == 1}
         tensor = mesh.shape["tensor"]
         self._shards = tensor if config.vocab_size % tensor == 0 else 1
         size = lambda _, __, batch, *rest: "x".join(map(str, batch["targets_BTC"].shape))  # noqa: E731
@@ -88,7 +88,7 @@ class TrainPrograms:
         Returns:
             logprobs_BTC, their cotangents g_BTC, the loss's sums, and what `backward` needs.
         """
-        c = context(batch["positions_BT"], self._config, self._dtype, self._attention, split_rows=self._split_rows)
+        c = context(batch["positions_BT"], self._config, self._dtype, self._attention, **self._mesh_options)
         h_BTD, saved = forward_pass(params, weights["layers"], batch["tokens_BT"], batch["segments_BT"], c, remat)
         logprobs_BTC, head_saved = head_forward(
             h_BTD,
@@ -109,7 +109,7 @@ class TrainPrograms:
     ) -> Weights:
         """Return the accumulated gradients plus those of d(sum g x logprobs) by the adapter."""
         layers_saved, head_saved = saved
-        c = context(batch["positions_BT"], self._config, self._dtype, self._attention, split_rows=self._split_rows)
+        c = context(batch["positions_BT"], self._config, self._dtype, self._attention, **self._mesh_options)
         dh_BTD, unembed = head_backward(
             head_saved,
             output_head_VD(params),

@@ -42,7 +42,7 @@ def shown(plans: list[Plan]) -> list[str]:
         ),
         pytest.param(
             [500] * 20,
-            Limits(ways=1, tokens=2048, at_once=2),
+            Limits(ways=1, tokens=2048, concurrent=2),
             [
                 "1x2048: 0+1+2+3", "1x2048: 4+5+6+7",
                 "1x1024: 8+9", "1x1024: 10+11", "1x2048: 12+13+14+15", "1x2048: 16+17+18+19",
@@ -153,7 +153,7 @@ def test_a_full_plan_has_the_rows_that_the_ceiling_allows(limits: Limits, rows: 
 
 
 def test_a_plan_above_the_ceiling_runs_alone() -> None:
-    limits = Limits(ways=2, tokens=1000, at_once=3)
+    limits = Limits(ways=2, tokens=1000, concurrent=3)
     assert limits.tokens_at_once == 3000
     plans = [Plan(rows=rows, length=length, slots=()) for rows, length in ((2, 1000), (2, 1001), (1, 2000), (2, 500))]
     assert [limits.alone(plan) for plan in plans] == [False, True, False, False]
@@ -165,7 +165,7 @@ def test_a_plan_above_the_ceiling_runs_alone() -> None:
 def test_a_micro_batch_costs_its_tokens_and_a_fixed_part_less_beside_another() -> None:
     assert packing._cost([256, 512], Limits(ways=1, tokens=512)) == 256 + 512 + 2 * 64
     assert packing._cost([256, 512], Limits(ways=2, tokens=512)) == 256 + 512 + 2 * 32
-    assert packing._cost([256, 512, 1024], Limits(ways=1, tokens=512, at_once=2)) == 1088 + 0.75 * 576 + 320
+    assert packing._cost([256, 512, 1024], Limits(ways=1, tokens=512, concurrent=2)) == 1088 + 0.75 * 576 + 320
 
 
 def batch_of(lengths: list[int]) -> Any:
