@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 from jax_client import process
 from jax_client.process import Step
@@ -68,7 +68,7 @@ def pools_serve() -> bool:
 class _Jobs:
     """What the threads of a pool share. They do not refer to the pool, so that a forgotten pool ends."""
 
-    queue: SimpleQueue[tuple[Future[object], Callable[[], object]] | None] = field(default_factory=SimpleQueue)
+    queue: SimpleQueue[tuple[Future[Any], Callable[[], object]] | None] = field(default_factory=SimpleQueue)
     lock: threading.Lock = field(default_factory=threading.Lock)
     idle: int = 0
     threads: list[threading.Thread] = field(default_factory=list)

@@ -127,7 +127,7 @@ class Mirror:
         return last.done() and not self._failed
 
     def _flush_at_exit(self) -> None:
-        if self._owed and not self.flush(EXIT_SECONDS):
+        if self._pending and not self.flush(EXIT_SECONDS):
             logger.warning("not every checkpoint was copied to %s before the program ended", self.url)
 
     def describe(self) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def _load(server: Server, name: str, settings: ServerSettings) -> None:
     loading = server.live.own.base_model(meant)
 
     def progress_text() -> str:
-        progress = server.own.models.loading(meant, settings.engine)
+        progress = server.live.own.models.loading(meant, settings.engine)
         if progress is None:
             return f"loading {name}"
         _, _, bytes_ = str(progress).partition(" ")

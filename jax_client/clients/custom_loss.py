@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import numpy as np
 from tinker import LossHandle, types
@@ -50,7 +50,7 @@ class CustomCall:
                 ", or use forward_backward for a built-in loss."
             )
         self._data = [_copy(datum) for datum in datums]
-        self._function: LossHandle | Callable[..., tuple[torch.Tensor, Mapping[str, object]]] = loss_fn
+        self._function = cast("LossHandle | Callable[..., tuple[torch.Tensor, Mapping[str, object]]]", loss_fn)
         self._metrics: dict[str, float] = {}
         self._bridged = torch_bridge.custom_loss(self._call)
 

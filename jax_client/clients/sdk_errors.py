@@ -91,9 +91,9 @@ def _rebuild(ours: type[errors.JaxClientError], args: tuple[object, ...], state:
     return translate(error)
 
 
-def register_as_sdk_class(theirs: ABCMeta, ours: type) -> None:
+def register_as_sdk_class(theirs: type, ours: type) -> None:
     """Make `isinstance(x, theirs)` true for our class: the SDK's clients are abstract base classes."""
-    theirs.register(ours)
+    cast("ABCMeta", theirs).register(ours)
 
 
 def sdk_errors(cls: type[T]) -> type[T]:

@@ -120,6 +120,9 @@ class Program(Generic[P, R]):
 
     def lower(self, *args: P.args, **static: P.kwargs) -> jax.stages.Lowered:
         """Return the program as XLA gets it, for arguments as those of `prepare`."""
+        return self._lowered(args, static)
+
+    def _lowered(self, args: tuple[object, ...], static: dict[str, object]) -> jax.stages.Lowered:
         fn = partial(self._fn, **static)
         fn.__name__ = self.name  # type: ignore[attr-defined]  (profiles and dumps show it)
         jit = partial(jax.jit, fn, donate_argnums=self._donate)
@@ -154,7 +157,7 @@ class Program(Generic[P, R]):
         _running.add(running)
         try:
             with process.not_waited_for():
-                compiled = self.lower(*args, **static).compile()
+                compiled = self._lowered(args, static).compile()
         finally:
             _running.discard(running)
             _return_freed_memory()

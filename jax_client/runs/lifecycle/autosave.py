@@ -17,7 +17,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from jax_client import interpreter_end, process
 from jax_client.process import Step
@@ -87,8 +87,9 @@ def forget(checkpointer: RunCheckpointer) -> None:
 
 def finish_at_exit(save: Future[T]) -> None:
     """Have the end of the program wait for a save that the user asked for."""
-    _explicit.add(save)
-    save.add_done_callback(_explicit.discard)
+    some = cast("Future[object]", save)
+    _explicit.add(some)
+    some.add_done_callback(_explicit.discard)
 
 
 def save_now(checkpointers: list[RunCheckpointer]) -> None:
