@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_client.models.parts.layers import contract, from_bits, to_bits
+from jax_client.models.layers import contract, from_bits, to_bits
 from jax_client.models.parts.lora import lora_scale
 
 # (tokens, vocabulary entries) of one block of scores: 4 MB stay in a CPU's cache; an accelerator wants large matmuls.

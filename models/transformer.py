@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_client.models.config import ModelConfig
+from jax_client.models.layers import from_bits, rms_norm, rms_norm_backward, rope_table, to_bits
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.block import (
     SAVED_FOR_BACKWARD,
@@ -22,7 +23,6 @@ from jax_client.models.parts.block import (
     layer_forward,
     row_attention,
 )
-from jax_client.models.parts.layers import from_bits, rms_norm, rms_norm_backward, rope_table, to_bits
 from jax_client.models.parts.lora import Adapter
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_client.models.parts.layers import contract
+from jax_client.models.layers import contract
 
 # Queries, and keys, of one block. Small ones compute less beyond the segments and the diagonal: for the rows of which a
 # CPU runs two at once. A longer one runs alone there, and only products of large blocks are spread over the cores.

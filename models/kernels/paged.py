@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_client.models.kernels.blockwise import MASKED, softmax_shift
-from jax_client.models.parts.layers import contract, from_bits, to_bits
+from jax_client.models.layers import contract, from_bits, to_bits
 
 BLOCK = 2  # pages of one turn: 64 keys; one page or four took a CPU longer, and eight a prompt, too
 

@@ -1,1 +1,1 @@
-"""The parts of a decoder layer: attention, the layer itself, matmul, norm, rotary positions, LoRA."""
+"""The parts of a decoder layer: attention, the layer itself, LoRA."""

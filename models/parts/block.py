@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_client.models.config import ModelConfig
+from jax_client.models.layers import rms_norm, rms_norm_backward, rotate
 from jax_client.models.parts.attention import Attention
-from jax_client.models.parts.layers import rms_norm, rms_norm_backward, rotate
 from jax_client.models.parts.lora import (
     Adapter,
     Pair,

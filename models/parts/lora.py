@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from jax_client.models.parts.layers import contract
+from jax_client.models.layers import contract
 
 Adapter = Mapping[str, Mapping[str, jax.Array]]
 # A (n, I), n = R times the modules of a fused layer, and each output's B (R, O).

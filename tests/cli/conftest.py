@@ -15,7 +15,7 @@ import pytest
 
 from jax_client.cli import main
 from support.command_line import Result, fill
-from support.serving import write_model
+from support.server.serving import write_model
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from jax_client.cli import main; sys.exit(main())"
 

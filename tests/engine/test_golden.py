@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jax_client.models.decoder import output_head_VD
-from jax_client.models.parts.layers import contract
+from jax_client.models.layers import contract
 from jax_client.models.transformer import context, forward_pass
 from support.golden_cases import CASES, GOLDENS, lora_values
 from support.golden_engine import data, open_engine, to_ours, train

@@ -22,7 +22,7 @@ from jax_client.metrics.store import FILE_NAME, MetricsStore
 from jax_client.runs.results import run_metrics
 from jax_client.runs.results.run_metrics import MetricsWriter, RunMetrics, merged
 from support.golden_cases import sequences
-from support.serving import CASE, config, held_model
+from support.server.serving import CASE, config, held_model
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 

@@ -10,10 +10,11 @@ from tinker import types
 
 from jax_client.server.state import pending
 from jax_client.server.wire.admission import AdmissionLimits
-from support import fake_engine, served_fake
+from support import fake_engine
 from support.fake_engine import DATA, MODEL, PARAMS, PROMPT, datum
-from support.served_fake import LIMIT, connect, poll, raw, sample_body, sent, wait_for
-from support.serving import (
+from support.server import served_fake
+from support.server.served_fake import LIMIT, connect, poll, raw, sample_body, sent, wait_for
+from support.server.serving import (
     API,
     Between,
     forward_backward_body,

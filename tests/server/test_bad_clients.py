@@ -14,10 +14,11 @@ import tinker
 
 from jax_client.server.routes import polling
 from jax_client.server.wire import bodies, connections
-from support import fake_engine, served_fake
+from support import fake_engine
 from support.fake_engine import MODEL, PARAMS, PROMPT
-from support.served_fake import LIMIT, connect, in_use, poll, raw, received, sample_body, sent, wait_for
-from support.serving import (
+from support.server import served_fake
+from support.server.served_fake import LIMIT, connect, in_use, poll, raw, received, sample_body, sent, wait_for
+from support.server.serving import (
     API,
     KEY,
 )

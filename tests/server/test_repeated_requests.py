@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from support import fake_engine, served_fake
+from support import fake_engine
 from support.fake_engine import ADAM, DATA, MODEL, PARAMS, PROMPT
-from support.served_fake import LIMIT, connect
-from support.serving import (
+from support.server import served_fake
+from support.server.served_fake import LIMIT, connect
+from support.server.serving import (
     API,
     Between,
     Running,

@@ -21,10 +21,11 @@ from jax_client.server.routes import polling, sessions
 from jax_client.server.state import pending
 from jax_client.server.state.server import Server
 from jax_client.values import CheckpointKey
-from support import fake_engine, served_fake
+from support import fake_engine
 from support.fake_engine import ADAM, DATA, MODEL
-from support.served_fake import LIMIT, connect, poll, raw
-from support.serving import (
+from support.server import served_fake
+from support.server.served_fake import LIMIT, connect, poll, raw
+from support.server.serving import (
     API,
     Between,
     Running,

@@ -24,7 +24,7 @@ from jax_client.checkpoint.store import CheckpointStore
 from jax_client.cli import main
 from jax_client.server.state.server import Server
 from jax_client.server.wire.guard import Guard
-from support.serving import ADAM, KEY, Running, config, data, write_model
+from support.server.serving import ADAM, KEY, Running, config, data, write_model
 
 # The SDK's own HTTP stack and pydantic warn in ways that are not this package's to fix.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,7 +17,7 @@ from jax_client.server.state.request_log import RequestLog
 from jax_client.server.state.server import Server
 from jax_client.server.wire import custom_losses
 from support.golden_cases import sequences
-from support.serving import ADAM, CASE, KEY, Running, config, write_model
+from support.server.serving import ADAM, CASE, KEY, Running, config, write_model
 
 torch = pytest.importorskip("torch")
 # The SDK's own HTTP stack and pydantic warn in ways that are not this package's to fix.

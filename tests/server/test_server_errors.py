@@ -12,10 +12,11 @@ from tinker.lib.api_future_impl import _APIFuture
 from tinker.types import UntypedAPIFuture
 
 from jax_client.server.routes import polling
-from support import fake_engine, served_fake
+from support import fake_engine
 from support.fake_engine import ADAM, DATA, MODEL, PARAMS, PROMPT
-from support.served_fake import LIMIT, connect, poll, raw, wait_for
-from support.serving import (
+from support.server import served_fake
+from support.server.served_fake import LIMIT, connect, poll, raw, wait_for
+from support.server.serving import (
     Between,
 )
 

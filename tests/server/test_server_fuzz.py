@@ -31,8 +31,8 @@ from jax_client.server.routes import polling
 from jax_client.server.state import pending
 from jax_client.server.state.server import Server
 from jax_client.server.wire import bodies
-from support import fuzz_bodies
 from support.fake_engine import MODEL, FakeModels
+from support.server import fuzz_bodies
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHORT, EVERY = 60, 2_000

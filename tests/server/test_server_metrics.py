@@ -30,7 +30,7 @@ from jax_client.server.app import build_app, routes
 from jax_client.server.ops.prometheus import Family, render
 from jax_client.server.state.server import Server
 from jax_client.values import LoraSpec
-from support.serving import ADAM, KEY, config, data, held_model
+from support.server.serving import ADAM, KEY, config, data, held_model
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from jax_client.server.state.ledger import RequestLedger
 from jax_client.server.state.request_log import FILE, RequestLog
 from jax_client.server.state.server import Server
 from jax_client.server.wire.answers import Answer
-from support.serving import ADAM, CASE, KEY, Between, Running, config, data, held_model
+from support.server.serving import ADAM, CASE, KEY, Between, Running, config, data, held_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPT = types.ModelInput.from_ints([3, 1, 4, 1, 5])

@@ -26,9 +26,9 @@ from jax_client.engine.sample.token_sampling import draw_tokens
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, output_head_VD
 from jax_client.models.kernels.paged import paged_attention, write_pages, write_tokens
+from jax_client.models.layers import contract, from_bits, rms_norm, to_bits
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.block import Attend, MixedLinears, layer_forward, mixed_pairs
-from jax_client.models.parts.layers import contract, from_bits, rms_norm, to_bits
 from jax_client.models.parts.lora import Pair
 from jax_client.models.transformer import context, embed
 from jax_client.sharding import sharding_for

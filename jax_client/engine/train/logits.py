@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax_client.engine.core.adapters import Weights
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, output_head_VD
+from jax_client.models.layers import contract, from_bits
 from jax_client.models.parts.attention import Attention
-from jax_client.models.parts.layers import contract, from_bits
 from jax_client.models.parts.lora import lora_scale
 from jax_client.models.transformer import context, forward_pass
 

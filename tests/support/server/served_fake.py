@@ -15,7 +15,7 @@ import tinker
 import jax_client
 from jax_client.server.state.request_log import RequestLog
 from jax_client.server.state.server import Server
-from support.serving import (
+from support.server.serving import (
     API,
     KEY,
     Running,
