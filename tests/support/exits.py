@@ -1,7 +1,7 @@
 """How does a program end that uses the package: with which exit code, output, saved steps and threads?
 
 Each mode is a program, what it must print, its exit code, and the steps that must be on disk afterwards. The tests run
-a few modes; `scripts/benchmarks/exit_matrix.py` runs all of them, many times, on several versions of Python.
+a few modes; `scripts/probes/exit_matrix.py` runs all of them, many times, on several versions of Python.
 """
 
 from __future__ import annotations
