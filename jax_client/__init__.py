@@ -6,6 +6,7 @@ Names are loaded on first use, so that `import jax_client` costs milliseconds an
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,12 +41,13 @@ _MODULES = ("errors", "types")
 def __getattr__(name: str) -> object:
     if name in _OURS:
         value: object = getattr(importlib.import_module(_OURS[name]), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f"jax_client.{name}")
     elif name == "__version__":
         value = importlib.import_module("importlib.metadata").version("jax_client")
     elif name.startswith("_"):
         raise AttributeError(f"module 'jax_client' has no attribute {name!r}")
+    # `from jax_client import process` asks here first, and must not import tinker.
+    elif name in _MODULES or importlib.util.find_spec(f"{__name__}.{name}"):
+        value = importlib.import_module(f"jax_client.{name}")
     else:
         value = _from_tinker(name)
     globals()[name] = value

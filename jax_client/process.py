@@ -128,7 +128,7 @@ def run_exit_steps_before_others() -> None:
 
 
 def ending() -> bool:
-    """Whether the exit steps have begun: nobody waits for an answer any more."""
+    """Whether the exit steps have begun: no one waits for an answer any more."""
     return _ending
 
 

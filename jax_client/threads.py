@@ -1,6 +1,6 @@
 """Which threads work for the package, and when do they end? Daemon threads, which the exit steps join.
 
-The pools of `concurrent.futures` are shut when the main module ends, though a thread of the user's may go on training,
+The pools of `concurrent.futures` are shut when the main module ends, though a thread of the user's may still train,
 and their threads are waited for without limit. These threads serve until the exit step ENGINES.
 """
 

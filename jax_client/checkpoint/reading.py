@@ -90,8 +90,8 @@ class CheckpointReader:
         """Return the error that says which checkpoints there are instead."""
         places = children(run_directory(self._runs, key.run_id) / key.kind)
         names = [path.name for path in places if newest_version(path)]
-        there = f"of this kind it has {', '.join(names)}" if names else "it has none of this kind"
-        return NotFoundError(f"run {key.run_id!r} has no checkpoint {key.checkpoint_id} under {self._runs}; {there}.")
+        others = f"of this kind it has {', '.join(names)}" if names else "it has none of this kind"
+        return NotFoundError(f"run {key.run_id!r} has no checkpoint {key.checkpoint_id} under {self._runs}; {others}.")
 
     def _restored(self, directory: Path, key: CheckpointKey) -> Path | None:
         """Bring a checkpoint back from the mirror; None if it has none."""
@@ -104,8 +104,8 @@ class CheckpointReader:
                 files.temporary_directory(directory) as temporary,
             ):
                 # Another process may have brought it back while this one waited.
-                if (there := newest_version(directory)) is not None:
-                    return there
+                if (restored := newest_version(directory)) is not None:
+                    return restored
                 if not self._mirror.fetch(key, temporary):
                     return None
                 manifest.verify(temporary, read_manifest(temporary, key))

@@ -55,9 +55,9 @@ def read(directory: Path) -> dict[str, np.ndarray]:
 
 
 def _read_array(place: Path) -> np.ndarray:
-    about = json.loads((place / ".zarray").read_text())
-    shape = tuple(about["shape"])
-    if about != _description(np.empty(shape, np.float32)):
+    described = json.loads((place / ".zarray").read_text())
+    shape = tuple(described["shape"])
+    if described != _description(np.empty(shape, np.float32)):
         raise DamagedError(f"{place / '.zarray'} describes an array of another form than this package writes")
     return np.fromfile(place / _chunk(len(shape)), "<f4").reshape(shape)
 

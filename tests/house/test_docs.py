@@ -1,15 +1,18 @@
-"""Do the pages name what there is? Files, modules and types that a page mentions exist."""
+"""Do the pages name what there is? Files, modules and types that a page mentions exist, and the map is current."""
 
 from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS_OF_PAGES = ("docs", "jax_client", "models", "losses", "scripts")
+PAGES = [*sorted(ROOT.glob("*.md")), *(p for f in FOLDERS_OF_PAGES for p in sorted((ROOT / f).rglob("*.md")))]
 # A page may leave out the package's own folder: `engine/train/packing.py`.
 FOLDERS = ("", "jax_client/")
 FILE = re.compile(r"\b(?:[\w.-]+/)+[\w-]+\.(?:py|sh|npz)\b")
@@ -56,3 +59,9 @@ def test_the_types_of_the_reference_exist() -> None:
     types = importlib.import_module("jax_client.types")
     named = set(re.findall(r"`types\.(\w+)`", (ROOT / "docs" / "reference" / "types.md").read_text()))
     assert named and not [name for name in named if not hasattr(types, name)]
+
+
+def test_the_map_is_current() -> None:
+    script = ROOT / "scripts" / "make_map.py"
+    check = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr

@@ -11,8 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for folder in ("jax_client", "models", "losses") for path in sorted((ROOT / folder).rglob("*.py"))]
+FOLDERS_OF_PAGES = ("docs", "jax_client", "models", "losses", "scripts")
 # The map is made of docstrings.
-PAGES = [path for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))) if path.name != "map.md"]
+PAGES = [
+    path
+    for path in (*sorted(ROOT.glob("*.md")), *(p for f in FOLDERS_OF_PAGES for p in sorted((ROOT / f).rglob("*.md"))))
+    if path.name != "map.md"
+]
 GLOSSARY = ROOT / "docs" / "how-it-works" / "glossary.md"
 MOST_NOUNS = 60
 MOST_README_LINES = 170
@@ -80,14 +85,10 @@ NAMES = {
 
 def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            first = node.body[0]
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                yield first.lineno, first.value.value
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node, clean=False)
+            if text is not None:
+                yield node.body[0].lineno, text
 
 
 def names(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -125,6 +126,12 @@ def in_source(path: Path) -> Iterator[tuple[int, str, str]]:
         for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name):
             if (better := WORDS.get(word.lower())) is not None:
                 yield line, name, better
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_names_and_docstrings_are_plain(path: Path) -> None:
+    found = [f"{path.relative_to(ROOT)}:{line}: {text!r}, say: {better}" for line, text, better in in_source(path)]
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

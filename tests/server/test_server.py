@@ -86,11 +86,17 @@ def test_the_numbers_are_those_of_the_same_loop_in_process(service: Any, model: 
         assert served[name] == ours[name], name
 
 
-def test_state_goes_out_and_comes_back(service: Any, model: str) -> None:
-    client = service.create_lora_training_client(base_model="Some/Alias", rank=4, seed=1).result()
+def trained(service: Any, model: str) -> Any:
+    """Return a client after one step."""
+    client = service.create_lora_training_client(base_model=model, rank=4, seed=1).result()
     client.forward_backward(data(), "cross_entropy")
     client.optim_step(ADAM).result()
-    path = client.save_state("a", user_metadata={"k": "v"}).result().path
+    return client
+
+
+def test_saved_state_comes_back_bit_for_bit(service: Any) -> None:
+    client = trained(service, "Some/Alias")
+    path = client.save_state("a").result().path
     assert path == f"tinker://{client.model_id}/weights/a"
     with pytest.raises(tinker.RequestFailedError, match="overwrite=True"):
         client.save_state("a").result()
@@ -100,14 +106,24 @@ def test_state_goes_out_and_comes_back(service: Any, model: str) -> None:
     client.load_state_with_optimizer(path).result()
     resumed = service.create_training_client_from_state_with_optimizer(path).result()
     for each in (client, resumed):
-        again = each.forward(data(), "cross_entropy").result().loss_fn_outputs[0]["logprobs"].to_numpy()
-        np.testing.assert_array_equal(again, before)
+        logprobs = each.forward(data(), "cross_entropy").result().loss_fn_outputs[0]["logprobs"].to_numpy()
+        np.testing.assert_array_equal(logprobs, before)
+
+
+def test_saved_weights_are_sampled_from(service: Any, model: str) -> None:
+    client = trained(service, "Some/Alias")
     saved = client.save_weights_for_sampler("s").result().path
     sampler = service.create_sampling_client(model_path=saved)
     params = types.SamplingParams(max_tokens=4, temperature=0.0, stop=[])
     assert len(sampler.sample(types.ModelInput.from_ints([3, 1, 4]), 1, params).result().sequences[0].tokens) == 4
-    exported = client.get_info()
-    assert exported.lora_rank == 4 and exported.model_name == model
+    info = client.get_info()
+    assert info.lora_rank == 4 and info.model_name == model
+
+
+def test_checkpoints_are_listed_changed_and_deleted(service: Any) -> None:
+    client = trained(service, "Some/Alias")
+    path = client.save_state("a", user_metadata={"k": "v"}).result().path
+    client.save_weights_for_sampler("s").result()
     rest = service.create_rest_client()
     listed = {c.checkpoint_id for c in rest.list_checkpoints(client.model_id).result().checkpoints}
     assert listed == {"weights/a", "sampler_weights/s"}

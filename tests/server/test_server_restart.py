@@ -282,7 +282,7 @@ def test_clients_that_join_a_sampler_get_numbers_of_their_own(model: str, tmp_pa
     second.close(60)
 
 
-def test_a_damaged_journal_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_request_log_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / FILE).write_bytes(b"no database at all" * 1000)
     log = RequestLog(tmp_path)
     log.put("session", "s", {"a": 1})
@@ -291,7 +291,7 @@ def test_a_damaged_journal_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptur
     assert len(list(tmp_path.glob("server.damaged-*"))) == 1
 
 
-def test_a_journal_that_cannot_be_opened_now_is_not_set_aside(tmp_path: Path) -> None:
+def test_a_request_log_that_cannot_be_opened_now_is_not_set_aside(tmp_path: Path) -> None:
     log = RequestLog(tmp_path)
     log.put("session", "s", {"a": 1})
     log.close()

@@ -112,7 +112,7 @@ class Tile:
         start: position of its first token.
         page: where its keys and values go.
         table: the row's pages up to there, which it attends to.
-        scores: takes the scores of its positions, None where nobody asked for them.
+        scores: takes the scores of its positions, None where the request asks for none.
     """
 
     row: Row

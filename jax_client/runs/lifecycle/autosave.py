@@ -45,7 +45,7 @@ class _Watch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _SaveAll:
-    """Save every watched run, then wait for the mirrors so many seconds; `done` is set at the end."""
+    """Save every watched run, then wait at most `mirror_seconds` for the mirrors; `done` is set at the end."""
 
     mirror_seconds: float
     done: threading.Event = field(default_factory=threading.Event)
@@ -120,7 +120,7 @@ def announce(run_id: str, path: CheckpointKey, step: int) -> None:
 def handle_sigterm() -> None:
     """Save every watched run on SIGTERM, then do what SIGTERM did before. Only the main thread can, others do not.
 
-    A process that ignores SIGTERM goes on ignoring it.
+    A process that ignores SIGTERM continues to ignore it.
     """
     global _previous
     if threading.current_thread() is not threading.main_thread():
@@ -203,7 +203,7 @@ def _finish(checkpointer: RunCheckpointer) -> None:
 
 
 def _save_all(seconds: float | None = None, mirror_seconds: float = 0.0) -> None:
-    """Have the thread save every watched run; wait for it, at most so many seconds."""
+    """Have the thread save every watched run; wait for it, at most `seconds`."""
     if _thread is None or not _thread.is_alive():
         return
     asked = _SaveAll(mirror_seconds)

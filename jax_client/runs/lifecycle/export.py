@@ -115,8 +115,8 @@ def _refuse_taken(output: Path) -> None:
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
-        what = "a directory with files in it" if output.is_dir() else "no directory"
-        raise BadRequestError(f"{output} is there already and is {what}; give a new directory, or empty this one.")
+        kind = "a directory with files in it" if output.is_dir() else "no directory"
+        raise BadRequestError(f"{output} is there already and is {kind}; give a new directory, or empty this one.")
 
 
 def _check(

@@ -220,12 +220,12 @@ class Run:
     ) -> Future[types.SaveWeightsResponse | types.SaveWeightsForSamplerResponse]:
         """Write a checkpoint; the future resolves after it is durable."""
         path = CheckpointKey(self.run_id, kind, checks.checkpoint_name(name))
-        ttl, about = checks.ttl(ttl_seconds), checks.user_metadata_or_none(user_metadata)
+        ttl, metadata = checks.ttl(ttl_seconds), checks.user_metadata_or_none(user_metadata)
         optimizer, checkpointer = kind == "weights", self._checkpointer
         held = self._request(lambda: self._engine.snapshot(self._lane, self._adapter, optimizer=optimizer))
 
         def write(held: Snapshot) -> types.SaveWeightsResponse | types.SaveWeightsForSamplerResponse:
-            checkpointer.write(held, kind, path.name, ttl_seconds=ttl, user_metadata=about, overwrite=overwrite)
+            checkpointer.write(held, kind, path.name, ttl_seconds=ttl, user_metadata=metadata, overwrite=overwrite)
             if optimizer:
                 return types.SaveWeightsResponse(path=str(path), type="save_weights")
             return types.SaveWeightsForSamplerResponse(path=str(path), type="save_weights_for_sampler")
@@ -285,22 +285,22 @@ class Run:
 
         return self._answer(source, show)
 
-    def park(self, *, aloud: bool = False) -> CheckpointKey | None:
-        """Save the run with its optimizer, give back its memory and return from where `resume_run` goes on exactly.
+    def evict(self, *, announce: bool = False) -> CheckpointKey | None:
+        """Save the run with its optimizer, free its memory and return the checkpoint from which `resume_run` continues.
 
-        None, and the run stays, if it holds gradients. No request of it may be in flight. `aloud` prints how to go on
-        from what nobody had saved.
+        None, and the run stays, if it holds gradients. No request of it may be in flight. `announce` prints how to
+        continue from steps that no one had saved.
 
         Raises:
             RequestFailedError: the disk failed; the run stays.
         """
-        parked = self._checkpointer.park()
-        if parked is None:
+        saved = self._checkpointer.save_for_eviction()
+        if saved is None:
             return None
-        path, step = parked
+        path, step = saved
         autosave.unwatch(self._checkpointer)
         self._checkpointer.end()
-        if aloud and step is not None:
+        if announce and step is not None:
             autosave.announce(self.run_id, path, step)
         return path
 
@@ -329,7 +329,7 @@ def create_run(
 
 
 def _user_metadata(session: Session, run_id: str) -> Mapping[str, str] | None:
-    """Return what the user said about a run; None if nobody knows any more, which is no reason not to go on from it."""
+    """Return the user's metadata of a run; None if its record is gone, which is no reason not to continue the run."""
     try:
         return session.store.run(run_id).get("user_metadata")
     except NotFoundError:

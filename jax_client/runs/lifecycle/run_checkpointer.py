@@ -146,11 +146,11 @@ class RunCheckpointer:
                 return None
             return self._autosave(held), held.step
 
-    def park(self) -> tuple[CheckpointKey, int | None] | None:
-        """Make sure that the run can go on exactly from a checkpoint that no one else deletes.
+    def save_for_eviction(self) -> tuple[CheckpointKey, int | None] | None:
+        """Make sure that the run can continue exactly from a checkpoint that no one else deletes.
 
         Returns:
-            The checkpoint, and the step if nobody had saved it before.
+            The checkpoint, and the step if no one had saved it before.
 
         None, and nothing is written, while the run holds gradients, of which a checkpoint has none.
         """

@@ -86,7 +86,7 @@ class Session:
     Args:
         config: engine settings.
         info: what the user said about the session.
-        session_id: of a session that goes on; None makes a new one.
+        session_id: of a session that is continued; None makes a new one.
         models: where base models are loaded; None shares those of the process.
     """
 
@@ -237,7 +237,7 @@ class Session:
         return answer
 
     def is_saving(self, path: str) -> bool:
-        """Say whether a save of `path` is under way."""
+        """Return whether a save of `path` is under way."""
         with self._lock:
             return path in self._saving
 

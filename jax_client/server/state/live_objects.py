@@ -184,7 +184,7 @@ class LiveObjects:
     def _free_run(self, run_id: str, session_id: str, run: Run) -> Callable[[], Run] | None:
         """Save a run and free its memory; return what loads it again, None if it has to stay."""
         try:
-            path = run.park(aloud=self._closing)
+            path = run.evict(announce=self._closing)
         except Exception as error:
             logger.warning("model %s could not be saved, so it stays in memory: %s", run_id, error)
             return None
