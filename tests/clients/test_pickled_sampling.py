@@ -134,19 +134,21 @@ def test_the_system_says_who_connects() -> None:
 
 
 def test_where_the_socket_is_and_when_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    long, at_exit = tmp_path / ("x" * 100), []
+    long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
-    monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
     found = sharing.Sharing(jax_client.EngineConfig())
     assert os.path.exists(found.path) and not list(long.iterdir())
-    for process, there in ((os.getpid() + 1, True), (os.getpid(), False)):
-        # Forked processes inherit what is done at the end.
-        with monkeypatch.context() as patch:
-            patch.setattr("os.getpid", lambda process=process: process)
-            for function, *arguments in at_exit:
-                function(*arguments)
-        assert os.path.exists(os.path.dirname(found.path)) is there
+    # A forked process inherits the exit step, which must not remove the parent's socket.
+    monkeypatch.setattr(sharing, "_sharing", found)
+    with monkeypatch.context() as patch:
+        patch.setattr(found, "leave", lambda: None)
+        sharing._after_fork()
+    sharing._at_exit()
+    assert os.path.exists(found.path)
+    monkeypatch.setattr(sharing, "_sharing", found)
+    sharing._at_exit()
+    assert not os.path.exists(os.path.dirname(found.path))
 
 
 def test_nothing_secret_travels(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def test_a_second_start_compiles_nothing(tmp_path: Path, own_cache: Path) -> Non
         adapter = engine.open_adapter(lane, SPEC).result()
         engine.train_batch(lane, adapter, data(2, 9), CROSS_ENTROPY).result()
         engine.optim_step(lane, adapter, ADAM).result()
-        engine._background.shutdown(wait=True)  # type: ignore[union-attr]
+        engine._background.close(wait=True)  # type: ignore[union-attr]
         records = engine.monitor.describe()["compiled"]
         engine.close()
         assert {record["cause"] for record in records} == {"first use", "background"}

@@ -164,7 +164,7 @@ def test_what_the_engine_did_is_counted_from_point_to_point(tmp_path: Path) -> N
 def test_pending_points_are_there_after_the_process_has_ended(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom jax_client.runs.results import run_metrics\n"
-        "run = run_metrics.watch('r', None, Path(sys.argv[1]), 0, on=True)\n"
+        "run = run_metrics.observe('r', None, Path(sys.argv[1]), 0, on=True)\n"
         "for step in range(1, 501): run.stepped({'step:max': float(step)})\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)

@@ -33,7 +33,7 @@ def test_errors_are_raised_where_and_as_what_they_are(start: Any, loaded: Any) -
     with pytest.raises(tinker.RequestFailedError, match="no gradients") as failed:
         client.optim_step(ADAM).result(LIMIT)
     assert failed.value.category == types.RequestErrorCategory.User
-    loaded[0].forward_backward = lambda *_: 1 / 0
+    loaded[0].train_batch = lambda *_: 1 / 0
     with pytest.raises(tinker.RequestFailedError, match="its log says why") as failed:
         client.forward_backward(DATA, "cross_entropy").result(LIMIT)
     assert failed.value.category == types.RequestErrorCategory.Server

@@ -158,8 +158,8 @@ def test_a_plan_above_the_ceiling_runs_alone() -> None:
     plans = [Plan(rows=rows, length=length, slots=()) for rows, length in ((2, 1000), (2, 1001), (1, 2000), (2, 500))]
     assert [limits.alone(plan) for plan in plans] == [False, True, False, False]
     one, two, three, four = plans
-    assert packing.side_by_side([four, one, two, three], limits) == [[two], [one, three, four]]
-    assert packing.side_by_side([four, one, three, one, two], limits) == [[two], [one, three, one], [four]]
+    assert packing.in_rounds([four, one, two, three], limits) == [[two], [one, three, four]]
+    assert packing.in_rounds([four, one, three, one, two], limits) == [[two], [one, three, one], [four]]
 
 
 def test_a_micro_batch_costs_its_tokens_and_a_fixed_part_less_beside_another() -> None:
