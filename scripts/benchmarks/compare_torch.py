@@ -146,7 +146,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
 
 
 def run_all(args: argparse.Namespace) -> dict[Key, list[dict[str, Any]]]:
-    """Measure every job; every other repeat goes backwards, so that nobody always comes first."""
+    """Measure every job; every other repeat goes backwards, so that no contender always runs first."""
     results: dict[Key, list[dict[str, Any]]] = {}
     planned = jobs(args)
     for repeat in range(args.repeats):

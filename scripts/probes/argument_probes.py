@@ -13,7 +13,7 @@ from probing import ARGUMENTS, BAD, FAILED, Ask, World, probe
 
 @contextmanager
 def _still_trains(w: World) -> Iterator[None]:
-    """Train a step after what is refused: the client goes on as if it had not been asked."""
+    """Train a step after a refused call: the refusal leaves the client as it was."""
     try:
         yield
     finally:

@@ -44,7 +44,7 @@ def create(w: World, ask: Ask) -> None:
 )
 def from_state(w: World, ask: Ask) -> None:
     made = ask(w.service, w.state)
-    check(made.model_id != w.run_id, "goes on in the same run")
+    check(made.model_id != w.run_id, "continues in the same run")
     close(w.score(made), w.scores, "logprobs")
 
 

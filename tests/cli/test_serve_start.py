@@ -123,7 +123,7 @@ def test_progress_of_a_download_is_told(tmp_path, monkeypatch, hidden):
     with observed(lambda progress: seen.append(str(progress))):
         assert hub.download("a/b", []) == tmp_path
     assert seen == ["downloading", *(f"downloading {x} GB" for x in ("1.5/3.0", "3.0/3.0", "3.5/4.0", "4.0/4.0"))]
-    # Nobody asked: nobody is told.
+    # Without an observer no call is made.
     hub.download("a/b", [])
     Counter("loading", 10).add(5)
     assert len(seen) == 5
