@@ -65,30 +65,36 @@ def _end_as_copy() -> None:
         return
     _flush_files()
     libc.fflush(None)
-    # jax warns of forks.
+    # Python and jax warn of forks beside threads.
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # Between the fork and PyOS_AfterFork_Child nothing may ask for the interpreter's lock, which the copy would hand to
-    # a thread that it does not have: those that wait for it now ask within 5 ms, the next time after a minute.
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(60.0)
-    time.sleep(4 * interval)
-    # What os.fork() does, which Python 3.12.0 to 3.12.2 refuse here.
-    api = ctypes.pythonapi
-    api.PyOS_BeforeFork()
-    copy = libc.fork()
+    try:
+        copy = os.fork()
+    except RuntimeError:
+        copy = _fork(libc)
+    except OSError:
+        return
     if copy == 0:
-        api.PyOS_AfterFork_Child()
         _free_nothing(libc)
         return
-    api.PyOS_AfterFork_Parent()
-    sys.setswitchinterval(interval)
     if copy > 0 and (status := _wait_for(copy)) is not None:
         if os.WIFEXITED(status):
             os._exit(os.WEXITSTATUS(status))
         if os.WTERMSIG(status) == signal.SIGINT:  # so Python ends after an interrupt that nothing caught
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def _fork(libc: ctypes.PyDLL) -> int:
+    """Do what `os.fork` does, which Python 3.12.0 to 3.12.2 refuse at this time; -1 where it fails."""
+    api = ctypes.pythonapi
+    # Inside the fork: a copy that ran any Python code first could hand the interpreter to a thread that it has not.
+    libc.__register_atfork(None, None, api.PyOS_AfterFork_Child, None)
+    api.PyOS_BeforeFork()
+    copy = libc.fork()
+    if copy:
+        api.PyOS_AfterFork_Parent()
+    return copy
 
 
 def _free_nothing(libc: ctypes.PyDLL | None) -> None:

@@ -183,7 +183,8 @@ class Dispatcher:
             return
         except BaseException as raised:  # a KeyboardInterrupt of the user's loss reaches the user through its future
             self._leave(lane)
-            future.set_exception(raised)
+            if not self._dropped:  # a compile, for one, fails once jax has been torn down around it
+                future.set_exception(raised)
             return
         finally:
             del value, error  # an error that came back would keep this frame, and this frame it
