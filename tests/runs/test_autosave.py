@@ -186,6 +186,7 @@ def earlier(number, frame):
     print("earlier handler", flush=True)
     sys.exit(7)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
 if how == "chained":
     signal.signal(signal.SIGTERM, earlier)
 config = jax_client.EngineConfig(dtype="float32", state_dir=state_dir, compilation_cache_dir="", precompile=False)

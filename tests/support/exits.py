@@ -27,6 +27,7 @@ def left():
         print("threads left:", names, file=sys.stderr)
 atexit.register(left)
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
 sys.modules["torch"] = None  # the SDK imports it where it is there, which takes seconds
 import jax_client
 from jax_client import types as T
