@@ -1,11 +1,11 @@
 """How do target logprobs come from hidden states without a [T, V] array, forwards and backwards?
 
-The vocabulary goes in blocks with an online logsumexp. Beside the running sum the forward pass carries
-e = sum_v p_v W_v, so that d logprob / dh = W_target - e needs no second pass over the vocabulary: two matmuls where
-recomputing the probabilities takes three. Only an adapter on the head needs them again, for its B.
+`head_forward` scans the vocabulary in blocks with an online logsumexp. Beside the running sum it carries
+e = sum_v p_v W_v, so that d logprob / dh = W_target - e needs no second pass over the vocabulary: two matmuls, where
+recomputing the probabilities takes three. Only an adapter on the head needs the probabilities again, for its B.
 
-The tokens go in chunks too, in the order of what they need (`Order`): those that can get a gradient, then those that
-are only scored, which carry no e, and padding not at all.
+It takes the tokens in chunks, too, in the order that `Order` gives: first those that can get a gradient, then those
+that are only scored and carry no e. Padding is skipped.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Unembed = Mapping[str, jax.Array]  # {"A": (R, D), "B": (R, V)}, or empty
 
 
 class Order(NamedTuple):
-    """Which positions of a row need what.
+    """The order in which the positions of a row are computed.
 
     Attributes:
         token_BT: int32; each row's positions: those that can get a gradient first, then those that are only scored,
             then padding.
-        place_BT: its inverse: where each position stands in that order.
-        with_gradient, scored: int32 scalars; how many, counted from the front, have a gradient, and a score at all. The
-            most of any row, so that the rows of a mesh take equally many turns.
+        place_BT: int32; the inverse, each position's place in that order.
+        with_gradient, scored: int32 scalars; the number of positions, counted from the front, that have a gradient, and
+            a score. Each is the largest of any row, so that the rows of a mesh take equally many turns.
     """
 
     token_BT: jax.Array
@@ -53,7 +53,7 @@ def block_shape(length: int) -> tuple[int, int]:
 
 
 def _each_row(row: Callable[..., Any], *arrays: Any) -> Any:
-    """Apply `row` to each row of the arrays.
+    """Apply `row(*arrays) -> results` to each row of the arrays.
 
     One row goes without a batch axis: XLA's CPU backend has no bfloat16 path for a matmul with one.
     """
@@ -76,7 +76,7 @@ def _block_scores(
 
 
 def _over_blocks(step: Any, carry: Any, head_VD: jax.Array, b_RV: jax.Array | None) -> tuple[Any, list[Any]]:
-    """Run step(carry, w_vD, b_Rv) over blocks of one vocabulary shard; the last one may be narrower."""
+    """Run `step(carry, w_vD, b_Rv) -> (carry, y)` over blocks of one vocabulary shard; the last may be narrower."""
     bits_VD, size = to_bits(head_VD), len(head_VD)
 
     def block(carry: Any, start: Any, width: int) -> tuple[Any, Any]:
@@ -136,7 +136,7 @@ def head_forward(
         head_VD: output projection in the matmul type.
         lora: the adapter on the head, or {}.
         targets_BTC: int32 token ids, C per position.
-        order: which positions need what; those beyond `order.scored` get 0.
+        order: the positions' order; those beyond `order.scored` get 0.
         shards: ways that V is split over the mesh; each shard keeps its own running sums, merged at the end.
         with_backward: also carry e, for the first `order.with_gradient` positions. Without it the second result is
             empty.
@@ -153,7 +153,7 @@ def head_forward(
             at_M = jax.lax.dynamic_slice_in_dim(token_T, i * size, size)
             options = {"dtype": dtype, "shards": shards, "with_backward": with_backward}
             new = _chunk_forward(h_TD[at_M], head_VD, lora, targets_TC[at_M], **options)
-            # Written in the order of work and turned back below: a CPU is slow at writing to scattered places.
+            # Written in the order of work and put back below: a CPU is slow at writing to scattered places.
             put = jax.lax.dynamic_update_slice_in_dim
             return out | {name: put(out[name], value, i * size, 0) for name, value in new.items()}
 

@@ -27,7 +27,7 @@ class ModelConfig:
     """Sizes and switches of one decoder-only model.
 
     Attributes:
-        family: "llama", "qwen2" or "qwen3".
+        family: the name of the `Family` that read it.
         max_context: most tokens of a sequence.
         eos_token_ids: ids that end a sampled row when the request names no stop.
 

@@ -1,4 +1,7 @@
-"""What are the small pieces of a decoder layer: matmul, norm, rotary positions?"""
+"""What are the small pieces of a decoder layer: matmul, norm, rotary positions?
+
+They are pure functions of arrays. All of them compute in float32, except that a matmul's operands have the matmul type.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Is a loss that was sent as a graph acceptable, and which function of arrays is it?
+"""Is an uploaded graph an acceptable loss, and which function of arrays is it?
 
-The graph is plain data, as the tinker SDK writes it: nodes in the order in which they run, each with the wire name of
-an operation. Its operations come from the table in `graph_ops`; a sent name is only ever a key of that table.
+`read_graph` checks the nodes and binds their operations; `Graph.function` evaluates them over jax arrays. A graph is
+plain data, as the tinker SDK writes it: nodes in the order in which they run, each with the wire name of an operation.
+A sent name is only ever a key of the table in `ops`.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import numpy as np
 
 from jax_client.errors import BadRequestError
 from jax_client.torch_graph.ops import OPERATIONS
-from jax_client.torch_graph.values import DTYPES, MAX_ELEMENTS, MAX_PARTS, Operation, Place, is_tensor
+from jax_client.torch_graph.values import DTYPES, MAX_ELEMENTS, MAX_PARTS, Operation, Place, Value, is_tensor
 
 MAX_NODES = 1000
 MAX_INPUTS = 16
@@ -38,7 +39,7 @@ _METRIC_NAME = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
 _SETTINGS = {"layout": ("strided",), "memory_format": ("contiguous_format", "preserve_format")}
 _OTHER_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 # Arguments of torch's that change nothing here, at the values at which they do not.
-_IDLE: dict[str, tuple[Any, ...]] = {
+_IDLE: dict[str, tuple[Value, ...]] = {
     "inplace": (False,), "out": (None,), "weight": (None,), "size_average": (None,), "reduce": (None,),
     "requires_grad": (False,), "pin_memory": (False, None), "_stacklevel": tuple(range(10)),
     "copy": (False, True), "non_blocking": (False, True), "device": (None, Place(kind="device", name="cpu"), "cpu"),
@@ -52,6 +53,10 @@ class Ref:
     """The value of an earlier node."""
 
     name: str
+
+
+# An argument of a node before it runs: values, and references in them.
+Argument: TypeAlias = "Ref | Value | slice | tuple[Argument, ...] | list[Argument]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,8 +74,8 @@ class Node:
     name: str
     target: str
     operation: Operation
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: tuple[Argument, ...]
+    kwargs: Mapping[str, Argument]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -100,7 +105,7 @@ class Graph:
         return lambda *arrays: _evaluate(self, arrays)
 
 
-def read_graph(nodes: Sequence[Any], inputs: Sequence[tuple[str, int]], name: str) -> Graph:
+def read_graph(nodes: Sequence[object], inputs: Sequence[tuple[str, int]], name: str) -> Graph:
     """Check a graph and bind its operations.
 
     Args:
@@ -119,7 +124,7 @@ class _Refused(Exception):
 
 
 class _Reader:
-    def __init__(self, nodes: Sequence[Any], inputs: Sequence[tuple[str, int]], name: str) -> None:
+    def __init__(self, nodes: Sequence[object], inputs: Sequence[tuple[str, int]], name: str) -> None:
         self._name = name
         self._wire = nodes
         self._inputs = tuple(self._input(*entry) for entry in inputs)
@@ -127,8 +132,9 @@ class _Reader:
         self._depends: dict[str, bool] = {}  # whether the gradient by logprobs passes through a node, by its name
         self._calls: list[Node] = []
 
-    def _input(self, name: Any, rank: Any) -> Input:
-        if not isinstance(name, str) or not _INPUT_NAME.fullmatch(name) or rank not in (0, 1, 2):
+    def _input(self, name: object, rank: object) -> Input:
+        known = isinstance(rank, int | float) and rank in (0, 1, 2)
+        if not isinstance(name, str) or not _INPUT_NAME.fullmatch(name) or not known:
             raise BadRequestError(f"loss {self._name}: input {_short(name)} of rank {_short(rank)} is not possible.")
         return Input(name=name, rank=int(rank))
 
@@ -159,7 +165,7 @@ class _Reader:
                 raise BadRequestError(f"loss {self._name}: {where} {why}. {INSTEAD}") from None
         raise BadRequestError(f"loss {self._name} has no output node. {INSTEAD}")
 
-    def _read(self, node: Mapping[str, Any]) -> None:
+    def _read(self, node: Mapping[str, object]) -> None:
         op, name, target = node.get("op"), node.get("name"), node.get("target")
         if not isinstance(name, str) or not 0 < len(name) <= MAX_TEXT or not isinstance(target, str):
             raise _Refused(f"has no name and target, or a name of more than {MAX_TEXT} characters")
@@ -182,7 +188,7 @@ class _Reader:
         else:
             raise _Refused(f"is of kind {_short(op)}, which is not known")
 
-    def _call(self, name: str, target: str, op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _call(self, name: str, target: str, op: str, args: Sequence[object], kwargs: Mapping[object, object]) -> None:
         if self._left:
             raise _Refused(f"comes before the inputs {_short(self._left)}")
         key = f".{target}" if op == "call_method" else target
@@ -205,7 +211,7 @@ class _Reader:
         self._calls.append(Node(name=name, target=target, operation=operation, args=decoded, kwargs=named))
         self._depends[name] = not operation.stops and any(self._depends[ref] for ref in decoder.refs)
 
-    def _output(self, node: Mapping[str, Any]) -> Graph:
+    def _output(self, node: Mapping[str, object]) -> Graph:
         args = node.get("args")
         result = args[0] if isinstance(args, list | tuple) and len(args) == 1 else None
         if isinstance(result, Mapping):
@@ -229,14 +235,14 @@ class _Reader:
             metrics={key: self._result(value, f"metric {key}") for key, value in metrics.items()},
         )
 
-    def _result(self, value: Any, result: str) -> str:
-        found = _Decoder(self._depends).value(value, 0)
-        if not isinstance(found, Ref):
+    def _result(self, value: object, result: str) -> str:
+        decoded = _Decoder(self._depends).value(value, 0)
+        if not isinstance(decoded, Ref):
             raise _Refused(f"returns {result} as {_short(value)}; it must be a tensor")
-        return found.name
+        return decoded.name
 
 
-def _argument(name: Any) -> str:
+def _argument(name: object) -> str:
     if not isinstance(name, str) or len(name) > MAX_TEXT:
         raise _Refused(f"has an argument named {_short(name)}")
     return _OTHER_NAMES.get(name, name)
@@ -245,12 +251,12 @@ def _argument(name: Any) -> str:
 class _Decoder:
     """Turns the arguments of one node into values; remembers which nodes they refer to."""
 
-    def __init__(self, known: Mapping[str, Any]) -> None:
+    def __init__(self, known: Mapping[str, object]) -> None:
         self.refs: list[str] = []
         self._known = known
         self._count = 0
 
-    def value(self, wire: Any, depth: int) -> Any:
+    def value(self, wire: object, depth: int) -> Argument:
         self._count += 1
         if self._count > MAX_ARGUMENTS or depth > MAX_NESTING:
             raise _Refused(f"has more than {MAX_ARGUMENTS} values in its arguments, or nests them {MAX_NESTING} deep")
@@ -271,7 +277,7 @@ class _Decoder:
             return self._tagged(kind, content, depth)
         raise _Refused(f"has the argument {_short(wire)}, which is not known")
 
-    def _tagged(self, kind: Any, content: Any, depth: int) -> Any:
+    def _tagged(self, kind: object, content: object, depth: int) -> Argument:
         if kind == "ref":
             if not isinstance(content, str) or content not in self._known:
                 raise _Refused(f"refers to {_short(content)}, which no node before it is")
@@ -298,7 +304,7 @@ class _Decoder:
         raise _Refused(f"has the argument {_short({kind: content})}, which is not known")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """Return a value for a message; long text and large collections are cut before they are written out."""
     if isinstance(value, str):
         return repr(value[:MAX_TEXT])
@@ -310,7 +316,7 @@ def _short(value: Any) -> str:
 
 
 def _evaluate(graph: Graph, arrays: Sequence[jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-    values: dict[str, Any] = {entry.name: array for entry, array in zip(graph.inputs, arrays, strict=True)}
+    values: dict[str, Value] = {entry.name: array for entry, array in zip(graph.inputs, arrays, strict=True)}
     total = 0
     for node in graph.nodes:
         try:
@@ -339,17 +345,19 @@ def _evaluate(graph: Graph, arrays: Sequence[jax.Array]) -> tuple[jax.Array, dic
     return loss, {key: jax.lax.stop_gradient(value.reshape(())) for key, value in metrics.items()}
 
 
-def _resolved(arg: Any, values: Mapping[str, Any]) -> Any:
+def _resolved(arg: Argument, values: Mapping[str, Value]) -> Value:
     if isinstance(arg, Ref):
         return values[arg.name]
-    if isinstance(arg, list | tuple):
-        return type(arg)(_resolved(item, values) for item in arg)
+    if isinstance(arg, tuple):
+        return tuple(_resolved(item, values) for item in arg)
+    if isinstance(arg, list):
+        return [_resolved(item, values) for item in arg]
     if isinstance(arg, slice):
         return slice(*(_resolved(item, values) for item in (arg.start, arg.stop, arg.step)))
     return arg
 
 
-def _measure(value: Any) -> int:
+def _measure(value: Value) -> int:
     """Return the elements of a node's value. Raises ValueError for one that is too large, or of an unknown kind."""
     if is_tensor(value):
         if value.size > MAX_ELEMENTS:
@@ -362,5 +370,5 @@ def _measure(value: Any) -> int:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError("the result is an integer of more than 64 bits")
     if not isinstance(value, bool | int | float | np.dtype | Place):
-        raise ValueError(f"the result is {_short(value)}, which a loss cannot go on with")
+        raise ValueError(f"the result is {_short(value)}, which a loss cannot use")
     return 1

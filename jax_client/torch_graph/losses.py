@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
+from jax_client.torch_graph.indexing import gather
 from jax_client.torch_graph.pointwise import clamp_min
 from jax_client.torch_graph.reductions import log_softmax, norm
-from jax_client.torch_graph.shapes import gather
-from jax_client.torch_graph.values import Table, absolute, floats, numbers, tensor, together
+from jax_client.torch_graph.values import Table, Value, absolute, floats, number, tensor, together
 
 OPERATIONS = Table()
 
 
-def _reduced(loss: jax.Array, reduction: Any) -> jax.Array:
+def _reduced(loss: jax.Array, reduction: Value) -> jax.Array:
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -25,41 +23,41 @@ def _reduced(loss: jax.Array, reduction: Any) -> jax.Array:
     raise ValueError(f"reduction is {str(reduction)[:40]!r}; known are 'none', 'sum' and 'mean'")
 
 
-def _floats(*values: Any) -> list[jax.Array]:
+def _floats(*values: Value) -> list[jax.Array]:
     return [floats(value) for value in together(*map(tensor, values))]
 
 
 @OPERATIONS.add("torch.nn.functional.mse_loss")
-def mse_loss(input: Any, target: Any, reduction: str = "mean") -> jax.Array:
+def mse_loss(input: Value, target: Value, reduction: str = "mean") -> jax.Array:
     """Square the differences."""
     a, b = _floats(input, target)
     return _reduced((a - b) ** 2, reduction)
 
 
 @OPERATIONS.add("torch.nn.functional.l1_loss")
-def l1_loss(input: Any, target: Any, reduction: str = "mean") -> jax.Array:
+def l1_loss(input: Value, target: Value, reduction: str = "mean") -> jax.Array:
     """Return absolute differences."""
     a, b = _floats(input, target)
     return _reduced(absolute(a - b), reduction)
 
 
 @OPERATIONS.add("torch.nn.functional.smooth_l1_loss")
-def smooth_l1_loss(input: Any, target: Any, reduction: str = "mean", beta: float = 1.0) -> jax.Array:
+def smooth_l1_loss(input: Value, target: Value, reduction: str = "mean", beta: float = 1.0) -> jax.Array:
     """Square small differences; of those beyond beta take the absolute value."""
-    numbers(beta)
+    number(beta)
     if beta == 0:
         return l1_loss(input, target, reduction)
     return huber_loss(input, target, reduction, beta, scale=1 / beta)
 
 
 @OPERATIONS.add("torch.nn.functional.huber_loss")
-def _huber(input: Any, target: Any, reduction: str = "mean", delta: float = 1.0) -> jax.Array:
+def _huber(input: Value, target: Value, reduction: str = "mean", delta: float = 1.0) -> jax.Array:
     return huber_loss(input, target, reduction, delta)
 
 
-def huber_loss(input: Any, target: Any, reduction: str, delta: float, *, scale: float = 1.0) -> jax.Array:
+def huber_loss(input: Value, target: Value, reduction: str, delta: float, *, scale: float = 1.0) -> jax.Array:
     """Return half the square up to delta, and delta (|x| - delta / 2) beyond, both times scale."""
-    numbers(delta)
+    number(delta)
     a, b = _floats(input, target)
     away = absolute(a - b)
     return _reduced(jnp.where(away < delta, 0.5 * away * away, delta * (away - 0.5 * delta)) * scale, reduction)
@@ -67,7 +65,7 @@ def huber_loss(input: Any, target: Any, reduction: str, delta: float, *, scale: 
 
 @OPERATIONS.add("torch.nn.functional.binary_cross_entropy_with_logits")
 def bce_with_logits(
-    input: Any, target: Any, weight: Any = None, reduction: str = "mean", pos_weight: Any = None
+    input: Value, target: Value, weight: Value = None, reduction: str = "mean", pos_weight: Value = None
 ) -> jax.Array:
     """Return -y log sigmoid(x) - (1 - y) log sigmoid(-x)."""
     x, y = _floats(input, target)
@@ -78,7 +76,7 @@ def bce_with_logits(
     return _reduced(loss if weight is None else _product(loss, weight), reduction)
 
 
-def _product(loss: jax.Array, weight: Any) -> jax.Array:
+def _product(loss: jax.Array, weight: Value) -> jax.Array:
     a, b = together(loss, tensor(weight))
     return a * b
 
@@ -99,14 +97,14 @@ _cross_entropy.defvjp(lambda p, y: (_cross_entropy(p, y), (p, y)), _cross_entrop
 
 
 @OPERATIONS.add("torch.nn.functional.binary_cross_entropy")
-def binary_cross_entropy(input: Any, target: Any, weight: Any = None, reduction: str = "mean") -> jax.Array:
+def binary_cross_entropy(input: Value, target: Value, weight: Value = None, reduction: str = "mean") -> jax.Array:
     """Return -y log p - (1 - y) log(1 - p), each logarithm at least -100."""
     loss = _cross_entropy(*jnp.broadcast_arrays(*_floats(input, target)))
     return _reduced(loss if weight is None else _product(loss, weight), reduction)
 
 
 @OPERATIONS.add("torch.nn.functional.kl_div")
-def kl_div(input: Any, target: Any, reduction: str = "mean", log_target: bool = False) -> jax.Array:
+def kl_div(input: Value, target: Value, reduction: str = "mean", log_target: bool = False) -> jax.Array:
     """Return t (log t - x) for log probabilities x."""
     x, t = _floats(input, target)
     loss = jnp.exp(t) * (t - x) if log_target else jax.scipy.special.xlogy(t, t) - t * x
@@ -116,15 +114,15 @@ def kl_div(input: Any, target: Any, reduction: str = "mean", log_target: bool = 
 
 
 @OPERATIONS.add("torch.nn.functional.nll_loss")
-def nll_loss(input: Any, target: Any, ignore_index: int = -100, reduction: str = "mean") -> jax.Array:
+def nll_loss(input: Value, target: Value, ignore_index: int = -100, reduction: str = "mean") -> jax.Array:
     """Return minus the log probability of each target; targets of `ignore_index` do not count."""
-    x, target = floats(input), tensor(target)
-    if x.ndim not in (1, 2) or target.shape != x.shape[:-1] or target.dtype.kind != "i":
+    x, y = floats(input), tensor(target)
+    if x.ndim not in (1, 2) or y.shape != x.shape[:-1] or y.dtype.kind != "i":
         raise ValueError(
-            f"input has shape {list(x.shape)}, target {list(target.shape)} of {target.dtype}; give [N, C] and N classes"
+            f"input has shape {list(x.shape)}, target {list(y.shape)} of {y.dtype}; give [N, C] and N classes"
         )
-    counts = target != ignore_index
-    picked = gather(x, -1, jnp.where(counts, target, 0)[..., None])[..., 0]
+    counts = y != ignore_index
+    picked = gather(x, -1, jnp.where(counts, y, 0)[..., None])[..., 0]
     loss = jnp.where(counts, -picked, 0.0)
     if reduction == "mean":
         return jnp.sum(loss) / jnp.sum(counts).astype(x.dtype)
@@ -133,31 +131,34 @@ def nll_loss(input: Any, target: Any, ignore_index: int = -100, reduction: str =
 
 @OPERATIONS.add("torch.nn.functional.cross_entropy")
 def cross_entropy(
-    input: Any, target: Any, ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0
+    input: Value, target: Value, ignore_index: int = -100, reduction: str = "mean", label_smoothing: float = 0.0
 ) -> jax.Array:
     """Return the cross entropy of logits, the targets classes or probabilities."""
     if label_smoothing != 0:
         raise ValueError(f"label_smoothing is {label_smoothing}; only 0 is known")
     logprobs = log_softmax(input, -1 if tensor(input).ndim < 3 else 1)
-    if tensor(target).dtype.kind != "f":
-        return nll_loss(logprobs, target, ignore_index, reduction)
-    if logprobs.ndim not in (1, 2) or target.shape != logprobs.shape:
-        raise ValueError(f"input has shape {list(logprobs.shape)}, target {list(target.shape)}; give [N, C] twice")
-    return _reduced(-jnp.sum(logprobs * target, axis=-1), reduction)
+    y = tensor(target)
+    if y.dtype.kind != "f":
+        return nll_loss(logprobs, y, ignore_index, reduction)
+    if logprobs.ndim not in (1, 2) or y.shape != logprobs.shape:
+        raise ValueError(f"input has shape {list(logprobs.shape)}, target {list(y.shape)}; give [N, C] twice")
+    return _reduced(-jnp.sum(logprobs * y, axis=-1), reduction)
 
 
 @OPERATIONS.add("torch.nn.functional.margin_ranking_loss")
-def margin_ranking_loss(input1: Any, input2: Any, target: Any, margin: float = 0, reduction: str = "mean") -> jax.Array:
+def margin_ranking_loss(
+    input1: Value, input2: Value, target: Value, margin: float = 0, reduction: str = "mean"
+) -> jax.Array:
     """Return max(0, -y (x1 - x2) + margin)."""
-    numbers(margin)
+    number(margin)
     a, b, y = _floats(input1, input2, target)
     return _reduced(clamp_min(-y * (a - b) + margin, 0), reduction)
 
 
 @OPERATIONS.add("torch.cosine_similarity", "torch.nn.functional.cosine_similarity")
-def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> jax.Array:
+def cosine_similarity(x1: Value, x2: Value, dim: int = 1, eps: float = 1e-8) -> jax.Array:
     """Return the cosine between two tensors along a dimension."""
-    numbers(eps)
+    number(eps)
     a, b = jnp.broadcast_arrays(*_floats(x1, x2))
     a, b = (x / clamp_min(norm(x, 2, dim, True), eps) for x in (a, b))
     return jnp.sum(a * b, axis=dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jax_client.torch_graph import losses, pointwise, reductions, shapes
+from jax_client.torch_graph import creation, indexing, losses, pointwise, reductions, shapes
 from jax_client.torch_graph.values import Operation
 
 # By the name on the wire; a method's has a dot before it.
@@ -10,5 +10,7 @@ OPERATIONS: dict[str, Operation] = {
     **pointwise.OPERATIONS,
     **reductions.OPERATIONS,
     **shapes.OPERATIONS,
+    **indexing.OPERATIONS,
+    **creation.OPERATIONS,
     **losses.OPERATIONS,
 }

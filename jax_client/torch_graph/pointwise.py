@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,16 @@ from jax_client.torch_graph.values import (
     DTYPES,
     FLOAT,
     INT,
+    Number,
     Place,
     Table,
+    Value,
     absolute,
     cast,
     fits,
     floats,
     is_tensor,
-    numbers,
+    number,
     result_dtype,
     tensor,
     together,
@@ -48,7 +49,9 @@ _TESTS: dict[str, Callable[[jax.Array], jax.Array]] = {
 _MORE_NAMES = {"sigmoid": ("torch._C._special.special_expit",), "erf": ("torch._C._special.special_erf",)}
 
 
-def _unary(name: str, call: Callable[[jax.Array], jax.Array], prepare: Callable[[Any], jax.Array], stops: bool) -> None:
+def _unary(
+    name: str, call: Callable[[jax.Array], jax.Array], prepare: Callable[[Value], jax.Array], stops: bool
+) -> None:
     OPERATIONS.add(f"torch.{name}", f".{name}", *_MORE_NAMES.get(name, ()), stops=stops)(
         lambda input: call(prepare(input))
     )
@@ -62,7 +65,7 @@ for _name, _call in _TESTS.items():
     _unary(_name, _call, tensor, True)
 
 
-def _python_power(base: Any, exponent: Any) -> Any:
+def _python_power(base: Number, exponent: Number) -> Number:
     if isinstance(base, int) and isinstance(exponent, int) and abs(exponent) > MAX_EXPONENT:
         raise ValueError(f"the exponent is {exponent}; between whole numbers the limit is {MAX_EXPONENT}")
     return base**exponent
@@ -71,19 +74,19 @@ def _python_power(base: Any, exponent: Any) -> Any:
 def _binary(
     names: tuple[str, ...],
     call: Callable[[jax.Array, jax.Array], jax.Array],
-    plain: Callable[[Any, Any], Any] | None = None,
+    plain: Callable[[Number, Number], Number] | None = None,
     *,
     as_floats: bool = False,
     stops: bool = False,
 ) -> None:
     """Enter an operation of two operands, each a tensor or a number; `plain` is the same of two numbers."""
 
-    def binary(input: Any, other: Any) -> Any:
+    def binary(input: Value, other: Value) -> Value:
         if not is_tensor(input) and not is_tensor(other):
-            numbers(input, other)
+            numbers = number(input), number(other)
             if plain is None:
                 raise ValueError("a tensor is needed, got two numbers")
-            return plain(input, other)
+            return plain(*numbers)
         a, b = together(input, other)
         return call(floats(a), floats(b)) if as_floats else call(a, b)
 
@@ -124,7 +127,7 @@ for _name, _logical, _bits in (
 
 
 @OPERATIONS.add("operator.add")
-def operator_add(a: Any, b: Any) -> Any:
+def operator_add(a: Value, b: Value) -> Value:
     """Add numbers and tensors, or join shapes."""
     if isinstance(a, tuple) and isinstance(b, tuple) and all(isinstance(size, int) for size in a + b):
         return a + b
@@ -132,34 +135,39 @@ def operator_add(a: Any, b: Any) -> Any:
 
 
 @OPERATIONS.add("torch.add", ".add")
-def add(input: Any, other: Any, alpha: Any = 1) -> Any:
+def add(input: Value, other: Value, alpha: Value = 1) -> Value:
     """Return input + alpha other."""
     return _scaled_sum(jnp.add, operator.add, input, other, alpha)
 
 
 @OPERATIONS.add("torch.sub", ".sub", "torch.subtract", ".subtract")
-def subtract(input: Any, other: Any, alpha: Any = 1) -> Any:
+def subtract(input: Value, other: Value, alpha: Value = 1) -> Value:
     """Return input - alpha other."""
     return _scaled_sum(jnp.subtract, operator.sub, input, other, alpha)
 
 
 @OPERATIONS.add("torch.rsub")
-def reverse_subtract(input: Any, other: Any, alpha: Any = 1) -> Any:
+def reverse_subtract(input: Value, other: Value, alpha: Value = 1) -> Value:
     """Return other - alpha input."""
     return subtract(other, input, alpha)
 
 
-def _scaled_sum(call: Any, plain: Any, a: Any, b: Any, alpha: Any) -> Any:
-    numbers(alpha)
+def _scaled_sum(
+    call: Callable[[jax.Array, jax.Array], jax.Array],
+    plain: Callable[[Number, Number], Number],
+    a: Value,
+    b: Value,
+    alpha: Value,
+) -> jax.Array | Number:
+    scale = number(alpha)
     if not is_tensor(a) and not is_tensor(b):
-        numbers(a, b)
-        return plain(a, alpha * b)
-    a, b = together(a, b)
-    return call(a, b if alpha == 1 else b * jnp.asarray(alpha, b.dtype))
+        return plain(number(a), scale * number(b))
+    x, y = together(a, b)
+    return call(x, y if scale == 1 else y * jnp.asarray(scale, y.dtype))
 
 
 @OPERATIONS.add("torch.div", ".div", "torch.divide", ".divide", "torch.true_divide", ".true_divide")
-def divide(input: Any, other: Any, rounding_mode: Any = None) -> Any:
+def divide(input: Value, other: Value, rounding_mode: Value = None) -> Value:
     """Divide; rounded quotients have no gradient."""
     a, b = together(input, other)
     if rounding_mode is None:
@@ -172,73 +180,71 @@ def divide(input: Any, other: Any, rounding_mode: Any = None) -> Any:
 
 
 @OPERATIONS.add("operator.pow", "torch.pow", ".pow")
-def power(input: Any, exponent: Any) -> Any:
+def power(input: Value, exponent: Value) -> Value:
     """Raise to a power."""
     if not is_tensor(input) and not is_tensor(exponent):
-        numbers(input, exponent)
-        return _python_power(input, exponent)
+        return _python_power(number(input), number(exponent))
     if is_tensor(exponent):
         return jnp.power(*together(input, exponent))
     dtype = result_dtype(input, exponent)
+    times = number(exponent)
     # A whole exponent is multiplied out, which is right for negative bases too.
-    whole = isinstance(exponent, float) and exponent.is_integer() and abs(exponent) <= MAX_EXPONENT
-    return jnp.power(input.astype(dtype), int(exponent) if whole else exponent)
+    whole = isinstance(times, float) and times.is_integer() and abs(times) <= MAX_EXPONENT
+    return jnp.power(tensor(input).astype(dtype), int(times) if whole else times)
 
 
 @OPERATIONS.add("operator.neg")
-def operator_neg(a: Any) -> Any:
+def operator_neg(a: Value) -> jax.Array | Number:
     """Negate."""
     return -_operand(a)
 
 
 @OPERATIONS.add("operator.pos")
-def operator_pos(a: Any) -> Any:
+def operator_pos(a: Value) -> jax.Array | Number:
     """Return the operand."""
     return _operand(a)
 
 
 @OPERATIONS.add("operator.abs")
-def operator_abs(a: Any) -> Any:
+def operator_abs(a: Value) -> jax.Array | Number:
     """Return the absolute value."""
-    return absolute(a) if is_tensor(a) else abs(_operand(a))
+    return absolute(a) if is_tensor(a) else abs(number(a))
 
 
-def _operand(a: Any) -> Any:
-    if not is_tensor(a):
-        numbers(a)
-    return a
+def _operand(a: Value) -> jax.Array | Number:
+    return a if is_tensor(a) else number(a)
 
 
 @OPERATIONS.add("operator.invert", "torch.bitwise_not", ".bitwise_not", stops=True)
-def invert(input: Any) -> jax.Array:
+def invert(input: Value) -> jax.Array:
     """Invert truth values, or the bits of integers."""
     return jnp.invert(tensor(input))
 
 
 @OPERATIONS.add("torch.where")
-def where(condition: Any, input: Any, other: Any) -> jax.Array:
+def where(condition: Value, input: Value, other: Value) -> jax.Array:
     """Choose element by element."""
-    a, b = together(input, other)
-    if tensor(condition).dtype != BOOL:
-        raise ValueError(f"the condition has dtype {condition.dtype}; it must be bool, such as mask != 0")
-    fits(np.broadcast_shapes(condition.shape, a.shape, b.shape))
-    return jnp.where(condition, a, b)
+    (a, b), holds = together(input, other), tensor(condition)
+    if holds.dtype != BOOL:
+        raise ValueError(f"the condition has dtype {holds.dtype}; it must be bool, such as mask != 0")
+    fits(np.broadcast_shapes(holds.shape, a.shape, b.shape))
+    return jnp.where(holds, a, b)
 
 
 @OPERATIONS.add(".where")
-def where_method(input: Any, condition: Any, other: Any) -> jax.Array:
+def where_method(input: Value, condition: Value, other: Value) -> jax.Array:
     """Keep where the condition holds."""
     return where(condition, input, other)
 
 
 @OPERATIONS.add("torch.masked_fill", ".masked_fill")
-def masked_fill(input: Any, mask: Any, value: Any) -> jax.Array:
+def masked_fill(input: Value, mask: Value, value: Value) -> jax.Array:
     """Replace where the mask holds; the type stays."""
     return cast(where(mask, value, input), tensor(input).dtype)
 
 
 @OPERATIONS.add("torch.clamp", ".clamp", "torch.clip", ".clip")
-def clamp(input: Any, min: Any = None, max: Any = None) -> jax.Array:
+def clamp(input: Value, min: Value = None, max: Value = None) -> jax.Array:
     """Limit to bounds, numbers or tensors; at a bound the gradient still passes."""
     if min is None and max is None:
         raise ValueError("at least one of min and max is needed")
@@ -251,82 +257,85 @@ def clamp(input: Any, min: Any = None, max: Any = None) -> jax.Array:
 
 
 @OPERATIONS.add("torch.clamp_min", ".clamp_min")
-def clamp_min(input: Any, min: Any) -> jax.Array:
+def clamp_min(input: Value, min: Value) -> jax.Array:
     """Limit from below."""
     return clamp(input, min=min)
 
 
 @OPERATIONS.add("torch.clamp_max", ".clamp_max")
-def clamp_max(input: Any, max: Any) -> jax.Array:
+def clamp_max(input: Value, max: Value) -> jax.Array:
     """Limit from above."""
     return clamp(input, max=max)
 
 
 @OPERATIONS.add("torch.relu", ".relu", "torch.nn.functional.relu")
-def relu(input: Any) -> jax.Array:
+def relu(input: Value) -> jax.Array:
     """Return max(x, 0), with gradient 0 at 0."""
     x = tensor(input)
     return jnp.where(x <= 0, jnp.zeros((), x.dtype), x)
 
 
 @OPERATIONS.add("torch.nn.functional.leaky_relu")
-def leaky_relu(input: Any, negative_slope: float = 0.01) -> jax.Array:
+def leaky_relu(input: Value, negative_slope: float = 0.01) -> jax.Array:
     """Return x where it is positive, else a part of it."""
     x = floats(input)
     return jnp.where(x > 0, x, x * negative_slope)
 
 
 @OPERATIONS.add("torch._C._nn.softplus", "torch.nn.functional.softplus")
-def softplus(input: Any, beta: float = 1.0, threshold: float = 20.0) -> jax.Array:
+def softplus(input: Value, beta: float = 1.0, threshold: float = 20.0) -> jax.Array:
     """Return log(1 + exp(beta x)) / beta, and x beyond the threshold."""
-    numbers(beta, threshold)
+    number(beta)
+    number(threshold)
     x = floats(input)
     linear = x * beta > threshold
     return jnp.where(linear, x, jnp.log1p(jnp.exp(jnp.where(linear, 0.0, x * beta))) / beta)
 
 
 @OPERATIONS.add("torch._C._nn.log_sigmoid", "torch.nn.functional.logsigmoid")
-def logsigmoid(input: Any) -> jax.Array:
+def logsigmoid(input: Value) -> jax.Array:
     """Return log sigmoid(x)."""
     return jax.nn.log_sigmoid(floats(input))
 
 
 @OPERATIONS.add("torch.logit", ".logit", "torch._C._special.special_logit")
-def logit(input: Any, eps: Any = None) -> jax.Array:
+def logit(input: Value, eps: Value = None) -> jax.Array:
     """Return log(x / (1 - x)), with x kept eps away from 0 and 1."""
     x = floats(input)
     if eps is not None:
-        x = clamp(x, eps, 1 - eps)
+        margin = _operand(eps)
+        x = clamp(x, margin, 1 - margin)
     return jnp.log(x / (1 - x))
 
 
 @OPERATIONS.add("torch.lerp", ".lerp")
-def lerp(input: Any, end: Any, weight: Any) -> jax.Array:
+def lerp(input: Value, end: Value, weight: Value) -> jax.Array:
     """Go from input to end by a weight."""
     a, b, w = together(input, end, weight)
     return a + w * (b - a)
 
 
 @OPERATIONS.add("torch.nan_to_num", ".nan_to_num")
-def nan_to_num(input: Any, nan: Any = 0.0, posinf: Any = None, neginf: Any = None) -> jax.Array:
+def nan_to_num(input: Value, nan: Value = 0.0, posinf: Value = None, neginf: Value = None) -> jax.Array:
     """Replace NaN and infinities."""
-    return jnp.nan_to_num(tensor(input), nan=0.0 if nan is None else nan, posinf=posinf, neginf=neginf)
+    high, low = (None if end is None else _operand(end) for end in (posinf, neginf))
+    return jnp.nan_to_num(tensor(input), nan=0.0 if nan is None else _operand(nan), posinf=high, neginf=low)
 
 
 @OPERATIONS.add("torch.detach", ".detach", stops=True)
-def detach(input: Any) -> jax.Array:
+def detach(input: Value) -> jax.Array:
     """Cut the gradient."""
     return jax.lax.stop_gradient(tensor(input))
 
 
 @OPERATIONS.add("torch.clone", ".clone", ".contiguous", ".cpu")
-def same(input: Any) -> jax.Array:
+def same(input: Value) -> jax.Array:
     """Return the tensor; nothing is ever changed in place."""
     return tensor(input)
 
 
 @OPERATIONS.add(".to", ".type")
-def to(input: Any, *args: Any, dtype: Any = None, device: Any = None, other: Any = None) -> jax.Array:
+def to(input: Value, *args: Value, dtype: Value = None, device: Value = None, other: Value = None) -> jax.Array:
     """Convert to a type, or to that of another tensor; there is one device."""
     x = tensor(input)
     for arg in (*args, dtype, device, other):
@@ -340,7 +349,7 @@ def to(input: Any, *args: Any, dtype: Any = None, device: Any = None, other: Any
 
 
 @OPERATIONS.add(".type_as")
-def type_as(input: Any, other: Any) -> jax.Array:
+def type_as(input: Value, other: Value) -> jax.Array:
     """Convert to the type of another tensor."""
     return to(input, tensor(other))
 
@@ -363,11 +372,10 @@ _MATH: dict[str, Callable[..., float]] = {
 
 
 def _math(name: str, call: Callable[..., float]) -> Callable[..., float]:
-    def on_numbers(*values: Any) -> float:
+    def on_numbers(*values: Value) -> float:
         if any(is_tensor(value) for value in values):
             raise ValueError(f"math.{name} takes numbers that follow from shapes; of a tensor take torch.{name}")
-        numbers(*values)
-        return call(*values)
+        return call(*map(number, values))
 
     return on_numbers
 

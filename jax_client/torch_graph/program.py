@@ -1,9 +1,9 @@
 """How is an uploaded loss run? On the host's CPU, compiled once for each combination of shapes.
 
-The model's passes belong on the accelerator; what lies between them is a handful of element by element operations on
-one sequence's logprobs, which come from the host and go back to it. For each new length a program has to be compiled,
-which takes longer than running it ever does, and longest for an accelerator. A CPU also has torch's int64 and,
-for a loss that asks for it, float64. Where jax has no CPU backend, its default device is taken.
+A loss is a handful of elementwise operations on one sequence's logprobs, which come from the host and return to it.
+Each new length needs a program of its own, which takes longer to compile than to run, and longest for an accelerator. A
+CPU also has torch's int64 and, for a loss that asks for it, float64. Where jax has no CPU backend, the program runs on
+jax's default device.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from jax_client import process
+from jax_client.sharding import Device
 from jax_client.threads import Workers
 from jax_client.torch_graph.graph import Graph
 
@@ -28,6 +29,7 @@ WORKERS = 8
 # These programs run once or a few times: time spent on making them faster is lost.
 _CPU_OPTIONS = {"xla_backend_optimization_level": 0}
 
+T = TypeVar("T")
 Shapes = tuple[tuple[tuple[int, ...], str], ...]
 
 
@@ -40,8 +42,8 @@ class GraphProgram:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._traced: OrderedDict[Shapes, Any] = OrderedDict()
-        self._compiled: OrderedDict[Shapes, Any] = OrderedDict()
+        self._traced: OrderedDict[Shapes, jax.stages.Traced] = OrderedDict()
+        self._compiled: OrderedDict[Shapes, jax.stages.Compiled] = OrderedDict()
         self._lock = threading.Lock()
 
     def check(self, shapes: Shapes) -> None:
@@ -80,12 +82,12 @@ class GraphProgram:
             for (loss, metrics), gradient in results
         ]
 
-    def _program(self, shapes: Shapes) -> Any:
+    def _program(self, shapes: Shapes) -> jax.stages.Compiled:
         with self._lock:
-            found = self._compiled.get(shapes)
-            if found is not None:
+            known = self._compiled.get(shapes)
+            if known is not None:
                 self._compiled.move_to_end(shapes)
-                return found
+                return known
         self.check(shapes)
         with self._lock:
             traced = self._traced.pop(shapes, None)
@@ -94,11 +96,11 @@ class GraphProgram:
         with _host() as device:
             options = _CPU_OPTIONS if device.platform == "cpu" else {}
             with process.not_waited_for():
-                found = traced.lower().compile(compiler_options=options)
-        self._keep(self._compiled, shapes, found)
-        return found
+                compiled = traced.lower().compile(compiler_options=options)
+        self._keep(self._compiled, shapes, compiled)
+        return compiled
 
-    def _keep(self, table: OrderedDict[Shapes, Any], shapes: Shapes, value: Any) -> None:
+    def _keep(self, table: OrderedDict[Shapes, T], shapes: Shapes, value: T) -> None:
         with self._lock:
             table[shapes] = value
             while len(table) > MOST_PROGRAMS:
@@ -111,7 +113,7 @@ def shapes_of(arrays: Sequence[np.ndarray]) -> Shapes:
 
 
 @contextmanager
-def _host() -> Iterator[Any]:
+def _host() -> Iterator[Device]:
     """Compute on the host, with integers and floats of 64 bits, in this thread."""
     try:
         device = jax.local_devices(backend="cpu")[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jax_client.torch_graph.values import (
     INT,
     Pair,
     Table,
+    Value,
     absolute,
     cast,
     dimension,
@@ -22,7 +22,7 @@ from jax_client.torch_graph.values import (
     floats,
     integer,
     is_tensor,
-    numbers,
+    number,
     safe_sqrt,
     tensor,
     together,
@@ -31,21 +31,21 @@ from jax_client.torch_graph.values import (
 OPERATIONS = Table()
 
 
-def _summable(input: Any, dtype: Any) -> jax.Array:
+def _summable(input: Value, dtype: Value) -> jax.Array:
     """Return the tensor in the type that its sums have: that of integers and truth values is int64."""
     x = cast(tensor(input), dtype)
     return x if x.dtype.kind == "f" else x.astype(INT)
 
 
 @OPERATIONS.add("torch.sum", ".sum")
-def total(input: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> jax.Array:
+def total(input: Value, dim: Value = None, keepdim: bool = False, dtype: Value = None) -> jax.Array:
     """Add up."""
     x = _summable(input, dtype)
     return jnp.sum(x, axis=dimensions(dim, x.ndim), keepdims=bool(keepdim))
 
 
 @OPERATIONS.add("torch.mean", ".mean")
-def mean(input: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> jax.Array:
+def mean(input: Value, dim: Value = None, keepdim: bool = False, dtype: Value = None) -> jax.Array:
     """Average; of floats only, as torch."""
     x = cast(tensor(input), dtype)
     if x.dtype.kind != "f":
@@ -54,14 +54,14 @@ def mean(input: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) 
 
 
 @OPERATIONS.add("torch.prod", ".prod")
-def product(input: Any, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> jax.Array:
+def product(input: Value, dim: Value = None, keepdim: bool = False, dtype: Value = None) -> jax.Array:
     """Multiply up."""
     x = _summable(input, dtype)
     return jnp.prod(x, axis=dimensions(dim, x.ndim), keepdims=bool(keepdim))
 
 
 @OPERATIONS.add("torch.max", ".max")
-def maximum(input: Any, dim: Any = None, keepdim: bool = False, other: Any = None) -> Any:
+def maximum(input: Value, dim: Value = None, keepdim: bool = False, other: Value = None) -> jax.Array | Pair:
     """Return the largest of all, along a dimension, or of two tensors.
 
     Ties share the gradient, but for a dimension, where the first gets it.
@@ -70,21 +70,29 @@ def maximum(input: Any, dim: Any = None, keepdim: bool = False, other: Any = Non
 
 
 @OPERATIONS.add("torch.min", ".min")
-def minimum(input: Any, dim: Any = None, keepdim: bool = False, other: Any = None) -> Any:
+def minimum(input: Value, dim: Value = None, keepdim: bool = False, other: Value = None) -> jax.Array | Pair:
     """Return the smallest, as `maximum` the largest."""
     return _extreme(input, dim, keepdim, other, jnp.min, jnp.argmin, jnp.minimum)
 
 
-def _extreme(input: Any, dim: Any, keepdim: bool, other: Any, whole: Any, place: Any, of_two: Any) -> Any:
-    x, other = tensor(input), dim if is_tensor(dim) else other
-    if other is not None:
-        return of_two(*together(x, tensor(other)))
+def _extreme(
+    input: Value,
+    dim: Value,
+    keepdim: bool,
+    other: Value,
+    whole: Callable[[jax.Array], jax.Array],
+    place: Callable[..., jax.Array],
+    of_two: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array | Pair:
+    x, second = tensor(input), dim if is_tensor(dim) else other
+    if second is not None:
+        return of_two(*together(x, tensor(second)))
     if dim is None:
         return whole(x)
     return _picked(x, place, dim, keepdim)
 
 
-def _picked(x: jax.Array, place: Callable[..., jax.Array], dim: Any, keepdim: bool) -> Pair:
+def _picked(x: jax.Array, place: Callable[..., jax.Array], dim: Value, keepdim: bool) -> Pair:
     if not x.ndim:
         dimension(dim, 0)
         return Pair(x, jnp.zeros((), INT))
@@ -95,30 +103,32 @@ def _picked(x: jax.Array, place: Callable[..., jax.Array], dim: Any, keepdim: bo
 
 
 @OPERATIONS.add("torch.amax", ".amax")
-def amax(input: Any, dim: Any = (), keepdim: bool = False) -> jax.Array:
+def amax(input: Value, dim: Value = (), keepdim: bool = False) -> jax.Array:
     """Return the largest; ties share the gradient."""
-    return jnp.max(tensor(input), axis=dimensions(dim, input.ndim), keepdims=bool(keepdim))
+    x = tensor(input)
+    return jnp.max(x, axis=dimensions(dim, x.ndim), keepdims=bool(keepdim))
 
 
 @OPERATIONS.add("torch.amin", ".amin")
-def amin(input: Any, dim: Any = (), keepdim: bool = False) -> jax.Array:
+def amin(input: Value, dim: Value = (), keepdim: bool = False) -> jax.Array:
     """Return the smallest; ties share the gradient."""
-    return jnp.min(tensor(input), axis=dimensions(dim, input.ndim), keepdims=bool(keepdim))
+    x = tensor(input)
+    return jnp.min(x, axis=dimensions(dim, x.ndim), keepdims=bool(keepdim))
 
 
 @OPERATIONS.add("torch.argmax", ".argmax", stops=True)
-def argmax(input: Any, dim: Any = None, keepdim: bool = False) -> jax.Array:
+def argmax(input: Value, dim: Value = None, keepdim: bool = False) -> jax.Array:
     """Return the place of the first largest."""
     return _place(jnp.argmax, input, dim, keepdim)
 
 
 @OPERATIONS.add("torch.argmin", ".argmin", stops=True)
-def argmin(input: Any, dim: Any = None, keepdim: bool = False) -> jax.Array:
+def argmin(input: Value, dim: Value = None, keepdim: bool = False) -> jax.Array:
     """Return the place of the first smallest."""
     return _place(jnp.argmin, input, dim, keepdim)
 
 
-def _place(place: Callable[..., jax.Array], input: Any, dim: Any, keepdim: bool) -> jax.Array:
+def _place(place: Callable[..., jax.Array], input: Value, dim: Value, keepdim: bool) -> jax.Array:
     x = tensor(input)
     if dim is None:
         return place(x.reshape(-1)).astype(INT)
@@ -126,43 +136,44 @@ def _place(place: Callable[..., jax.Array], input: Any, dim: Any, keepdim: bool)
 
 
 @OPERATIONS.add("torch.all", ".all", stops=True)
-def every(input: Any, dim: Any = None, keepdim: bool = False) -> jax.Array:
+def every(input: Value, dim: Value = None, keepdim: bool = False) -> jax.Array:
     """Return whether all are true."""
-    return jnp.all(tensor(input), axis=dimensions(dim, input.ndim), keepdims=bool(keepdim))
+    x = tensor(input)
+    return jnp.all(x, axis=dimensions(dim, x.ndim), keepdims=bool(keepdim))
 
 
 @OPERATIONS.add("torch.any", ".any", stops=True)
-def some(input: Any, dim: Any = None, keepdim: bool = False) -> jax.Array:
+def some(input: Value, dim: Value = None, keepdim: bool = False) -> jax.Array:
     """Return whether any is true."""
-    return jnp.any(tensor(input), axis=dimensions(dim, input.ndim), keepdims=bool(keepdim))
+    x = tensor(input)
+    return jnp.any(x, axis=dimensions(dim, x.ndim), keepdims=bool(keepdim))
 
 
 @OPERATIONS.add("torch.var", ".var")
 def variance(
-    input: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None
+    input: Value, dim: Value = None, unbiased: bool = True, keepdim: bool = False, *, correction: Value = None
 ) -> jax.Array:
     """Return the variance, divided by n - 1 unless told otherwise."""
     x = floats(input)
     if isinstance(dim, bool):
         dim, unbiased = None, dim
     axes = dimensions(dim, x.ndim)
-    correction = int(unbiased) if correction is None else correction
-    numbers(correction)
+    less = int(unbiased) if correction is None else number(correction)
     count = math.prod(x.shape[axis] for axis in axes)
     away = x - jnp.mean(x, axis=axes, keepdims=True)
-    return jnp.sum(away * away, axis=axes, keepdims=bool(keepdim)) / jnp.asarray(max(count - correction, 0), x.dtype)
+    return jnp.sum(away * away, axis=axes, keepdims=bool(keepdim)) / jnp.asarray(max(count - less, 0), x.dtype)
 
 
 @OPERATIONS.add("torch.std", ".std")
 def deviation(
-    input: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None
+    input: Value, dim: Value = None, unbiased: bool = True, keepdim: bool = False, *, correction: Value = None
 ) -> jax.Array:
     """Return the standard deviation; where it is 0 it has gradient 0."""
     return safe_sqrt(variance(input, dim, unbiased, keepdim, correction=correction))
 
 
 @OPERATIONS.add("torch.functional.norm", "torch.norm", ".norm")
-def norm(input: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> jax.Array:
+def norm(input: Value, p: Value = 2, dim: Value = None, keepdim: bool = False, dtype: Value = None) -> jax.Array:
     """Return the vector norm of order 1, 2 or infinity; where it is 0 it has gradient 0."""
     x = floats(cast(tensor(input), dtype))
     axes, keep = dimensions(dim, x.ndim), bool(keepdim)
@@ -176,13 +187,15 @@ def norm(input: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: 
 
 
 @OPERATIONS.add("torch._C._linalg.linalg_vector_norm")
-def vector_norm(x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> jax.Array:
+def vector_norm(x: Value, ord: Value = 2, dim: Value = None, keepdim: bool = False, dtype: Value = None) -> jax.Array:
     """Return the vector norm."""
     return norm(x, ord, dim, keepdim, dtype)
 
 
 @OPERATIONS.add("torch._C._linalg.linalg_norm")
-def linalg_norm(A: Any, ord: Any = None, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> jax.Array:
+def linalg_norm(
+    A: Value, ord: Value = None, dim: Value = None, keepdim: bool = False, dtype: Value = None
+) -> jax.Array:
     """Return the norm of a vector, or of all elements."""
     two = tensor(A).ndim == 2 if dim is None else isinstance(dim, tuple | list) and len(dim) == 2
     if ord is not None and two:
@@ -191,14 +204,14 @@ def linalg_norm(A: Any, ord: Any = None, dim: Any = None, keepdim: bool = False,
 
 
 @OPERATIONS.add("torch.logsumexp", ".logsumexp", "torch._C._special.special_logsumexp")
-def logsumexp(input: Any, dim: Any, keepdim: bool = False) -> jax.Array:
+def logsumexp(input: Value, dim: Value, keepdim: bool = False) -> jax.Array:
     """Return log sum exp."""
     x = floats(input)
     return jax.nn.logsumexp(x, axis=dimensions(dim, x.ndim), keepdims=bool(keepdim))
 
 
-def _scan(name: str, call: Callable[..., jax.Array], prepare: Callable[[Any, Any], jax.Array]) -> None:
-    def scan(input: Any, dim: Any, dtype: Any = None) -> jax.Array:
+def _scan(name: str, call: Callable[..., jax.Array], prepare: Callable[[Value, Value], jax.Array]) -> None:
+    def scan(input: Value, dim: Value, dtype: Value = None) -> jax.Array:
         x = prepare(input, dtype)
         axis = dimension(dim, x.ndim)
         return call(x, axis=axis) if x.ndim else x
@@ -211,13 +224,13 @@ _scan("cumprod", jnp.cumprod, _summable)
 _scan("logcumsumexp", jax.lax.cumlogsumexp, lambda input, dtype: floats(cast(tensor(input), dtype)))
 
 
-def _implicit(dim: Any, ndim: int) -> int:
+def _implicit(dim: Value, ndim: int) -> int:
     """Return the dimension that torch takes where none is given."""
     return dimension((0 if ndim in (0, 1, 3) else 1) if dim is None else dim, ndim)
 
 
 @OPERATIONS.add("torch.softmax", ".softmax", "torch.nn.functional.softmax", "torch._C._special.special_softmax")
-def softmax(input: Any, dim: Any = None, dtype: Any = None) -> jax.Array:
+def softmax(input: Value, dim: Value = None, dtype: Value = None) -> jax.Array:
     """Return exp(x) / sum exp(x)."""
     x = floats(cast(tensor(input), dtype))
     axis = _implicit(dim, x.ndim)
@@ -227,7 +240,7 @@ def softmax(input: Any, dim: Any = None, dtype: Any = None) -> jax.Array:
 @OPERATIONS.add(
     "torch.log_softmax", ".log_softmax", "torch.nn.functional.log_softmax", "torch._C._special.special_log_softmax"
 )
-def log_softmax(input: Any, dim: Any = None, dtype: Any = None) -> jax.Array:
+def log_softmax(input: Value, dim: Value = None, dtype: Value = None) -> jax.Array:
     """Return x - log sum exp(x)."""
     x = floats(cast(tensor(input), dtype))
     axis = _implicit(dim, x.ndim)
@@ -235,7 +248,7 @@ def log_softmax(input: Any, dim: Any = None, dtype: Any = None) -> jax.Array:
 
 
 @OPERATIONS.add("torch.sort", ".sort")
-def sort(input: Any, dim: Any = -1, descending: bool = False, stable: Any = None) -> Pair:
+def sort(input: Value, dim: Value = -1, descending: bool = False, stable: Value = None) -> Pair:
     """Sort; equal values keep their order."""
     x = tensor(input)
     axis = dimension(dim, x.ndim)
@@ -244,7 +257,7 @@ def sort(input: Any, dim: Any = -1, descending: bool = False, stable: Any = None
 
 
 @OPERATIONS.add("torch.argsort", ".argsort", stops=True)
-def argsort(input: Any, dim: Any = -1, descending: bool = False, stable: Any = None) -> jax.Array:
+def argsort(input: Value, dim: Value = -1, descending: bool = False, stable: Value = None) -> jax.Array:
     """Return where the sorted values come from."""
     x = tensor(input)
     axis = dimension(dim, x.ndim)
@@ -254,17 +267,17 @@ def argsort(input: Any, dim: Any = -1, descending: bool = False, stable: Any = N
 
 
 @OPERATIONS.add("torch.topk", ".topk")
-def topk(input: Any, k: Any, dim: Any = -1, largest: bool = True, sorted: bool = True) -> Pair:
+def topk(input: Value, k: Value, dim: Value = -1, largest: bool = True, sorted: bool = True) -> Pair:
     """Return the k largest, or smallest, in order."""
-    found = sort(input, dim, descending=bool(largest))
-    axis, k = dimension(dim, found.values.ndim), integer(k)
-    if not found.values.ndim or not 0 <= k <= found.values.shape[axis]:
-        raise ValueError(f"k is {k}; the tensor has shape {list(found.values.shape)}")
-    return Pair(*(jax.lax.slice_in_dim(part, 0, k, axis=axis) for part in found))
+    ordered = sort(input, dim, descending=bool(largest))
+    axis, count = dimension(dim, ordered.values.ndim), integer(k)
+    if not ordered.values.ndim or not 0 <= count <= ordered.values.shape[axis]:
+        raise ValueError(f"k is {count}; the tensor has shape {list(ordered.values.shape)}")
+    return Pair(*(jax.lax.slice_in_dim(part, 0, count, axis=axis) for part in ordered))
 
 
 @OPERATIONS.add("operator.matmul", "torch.matmul", ".matmul", "torch.mm", ".mm", "torch.mv", ".mv", "torch.dot", ".dot")
-def matmul(input: Any, other: Any) -> jax.Array:
+def matmul(input: Value, other: Value) -> jax.Array:
     """Multiply vectors and matrices."""
     a, b = tensor(input), tensor(other)
     if a.dtype != b.dtype or a.dtype == BOOL:
@@ -275,9 +288,10 @@ def matmul(input: Any, other: Any) -> jax.Array:
 
 
 @OPERATIONS.add("torch.diff", ".diff")
-def diff(input: Any, n: Any = 1, dim: Any = -1) -> jax.Array:
+def diff(input: Value, n: Value = 1, dim: Value = -1) -> jax.Array:
     """Return differences of neighbours."""
     x = tensor(input)
-    if not 0 <= integer(n) <= 16:
-        raise ValueError(f"n is {n}; the limit is 16")
-    return jnp.diff(x, n=n, axis=dimension(dim, x.ndim))
+    times = integer(n)
+    if not 0 <= times <= 16:
+        raise ValueError(f"n is {times}; the limit is 16")
+    return jnp.diff(x, n=times, axis=dimension(dim, x.ndim))

@@ -1,7 +1,7 @@
 """Which values does an uploaded loss compute with, and what are torch's rules for their types, dimensions and sizes?
 
-Tensors are jax arrays, of the types in `DTYPES`; sizes, settings and what comes of them are Python numbers. An
-operation that cannot do what it is asked raises ValueError; the graph adds which node it was.
+Tensors are jax arrays, of the types in `DTYPES`. Sizes and settings, and numbers computed from them, are Python's. An
+operation raises ValueError for arguments that it cannot compute; the graph adds which node it was.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import EllipsisType
+from typing import NamedTuple, TypeAlias, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +22,6 @@ FLOAT, INT, BOOL = DTYPES["float32"], DTYPES["int64"], DTYPES["bool"]
 MAX_ELEMENTS = 2**24
 # Parts of a tuple: a tensor is not taken apart token by token.
 MAX_PARTS = 1024
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Operation:
-    """One entry of the table.
-
-    Attributes:
-        call: takes what torch's takes, under torch's names.
-        stops: whether no gradient passes through it.
-    """
-
-    call: Callable[..., Any]
-    stops: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,50 +39,78 @@ class Pair(NamedTuple):
     indices: jax.Array
 
 
+Number: TypeAlias = bool | int | float
+# An argument of an operation, or its result.
+Value: TypeAlias = (
+    "jax.Array | Number | str | np.dtype | Place | EllipsisType | slice | tuple[Value, ...] | list[Value] | None"
+)
+Call = TypeVar("Call", bound=Callable[..., Value])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Operation:
+    """One entry of the table.
+
+    Attributes:
+        call: takes what torch's takes, under torch's names.
+        stops: whether no gradient passes through it.
+    """
+
+    call: Callable[..., Value]
+    stops: bool = False
+
+
 class Table(dict[str, Operation]):
     """Operations by wire name; a method's has a dot before it."""
 
-    def add(self, *names: str, stops: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def add(self, *names: str, stops: bool = False) -> Callable[[Call], Call]:
         """Return a decorator that enters a function under all of these names."""
 
-        def enter(call: Callable[..., Any]) -> Callable[..., Any]:
+        def enter(call: Call) -> Call:
             self.update(dict.fromkeys(names, Operation(call=call, stops=stops)))
             return call
 
         return enter
 
 
-def is_tensor(value: Any) -> bool:
+def is_tensor(value: object) -> TypeGuard[jax.Array]:
     """Return whether this is a tensor, and not a number or a setting."""
     return isinstance(value, jax.Array)
 
 
-def tensor(value: Any) -> jax.Array:
+def tensor(value: object) -> jax.Array:
     """Return a tensor as it is. Raises ValueError for anything else."""
     if not is_tensor(value):
         raise ValueError(f"a tensor is needed, got {type(value).__name__}")
     return value
 
 
-def numbers(*values: Any) -> None:
-    """Refuse whatever is not a Python number."""
-    for value in values:
-        if not isinstance(value, bool | int | float):
-            raise ValueError(f"a number or a tensor is needed, got {type(value).__name__}")
+def number(value: object) -> Number:
+    """Return a Python number as it is. Raises ValueError for anything else."""
+    if not isinstance(value, bool | int | float):
+        raise ValueError(f"a number or a tensor is needed, got {type(value).__name__}")
+    return value
 
 
-def integer(value: Any) -> int:
+def integer(value: object) -> int:
     """Return a size, a place or a count that is known before the loss runs."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"a whole number is needed that follows from shapes alone, got {type(value).__name__}")
     return value
 
 
-def integers(values: Sequence[Any]) -> tuple[int, ...]:
+def integers(values: Sequence[object]) -> tuple[int, ...]:
     """Return sizes or dimensions that were given one by one, or as one tuple or list."""
     if len(values) == 1 and isinstance(values[0], tuple | list):
         values = values[0]
     return tuple(integer(value) for value in values)
+
+
+def positional_or_named(each: Sequence[object], named: object) -> tuple[int, ...]:
+    """Return sizes or dimensions that were given one by one, or under their name."""
+    if each and named is not None:
+        raise ValueError("sizes or dimensions are given twice")
+    return integers(each if named is None else [named])
 
 
 def fits(shape: Sequence[int]) -> tuple[int, ...]:
@@ -108,7 +124,7 @@ def _rank_of_type(dtype: np.dtype) -> int:
     return "bif".index(dtype.kind)
 
 
-def result_dtype(*values: Any) -> np.dtype:
+def result_dtype(*values: object) -> np.dtype:
     """Return the type that torch computes in.
 
     Tensors with dimensions come first, then scalar tensors, then numbers. Each group counts only if it is of a higher
@@ -121,61 +137,71 @@ def result_dtype(*values: Any) -> np.dtype:
         [t.dtype for t in tensors if not t.ndim],
         [kinds[type(value)] for value in values if type(value) in kinds],
     )
-    found: np.dtype | None = None
+    widest: np.dtype | None = None
     for group in groups:
         if not group:
             continue
         dtype = max(group, key=lambda d: (_rank_of_type(d), d.itemsize))
-        if found is None or _rank_of_type(dtype) > _rank_of_type(found):
-            found = dtype
-    if found is None:
+        if widest is None or _rank_of_type(dtype) > _rank_of_type(widest):
+            widest = dtype
+    if widest is None:
         raise ValueError("a number or a tensor is needed")
-    return found
+    return widest
 
 
-def together(*values: Any) -> list[jax.Array]:
+def together(*values: object) -> list[jax.Array]:
     """Return numbers and tensors as tensors of one type, whose common shape is not too large."""
     dtype = result_dtype(*values)
-    for value in values:
-        if not is_tensor(value):
-            numbers(value)
-    fits(np.broadcast_shapes(*(value.shape for value in values if is_tensor(value))))
-    return [jnp.asarray(value, dtype) for value in values]
+    operands = [value if is_tensor(value) else number(value) for value in values]
+    fits(np.broadcast_shapes(*(value.shape for value in operands if is_tensor(value))))
+    return [jnp.asarray(value, dtype) for value in operands]
 
 
-def floats(value: Any) -> jax.Array:
+def floats(value: object) -> jax.Array:
     """Return a tensor that is of a floating type: integers become float32, as torch's functions do."""
-    value = tensor(value)
-    return value if value.dtype.kind == "f" else value.astype(FLOAT)
+    x = tensor(value)
+    return x if x.dtype.kind == "f" else x.astype(FLOAT)
 
 
-def cast(value: jax.Array, dtype: Any) -> jax.Array:
-    """Return the tensor in a type, or as it is for None."""
+def dtype_or(dtype: object, default: np.dtype) -> np.dtype:
+    """Return the type that was given, or the default for None."""
     if dtype is None:
-        return value
+        return default
     if not isinstance(dtype, np.dtype):
         raise ValueError(f"a dtype is needed, got {type(dtype).__name__}")
-    return value.astype(dtype)
+    return dtype
 
 
-def dimension(dim: Any, ndim: int) -> int:
+def cast(value: jax.Array, dtype: object) -> jax.Array:
+    """Return the tensor in a type, or as it is for None."""
+    return value if dtype is None else value.astype(dtype_or(dtype, value.dtype))
+
+
+def dimension(dim: object, ndim: int) -> int:
     """Return a dimension counted from the front."""
-    dim, limit = integer(dim), max(ndim, 1)
-    if not -limit <= dim < limit:
-        raise ValueError(f"dimension {dim} does not exist; the tensor has {ndim}")
-    return dim % limit
+    given, limit = integer(dim), max(ndim, 1)
+    if not -limit <= given < limit:
+        raise ValueError(f"dimension {given} does not exist; the tensor has {ndim}")
+    return given % limit
 
 
-def dimensions(dim: Any, ndim: int) -> tuple[int, ...]:
+def axis_of(dim: object, x: jax.Array) -> int:
+    """Return a dimension of the tensor counted from the front. Raises ValueError where it has none."""
+    if not x.ndim:
+        raise ValueError("a scalar has no dimensions")
+    return dimension(dim, x.ndim)
+
+
+def dimensions(dim: object, ndim: int) -> tuple[int, ...]:
     """Return the dimensions to reduce: all of them for None and for an empty list."""
     if dim is None or (isinstance(dim, tuple | list) and not dim):
         return tuple(range(ndim))
     listed = dim if isinstance(dim, tuple | list) else (dim,)
-    found = tuple(dimension(d, ndim) for d in listed)
-    if len(set(found)) < len(found):
-        raise ValueError(f"dimensions {list(found)} are named twice")
+    axes = tuple(dimension(d, ndim) for d in listed)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"dimensions {list(axes)} are named twice")
     # A scalar has no dimension, but torch lets it be reduced over its first.
-    return found if ndim else ()
+    return axes if ndim else ()
 
 
 def absolute(value: jax.Array) -> jax.Array:

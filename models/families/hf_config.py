@@ -1,4 +1,8 @@
-"""How do the keys that the Llama-like families share read?"""
+"""How do the families read the keys that they share?
+
+`shared_fields` gives the `ModelConfig` fields that all of them read alike; the other functions refuse a value, or read
+the rotary keys in either of their two forms.
+"""
 
 from __future__ import annotations
 

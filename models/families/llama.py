@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_client.models.config import ModelConfig
+from jax_client.models.families.family import Family
 from jax_client.models.families.hf_config import refuse_sliding_window, refuse_unless, shared_fields
 
 
@@ -14,3 +15,8 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
     refuse_unless(hf, where, "attention_bias", (None, False))
     refuse_sliding_window(hf, where)
     return ModelConfig(family="llama", **shared_fields(hf, where))
+
+
+LLAMA = Family(
+    name="llama", architectures=("LlamaForCausalLM", "MistralForCausalLM"), gguf="llama", read=config_from_hf
+)

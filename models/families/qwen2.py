@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_client.models.config import ModelConfig
+from jax_client.models.families.family import Family
 from jax_client.models.families.hf_config import refuse_sliding_window, shared_fields
 
 
@@ -13,3 +14,6 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
     """Read a Qwen2 config.json; its window counts only with `use_sliding_window`."""
     refuse_sliding_window({"use_sliding_window": False, **hf}, where)
     return ModelConfig(family="qwen2", qkv_bias=True, **shared_fields(hf, where))
+
+
+QWEN2 = Family(name="qwen2", architectures=("Qwen2ForCausalLM",), gguf="qwen2", read=config_from_hf)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_client.models.config import ModelConfig
+from jax_client.models.families.family import Family
 from jax_client.models.families.hf_config import refuse_sliding_window, refuse_unless, shared_fields
 
 
@@ -16,3 +17,6 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
     fields = shared_fields(hf, where)
     fields["head_dim"] = hf.get("head_dim") or 128
     return ModelConfig(family="qwen3", qk_norm=True, **fields)
+
+
+QWEN3 = Family(name="qwen3", architectures=("Qwen3ForCausalLM",), gguf="qwen3", read=config_from_hf)

@@ -1,24 +1,27 @@
-"""Which architectures are there, and which keys of a config.json does each accept?
+"""Which families are there, and which one reads a given config.json?
 
-Anything a config asks for that the layers do not compute is refused by name: a silently ignored rope type or sliding
-window gives a model that looks right on short prompts.
+`FAMILIES` holds them by name, and `config_from_hf` asks the one that knows the config's architecture. Each refuses by
+name what the layers do not compute: a silently ignored rope type or sliding window gives a model that looks right on
+short prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.models.config import ModelConfig
-from jax_client.models.families import llama, qwen2, qwen3
+from jax_client.models.families.family import Family
 
-SUPPORTED_ARCHITECTURES: dict[str, Callable[[Mapping[str, Any], str], ModelConfig]] = {
-    "LlamaForCausalLM": llama.config_from_hf,
-    "MistralForCausalLM": llama.config_from_hf,
-    "Qwen2ForCausalLM": qwen2.config_from_hf,
-    "Qwen3ForCausalLM": qwen3.config_from_hf,
-}
+# A family is known by its import here: `FAMILIES` collects every `Family` among this module's names.
+from jax_client.models.families.llama import LLAMA as LLAMA
+from jax_client.models.families.qwen2 import QWEN2 as QWEN2
+from jax_client.models.families.qwen3 import QWEN3 as QWEN3
+
+FAMILIES: dict[str, Family] = {value.name: value for value in tuple(globals().values()) if isinstance(value, Family)}
+# By the name under "architectures" of a config.json.
+SUPPORTED_ARCHITECTURES = {name: family for family in FAMILIES.values() for name in family.architectures}
 
 
 def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
@@ -36,11 +39,11 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
     known = ", ".join(SUPPORTED_ARCHITECTURES)
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise BadRequestError(f"{where}: 'architectures' is {architectures!r}; it must name one of {known}.")
-    read = SUPPORTED_ARCHITECTURES.get(architectures[0])
-    if read is None:
+    family = SUPPORTED_ARCHITECTURES.get(architectures[0])
+    if family is None:
         raise UnsupportedError(f"{where}: architecture {architectures[0]!r} is not supported; supported are {known}.")
     try:
-        return read(hf, where)
+        return family.read(hf, where)
     except KeyError as missing:
         raise BadRequestError(f"{where}: the key {missing} is missing; a complete config.json is needed.") from None
     except BadRequestError as error:

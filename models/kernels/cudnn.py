@@ -1,17 +1,17 @@
 """How does attention run on an NVIDIA GPU?
 
 Through cuDNN's fused attention over packed sequences, which spends nothing on the scores between two segments. jax
-reaches it by a function that is not public, so what that function wants is written down here:
+reaches it by a private function, whose contract is:
 
 - q_seqlen, kv_seqlen (B, M) int32: the length of each segment of a row; q_offsets, kv_offsets (B, M + 1) int32: where
   in its row it begins. jax then joins the rows: it drops the negative entries of each list and takes the n-th length
-  and the n-th offset that are left for the n-th segment. So what is unused is -1 in both, always the last offset too.
+  and the n-th offset that are left for the n-th segment. So unused entries are -1 in both, always the last offset too.
 - M = 1 means "not packed" to it, and the offsets go unread.
 - bfloat16 or float16; H a multiple of 8, up to 256; Hopper or later: else NotImplementedError, while it is traced. No
   cuDNN: RuntimeError. Unchecked: cuDNN 9.6 or later, and offsets count elements in int32, so a device's B x T x N x H
   stays below 2**31.
-- what lies outside every segment comes back as memory that was never written, in the output and in the cotangents.
-- its softmax statistics are (B x M, N, T) float32, M times what they hold: keep M near the segments that a row has.
+- it never writes the memory outside every segment, neither in the output nor in the cotangents.
+- its softmax statistics are (B x M, N, T) float32, M times their content: keep M near the segments that a row has.
 - it takes lengths and offsets of all rows to be split over devices as the queries are, and cannot see to it: on several
   devices call it under `jax.shard_map`.
 """

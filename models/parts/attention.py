@@ -1,7 +1,7 @@
 """Which attention does a pass run, and what do layers ask of it?
 
-The layers' backward pass is written by hand, so an attention is a pair of functions: forwards it returns what its own
-backward function needs besides its inputs and output.
+An `Attention` is a pair of functions, since the layers' backward pass is written by hand. The forward one also returns
+what the backward one needs besides the inputs and the output.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What does one decoder layer compute, and what is its backward pass?
 
-The backward pass is written by hand, because that decides what is kept: only the inputs of the matmuls and of the
-attention, in the matmul type. Norms and the gated activation are recomputed from them, and more where memory is short
+`layer_forward` computes attention and a gated MLP, each behind a norm and added to the residual stream.
+`layer_backward` is written by hand, because that decides what is kept: only the inputs of the matmuls and of the
+attention, in the matmul type. It recomputes norms and the gated activation, and more where memory is short
 (`SAVED_FOR_BACKWARD`). Frozen weights get no gradient. The tests compare it with `jax.vjp` of the forward pass.
 """
 

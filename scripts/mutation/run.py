@@ -89,7 +89,9 @@ def make_tree(name: str) -> Path:
         copy = shutil.copytree if (ROOT / test).is_dir() else shutil.copyfile
         (tree / test).parent.mkdir(parents=True, exist_ok=True)
         copy(ROOT / test, tree / test)
-    (tree / "pytest.ini").write_text("[pytest]\npythonpath = . tests\naddopts = --import-mode=importlib\n")
+    (tree / "pytest.ini").write_text(
+        "[pytest]\npythonpath = . tests\naddopts = --import-mode=importlib\nfilterwarnings = error\n"
+    )
     stamp.write_text(contents.hexdigest())
     return tree
 

@@ -17,7 +17,10 @@ PAGES = [*sorted(ROOT.glob("*.md")), *(p for f in FOLDERS_OF_PAGES for p in sort
 FOLDERS = ("", "jax_client/")
 FILE = re.compile(r"\b(?:[\w.-]+/)+[\w-]+\.(?:py|sh|npz)\b")
 # What the guides have a reader add.
-EXAMPLES = {"losses/awr.py", "jax_client.losses.awr"}
+EXAMPLES = {
+    "losses/awr.py", "jax_client.losses.awr",
+    "models/families/seed_oss.py", "jax_client.models.families.seed_oss",
+}  # fmt: skip
 MODULE = re.compile(r"\bjax_client(?:\.[A-Za-z_]\w*)+")
 
 

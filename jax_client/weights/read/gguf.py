@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jax_client.errors import BadRequestError, UnsupportedError
+from jax_client.models.families.registry import FAMILIES
 from jax_client.weights.read.tensors import TensorInfo
 
 GGUF_MAGIC = b"GGUF"
@@ -24,7 +25,7 @@ STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 AGAIN = "The file is damaged: delete it and download it again."
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {family.gguf: family.architectures[0] for family in FAMILIES.values() if family.gguf}
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",

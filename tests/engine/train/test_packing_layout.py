@@ -109,6 +109,21 @@ def shown(plans: list[Plan]) -> list[str]:
         pytest.param([700, 300, 260], Limits(ways=1, tokens=2048), ["1x512: 2", "1x1024: 0+1"], id="two for less"),
         pytest.param([256], Limits(ways=1, tokens=2048), ["1x256: 0"], id="one that fills its row"),
         pytest.param(
+            [2100, 5000, 10],
+            Limits(ways=1, tokens=2048),
+            ["1x6144: 1", "1x3072: 0+2"],
+            id="longer rows first",
+        ),
+        pytest.param(
+            [10] * 16,
+            Limits(ways=1, tokens=8192, row_length=2048, segments=2),
+            [
+                "1x512: 0+1", "1x512: 2+3", "1x512: 4+5", "1x512: 6+7",
+                "1x512: 8+9", "1x512: 10+11", "1x512: 12+13", "1x512: 14+15",
+            ],
+            id="an end with too many segments is halved",
+        ),
+        pytest.param(
             [200, 10], Limits(ways=1, tokens=4096, row_length=1024), ["1x512: 0+1"], id="no smallest row if wide"
         ),
     ],
@@ -165,6 +180,7 @@ def test_a_plan_above_the_ceiling_runs_alone() -> None:
 def test_a_micro_batch_costs_its_tokens_and_a_fixed_part_less_beside_another() -> None:
     assert packing._cost([256, 512], Limits(ways=1, tokens=512)) == 256 + 512 + 2 * 64
     assert packing._cost([256, 512], Limits(ways=2, tokens=512)) == 256 + 512 + 2 * 32
+    assert packing._cost([256], Limits(ways=3, tokens=512)) == 256 + 64 / 3
     assert packing._cost([256, 512, 1024], Limits(ways=1, tokens=512, concurrent=2)) == 1088 + 0.75 * 576 + 320
 
 
@@ -181,7 +197,8 @@ def batch_of(lengths: list[int]) -> Any:
 
 def test_the_last_round_follows_the_chains_with_the_least_attention() -> None:
     """Attention costs the square of a segment: two halves cost less than a whole."""
-    a, b, c, d, e = (batch_of(lengths) for lengths in ([1000], [500, 500], [700], [600], [10]))
+    a, b, c, d, e = (batch_of(lengths) for lengths in ([1000], [600, 600], [700], [600], [10]))
+    assert packing.chained([[batch_of([800]), b], [c]])[0][0][0].plan.slots[0].length == 800, "not the cube"
     assert packing.chained([[a, b], [c, d]]) == [[[b, c], [a, d]]]
     assert packing.chained([[a, b], [c]]) == [[[b, c], [a]]]
     assert packing.chained([[a, b]]) == [[[a], [b]]]
@@ -192,7 +209,7 @@ def test_the_last_round_follows_the_chains_with_the_least_attention() -> None:
 
 def test_a_micro_batch_has_these_arrays() -> None:
     data = [
-        TrainExample(tokens_T=np.array([7, 8, 9]), targets=np.array([8, 9, 10]), inputs={"w": np.arange(3.0)}),
+        TrainExample(tokens_T=np.arange(7, 10), targets=np.arange(8, 11), inputs={"w": np.array([0.0, 1.0, -2.0])}),
         TrainExample(tokens_T=np.array([1, 2]), targets=np.array([[2, 3], [4, 5]])),
         TrainExample(tokens_T=np.array([5]), targets=np.array([6]), inputs={"w": np.array([0.0])}),
     ]  # fmt: skip
@@ -217,7 +234,7 @@ def test_a_micro_batch_has_these_arrays() -> None:
     assert batch.real_BTC.tolist() == [[yes, yes, yes, yes, no], [both, both, no, no, no], [no] * 5]
     zero = [0.0, 0.0]
     assert batch.inputs["w"].tolist()[:2] == [
-        [zero, [1.0, 0.0], [2.0, 0.0], zero, zero],
+        [zero, [1.0, 0.0], [-2.0, 0.0], zero, zero],
         [[0.5, 0.5], [0.5, 0.5], zero, zero, zero],
     ]
     assert batch.inputs["v"].tolist()[1] == [[3.0, 3.0], [3.0, 3.0], zero, zero, zero]
@@ -282,4 +299,4 @@ def test_plans_are_values() -> None:
             setattr(value, fields(value)[0].name, 2)
         assert not hasattr(value, "__dict__")
         with pytest.raises(TypeError):
-            type(value)(1, 2, 3, 4)
+            type(value)(*(getattr(value, field.name) for field in fields(value)))

@@ -1,0 +1,81 @@
+"""Do whole losses that were sent as graphs equal torch's, compiled once per shape, on a server without torch?"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jax_client.torch_graph.graph import read_graph
+from jax_client.torch_graph.program import GraphProgram
+from support.graphs.traced_losses import F, by_graph, by_torch, numbers, ppo, same, torch, wire
+
+pytestmark = pytest.mark.torch
+
+
+def dpo(logprobs, reference, mask, chosen):
+    """Two answers per datum, side by side: [T, 2]."""
+    margin = ((logprobs - reference) * mask).sum(0)
+    reward = 0.1 * (margin[0] - margin[1]) * chosen
+    loss = -F.logsigmoid(reward)
+    return loss, {"custom/margin:mean": reward, "custom/right:mean": (reward > 0).float()}
+
+
+def gspo(logprobs, logprobs_old, advantages, mask):
+    log_s = ((logprobs - logprobs_old) * mask).sum() / torch.clamp(mask.sum(), min=1.0)
+    ratio = torch.exp(log_s.detach() + logprobs - logprobs.detach())
+    loss = -torch.min(ratio * advantages, torch.clip(ratio, 0.9, 1.1) * advantages).sum()
+    return loss, {"custom/ratio:mean": log_s.exp()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whole_losses_equal_torchs(seed: int) -> None:
+    length = 5 + seed
+    p, q, a = numbers(seed, (length,), (length,), (length,))
+    mask = (np.arange(length) > 1).astype(np.float32)
+    for loss in (ppo, gspo):
+        names = {"p": 1, "logprobs_old": 1, "advantages": 1, "mask": 1}
+        same(by_graph(*wire(loss, names), [p, q, a, mask]), by_torch(loss, [p, q, a, mask]))
+    p, q = numbers(seed, (length, 2), (length, 2))
+    arrays = [p, q, np.ones((length, 2), np.float32), np.array(1 - 2 * (seed % 2), np.float32)]
+    names = {"p": 2, "reference": 2, "mask": 2, "chosen": 0}
+    same(by_graph(*wire(dpo, names), arrays), by_torch(dpo, arrays))
+
+
+def test_one_program_per_shape_and_no_more_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax_client.torch_graph.program.MOST_PROGRAMS", 2)
+    program = GraphProgram(read_graph(*wire(lambda logprobs: (logprobs.sum() ** 2, {}), {"p": 1}), "loss"))
+    batch = [numbers(i, (length,)) for i, length in enumerate((3, 5, 3, 4))]
+    for _ in range(2):
+        for (p,), (loss, gradient, _) in zip(batch, program.evaluate(batch), strict=True):
+            assert loss == pytest.approx(float(p.sum()) ** 2, rel=1e-5)
+            np.testing.assert_allclose(gradient, np.full(len(p), 2 * p.sum()), rtol=1e-5)
+    assert len(program._compiled) == 2
+
+
+def test_an_index_out_of_range_does_not_go_unseen() -> None:
+    nodes, inputs = wire(lambda logprobs, n: (logprobs[n].sum(), {}), {"p": 1, "n": 1})
+    loss, *_ = by_graph(nodes, inputs, [np.array([-0.5, -1.5, -0.5], np.float32), np.array([0, 7])])
+    assert math.isnan(loss)
+
+
+def test_a_server_needs_no_torch() -> None:
+    nodes, inputs = wire(ppo, {"p": 1, "logprobs_old": 1, "advantages": 1, "mask": 1})
+    arrays = [*numbers(1, (6,), (6,), (6,)), np.ones(6, np.float32)]
+    about = {"session_id": "s", "name": "ppo", "inputs": inputs, "nodes": nodes}
+    code = (
+        "import json, sys; sys.modules['torch'] = None\n"
+        "import numpy as np\n"
+        "from jax_client.server import app\nfrom jax_client.server.state import server\n"
+        "from jax_client.server.wire import custom_losses\n"
+        "about, arrays = json.load(sys.stdin)\n"
+        "loss = custom_losses.custom_loss(about).program.evaluate([[np.float32(a) for a in arrays]])[0]\n"
+        "print(json.dumps([loss[0], loss[1].tolist(), loss[2]]))"
+    )
+    sent = json.dumps([about, [a.tolist() for a in arrays]])
+    done = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, text=True, check=True)
+    same(json.loads(done.stdout), by_torch(ppo, arrays))
