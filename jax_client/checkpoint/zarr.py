@@ -35,7 +35,7 @@ def write(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
         (place / ".zarray").write_text(json.dumps(_description(array), separators=(",", ":")))
         np.ascontiguousarray(array, "<f4").tofile(place / _chunk(array.ndim))
     entry = {"value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False}}
-    tree = {f"{(name,)}": {"key_metadata": [{"key": name, "key_type": 2}]} | entry for name in arrays}
+    tree = {f"{(name,)}": {"key_metadata": [{"key": name, "key_type": 2}]} | entry for name in sorted(arrays)}
     kind = {"use_ocdbt": False, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
     (directory / TREE).write_text(json.dumps({"tree_metadata": tree, **kind, "custom_metadata": None}))
     item = {"item_handlers": _HANDLER, "metrics": {}, "performance_metrics": {}, "init_timestamp_nsecs": began}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from jax_client.checkpoint import mirror
@@ -41,6 +45,27 @@ class FailingFileSystem(MemoryFileSystem):
 
 
 fsspec.register_implementation("failing", FailingFileSystem, clobber=True)
+
+
+class LoopedFileSystem(AsyncFileSystemWrapper):
+    """The local files behind an event loop, whose default executor works as that of a bucket looks up names."""
+
+    protocol = "looped"
+    threads: ClassVar[set[str]] = set()
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(LocalFileSystem(), asynchronous=False, **kwargs)
+        self._pipe_file = self._noting
+
+    async def _noting(self, path: str, value: bytes, **kwargs: Any) -> None:
+        def write() -> None:
+            type(self).threads.add(threading.current_thread().name)
+            self.sync_fs.pipe_file(path, value)
+
+        await asyncio.to_thread(write)
+
+
+fsspec.register_implementation("looped", LoopedFileSystem, clobber=True)
 
 
 @pytest.fixture(params=["file", "memory", "failing"])
@@ -139,3 +164,15 @@ def test_a_store_that_fails_midway_harms_nothing(
 def test_a_mirror_that_cannot_be_is_refused(tmp_path: Path, url: Any) -> None:
     with pytest.raises(BadRequestError, match=r"EngineConfig\.mirror is"):
         CheckpointStore(tmp_path, EngineConfig(mirror=url).mirror)
+
+
+def test_an_event_loop_works_on_threads_that_serve_until_the_exit_ends(tmp_path: Path) -> None:
+    """The loop's own would be a pool of `concurrent.futures`, which refuses work from the main module's end on."""
+    copies = mirror.Mirror(f"looped://{tmp_path}/bucket")
+    (tmp_path / "file").write_bytes(b"content")
+    copies.push_file("run/run.json", tmp_path / "file")
+    assert copies.flush(30)
+    assert copies.fetch_file("run/run.json") == b"content"
+    assert LoopedFileSystem.threads and all(
+        name.startswith("jax_client-mirror-io") for name in LoopedFileSystem.threads
+    )

@@ -15,7 +15,7 @@ import tinker
 import jax_client
 from jax_client import errors, types
 from jax_client.clients import sdk_errors
-from jax_client.clients.futures import LocalFuture
+from jax_client.clients.futures import LocalFuture, await_alone
 from jax_client.runs.lifecycle.order import RequestOrder
 from support import fake_engine
 from support.fake_engine import ADAM, DATA, MODEL, PARAMS, PROMPT, step
@@ -136,6 +136,7 @@ def test_errors_are_both_ours_and_the_sdks(client):
     for error in (caught.value, wrong_type.value, failed.value):
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is type(error) and str(again) == str(error)
+        assert pickle.loads(pickle.dumps(type(error))) is type(error)
     assert type(again.category) is types.RequestErrorCategory
     assert step(client).metrics["grad_norm:mean"] == 1.0
 
@@ -237,6 +238,20 @@ def test_cancelling_reaches_the_source():
     future = LocalFuture(source)
     assert future.future().cancel() and source.cancelled()
     assert "cancelled" in repr(future)
+
+
+def test_a_cancelled_task_cancels_a_request_that_only_it_has():
+    source: Future = Future()
+
+    async def use():
+        task = asyncio.create_task(await_alone(LocalFuture(source)))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(use())
+    assert source.cancelled()
 
 
 def test_a_cancelled_waiter_leaves_the_others():

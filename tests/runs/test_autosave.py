@@ -129,6 +129,17 @@ def test_a_forgotten_client_is_saved(models: Any, autosaving: None, tmp_path: Pa
     service.close("success").result()
 
 
+def test_a_busy_device_delays_no_save(models: Any, autosaving: None, tmp_path: Path) -> None:
+    with jax_client.ServiceClient(config=config(tmp_path, 0.02 / 60), _models=models) as service:
+        client = service.create_lora_training_client(MODEL).result()
+        models.opened[0].gate.clear()
+        client.forward_backward(fake_engine.DATA, "cross_entropy")
+        with client._run._adapter.lock:
+            client._run._adapter.step += 1
+        wait_for(lambda: saved_steps(tmp_path) == {"autosave-0": 1})
+        models.opened[0].gate.set()
+
+
 def test_never_means_never(models: Any, autosaving: None, tmp_path: Path) -> None:
     with jax_client.ServiceClient(config=config(tmp_path, None), _models=models) as service:
         step(service.create_lora_training_client(MODEL).result())

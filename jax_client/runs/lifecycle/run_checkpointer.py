@@ -135,7 +135,7 @@ class RunCheckpointer:
     def save_if_needed(self) -> tuple[CheckpointKey, int] | None:
         """Write the adapter with its optimizer as it is now into the next slot, unless its steps are saved already.
 
-        Requests of the run that are still queued do not count: it is read between two turns of the device.
+        Requests of the run that have not finished do not count, and are not waited for.
 
         Returns:
             The path and the step, None if there was nothing to save.
