@@ -88,6 +88,7 @@ class Part:
 _parts: dict[int, Part] = {}
 _threads: set[threading.Thread] = set()
 _not_waited_for: set[threading.Thread] = set()
+_done: set[tuple[Part, Step]] = set()  # the exit steps that have been called
 _ending = False
 _deadline: float | None = None  # of all joins, once the exit has begun to join
 
@@ -180,7 +181,7 @@ def _run_exit_steps() -> None:
     _ending = True
     for step in Step:
         try:
-            if step is Step.MEMORY and not join(*_threads.copy()):
+            if step is Step.MEMORY and not _join_all():
                 interpreter_end.abandon_threads()
                 return
             _run(step)
@@ -190,9 +191,20 @@ def _run_exit_steps() -> None:
             _deadline = time.monotonic()
 
 
+def _join_all() -> bool:
+    """Join every thread; return whether none is left. A load that ends meanwhile makes parts and threads, which end."""
+    while join(*_threads.copy()):
+        if not _threads:
+            return True
+        for step in list(Step)[:-1]:
+            _run(step)
+    return False
+
+
 def _run(step: Step) -> None:
     for part in _parts.copy().values():
-        if (function := part.at_exit.get(step)) is not None:
+        if (function := part.at_exit.get(step)) is not None and (part, step) not in _done:
+            _done.add((part, step))
             try:
                 part.call(function)
             except Exception:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -62,9 +61,17 @@ class _Unchanging(np.ndarray):
         return self
 
 
-def _no_merge_needed(record: logging.LogRecord) -> bool:
-    """Drop orbax's warning, at every save, that without OCDBT there is nothing to merge."""
-    return "Skipping merge of OCDBT checkpoints" not in record.getMessage()
+class InterruptedWriteError(Exception):
+    """The main module ended while orbax wrote: written again, into another directory, it will be whole. Internal."""
+
+
+# What orbax logs at every save without OCDBT, and what its threads log when the main module ends during a save.
+_UNWANTED = ("Skipping merge of OCDBT checkpoints", "cannot schedule new futures", "can't create new thread")
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(text in message for text in _UNWANTED)
 
 
 def write(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -72,25 +79,26 @@ def write(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
     Orbax writes them on threads that it starts for each save. When Python gives it none any more, from the end of the
     main module on, the same files are written without it.
+
+    Raises:
+        InterruptedWriteError: the main module ended meanwhile. Threads of orbax may still write to `directory`.
     """
-    if pools_serve():
-        try:
-            _write_with_orbax(directory, arrays)
-            return
-        except RuntimeError:
-            if pools_serve():
-                raise
-            # The main module has just ended.
-            for path in directory.parent.glob(f"{directory.name}*"):
-                shutil.rmtree(path)
-    zarr.write(directory, arrays)
+    if not pools_serve():
+        zarr.write(directory, arrays)
+        return
+    try:
+        _write_with_orbax(directory, arrays)
+    except Exception as error:
+        if pools_serve():
+            raise
+        raise InterruptedWriteError from error
 
 
 def _write_with_orbax(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     # Orbax takes seconds to import; a process that only lists checkpoints does without it.
     import orbax.checkpoint as ocp
 
-    logging.getLogger("absl").addFilter(_no_merge_needed)
+    logging.getLogger("absl").addFilter(_is_wanted)
     # Measured with the state of a rank-32 adapter of a small model, 117 MB: OCDBT writes everything twice to merge what
     # several processes wrote, and trained float32 numbers compress by 8 % in as long as writing them takes.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
@@ -104,5 +112,10 @@ def read(directory: Path) -> dict[str, np.ndarray]:
         return zarr.read(directory)
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        return dict(checkpointer.restore(directory))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return dict(checkpointer.restore(directory))
+    except Exception:
+        if pools_serve():
+            raise
+        return zarr.read(directory)

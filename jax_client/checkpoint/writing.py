@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from jax_client.checkpoint import manifest, tags
+from jax_client.checkpoint.arrays import InterruptedWriteError
 from jax_client.checkpoint.disk import clock, files, sealed
 from jax_client.checkpoint.disk.clock import Deadline
 from jax_client.checkpoint.disk.hashes import EarlyHashes
@@ -94,7 +95,10 @@ class CheckpointWriter:
             with files.locked(run_place):
                 if not draft.overwrite:
                     _refuse_taken(directory, draft.manifest)
-                record = self._write_version(directory, draft)
+                try:
+                    record = self._write_version(directory, draft)
+                except InterruptedWriteError:
+                    record = self._write_version(directory, draft)
         except (JaxClientError, DamagedError):
             raise
         except Exception as error:

@@ -11,6 +11,7 @@ import pytest
 
 from jax_client import process
 from jax_client.process import Step
+from jax_client.threads import start_thread
 from support import exits
 
 
@@ -43,7 +44,7 @@ def test_every_way_to_end(places: tuple[Path, Path], tmp_path: Path) -> None:
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A registry of its own, and the calls that its parts note."""
-    for name, value in (("_parts", {}), ("_threads", set()), ("_ending", False), ("_deadline", None)):
+    for name, value in (("_parts", {}), ("_threads", set()), ("_done", set()), ("_ending", False), ("_deadline", None)):
         monkeypatch.setattr(process, name, value)
     yield []
 
@@ -90,6 +91,22 @@ def test_memory_stays_while_a_thread_is_left(parts: list[str], monkeypatch: pyte
     ends.set()
     thread.join()
     assert parts == ["abandoned"]
+
+
+def test_what_a_thread_makes_while_the_program_ends_is_ended_too(parts: list[str]) -> None:
+    class Engine:
+        def __init__(self) -> None:
+            self._told = threading.Event()
+            steps = {Step.REQUESTS: lambda _: parts.append("requests"), Step.ENGINES: lambda engine: engine._told.set()}
+            process.register("engine", "", owner=self, at_exit=steps | {Step.MEMORY: lambda _: parts.append("memory")})
+            start_thread("jax_client-late", self._told.wait)
+
+    made: list[Engine] = []
+    ending = threading.Event()
+    process.register("watcher", "", at_exit={Step.ENGINES: ending.set})
+    start_thread("jax_client-load", lambda: ending.wait() and made.append(Engine()))
+    process._run_exit_steps()
+    assert made and parts == ["requests", "memory"] and process.report()["threads"] == []
 
 
 def test_a_part_ends_with_its_owner(parts: list[str]) -> None:
