@@ -6,19 +6,21 @@ and their threads are waited for without limit. These threads serve until the ex
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Generic, ParamSpec, Self, TypeVar
 
-from jax_client import process
+from jax_client import interpreter_end, process
 from jax_client.process import Step
 
+logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 A = TypeVar("A")
@@ -226,6 +228,124 @@ class LoopExecutor(ThreadPoolExecutor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run a function on a thread of the workers."""
         return self._workers.submit(fn, *args, **kwargs)
+
+
+class _End:
+    """The last item: the thread ends."""
+
+
+class BatchWriter(Generic[T]):
+    """Calls `write(items)`, on a thread of its own, with what other threads have put. Thread-safe.
+
+    Args:
+        name: of the thread.
+        write: `f(items) -> None`, in the order of the puts. What it raises is logged once.
+        seconds: that a batch may grow.
+        most: items of a batch.
+        capacity: items that may wait; what is more is dropped. None for any number.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        write: Callable[[Sequence[T]], None],
+        *,
+        seconds: float,
+        most: int,
+        capacity: int | None = None,
+    ) -> None:
+        self._name = name
+        self._write = write
+        self._seconds = seconds
+        self._most = most
+        self._capacity = capacity
+        self._reported = False
+        self._begin()
+
+    def _begin(self) -> None:
+        # An event is set once everything that was put before it is written.
+        self._queue: SimpleQueue[T | threading.Event | _End] = SimpleQueue()
+        self._hurry = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread, which the first `put` does otherwise.
+
+        Raises:
+            RuntimeError: Python starts no thread any more.
+        """
+        with self._lock:
+            if self._thread is None:
+                self._thread = start_thread(self._name, self._loop)
+
+    def put(self, item: T) -> bool:
+        """Take an item and return at once; False if it is dropped: the queue is full, or no thread can be started."""
+        if self._capacity is not None and self._queue.qsize() >= self._capacity:
+            return False
+        if self._thread is None:
+            try:
+                self.start()
+            except RuntimeError:
+                return False
+        self._queue.put(item)
+        return True
+
+    def waiting(self) -> int:
+        """Return how many items no batch has taken yet."""
+        return self._queue.qsize()
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until all that was put so far is written, `timeout` seconds at most; return whether it is."""
+        if self._thread is None or not self._thread.is_alive():
+            return self._queue.empty()
+        written = threading.Event()
+        self._queue.put(written)
+        self._hurry.set()
+        return written.wait(timeout)
+
+    def end(self) -> None:
+        """Have the thread end once all that was put so far is written; do not wait for it."""
+        self._queue.put(_End())
+        self._hurry.set()
+
+    def close(self) -> None:
+        """Write what was put so far, and wait for the end of the thread."""
+        self.end()
+        if self._thread is not None:
+            self._thread.join()
+
+    def restart_in_fork(self) -> None:
+        """Begin anew in a forked process: what waits is the parent's to write, on a thread that only the parent has."""
+        interpreter_end.keep_in_fork(self._queue)
+        self._begin()
+
+    def _loop(self) -> None:
+        ended = False
+        while not ended:
+            batch = [self._queue.get()]
+            self._hurry.wait(self._seconds)
+            self._hurry.clear()
+            try:
+                while len(batch) < self._most:
+                    batch.append(self._queue.get_nowait())
+            except Empty:
+                pass
+            self._hand_on([item for item in batch if not isinstance(item, threading.Event | _End)])
+            ended = any(isinstance(item, _End) for item in batch)
+            for event in [item for item in batch if isinstance(item, threading.Event)]:
+                event.set()
+            del batch  # a thread that waits must not keep what the last items refer to
+
+    def _hand_on(self, items: list[T]) -> None:
+        if not items:
+            return
+        try:
+            self._write(items)
+        except Exception:
+            if not self._reported:
+                self._reported = True
+                logger.warning("%s: a batch was not written", self._name, exc_info=True)
 
 
 def complete(future: Future[T], function: Callable[[], T]) -> None:

@@ -25,7 +25,8 @@ install "$venv" -e ".[dev]" "${tools[@]}"
 PATH=$venv/bin:$PATH
 
 if [ "${1:-}" = --faults ]; then
-  exec pytest --faults -k "not short" tests/checkpoint/test_faults.py tests/checkpoint/test_damage.py tests/server/test_server_fuzz.py "${@:2}"
+  exec pytest --faults -k "not short" tests/checkpoint/test_{faults,fault_refusals,concurrent_stores,damage}.py \
+    tests/server/test_server_fuzz.py "${@:2}"
 fi
 
 ruff check .

@@ -30,10 +30,28 @@ for name in ("internal_client_holder", "telemetry"):
 
 # Its failed assertions say what they compared, as those of the tests do.
 pytest.register_assert_rewrite(
-    "support.faults.fault_history", "support.checkpoints", "support.command_line", "support.bad_calls"
+    "support.faults.fault_children",
+    "support.faults.fault_history",
+    "support.checkpoints",
+    "support.command_line",
+    "support.bad_calls",
+    "support.weights.exports",
+    "support.weights.loading",
 )
 # Files that take long go first: of two processes that share the files, neither is then left with one at the end.
-LONG = ("real_model", "resume", "sharding", "golden", "export", "faults", "memory_bounds", "gradients", "checkpoint")
+LONG = (
+    "real_model",
+    "resume",
+    "sharding",
+    "golden",
+    "export_in_torch",
+    "export",
+    "faults",
+    "fault_refusals",
+    "memory_bounds",
+    "gradients",
+    "checkpoint",
+)
 TALLY = pytest.StashKey[Counter[str]]()
 
 

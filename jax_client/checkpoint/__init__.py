@@ -1,1 +1,1 @@
-"""Run state on disk: orbax arrays under a sealed manifest; what was acknowledged is whole or its damage reported."""
+"""Checkpoints and runs on disk. What was acknowledged is whole, or its damage is reported."""

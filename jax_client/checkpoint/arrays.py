@@ -1,4 +1,4 @@
-"""How does an adapter's state become an orbax directory, and come back bit for bit?"""
+"""How does an adapter's state become an orbax directory? Its arrays are written under "group/name", bit for bit."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How are a thousand checkpoints listed without reading a thousand manifests?
+"""How are a thousand checkpoints listed without reading a thousand manifests? An index remembers what they said.
 
-STATE/catalogue.sqlite remembers what the files said, and for which state of the files (a stamp of their inodes, sizes
-and times). It is never the truth: an entry whose stamp or seal does not fit is read from the files again, so a
-catalogue that is missing, damaged, locked or of another version costs time and nothing else.
+STATE/catalogue.sqlite holds an entry for each state of the files, which a stamp of their inodes, sizes and times
+names. The index is never the truth: an entry whose stamp or seal does not fit is read from the files again. So an index
+that is missing, damaged, locked or of another version costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TABLES = "".join(
 
 
 class IndexCache:
-    """The catalogue of one state directory. Thread-safe; any number of processes may share the file.
+    """The index of one state directory. Thread-safe; any number of processes may share the file.
 
     Args:
         path: of the file; made when something is first remembered.

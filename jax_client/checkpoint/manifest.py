@@ -1,8 +1,7 @@
-"""What does a checkpoint say about itself, and how is damage noticed?
+"""How is damage to a checkpoint noticed? A manifest lists every file of the checkpoint with its size and sha256.
 
-A manifest is sealed JSON. It lists every file of the checkpoint with size and sha256, and is written last: a directory
-without a whole manifest is no checkpoint. Orbax has no checksum of the data, and a flipped bit would be read as another
-number.
+The manifest is sealed JSON and is written last: a directory without a whole manifest is no checkpoint. Orbax has no
+checksum of the data, so that a flipped bit would be read as another number.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from jax_client.checkpoint.disk import files, sealed
 from jax_client.checkpoint.disk.hashes import EarlyHashes
@@ -43,7 +41,7 @@ class Manifest:
     spec: LoraSpec
     step: int
     arrays: Mapping[str, tuple[int, ...]]
-    metadata: Mapping[str, Any]
+    metadata: JsonObject
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
     @property
@@ -97,7 +95,7 @@ def read(directory: Path) -> Manifest:
     return Manifest(key=key, **content)
 
 
-def split_key(fields: Mapping[str, Any]) -> tuple[CheckpointKey, JsonObject]:
+def split_key(fields: JsonObject) -> tuple[CheckpointKey, JsonObject]:
     """Return the key that JSON has as run_id, kind and name, and the other fields."""
     others = dict(fields)
     return CheckpointKey(others.pop("run_id"), others.pop("kind"), others.pop("name")), others

@@ -1,9 +1,9 @@
-"""How does a checkpoint outlive the disk it was saved on? By a copy in an object store, made after the local commit.
+"""How does a checkpoint outlive the disk it was saved on? A mirror copies it to an object store after the local commit.
 
     MIRROR/runs/RUN/KIND/NAME/000001/...        as on the disk; manifest.json is uploaded last
 
-A version without its manifest is no copy. Numbers are the mirror's own: on a fresh disk they begin again at 1, and the
-newest upload must win.
+A version without its manifest is no copy. The mirror numbers the versions itself: on a fresh disk the local numbers
+begin again at 1, and the newest upload must win.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from pathlib import Path
-from typing import Any
 
 from jax_client import process
 from jax_client.checkpoint import manifest
@@ -22,7 +21,7 @@ from jax_client.checkpoint.disk.names import place
 from jax_client.errors import BadRequestError
 from jax_client.process import Step
 from jax_client.threads import LoopExecutor, Workers
-from jax_client.values import CheckpointKey
+from jax_client.values import CheckpointKey, JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +129,7 @@ class Mirror:
         if self._pending and not self.flush(EXIT_SECONDS):
             logger.warning("not every checkpoint was copied to %s before the program ended", self.url)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """Return the URL, how many uploads wait, and what failed, by place."""
         with self._lock:
             return {"url": self.url, "waiting": len(self._pending) - len(self._failed), "failed": dict(self._failed)}

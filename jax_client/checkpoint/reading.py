@@ -1,7 +1,7 @@
 """How is a checkpoint read while others overwrite, delete or damage it? A reader retries until it has a whole version.
 
-It reads the newest version, or brings it back from the mirror. Of a damaged checkpoint it names the newest good one of
-the same run.
+The reader takes the newest version, or brings one back from the mirror. For a damaged checkpoint, its error names the
+newest good one of the same run.
 """
 
 from __future__ import annotations

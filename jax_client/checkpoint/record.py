@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from jax_client.checkpoint.manifest import Manifest, split_key
@@ -53,7 +52,7 @@ class Record:
         return fields.pop("key") | fields
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, object]) -> Record:
+    def from_json(cls, fields: JsonObject) -> Record:
         """Undo `to_json`."""
         key, others = split_key(fields)
         return cls(key=key, **others)

@@ -1,4 +1,4 @@
-"""What is in a state directory besides checkpoints? The runs, who has them open, the catalogue and the mirror."""
+"""What is in a state directory besides checkpoints? It has the runs, their locks, an index and the mirror's copies."""
 
 from __future__ import annotations
 

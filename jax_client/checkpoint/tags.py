@@ -1,7 +1,7 @@
-"""What about a checkpoint can change after it is saved? When it ends, and whether it is public.
+"""What about a checkpoint can change after it is saved? Its tags say when it expires and whether it is public.
 
-They are in a sealed file beside the manifest of a version, and not part of what the manifest lists. Without a file
-nothing was ever set. A damaged one counts as none: it neither deletes a checkpoint nor makes it public.
+A sealed file holds them, beside the manifest of a version and not listed in it. Without the file no tag was ever set. A
+damaged file counts as none: it neither deletes a checkpoint nor makes it public.
 """
 
 from __future__ import annotations

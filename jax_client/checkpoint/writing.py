@@ -1,7 +1,7 @@
-"""How is a checkpoint written so that a kill at any point leaves the old or the new one whole? By one rename.
+"""How does a kill during a save leave the old or the new checkpoint whole? A save commits by one rename.
 
-A save fills a temporary directory, writes the manifest last, waits for the disk, and then renames the directory to the
-next number: this rename is the commit. Only after it is an older version removed.
+It fills a temporary directory, writes the manifest last, waits for the disk, and then renames the directory to the
+next number. Older versions are removed after this rename.
 """
 
 from __future__ import annotations

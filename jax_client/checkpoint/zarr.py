@@ -1,6 +1,6 @@
-"""How are arrays written and read as orbax does, by the calling thread alone?
+"""How are arrays saved at the end of a program? The calling thread alone writes the files that orbax would write.
 
-Orbax starts threads for every save, which Python refuses at the end of a program. Its directory is simple where nothing
+Orbax starts threads for every save, which Python refuses then. Its directory is simple where nothing
 is compressed or merged: a folder for each array with its bytes and a description (zarr, version 2), and two JSON files.
 """
 
@@ -10,11 +10,11 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jax_client.checkpoint.disk.sealed import DamagedError
+from jax_client.values import JsonObject
 
 TREE = "_METADATA"
 _HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
@@ -62,7 +62,7 @@ def _read_array(place: Path) -> np.ndarray:
     return np.fromfile(place / _chunk(len(shape)), "<f4").reshape(shape)
 
 
-def _description(array: np.ndarray) -> dict[str, Any]:
+def _description(array: np.ndarray) -> JsonObject:
     shape = list(array.shape)
     form = {"compressor": None, "dimension_separator": ".", "dtype": "<f4", "fill_value": None, "filters": None}
     return {"chunks": shape, **form, "order": "C", "shape": shape, "zarr_format": 2}

@@ -1,1 +1,1 @@
-"""The record of every run: metrics and events in one SQLite file."""
+"""The metrics and events of every run, in one SQLite file."""

@@ -1,8 +1,7 @@
-"""How is what happened in a run kept for later: its metrics step by step, and its events?
+"""Where are the metrics and events of a run kept? STATE/metrics.sqlite holds the points and events of every run.
 
-STATE/metrics.sqlite holds points (a step's metrics) and events (a save, a compile) of every run. It is worth less than
-the training: nothing here raises for the sake of the file. One that is damaged is set aside and a new one begun, one
-that cannot be written is reported once and left alone until it can.
+A point has a step's metrics; an event is a save, a compile or the like. The file is worth less than the training, and
+nothing here raises for its sake: see `sqlite_file`.
 
 A series, the points of one run and kind, has a bounded number of rows. Where there are too many, every second one goes,
 of those that are left from before every second one again, and so on: the whole run stays visible at one density, with
@@ -18,11 +17,14 @@ import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jax_client.sqlite_file import SqliteFile, transaction
+from jax_client.values import JsonObject
 
 T = TypeVar("T")
+# Run, kind, step, time, JSON, id.
+_Row = tuple[str, str, int, float, str, int]
 
 FILE_NAME = "metrics.sqlite"
 DAMAGED = ".damaged"
@@ -90,7 +92,7 @@ class Event:
     kind: str
     step: int
     time: float
-    details: Mapping[str, Any]
+    details: Mapping[str, object]
     id: int = 0
 
 
@@ -184,7 +186,7 @@ class MetricsStore:
 
         return self._reading(work, Found(cursor=since))
 
-    def runs(self) -> list[dict[str, Any]]:
+    def runs(self) -> list[JsonObject]:
         """Return the runs that have points: run, points (rows), step and time of the newest; the newest run first."""
         query = """
             SELECT series.run, SUM(series.rows), newest.step, MAX(newest.time) FROM series
@@ -252,12 +254,12 @@ _POINT_IDS = (
 _EVENTS = "SELECT run, kind, step, time, details, id FROM events WHERE run = ? AND id > ? ORDER BY id LIMIT ?"
 
 
-def _point(row: tuple[Any, ...]) -> Point:
+def _point(row: _Row) -> Point:
     run, kind, step, time, metrics, number = row
     return Point(run=run, kind=kind, step=step, time=time, metrics=json.loads(metrics), id=number)
 
 
-def _event(row: tuple[Any, ...]) -> Event:
+def _event(row: _Row) -> Event:
     run, kind, step, time, details, number = row
     return Event(run=run, kind=kind, step=step, time=time, details=json.loads(details), id=number)
 
@@ -290,7 +292,7 @@ def _storable(metrics: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def _plain(details: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(details: Mapping[str, object]) -> JsonObject:
     return {
         str(name)[:MAX_TEXT]: value[:MAX_TEXT] if isinstance(value, str) else value
         for name, value in list(details.items())[:MAX_KEYS]
@@ -298,5 +300,5 @@ def _plain(details: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _json(values: Mapping[str, Any]) -> str:
+def _json(values: Mapping[str, object]) -> str:
     return json.dumps(values, separators=(",", ":"), allow_nan=False)

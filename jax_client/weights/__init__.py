@@ -1,1 +1,1 @@
-"""Models in: which files a model name means, their tensors on the mesh, their tokenizer."""
+"""Models in and out: `read` loads them from files, `write` exports them."""

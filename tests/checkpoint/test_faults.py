@@ -7,172 +7,34 @@ with --faults.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
 import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from jax_client.checkpoint import manifest
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.errors import RequestFailedError
-from jax_client.values import CheckpointKey
-from support.checkpoints import RUN, assert_same, files_of, key, make_state, save
-from support.faults import fault_child
-from support.faults.fault_child import Action, Calls
-from support.faults.fault_disk import Disk, Event, read_log
-from support.faults.fault_history import (
-    COPIES,
-    HISTORY,
-    Checkpoints,
-    Saved,
-    assert_kept,
-    assert_swept,
-    outcome,
-    spread,
-    state_of,
+from support.checkpoints import assert_same, files_of, key
+from support.faults.fault_child import Action
+from support.faults.fault_children import (
+    IN_ORDER,
+    KILLED,
+    Children,
+    acknowledged,
+    calls_in,
+    events_of,
+    everywhere,
+    job,
+    kill,
+    survives,
+    take_history,
 )
-
-# A killed process loses nothing that it told the system, so that syncing would only cost time.
-KILLED = {"sync": False}
-# The order of the log is the order of the calls.
-IN_ORDER = {"sync": False, "serial": True}
-
-
-class Children:
-    """A process that forks the processes of jobs; see fault_child."""
-
-    def __init__(self, library: Path) -> None:
-        environment = {
-            "LD_PRELOAD": str(library),
-            "OPENBLAS_NUM_THREADS": "1",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(Path(__file__).parent.parent),
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", fault_child.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | environment,
-        )
-        assert self._process.stdin and self._process.stdout
-        self._in, self._out = self._process.stdin, self._process.stdout
-        assert self._out.readline() == "ready\n"
-
-    def run(self, *jobs: dict[str, Any]) -> list[int]:
-        """Run jobs at the same time, each in its own process; return their exit statuses."""
-        self._in.write(json.dumps(jobs) + "\n")
-        self._in.flush()
-        return json.loads(self._out.readline())
-
-    def close(self) -> None:
-        self._in.close()
-        self._process.wait(30)
-        self._out.close()
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The compiled library."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the calls of a process are intercepted on Linux only")
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        pytest.skip("there is no C compiler (cc, gcc, clang) for the library that intercepts calls")
-    path = tmp_path_factory.mktemp("library") / "fault_library.so"
-    source = Path(fault_child.__file__).with_name("fault_library.c")
-    flags = ["-std=gnu11", "-O1", "-shared", "-fPIC"]
-    subprocess.run([compiler, *flags, "-o", str(path), str(source), "-ldl", "-lpthread"], check=True, timeout=60)
-    return path
-
-
-@pytest.fixture(scope="module")
-def pair(library: Path) -> Iterator[list[Children]]:
-    """Two of them, for as many processors."""
-    both = [Children(library), Children(library)]
-    yield both
-    for children in both:
-        children.close()
-
-
-@pytest.fixture
-def children(pair: list[Children]) -> Children:
-    return pair[0]
-
-
-def job(program: str, state_dir: Path, **arguments: Any) -> dict[str, Any]:
-    """The log lies beside the state directory, which is there: what happens outside of it is not counted."""
-    state_dir.mkdir(exist_ok=True)
-    return {"program": program, "state_dir": str(state_dir), "log": f"{state_dir}.log", **arguments}
-
-
-def events_of(state_dir: Path) -> list[Event]:
-    return read_log(Path(f"{state_dir}.log"))
-
-
-def said(state_dir: Path) -> list[dict[str, Any]]:
-    return [event.said for event in events_of(state_dir) if event.name == "said"]
-
-
-def everywhere(pair: list[Children], points: Sequence[Any], work: Callable[[Children, Any], int]) -> int:
-    """Do the work of each point, two at a time; return the sum of what it counted."""
-
-    def share(number: int) -> int:
-        return sum(work(pair[number], point) for point in points[number :: len(pair)])
-
-    with ThreadPoolExecutor(len(pair)) as pool:
-        shares = [pool.submit(share, number) for number in range(len(pair))]
-        return sum(done.result() for done in shares)
-
-
-def take_history(children: Children, state_dir: Path, steps: Sequence[Any] = HISTORY, **arguments: Any) -> list[Event]:
-    """Take the steps in a child, undisturbed; return its log."""
-    assert children.run(job("history", state_dir, steps=steps, **{"plan": IN_ORDER} | arguments)) == [0]
-    return events_of(state_dir)
-
-
-def calls_in(events: Sequence[Event]) -> int:
-    return sum(event.name != "said" for event in events)
-
-
-def kill(children: Children, state_dir: Path, plan: dict[str, Any]) -> list[Event] | None:
-    """Take the history in a child that dies at a point; return its log, None if it came to the end before."""
-    (status,) = children.run(job("history", state_dir, steps=HISTORY, plan=plan))
-    assert status in (0, -signal.SIGKILL), said(state_dir)
-    return events_of(state_dir) if status else None
-
-
-def survives(
-    children: Children, state_dir: Path, plan: dict[str, Any], then: Callable[[list[Event]], None] = lambda _: None
-) -> bool:
-    """Take the history in a child that dies at a point, do more to what it left, and see that all of it holds.
-
-    Returns:
-        Whether the child died: False if it came to the end before.
-    """
-    events = kill(children, state_dir, plan)
-    if events is not None:
-        then(events)
-        assert_kept(state_dir, acknowledged(events))
-    shutil.rmtree(state_dir, ignore_errors=True)
-    return events is not None
-
-
-def acknowledged(events: Sequence[Event]) -> int:
-    return sum(event.name == "said" for event in events)
+from support.faults.fault_disk import Disk, Event
+from support.faults.fault_history import HISTORY, assert_kept, assert_swept, spread, state_of
 
 
 def test_a_kill_at_any_call_loses_nothing_acknowledged(
@@ -278,120 +140,6 @@ def test_everything_is_synced_before_it_is_acknowledged(
     tally["commits whose order was read off the calls"] += commits
 
 
-# Each with what comes before it and what comes after, on a disk that works.
-REFUSED: list[tuple[list[Any], list[Any], list[Any]]] = [
-    ([], ["save", "weights", "old", 3], [["save", "weights", "old", 2]]),
-    ([], ["save", "weights", "new", 3], [["save", "weights", "new", 4], ["delete", "weights", "new"]]),
-    ([], ["put_run", 2], [["put_run", 1]]),
-    ([], ["publish", "weights", "old"], [["delete", "weights", "old"], ["save", "weights", "old", 2]]),
-    ([], ["delete", "weights", "old"], [["save", "weights", "old", 2]]),
-    ([], ["copy", "weights", "old"], [["drop_copy", "weights", "old"]]),
-    ([["save", "weights", "old", 2]], ["list"], []),
-]
-BASE = [["put_run", 1], ["save", "weights", "kept", 1], ["save", "weights", "old", 2]]
-
-
-def faults_of(step: list[Any], events: Sequence[Event], whole: bool) -> Iterator[dict[str, Any]]:
-    """Yield plans that disturb the calls of a step, of which `events` is the log.
-
-    A save by orbax's threads makes now 100, now 140 calls: some plans disturb nothing.
-    """
-    removals = sum(event.name.startswith(("unlink", "rmdir")) for event in events)
-    writes = sum("write" in event.name for event in events)
-    # A full disk still lets go of files.
-    room = Calls.ALL & ~Calls.REMOVES
-    kinds = [
-        (errno.ENOSPC, room, len(events) - removals),
-        (errno.EDQUOT, room, len(events) - removals),
-        (errno.EIO, Calls.ALL, len(events)),
-    ]
-    few = 4 if step[0] == "save" else 2
-    for number, (error, calls, count) in enumerate(kinds):
-        for at in spread(count, count if whole else few):
-            for repeat in (False, True) if whole and error != errno.EDQUOT else ((at + number) % 2 == 0,):
-                yield {"action": Action.REFUSE, "at": at, "repeat": repeat, "error": error, "calls": calls}
-    for at in spread(writes, writes if whole else 2):
-        for repeat in (False, True) if whole else (at == 1,):
-            yield {"action": Action.SHORTEN, "at": at, "repeat": repeat, "calls": Calls.WRITES}
-
-
-def test_a_disk_that_refuses_calls_is_reported(
-    pair: list[Children], tmp_path: Path, tally: Counter[str], whole: bool
-) -> None:
-    faults = []
-    for before, step, after in REFUSED:
-        events = take_history(pair[0], tmp_path / str(len(faults)), [*BASE, *before, step], plan=KILLED)
-        ends = [i for i, event in enumerate(events) if event.name == "said"]
-        for plan in faults_of(step, events[ends[-2] + 1 : ends[-1]], whole):
-            faults.append({"before": before, "step": step, "after": after, "plan": plan})
-    shares = [faults[number::2] for number in range(2)]
-    answered: list[list[dict[str, Any]]] = [[], []]
-
-    def work(children: Children, number: int) -> int:
-        state_dir = tmp_path / f"share-{number}"
-        (status,) = children.run(job("refusals", state_dir, steps=BASE, faults=shares[number]))
-        answered[number] = said(state_dir)
-        assert status == 0, answered[number][-1]
-        for fault, answer in zip(shares[number], answered[number], strict=True):
-            assert_answered(fault, answer)
-        # A process that could not even remove what it left does so no more, but the next one does.
-        save(CheckpointStore(state_dir), "next")
-        assert_swept(state_dir)
-        return sum(answer["hits"] > 0 for answer in answered[number])
-
-    hits = everywhere(pair, [0, 1], work)
-    assert hits > 0.5 * len(faults)
-    tally["calls of the store with refused or short system calls"] += hits
-    tally["of them reported as failed"] += sum("error" in answer for share in answered for answer in share)
-
-
-def assert_answered(fault: dict[str, Any], answer: dict[str, Any]) -> None:
-    def found(part: str) -> tuple[Checkpoints, int | None]:
-        suffix = part.removeprefix("found")
-        ((_, metadata),) = answer[f"runs{suffix}"]
-        return {CheckpointKey(*place): Saved(seed, public) for *place, seed, public in answer[part]}, metadata["seed"]
-
-    before = [*BASE, *fault["before"]]
-    done = [*before, fault["step"]]
-    if "error" in answer:
-        assert found("found") in (outcome(before), outcome(done)), (fault, answer)
-        assert answer["category"] == "server", answer
-        if fault["step"][0] == "save":
-            assert re.search(r"needs about \d+ bytes .* \d+ are free", answer["error"]), answer
-    else:
-        assert found("found") == outcome(done), (fault, answer)
-    assert found("found_after") == outcome([*done, *fault["after"]]), (fault, answer)
-    if fault["plan"]["action"] == Action.SHORTEN:
-        assert "error" not in answer, "the rest of a short write is written"
-    if fault["step"] == ["list"]:
-        assert answer["returned"] == [["kept", "old"], [[RUN, {"seed": 1}]]]
-
-
-@pytest.mark.parametrize("catalogue", [True, False])
-def test_a_directory_that_is_read_only_can_be_read(children: Children, tmp_path: Path, catalogue: bool) -> None:
-    state_dir = tmp_path / "state"
-    store = CheckpointStore(state_dir)
-    store.put_run(RUN, {"seed": 1})
-    save(store, "a", 1)
-    save(store, "b", 2)
-    store.list()
-    if not catalogue:
-        (state_dir / "catalogue.sqlite").unlink(missing_ok=True)
-    modes = {path: path.stat().st_mode for path in [state_dir, *state_dir.rglob("*")]}
-    for path, mode in modes.items():
-        path.chmod(mode & ~0o222)
-    try:
-        assert children.run(job("without_rights", state_dir)) == [0], said(state_dir)
-    finally:
-        for path, mode in modes.items():
-            path.chmod(mode)
-    (answer,) = said(state_dir)
-    assert answer["listed"] == [["a", {"seed": 1}], ["b", {"seed": 2}]]
-    assert answer["runs"] == [[RUN, {"seed": 1}]]
-    assert answer["loaded"] == [4, 5]
-    assert "was not saved: " in answer["refused"] and "Permission denied" in answer["refused"]
-
-
 def test_leftovers_of_ten_crashes_are_swept(children: Children, tmp_path: Path, tally: Counter[str]) -> None:
     events = take_history(children, tmp_path / "count", HISTORY[:4], plan=KILLED)
     saves = [i for i, event in enumerate(events) if event.name == "rename" and ".tmp-" in event.path]
@@ -417,107 +165,3 @@ def test_leftovers_of_ten_crashes_are_swept(children: Children, tmp_path: Path, 
     assert_kept(state_dir, done)
     assert_swept(state_dir)
     tally["crashes whose leftovers were put together and swept"] += crashes
-
-
-def test_two_processes_save_at_the_same_time(
-    children: Children, tmp_path: Path, tally: Counter[str], whole: bool
-) -> None:
-    number = 150 if whole else 8
-    store = CheckpointStore(tmp_path / "state")
-    save(store, "shared", 1)
-    seeds = [list(range(1000 * i, 1000 * i + number)) for i in (1, 2)]
-    done = [str(tmp_path / f"done-{i}") for i in (1, 2)]
-    jobs = [
-        job("writer", tmp_path / "state", seeds=seeds[i], done=done[i], own_run=f"own-{i}")
-        | {"log": str(tmp_path / f"writer-{i}.log")}
-        for i in range(2)
-    ]
-    jobs.append(job("reader", tmp_path / "state", done=done, goes=False) | {"log": str(tmp_path / "reader.log")})
-    assert children.run(*jobs) == [0, 0, 0], [read_log(Path(job["log"]))[-1].said for job in jobs]
-    writes = [event.said for i in range(2) for event in read_log(tmp_path / f"writer-{i}.log")]
-    reads = [event.said for event in read_log(tmp_path / "reader.log")]
-    writes.append({"seed": 1, "began": 0, "ended": 0})
-    written = {write["seed"]: write for write in writes}
-    reads.append({"seed": found_in_shared(store), "began": 2**63, "ended": 2**63})
-    for read in reads:
-        mine = written[read["seed"]]
-        assert mine["began"] <= read["ended"]
-        newer = [w for w in writes if mine["ended"] < w["began"] and w["ended"] < read["began"]]
-        assert newer == [], "a version that was acknowledged before is not forgotten"
-    for i in range(2):
-        for seed in seeds[i]:
-            assert_same(store.load(key(f"own-{seed}", run_id=f"own-{i}"))[0], make_state(seed))
-        assert len(store.list(f"own-{i}")) == number
-    assert_swept(tmp_path / "state")
-    tally["saves by two processes at the same time"] += 4 * number
-    tally["loads by a third one meanwhile"] += len(reads)
-
-
-def test_a_reader_of_what_comes_and_goes_sees_it_whole(
-    children: Children, tmp_path: Path, tally: Counter[str], whole: bool
-) -> None:
-    store = CheckpointStore(tmp_path / "state")
-    save(store, "kept", 1)
-    done = str(tmp_path / "done")
-    jobs = [job("coming_and_going", tmp_path / "state", seeds=list(range(200 if whole else 10)), done=done)]
-    jobs.append(job("reader", tmp_path / "state", done=[done], goes=True) | {"log": str(tmp_path / "reader.log")})
-    assert children.run(*jobs) == [0, 0], [read_log(Path(job["log"]))[-1].said for job in jobs]
-    tally["loads of a checkpoint that another process deletes and saves again"] += len(
-        read_log(tmp_path / "reader.log")
-    )
-
-
-@pytest.fixture
-def replaced(tmp_path: Path) -> Callable[[], None]:
-    """A store with a checkpoint "a" of seed 1; the call deletes it, and saves another one of that name."""
-    store = CheckpointStore(tmp_path / "state")
-    save(store, "a", 1)
-
-    def replace() -> None:
-        store.delete(key("a"))
-        save(store, "a", 2)
-
-    return replace
-
-
-def test_a_load_meets_a_deletion_and_a_save(
-    replaced: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    verify = manifest.verify
-
-    def late(*arguments: Any) -> None:
-        monkeypatch.setattr(manifest, "verify", verify)
-        replaced()
-        verify(*arguments)
-
-    monkeypatch.setattr(manifest, "verify", late)
-    assert_same(CheckpointStore(tmp_path / "state").load(key("a"))[0], make_state(2))
-
-
-def test_a_copy_meets_a_deletion_and_a_save(
-    replaced: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    link, links = os.link, []
-
-    def late(*arguments: Any) -> None:
-        links.append(arguments)
-        if len(links) == 5:
-            replaced()
-        link(*arguments)
-
-    monkeypatch.setattr(os, "link", late)
-    store = CheckpointStore(tmp_path / "state")
-    # An error is as good as a whole copy.
-    with contextlib.suppress(RequestFailedError):
-        store.copy(key("a"), to_run=COPIES)
-    assert len(links) >= 5
-    if store.exists(key("a", run_id=COPIES)):
-        state = store.load(key("a", run_id=COPIES))[0]
-        assert_same(state, make_state(state.step - 3))
-
-
-def found_in_shared(store: CheckpointStore) -> int:
-    state, record = store.load(key("shared"))
-    assert_same(state, make_state(state.step - 3))
-    assert record.metadata == {"seed": state.step - 3}
-    return state.step - 3

@@ -73,7 +73,7 @@ def test_a_full_queue_drops_and_counts(tmp_path: Path) -> None:
     run = RunMetrics("r", engine, tmp_path, 0, recorder)
     engine.gate.clear()
     run.event("start")
-    while recorder._queue.qsize():
+    while recorder.waiting():
         time.sleep(0.001)
     for step in range(1, 101):  # the thread is held, so this ends only if nothing waits for it
         run.stepped({"step:max": float(step), "grad_norm:mean": 1.0})

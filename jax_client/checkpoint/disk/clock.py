@@ -1,4 +1,4 @@
-"""How long is something kept when clocks jump and machines restart?
+"""How long is a checkpoint kept when clocks jump and machines restart? It expires by the clock since the boot.
 
 A lifetime is measured by the clock since the boot while the machine runs, and after a reboot by the wall clock, once it
 has been past the deadline for an hour. The wall clock jumps: it is set by hand, by a time server, or wrong until one
@@ -12,7 +12,8 @@ import functools
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from jax_client.values import JsonObject
 
 GRACE_SECONDS = 3600.0
 
@@ -68,7 +69,7 @@ class Deadline:
         return cls(wall=moment.wall + seconds, boot_id=moment.boot_id, since_boot=moment.since_boot + seconds)
 
     @classmethod
-    def of(cls, fields: dict[str, Any] | None) -> Deadline | None:
+    def of(cls, fields: JsonObject | None) -> Deadline | None:
         """Undo `dataclasses.asdict`."""
         return None if fields is None else cls(**fields)
 

@@ -1,7 +1,7 @@
-"""How is something written so that it is still there after the power fails?
+"""How does a write outlast a loss of power? It is synced, and then named by one rename.
 
-A file is durable after an fsync of the file and one of its directory. A rename is what readers see at once or not at
-all. Every change that the store makes to the disk, orbax's own writing aside, goes through this module.
+A file is durable after an fsync of the file and one of its directory. Readers see a rename at once or not at all. Every
+change that the store makes to the disk, orbax's own writing aside, goes through this module.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""How does a save know the hash of every file without reading them all once more at its end?
+"""When does a save hash its files? `EarlyHashes` hashes them on a thread while others are still being written.
 
-Hashing takes a third as long as writing, and leaves the disk alone. So files are hashed beside the writer, as they
-appear; one that changes afterwards is hashed again.
+Hashing takes a third as long as writing and does not use the disk. A file that changes afterwards is hashed again.
 """
 
 from __future__ import annotations

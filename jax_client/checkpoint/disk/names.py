@@ -1,4 +1,4 @@
-"""Which names can a run and a checkpoint have, and in which directory is each?
+"""In which directory is each run, checkpoint and version? The directories carry the names of the key.
 
     STATE/catalogue.sqlite                      what the files said when they were last listed
     STATE/runs/RUN/run.json                     what is known of a run, sealed

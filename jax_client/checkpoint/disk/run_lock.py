@@ -1,4 +1,4 @@
-"""Which process has a run open? One at a time: it holds a lock for as long, and says who it is."""
+"""Which process has a run open? The one that holds the lock; the locked file names it."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""How does a JSON file say that it is whole? Its last field is the sha256 of all bytes before that field's value."""
+"""How does a reader know that a JSON file is whole? Its last field is the sha256 of the bytes before."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from jax_client.errors import BadRequestError
+from jax_client.values import JsonObject
 
 _KEY = b',\n "sha256": "'
 _END = b'"\n}\n'
@@ -17,7 +17,7 @@ class DamagedError(Exception):
     """A file of a checkpoint is missing or not as it was written; the message names it. Never leaves the store."""
 
 
-def seal(content: Mapping[str, Any], subject: str) -> bytes:
+def seal(content: Mapping[str, object], subject: str) -> bytes:
     """Return `content`, which is not empty, as JSON that ends with its own hash.
 
     Raises:
@@ -32,7 +32,7 @@ def check_json(value: object, subject: str) -> None:
     _dump(value, subject)
 
 
-def unseal(data: bytes, where: str) -> dict[str, Any]:
+def unseal(data: bytes, where: str) -> JsonObject:
     """Return the content of sealed JSON.
 
     Raises:

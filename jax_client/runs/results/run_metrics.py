@@ -11,17 +11,16 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 from jax_client import interpreter_end, process
 from jax_client.engine.protocol import Monitor, Usage
 from jax_client.metrics.store import FILE_NAME, Event, MetricsStore, Point
 from jax_client.process import Step
-from jax_client.threads import start_thread
+from jax_client.threads import BatchWriter
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +179,7 @@ class RunMetrics:
 
 
 class MetricsWriter:
-    """A bounded queue and the thread that empties it into the metrics files. Thread-safe.
+    """A bounded queue and a thread that writes what it holds into the metrics files. Thread-safe.
 
     Args:
         most: items that may wait.
@@ -194,78 +193,39 @@ class MetricsWriter:
     def __init__(self, *, most: int = MOST_WAITING, seconds: float = BATCH_SECONDS) -> None:
         self.written = 0
         self.dropped = 0
-        self._most = most
-        self._seconds = seconds
-        self._queue: SimpleQueue[_Item | threading.Event | None] = SimpleQueue()
-        self._hurry = threading.Event()
-        self._histories: dict[Path, MetricsStore] = {}
+        self._stores: dict[Path, MetricsStore] = {}
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
         self._complained = False
+        self._batches = BatchWriter("jax_client-metrics", self._write, seconds=seconds, most=most, capacity=most)
 
     def record(self, item: _Item) -> None:
         """Take an item, or drop it; returns at once, and never raises."""
-        try:
-            if self._queue.qsize() >= self._most:
-                self._drop(1)
-                return
-            self._queue.put(item)
-            if self._thread is None:
-                self._start()
-        except Exception:
-            # No thread can be started when the interpreter ends.
+        if not self._batches.put(item):
             self._drop(1)
+
+    def waiting(self) -> int:
+        """Return how many items no batch has taken yet."""
+        return self._batches.waiting()
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
         """Wait until all that was recorded so far is in the files, `timeout` seconds at most; return whether it is."""
-        if self._thread is None or not self._thread.is_alive():
-            return self._queue.empty()
-        done = threading.Event()
-        self._queue.put(done)
-        self._hurry.set()
-        return done.wait(timeout)
+        return self._batches.flush(timeout)
 
     def end(self) -> None:
         """End the thread once all that was recorded so far is in the files."""
-        self._queue.put(None)
-        self._hurry.set()
+        self._batches.end()
 
-    def forget(self) -> None:
-        """Begin anew in a forked process: what waits is the parent's to write, on a thread that only it has."""
-        interpreter_end.keep_in_fork(self._queue, self._histories)
-        self._queue, self._histories = SimpleQueue(), {}
-        self._hurry, self._lock, self._thread = threading.Event(), threading.Lock(), None
+    def restart_in_fork(self) -> None:
+        """Begin anew in a forked process: what waits is the parent's to write."""
+        interpreter_end.keep_in_fork(self._stores)
+        self._stores, self._lock = {}, threading.Lock()
+        self._batches.restart_in_fork()
 
     def _drop(self, count: int) -> None:
         with self._lock:
             self.dropped += count
 
-    def _start(self) -> None:
-        with self._lock:
-            if self._thread is None:
-                self._thread = start_thread("jax_client-metrics", self._loop)
-
-    def _loop(self) -> None:
-        ended = False
-        while not ended:
-            batch = [self._queue.get()]
-            self._hurry.wait(self._seconds)
-            self._hurry.clear()
-            try:
-                while len(batch) < self._most:
-                    batch.append(self._queue.get_nowait())
-            except Empty:
-                pass
-            try:
-                self._write([item for item in batch if isinstance(item, _Item)])
-            except Exception:
-                self._complain()
-            ended = None in batch
-            for event in [item for item in batch if isinstance(item, threading.Event)]:
-                event.set()
-            del batch  # a thread that waits must not keep the last run, and its engine
-
-    def _write(self, items: list[_Item]) -> None:
+    def _write(self, items: Sequence[_Item]) -> None:
         files: dict[Path, tuple[list[Point], list[Event]]] = {}
         stepped: dict[RunMetrics, None] = {}
         for item in items:
@@ -286,7 +246,7 @@ class MetricsWriter:
         for path, (points, events) in files.items():
             count = len(points) + len(events)
             events.sort(key=lambda event: event.time)
-            if count and self._history(path).add(points, events):
+            if count and self._store(path).add(points, events):
                 self.written += count
             else:
                 self._drop(count)
@@ -303,8 +263,8 @@ class MetricsWriter:
             except Exception:
                 self._complain()
 
-    def _history(self, path: Path) -> MetricsStore:
-        return self._histories.setdefault(path, MetricsStore(path))
+    def _store(self, path: Path) -> MetricsStore:
+        return self._stores.setdefault(path, MetricsStore(path))
 
     def _complain(self) -> None:
         # Once: what fails here fails at every step.
@@ -323,7 +283,7 @@ def _after_fork() -> None:
     interpreter_end.keep_in_fork(*_live)
     _lock = threading.Lock()
     _live.clear()
-    shared.forget()
+    shared.restart_in_fork()
 
 
 process.register(

@@ -13,11 +13,9 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from jax_client import process
@@ -26,7 +24,7 @@ from jax_client.process import Step
 from jax_client.server.state.pending import Kind
 from jax_client.server.wire.answers import Answer
 from jax_client.sqlite_file import SqliteFile, is_damage, transaction
-from jax_client.threads import start_thread
+from jax_client.threads import BatchWriter
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +78,6 @@ class RequestLog:
 
     def __init__(self, directory: Path) -> None:
         self._file = SqliteFile(directory / FILE, (_SCHEMA,), busy_seconds=BUSY_SECONDS)
-        self._queue: SimpleQueue[tuple[_Write, Callable[[], None] | None] | None] = SimpleQueue()
-        self._hurry = threading.Event()
         self._ahead: dict[str, Entry] = {}
         self._lock = threading.Lock()
         self._failed = False
@@ -91,7 +87,10 @@ class RequestLog:
             self._ids = {row[0] for row in connection.execute("SELECT id FROM promises")}
         self._reading = threading.local()
         self._readers: list[sqlite3.Connection] = []
-        self._thread = start_thread("jax_client-request-log", self._write)
+        # Of the thread that writes.
+        self._writing: sqlite3.Connection | None = None
+        self._batches = BatchWriter("jax_client-request-log", self._write, seconds=_LINGER_SECONDS, most=_BATCH)
+        self._batches.start()
         steps = {Step.RUNS: RequestLog.close}
         process.register("request log", "requests and answers that are to be written", owner=self, at_exit=steps)
 
@@ -164,11 +163,10 @@ class RequestLog:
 
     def close(self) -> None:
         """Write what is still to be written."""
-        self._hurry.set()
-        self._queue.put(None)
-        self._thread.join()
-        for connection in self._readers:
-            connection.close()
+        self._batches.close()
+        for connection in (self._writing, *self._readers):
+            if connection is not None:
+                connection.close()
 
     def _read(self, query: str, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return next(iter(self._read_all(query, values)), None)
@@ -186,39 +184,27 @@ class RequestLog:
             return []
 
     def _now(self, write: _Write) -> None:
-        done: Future[None] = Future()
-        self._hurry.set()
-        self._queue.put((write, lambda: done.set_result(None)))
-        done.result()
+        self._later(write)
+        self._batches.flush()
 
     def _later(self, write: _Write, then: Callable[[], None] | None = None) -> None:
-        self._queue.put((write, then))
+        self._batches.put((write, then))
 
-    def _write(self) -> None:
-        connection = self._file.open()
-        stopped = False
-        while not stopped:
-            batch = [self._queue.get()]
-            # A thread that wakes for every request takes the interpreter from those who answer them.
-            self._hurry.wait(_LINGER_SECONDS)
-            self._hurry.clear()
-            while len(batch) < _BATCH and not self._queue.empty():
-                batch.append(self._queue.get())
-            stopped = None in batch
-            writes = [each for each in batch if each is not None]
-            try:
-                with transaction(connection):
-                    for write, _ in writes:
-                        write(connection)
-            except sqlite3.Error as error:
-                self._report(error)
-                # A disk that takes nothing must not fill the memory.
-                with self._lock:
-                    self._ahead.clear()
-            for _, then in writes:
-                if then is not None:
-                    then()
-        connection.close()
+    def _write(self, writes: Sequence[tuple[_Write, Callable[[], None] | None]]) -> None:
+        try:
+            if self._writing is None:
+                self._writing = self._file.open()
+            with transaction(self._writing):
+                for write, _ in writes:
+                    write(self._writing)
+        except sqlite3.Error as error:
+            self._report(error)
+            # A disk that takes nothing must not fill the memory.
+            with self._lock:
+                self._ahead.clear()
+        for _, then in writes:
+            if then is not None:
+                then()
 
     def _report(self, error: sqlite3.Error) -> None:
         if not self._failed:

@@ -1,7 +1,7 @@
-"""What is in a GGUF file, and how does it read as a Hugging Face model?
+"""What is in a GGUF file, and how does it read as a Hugging Face model? Names and shapes are mapped, types dequantised.
 
-The header is parsed here: the gguf package needs seconds for one with a vocabulary, and does not check bounds. Its
-dequantisation is used as it is.
+The header is parsed here, because the gguf package takes seconds for one with a vocabulary and checks no bounds. That
+package's dequantisation is used as it is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.models.families.registry import FAMILIES
+from jax_client.values import JsonObject
 from jax_client.weights.read.tensors import TensorInfo
 
 GGUF_MAGIC = b"GGUF"
@@ -61,7 +62,7 @@ class GgufFile:
     """A parsed header: metadata by key, tensors by the file's own names, and where the data begins."""
 
     path: Path
-    metadata: dict[str, Any]
+    metadata: JsonObject
     tensors: dict[str, GgufTensor]
     data_start: int
 
@@ -262,7 +263,7 @@ def architecture(file: GgufFile) -> str:
     return found
 
 
-def as_hf_config(file: GgufFile) -> dict[str, Any]:
+def as_hf_config(file: GgufFile) -> JsonObject:
     """Return the config.json that the metadata amounts to.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is in a model directory in Hugging Face layout, and may it be loaded?"""
+"""What is in a model directory in Hugging Face layout? A config and safetensors; pickles and code are refused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
 from jax_client.models.families.registry import SUPPORTED_ARCHITECTURES
+from jax_client.values import JsonObject
 from jax_client.weights.read import safetensors
 from jax_client.weights.read.tensors import TensorInfo
 
@@ -124,7 +125,7 @@ def inside(directory: Path, file: str) -> Path:
     return directory / file
 
 
-def read_json(directory: Path, file: str) -> dict[str, Any]:
+def read_json(directory: Path, file: str) -> JsonObject:
     """Read a JSON object.
 
     Raises:
@@ -142,7 +143,7 @@ def read_json(directory: Path, file: str) -> dict[str, Any]:
     return value
 
 
-def read_hf_config(directory: Path) -> dict[str, Any]:
+def read_hf_config(directory: Path) -> JsonObject:
     """Return config.json; the end-of-sequence ids are joined with those of generation_config.json.
 
     An instruct model's end-of-turn id is often in the latter alone.
@@ -157,7 +158,7 @@ def read_hf_config(directory: Path) -> dict[str, Any]:
     return {**config, "eos_token_id": list(dict.fromkeys(ids))}
 
 
-def _weight_map(directory: Path) -> dict[str, Any]:
+def _weight_map(directory: Path) -> JsonObject:
     if not (directory / INDEX).exists():
         return {}
     weight_map = read_json(directory, INDEX).get("weight_map")

@@ -1,6 +1,6 @@
-"""How does a hub name become a local directory?
+"""How does a hub name become a local directory? `huggingface_hub` finds the model in its cache, or downloads it.
 
-The local cache is asked first. Only safetensors, JSON and tokenizer files are ever fetched: no pickles, no code.
+Only safetensors, JSON and tokenizer files are ever fetched: no pickles, no code.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How do a model's files become parameters on the mesh?
+"""How do a model's files become parameters on the mesh? They are read leaf by leaf, each tensor once.
 
-Leaf by leaf: the host holds one stacked leaf at a time (only the shards of its own devices), every tensor is read once.
+The host holds one stacked leaf at a time, and of it only the shards of its own devices.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from numpy.typing import DTypeLike
 
 from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
@@ -50,7 +51,9 @@ def read_config(source: ModelSource) -> ModelConfig:
     return config_from_hf(hf.read_hf_config(source.path), str(source.path / hf.CONFIG))
 
 
-def load_params(source: ModelSource, config: ModelConfig, dtype: Any, mesh: Mesh, *, bits: bool = False) -> Params:
+def load_params(
+    source: ModelSource, config: ModelConfig, dtype: DTypeLike, mesh: Mesh, *, bits: bool = False
+) -> Params:
     """Read the weights onto the mesh in the stored layout.
 
     Args:

@@ -1,7 +1,7 @@
-"""Which Hugging Face tensors make up each stored leaf, and where in it does each go?
+"""Which Hugging Face tensors make up each stored leaf? A `Part` says where in the leaf one tensor goes.
 
 Hugging Face keeps one [out, in] matrix per projection and layer; the stored layout (`models.decoder`) is [in, out],
-stacked by layer, with q|k|v and gate|up fused. A `Part` is one tensor's place.
+stacked by layer, with q|k|v and gate|up fused.
 """
 
 from __future__ import annotations

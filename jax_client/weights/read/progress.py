@@ -1,7 +1,7 @@
-"""How far is a model on its way here? The code that moves the bytes counts them and calls the requester's observer.
+"""How far is a model's download or load? The code that moves the bytes counts them and calls the requester's observer.
 
-The observer is a context variable, so that it need not be handed through every function between the two. It is read on
-the thread that asked; the counter that is made there may then be used by any thread.
+The observer is a context variable, so that it need not be handed through every function between the two. A counter
+reads it on the thread that asked; any thread may then use the counter.
 """
 
 from __future__ import annotations

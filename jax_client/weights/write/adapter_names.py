@@ -1,4 +1,4 @@
-"""Which linear layer of a Hugging Face model does each module of an adapter cover, and how do its arrays read there?
+"""Which linear layer of a Hugging Face model does each module of an adapter cover? A table names them by projection.
 
 An adapter keeps A (R, in...) and B (R, out...) with heads apart and layers stacked; others keep two matrices per linear
 layer. The views here are matrices: A (R, in) and B (R, out), with in and out counted as Hugging Face counts them.

@@ -1,4 +1,4 @@
-"""How does a base model with an adapter become one model in Hugging Face layout?
+"""How does a base model with an adapter become one model in Hugging Face layout? The product of A and B is added to W.
 
 Each weight is read, added to and written a few rows at a time: W + (alpha / rank) (A B)^T in float32, then rounded.
 """
@@ -9,14 +9,14 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts.lora import LORA_ALPHA
-from jax_client.values import AdapterState
+from jax_client.values import AdapterState, JsonObject
 from jax_client.weights.read import hf, safetensors
 from jax_client.weights.read.gguf import GgufReader, architecture, as_hf_config, read_gguf
 from jax_client.weights.read.names import expected_tensors
@@ -158,7 +158,7 @@ def _say_what_rounding_took(parts: list[_Merged], dtype: str) -> None:
         )
 
 
-def _hf_config(source: ModelSource, dtype: str, untied: bool) -> dict[str, Any]:
+def _hf_config(source: ModelSource, dtype: str, untied: bool) -> JsonObject:
     if source.kind == "gguf":
         file = read_gguf(source.path)
         config = as_hf_config(file) | {"model_type": architecture(file), "hidden_act": "silu"}

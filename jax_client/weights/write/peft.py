@@ -1,14 +1,14 @@
-"""How does an adapter become a directory that PEFT, vLLM and SGLang load, and how does theirs become an adapter here?
+"""How does an adapter become a PEFT directory, and the reverse? Its matrices are renamed and laid out as PEFT has them.
 
-What of an adapter_config.json is understood is listed in `peft_config.py`; here are its tensors.
+vLLM and SGLang load such directories, too. `peft_config` reads the configuration, this module the tensors.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -212,5 +212,5 @@ def _say_what_differs(
         logger.info("%s: %s is not read; the base model's own output projection is used", path, HEAD_COPY)
 
 
-def _slicer(matrix: np.ndarray) -> Any:
+def _slicer(matrix: np.ndarray) -> Callable[[int, int], np.ndarray]:
     return lambda first, end: matrix[first:end]

@@ -1,6 +1,6 @@
-"""What does an adapter_config.json ask for, and is it plain LoRA?
+"""What does an adapter_config.json ask for? Plain LoRA; any other field that changes the adapter's result is refused.
 
-Whatever would change what the adapter computes, known today or not, is refused by the name of its field.
+Refused are unknown fields, too: a later version of PEFT may add one. The error names the field.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
 from jax_client.weights.read import hf
@@ -97,7 +97,7 @@ def read_peft_config(directory: Path) -> PeftConfig:
     )
 
 
-def _refuse(raw: Mapping[str, Any], path: Path) -> None:
+def _refuse(raw: Mapping[str, object], path: Path) -> None:
     wanted = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "init_lora_weights": INITIAL_WEIGHTS}
     refused = {key: raw.get(key) for key, allowed in wanted.items() if raw.get(key) not in allowed}
     refused |= {key: value for key, value in raw.items() if key not in HARMLESS and value not in NOTHING}
@@ -111,13 +111,13 @@ def _refuse(raw: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _positive(path: Path, field: str, value: Any) -> float:
+def _positive(path: Path, field: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise BadRequestError(f"{path}: {field} is {value!r:.80}; expected a number above 0.")
     return float(value)
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 

@@ -1,6 +1,6 @@
-"""How do tensors become .safetensors files without being in memory together?
+"""How do tensors become .safetensors files without being in memory together? Rows are written as they are computed.
 
-The header needs shapes only; the values follow a few rows at a time, as they are computed.
+The header comes first and needs shapes only.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jax_client.errors import RequestFailedError
+from jax_client.values import JsonObject
 from jax_client.weights.read import hf
 from jax_client.weights.read.safetensors import NUMPY_DTYPES
 
@@ -26,7 +26,7 @@ STRIP_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tensor:
-    """A tensor to be written: its name and shape, and from (first, end) row to those rows."""
+    """A tensor to be written: its name, its shape, and `rows`, `f(first, end) -> rows[first:end]`."""
 
     name: str
     shape: tuple[int, ...]
@@ -61,7 +61,7 @@ def write_file(path: Path, tensors: Iterable[Tensor], dtype: np.dtype) -> None:
     """
     tensors = list(tensors)
     # transformers refuses a file that does not say for which framework's tensors it was made.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: JsonObject = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
         end = offset + tensor.nbytes(dtype)

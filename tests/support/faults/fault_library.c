@@ -1,8 +1,9 @@
 // What if the N-th call that changes a directory tree fails, or is the last thing its process does?
 //
-// Preloaded into the processes of tests/test_faults.py (cc -shared -fPIC). A process that has called fault_arm counts,
-// over all its threads, each call that changes something below one directory: those of Python, SQLite and orbax's C++
-// writers alike. Each is written to a log as it ends, and one of them can be killed, torn, refused or cut short.
+// Preloaded into the processes of tests/checkpoint/test_faults.py (cc -shared -fPIC). A process that has called
+// fault_arm counts, over all its threads, each call that changes something below one directory: those of Python, SQLite
+// and orbax's C++ writers alike. Each is written to a log as it ends, and one of them can be killed, torn, refused or
+// cut short.
 // Before fault_arm, and for every other path, the calls are those of the C library.
 
 #define _GNU_SOURCE

@@ -1,0 +1,83 @@
+"""How do the tests of exports train an adapter, and what do transformers and the engine compute with it?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jax_client.engine.core.requests import AdamSettings
+from jax_client.engine.engine import Engine
+from jax_client.runs.lifecycle.export_check import probe_tokens
+from jax_client.values import AdapterState, LoraSpec
+from jax_client.weights.write.adapter_names import PROJECTIONS
+from support.golden_cases import ADAM, CASES, sequences
+from support.golden_engine import CROSS_ENTROPY, data
+
+LINEARS = [name for name in PROJECTIONS.values() if name != "lm_head"]
+
+
+def trained(engine: Engine, case: str, spec: LoraSpec) -> tuple[AdapterState, np.ndarray]:
+    """Train three steps; return the adapter and its logprobs."""
+    lane = engine.open_lane()
+    adapter = engine.open_adapter(lane, spec).result()
+    train(engine, case, adapter)
+    logprobs = engine.score_batch(lane, adapter, data(CASES[case]), CROSS_ENTROPY).result().logprobs
+    state = engine.snapshot(lane, adapter).result().fetch()
+    engine.release(adapter)
+    return state, np.concatenate(logprobs)
+
+
+def train(engine: Engine, case: str, adapter: Any) -> None:
+    lane = engine.open_lane()
+    for _ in range(3):
+        engine.train_batch(lane, adapter, data(CASES[case]), CROSS_ENTROPY).result()
+        engine.optim_step(lane, adapter, AdamSettings(**ADAM | {"learning_rate": 1e-2})).result()
+
+
+def directory(parent: Path, name: str = "export") -> Path:
+    (parent / name).mkdir()
+    return parent / name
+
+
+def random_state(engine: Engine, spec: LoraSpec) -> AdapterState:
+    lane = engine.open_lane()
+    adapter = engine.open_adapter(lane, spec).result()
+    state = engine.snapshot(lane, adapter).result().fetch()
+    engine.release(adapter)
+    rng = np.random.default_rng(5)
+    return replace(
+        state, weights={n: rng.normal(size=a.shape).astype(np.float32) * 0.1 for n, a in state.weights.items()}
+    )
+
+
+def engine_logits(engine: Engine, state: AdapterState | None) -> np.ndarray:
+    return engine.logits(probe_tokens(engine.source, engine.model), state).result()
+
+
+def torch_model(path: Path) -> Any:
+    pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
+
+
+def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)[None].long()).logits[0].float().numpy()
+
+
+def torch_logprobs(model: Any, case: str) -> Any:
+    import torch
+
+    rows = []
+    for s in sequences(CASES[case]):
+        tokens, targets = (torch.from_numpy(s[name]).long() for name in ("tokens", "targets"))
+        logprobs = torch.log_softmax(model(tokens[None]).logits[0], -1)
+        rows.append(logprobs.gather(-1, targets[:, None])[:, 0])
+    return torch.cat(rows)
