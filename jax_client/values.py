@@ -19,6 +19,7 @@ JsonObject: TypeAlias = dict[str, Any]
 
 Kind = Literal["weights", "sampler_weights", "external_weights"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+MAX_LORA_RANK = 512
 NAME_FORM = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 RUN_ID_FORM = "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 
@@ -112,7 +113,8 @@ class LoraSpec:
     """One adapter: which linear layers it covers, and how it starts.
 
     Attributes:
-        rank: 1 to 512. The adapter adds (alpha / rank) (x A) B to each covered layer, alpha = `models.lora.LORA_ALPHA`.
+        rank: 1 to `MAX_LORA_RANK`. The adapter adds (alpha / rank) (x A) B to each covered layer, alpha =
+            `models.parts.lora.LORA_ALPHA`.
         seed: of the initial A (uniform in ±1/√fan_in); B starts at zero.
         train_attn: cover q, k, v, o.
         train_mlp: cover gate, up, down.

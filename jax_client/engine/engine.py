@@ -142,9 +142,9 @@ class Engine:
         """Return a queue for one client: its requests run in order, lanes take turns."""
         return Lane()
 
-    def submit(self, lane: Lane, task: Task[T], queued: tuple[Work, ...] = ()) -> Future[T]:
-        """Carry out a task on the thread that launches programs; `queued` notes how long it waited for its turn."""
-        return self._dispatcher.submit(lane, self._supervised(lane, task, queued))
+    def submit(self, lane: Lane, task: Task[T], trained: Adapter | None = None) -> Future[T]:
+        """Carry out a task on the thread that launches programs; `trained` is the adapter of a training task."""
+        return self._dispatcher.submit(lane, self._supervised(lane, task, trained))
 
     def open_adapter(self, lane: Lane, start: LoraSpec | AdapterState) -> Future[Adapter]:
         """Make an adapter: with fresh weights, or with those of a saved state and its moments if it has them."""
@@ -198,7 +198,7 @@ class Engine:
             task = self.trainer.train_task(adapter, examples, loss, prepared)
         else:
             task = self.trainer.custom_task(adapter, examples, loss, prepared)
-        return self.submit(lane, task, (adapter.work, self.trainer.total))
+        return self.submit(lane, task, adapter)
 
     def optim_step(self, lane: Lane, adapter: Adapter, settings: AdamSettings) -> Future[dict[str, float]]:
         """Apply one AdamW step with the accumulated gradient, and clear it; return the step's metrics."""
@@ -239,7 +239,7 @@ class Engine:
                 **{f"{shown}:sum": rates[name] for name, shown in STEP_SUMS.items() if name in rates},
             }
 
-        return self.submit(lane, task(), (adapter.work, self.trainer.total))
+        return self.submit(lane, task(), adapter)
 
     def snapshot(
         self, lane: Lane | None, source: Adapter | AdapterState, *, optimizer: bool = False
@@ -363,10 +363,12 @@ class Engine:
     def _elsewhere(self, fn: Callable[..., T], *args: object) -> Future[T]:
         return self._dispatcher.workers.submit(fn, *args)
 
-    def _supervised(self, lane: Lane, task: Task[T], queued: tuple[Work, ...]) -> Task[T]:
-        """Run a task: note at its first turn how long it waited for it, and name the device's errors."""
-        for work in queued:
-            work.queue_s += lane.waited_s
+    def _supervised(self, lane: Lane, task: Task[T], trained: Adapter | None) -> Task[T]:
+        """Run a task: note at its first turn how long a training task waited for it, and name the device's errors."""
+        if trained is not None:
+            # Not at submission: until this turn, a step before it may begin a new count.
+            trained.work.queue_s += lane.waited_s
+            self.trainer.total.queue_s += lane.waited_s
         try:
             return (yield from task)
         except BaseException as error:

@@ -255,6 +255,18 @@ def test_accounting(engine: Engine) -> None:
     assert engine.optim_step(lane, adapter, ADAM).result()["padding_waste:mean"] == 0.0
 
 
+def test_the_waits_of_queued_steps_are_counted_with_their_steps(engine: Engine) -> None:
+    lane = engine.open_lane()
+    adapter = engine.open_adapter(lane, SPEC).result()
+    before, steps = engine.monitor.usage()["training"]["queue_s"], []
+    for _ in range(3):
+        engine.train_batch(lane, adapter, data(2, 40), CROSS_ENTROPY)
+        steps.append(engine.optim_step(lane, adapter, ADAM))
+    waits = [step.result()["queue_seconds:sum"] for step in steps]
+    assert all(waits)
+    assert sum(waits) == pytest.approx(engine.monitor.usage()["training"]["queue_s"] - before)
+
+
 def test_time_spent_on_two_compiles_at_once_counts_once() -> None:
     """Else the first call's time on the device, which is the rest, is too short, and its rate beyond the device's."""
 

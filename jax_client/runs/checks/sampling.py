@@ -1,4 +1,4 @@
-"""Which sampling requests are accepted?"""
+"""Which sampling requests are accepted? `generation` refuses the others and returns the engine's request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which settings of a run, an optimizer step or a checkpoint are accepted?"""
+"""Which settings of a run, an optimizer step or a checkpoint are accepted?
+
+Each check takes the user's value and returns the plain one; it names the field, the value and the limit of a bad one.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,8 @@ from jax_client.engine.core.requests import AdamSettings
 from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
 from jax_client.runs.checks.numbers import flag, integer, real, shown
 from jax_client.runs.sdk import OptimParamsBase
-from jax_client.values import NAME_FORM, LoraSpec, is_name
+from jax_client.values import MAX_LORA_RANK, NAME_FORM, LoraSpec, is_name
 
-MAX_RANK = 512
 # Random keys are made of 32 bits; a larger seed would start like a smaller one.
 MAX_LORA_SEED = 2**32 - 1
 MAX_METADATA_BYTES = 64 * 1024
@@ -51,7 +53,7 @@ def lora_spec(
         # The SDK's wording, whole: programs and tests match on it.
         raise NothingToTrainError("At least one of train_mlp, train_attn, or train_unembed must be True")
     return LoraSpec(
-        rank=integer("rank", rank, 1, MAX_RANK, "8 to 64 suits most runs."),
+        rank=integer("rank", rank, 1, MAX_LORA_RANK, "8 to 64 suits most runs."),
         seed=secrets.randbits(31) if seed is None else integer("seed", seed, 0, MAX_LORA_SEED, "None draws one."),
         train_attn=attn,
         train_mlp=mlp,

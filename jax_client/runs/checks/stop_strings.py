@@ -1,4 +1,4 @@
-"""Where does a stop string end in the tokens of a row?"""
+"""Where does a stop string end in the tokens of a row? `StopStrings` returns how many tokens to keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which ModelInputs can a text model read, and what are their token ids?"""
+"""Which ModelInputs can a text model read, and what are their token ids?
+
+`text_tokens` returns the ids of an input of text chunks, and refuses images and other chunks by name.
+"""
 
 from __future__ import annotations
 

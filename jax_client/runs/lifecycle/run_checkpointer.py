@@ -1,7 +1,7 @@
-"""How does a run become checkpoints, asked for or not?
+"""Who writes a run's checkpoints, both requested and automatic? One `RunCheckpointer` per run.
 
-A checkpointer writes one run's adapter. It outlives the run's client: what was trained and not saved when the client is
-forgotten, or the process told to end, is still there to be written.
+It outlives the run's client, so that unsaved steps can be written after the client is forgotten, or when the process is
+told to end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is a sampler? Fixed weights, or the newest published ones of a run, and the prompts that it continues."""
+"""What is a sampler? Fixed weights, or the newest published ones of a run, which continue and score prompts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class WeightsFeed:
-    """The snapshot that samplers read; None is the base model. Its samplers follow what is published."""
+    """The newest snapshot of a run, which samplers follow; None is the base model."""
 
     def __init__(self, snapshot: Snapshot | None = None) -> None:
         self._snapshot = snapshot

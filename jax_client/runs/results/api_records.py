@@ -145,7 +145,7 @@ def run_metadata(
     display_name: str | None,
     session_metadata: Mapping[str, str] | None,
 ) -> dict[str, object]:
-    """Return what is kept about a training run."""
+    """Return the record of a training run."""
     return {
         "session_id": session_id,
         "base_model": base_model,

@@ -1,4 +1,4 @@
-"""How does an answer of the engine become the API's type?"""
+"""How does an answer of the engine become the API's type? Each function here converts one kind of answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How does an uploaded loss see a batch, and what does it report?"""
+"""How does an uploaded loss see a batch, and what does it report?
+
+`GraphCall` checks and copies the inputs of one call; its `run` is the engine's custom loss.
+"""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class RunMetrics:
             self._recorder.record(item)
 
     def take(self, item: _Item) -> Point | Event | None:
-        """Turn what was noted into what is written; for the recorder's thread."""
+        """Turn a note into a point or an event; for the writer's thread."""
         if item.topic == "event":
             self.step = self.step if item.step is None else item.step
             if item.kind == "load":  # which drops the gradients

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TypeGuard
 
 from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
+from jax_client.values import MAX_LORA_RANK
 from jax_client.weights.read import hf
 
 CONFIG = "adapter_config.json"
-MAX_RANK = 512
 # Fields that are read here, that the tensors tell better, or that say how the adapter was made and not what it is.
 HARMLESS = {
     "peft_type", "task_type", "r", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "target_modules",
@@ -84,8 +84,8 @@ def read_peft_config(directory: Path) -> PeftConfig:
     if not (targets is None or isinstance(targets, str) or _is_names(targets)):
         raise BadRequestError(f"{path}: target_modules is {targets!r:.80}; expected a list of names, or a pattern.")
     rank = raw.get("r")
-    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
-        raise BadRequestError(f"{path}: r is {rank!r}; expected an integer in 1..{MAX_RANK}.")
+    if type(rank) is not int or not 1 <= rank <= MAX_LORA_RANK:
+        raise BadRequestError(f"{path}: r is {rank!r}; expected an integer in 1..{MAX_LORA_RANK}.")
     dropout = raw.get("lora_dropout") or 0.0
     return PeftConfig(
         rank=rank,
