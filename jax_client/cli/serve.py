@@ -11,8 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     import uvicorn
     from starlette.types import ASGIApp
 
+    from jax_client.engine.protocol import Engine
     from jax_client.server.state.server import Server
 
 # The longest that saving may take where a person waits, who can press Ctrl-C.
@@ -155,22 +155,22 @@ def _load(server: Server, name: str, settings: ServerSettings) -> None:
         return f"{progress.stage} {name} {bytes_}".rstrip()
 
     engine = stages.wait(loading, progress_text).model.engine
-    found = engine.monitor.describe()
-    device, weights = found["device"], found["memory_bytes"]["weights"] / 1e9
+    described = engine.monitor.describe()
+    device, weights = described["device"], described["memory_bytes"]["weights"] / 1e9
     stages.say(
-        f"loaded {name}: {weights:.2f} GB in {found['dtype']} on {device['count']} x {device['kind']}, "
+        f"loaded {name}: {weights:.2f} GB in {described['dtype']} on {device['count']} x {device['kind']}, "
         f"{time.monotonic() - start:.1f} s"
     )
     if settings.warmup:
         _compile(engine, name, settings)
 
 
-def _compile(engine: Any, name: str, settings: ServerSettings) -> None:
+def _compile(engine: Engine, name: str, settings: ServerSettings) -> None:
     from jax_client.values import LoraSpec
 
     start = time.monotonic()
     lengths = ", ".join(map(str, settings.warmup))
-    warming: Future[list[Any]] = engine.warmup(LoraSpec(rank=settings.warmup_rank, seed=0), list(settings.warmup), 1)
+    warming = engine.warmup(LoraSpec(rank=settings.warmup_rank, seed=0), list(settings.warmup), 1)
     compiled = stages.wait(warming, lambda: f"compiling {name} for lengths {lengths}")
     cached = sum(record.cached for record in compiled)
     stages.say(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import tinker
 from tinker import types
 
-from jax_client.clients import handles
+from jax_client import process
 from jax_client.clients.futures import ClientFuture, LocalFuture, await_alone
 from jax_client.clients.remote import connection
 from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
     from jax_client.runs.lifecycle.sampler_handle import SamplerHandle
     from jax_client.runs.lifecycle.session import Session
+
+# The samplers of this process that have handles, by id: here a handle leads back to the sampler itself.
+_with_handles: weakref.WeakValueDictionary[str, SamplerHandle] = weakref.WeakValueDictionary()
+process.register("handles", "the samplers of this process that have handles", after_fork=_with_handles.clear)
 
 
 @sdk_errors
@@ -140,7 +145,7 @@ class SamplingClient:
         from jax_client.server.sharing import share
 
         address = share(sampler)
-        handles.here[address.sampler_id] = sampler
+        _with_handles[address.sampler_id] = sampler
         return address.encode()
 
     @staticmethod
@@ -158,7 +163,7 @@ class SamplingClient:
             BadRequestError: the text is no handle.
         """
         address = SamplerAddress.decode(handle)
-        sampler = handles.here.get(address.sampler_id)
+        sampler = _with_handles.get(address.sampler_id)
         if sampler is None:
             return RemoteSamplingClient(address)
         return cast(tinker.SamplingClient, SamplingClient(sampler))
