@@ -134,9 +134,9 @@ class _Reader:
 
     def _input(self, name: object, rank: object) -> Input:
         known = isinstance(rank, int | float) and rank in (0, 1, 2)
-        if not isinstance(name, str) or not _INPUT_NAME.fullmatch(name) or not known:
-            raise BadRequestError(f"loss {self._name}: input {_short(name)} of rank {_short(rank)} is not possible.")
-        return Input(name=name, rank=int(rank))
+        if isinstance(name, str) and _INPUT_NAME.fullmatch(name) and known:
+            return Input(name=name, rank=int(rank))
+        raise BadRequestError(f"loss {self._name}: input {_short(name)} of rank {_short(rank)} is not possible.")
 
     def graph(self) -> Graph:
         names = [entry.name for entry in self._inputs]
@@ -337,12 +337,14 @@ def _evaluate(graph: Graph, arrays: Sequence[jax.Array]) -> tuple[jax.Array, dic
     if not is_tensor(loss) or loss.shape != () or loss.dtype.kind != "f":
         got = f"shape {loss.shape}, {loss.dtype}" if is_tensor(loss) else type(loss).__name__
         raise BadRequestError(f"loss {graph.name} must return a scalar loss of floats, got {got}; sum or average it.")
-    metrics = {key: values[name] for key, name in graph.metrics.items()}
-    for key, value in metrics.items():
+    metrics = {}
+    for key, name in graph.metrics.items():
+        value = values[name]
         if not is_tensor(value) or value.size != 1:
             got = f"shape {value.shape}" if is_tensor(value) else type(value).__name__
             raise BadRequestError(f"loss {graph.name}: metric {key!r} must be one number, got {got}.")
-    return loss, {key: jax.lax.stop_gradient(value.reshape(())) for key, value in metrics.items()}
+        metrics[key] = jax.lax.stop_gradient(value.reshape(()))
+    return loss, metrics
 
 
 def _resolved(arg: Argument, values: Mapping[str, Value]) -> Value:

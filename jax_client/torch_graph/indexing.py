@@ -75,7 +75,7 @@ def gather(input: Value, dim: Value, index: Value) -> jax.Array:
     if any(at.shape[d] > x.shape[d] for d in range(x.ndim) if d != axis):
         raise ValueError(f"the index has shape {list(at.shape)}, more than the tensor's {list(x.shape)}")
     part = x[tuple(slice(None) if d == axis else slice(at.shape[d]) for d in range(x.ndim))]
-    return jnp.take_alongaxis_of(part, _from_the_front(at, x.shape[axis]), axis=axis, mode="fill")
+    return jnp.take_along_axis(part, _from_the_front(at, x.shape[axis]), axis=axis, mode="fill")
 
 
 @OPERATIONS.add("torch.index_select", ".index_select")

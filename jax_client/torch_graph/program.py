@@ -27,7 +27,7 @@ from jax_client.torch_graph.graph import Graph
 MOST_PROGRAMS = 512
 WORKERS = 8
 # These programs run once or a few times: time spent on making them faster is lost.
-_CPU_OPTIONS = {"xla_backend_optimization_level": 0}
+_CPU_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 
 T = TypeVar("T")
 Shapes = tuple[tuple[tuple[int, ...], str], ...]
