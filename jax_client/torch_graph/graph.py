@@ -133,9 +133,9 @@ class _Reader:
         self._calls: list[Node] = []
 
     def _input(self, name: object, rank: object) -> Input:
-        known = isinstance(rank, int | float) and rank in (0, 1, 2)
-        if isinstance(name, str) and _INPUT_NAME.fullmatch(name) and known:
-            return Input(name=name, rank=int(rank))
+        if isinstance(name, str) and isinstance(rank, int | float):
+            if _INPUT_NAME.fullmatch(name) and rank in (0, 1, 2):
+                return Input(name=name, rank=int(rank))
         raise BadRequestError(f"loss {self._name}: input {_short(name)} of rank {_short(rank)} is not possible.")
 
     def graph(self) -> Graph:
