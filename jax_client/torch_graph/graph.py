@@ -133,10 +133,14 @@ class _Reader:
         self._calls: list[Node] = []
 
     def _input(self, name: object, rank: object) -> Input:
-        if isinstance(name, str) and isinstance(rank, int | float):
-            if _INPUT_NAME.fullmatch(name) and rank in (0, 1, 2):
-                return Input(name=name, rank=int(rank))
-        raise BadRequestError(f"loss {self._name}: input {_short(name)} of rank {_short(rank)} is not possible.")
+        if (
+            not isinstance(name, str)
+            or not isinstance(rank, int | float)
+            or not _INPUT_NAME.fullmatch(name)
+            or rank not in (0, 1, 2)
+        ):
+            raise BadRequestError(f"loss {self._name}: input {_short(name)} of rank {_short(rank)} is not possible.")
+        return Input(name=name, rank=int(rank))
 
     def graph(self) -> Graph:
         names = [entry.name for entry in self._inputs]
