@@ -17,7 +17,8 @@ from jax_client.losses import logprob_head
 from jax_client.losses.logprob_head import Order, block_shape, head_backward, head_forward
 
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
-B, T, D, V, R = 2, 20, 8, 62, 4
+B, T, D, V, R = 2, 20, 7, 62, 4
+SHIPPED_BLOCK = logprob_head.CPU_BLOCK
 ALPHA = 32.0
 
 
@@ -255,13 +256,33 @@ def test_a_chunk_that_is_a_whole_row_does_nothing_without_work(monkeypatch: pyte
         order = Order(place, place, with_gradient, scored)
         return head_forward(h, w, {}, targets, order, **options)
 
-    program = jax.jit(head).lower(jnp.int32(0), jnp.int32(0)).compile().as_text() or ""
-    sweeps = [line for line in program.splitlines() if " while(" in line]
+    compiled = jax.jit(head).lower(jnp.int32(0), jnp.int32(0)).compile()
+    sweeps = [line for line in (compiled.as_text() or "").splitlines() if " while(" in line]
     assert sweeps and all("cond/branch" in line for line in sweeps)
+    for values in jax.tree.leaves(compiled(jnp.int32(0), jnp.int32(0))):
+        assert not values.any()
+
+
+def test_the_gradient_of_b_in_one_chunk_does_nothing_without_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprob_head, "CPU_BLOCK", (512, 2048))
+    w, targets, place = jnp.ones((4096, 8)), jnp.ones((1, 16, 1), jnp.int32), jnp.arange(16, dtype=jnp.int32)[None]
+    lora = {"A": jnp.ones((2, 8)), "B": jnp.ones((2, 4096))}
+    saved = {"h": jnp.ones((1, 16, 8)), "lse": jnp.zeros((1, 16)), "e": jnp.ones((1, 16, 8)), "b": jnp.ones((1, 16, 2))}
+
+    def head(with_gradient: jax.Array) -> Any:
+        order = Order(place, place, with_gradient, jnp.int32(16))
+        g_BTC = jnp.ones((1, 16, 1))
+        return head_backward(saved, w, lora, targets, g_BTC, order, dtype=F32, shards=1)[1]["B"]
+
+    compiled = jax.jit(head).lower(jnp.int32(0)).compile()
+    sweeps = [line for line in (compiled.as_text() or "").splitlines() if " while(" in line and "Mv" in line]
+    assert all("cond/branch" in line for line in sweeps)
+    others = np.delete(np.asarray(compiled(jnp.int32(0))), 1, axis=1)
+    assert not others.any(), "only the targets' own entries have a part that needs no sweep"
 
 
 def test_block_shape_divides_the_row_and_suits_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprob_head, "CPU_BLOCK", (512, 2048))
+    monkeypatch.setattr(logprob_head, "CPU_BLOCK", SHIPPED_BLOCK)
     lengths = {1: 1, 2: 2, 20: 20, 512: 512, 513: 171, 769: 1, 1024: 512, 1026: 342, 3072: 512}
     assert {length: block_shape(length) for length in lengths} == {n: (m, 2048) for n, m in lengths.items()}
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")

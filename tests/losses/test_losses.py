@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import FrozenInstanceError, fields
 from typing import NamedTuple
 
 import jax
@@ -196,6 +197,46 @@ def test_statistics_are_sums_over_the_scored_targets(name: str, config: Config, 
 
 def test_every_loss_is_covered_with_its_documented_configuration() -> None:
     assert {name: configs[0] for name, configs in CONFIGS.items()} == {n: x.config for n, x in registry.LOSSES.items()}
+
+
+def test_every_loss_reads_and_reports_what_is_documented() -> None:
+    sampled = {"logprobs": True, "advantages": True}
+    clipped = sampled | {"clip_low_threshold": False, "clip_high_threshold": False}
+    ratio = ("ratio", "kl_sample_train")
+    assert {name: (dict(loss.inputs), loss.stats, dict(loss.defaults)) for name, loss in registry.LOSSES.items()} == {
+        "cross_entropy": ({"weights": False}, ("nll",), {"weights": 1.0}),
+        "importance_sampling": (sampled, ratio, {}),
+        "ppo": (clipped, (*ratio, "clip_fraction"), {}),
+        "cispo": (clipped, (*ratio, "clip_fraction"), {}),
+        "dro": (sampled, ratio, {}),
+        "gspo": (clipped | {"sequence_ratio_mask": True}, (*ratio, "clip_fraction"), {}),
+    }
+    assert [name for name, loss in registry.LOSSES.items() if loss.one_target] == ["gspo"]
+    assert registry.INPUTS == (
+        "advantages", "beta", "clip_high_threshold", "clip_low_threshold", "logprobs", "sequence_ratio_mask", "weights",
+    )  # fmt: skip
+
+
+def test_metrics_are_sums_and_means_over_the_scored_targets() -> None:
+    sums = {"loss": 6.0, "tokens": 4.0, "ratio": 2.0, "kl_sample_train": 1.0, "clip_fraction": 3.0, "nll": 8.0}
+    assert registry.metrics("cross_entropy", sums) == {"loss:sum": 6.0, "tokens:sum": 4.0, "nll:mean": 2.0}
+    assert registry.metrics("ppo", sums) == {
+        "loss:sum": 6.0,
+        "tokens:sum": 4.0,
+        "ratio:mean": 0.5,
+        "kl_sample_train:mean": 0.25,
+        "clip_fraction:mean": 0.75,
+    }
+    assert registry.metrics("dro", sums | {"tokens": 0.0}) == {"loss:sum": 6.0, "tokens:sum": 0.0}
+
+
+def test_a_loss_is_a_value() -> None:
+    loss = registry.LOSSES["ppo"]
+    with pytest.raises(FrozenInstanceError):
+        loss.mask = "weights"  # type: ignore[misc]
+    assert not hasattr(loss, "__dict__")
+    with pytest.raises(TypeError):
+        Loss(*(getattr(loss, field.name) for field in fields(loss)))  # type: ignore[misc]
 
 
 def test_every_file_that_ends_with_a_loss_is_in_the_registry() -> None:
