@@ -18,11 +18,11 @@ from jax_client.weights.read.tokenizer import load_tokenizer
 pytestmark = pytest.mark.real
 CROSS_ENTROPY = LossSpec(name="cross_entropy")
 TEXT = """The lighthouse stood at the end of a long spit of sand, and for most of the year nobody came. Every evening
-the checkpointer climbed one hundred and twelve steps, wound the clockwork, trimmed the wick and wrote the weather
+the keeper climbed one hundred and twelve steps, wound the clockwork, trimmed the wick and wrote the weather
 into a ledger that went back to 1874. He liked the entries of his predecessors: wind from the north-west, a
 schooner aground, two seals on the rocks, nothing to report. When the electric lamp arrived in a wooden crate,
-with a manual in three languages and a man from the ministry to install it, the checkpointer asked what would become
-of the ledger. The man did not know. So the checkpointer went on climbing the stairs, although the light now
+with a manual in three languages and a man from the ministry to install it, the keeper asked what would become
+of the ledger. The man did not know. So the keeper went on climbing the stairs, although the light now
 switched itself on, and he went on writing the weather down, because somebody ought to. Years later a
 scientist found forty-one volumes in a dry cupboard and built from them the longest unbroken record of storms
 on that coast."""
