@@ -1,6 +1,7 @@
-"""Which plain values do several floors pass on? Frozen records of numpy arrays, scalars and names.
+"""Which plain values do several floors pass on? Adapters, examples, and the keys that `tinker://` paths spell.
 
-`CheckpointKey` names a checkpoint; it alone parses and prints the text `tinker://RUN/KIND/NAME`.
+All are frozen records of numpy arrays, scalars and names. `CheckpointKey` alone parses and prints the text
+`tinker://RUN/KIND/NAME`.
 """
 
 from __future__ import annotations

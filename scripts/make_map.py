@@ -41,10 +41,11 @@ def page() -> str:
     for room in sorted(rooms, key=lambda room: (list(ROOMS).index(room.relative_to(ROOT).parts[0]), room)):
         name = str(room.relative_to(ROOT))
         lines = [f"## `{name}/`", "", ROOMS.get(name) or first_line(room / "__init__.py"), ""]
-        lines += ["| module | question |", "|---|---|"]
         modules = [path for path in rooms[room] if path.name != "__init__.py" or name == "jax_client"]
-        lines += [f"| `{path.name}` | {first_line(path)} |" for path in modules]
-        sections.append("\n".join(lines) + "\n")
+        if modules:
+            lines += ["| module | question |", "|---|---|"]
+            lines += [f"| `{path.name}` | {first_line(path)} |" for path in modules]
+        sections.append("\n".join(lines).rstrip() + "\n")
     return "\n".join(sections)
 
 

@@ -55,7 +55,8 @@ install() {
     VIRTUAL_ENV=$dir uv pip install "$@"
     return
   fi
-  if "$dir/bin/python" -m pip install --progress-bar off "$@" 2>&1 | tee "$log" | while IFS= read -r line; do
+  # Bytecode is left to the first import: compiling all of jax, torch and transformers takes a minute.
+  if "$dir/bin/python" -m pip install --no-compile --progress-bar off "$@" 2>&1 | tee "$log" | while IFS= read -r line; do
     case $line in
       Collecting* | *Downloading* | *Building* | Installing*)
         if [ -t 1 ]; then printf '\r\033[K%.100s' "${line#"${line%%[![:space:]]*}"}"; fi

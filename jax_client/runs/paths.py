@@ -1,4 +1,4 @@
-"""Which method takes which kind of checkpoint? Each method's path is parsed to a `CheckpointKey` of its kind."""
+"""Which method takes which kind of checkpoint? Another kind is refused; `CheckpointKey.parse` reads the path."""
 
 from __future__ import annotations
 

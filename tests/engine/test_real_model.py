@@ -89,7 +89,8 @@ def test_greedy_equals_transformers(engine: Engine, tokenizer: Any, reference: A
         assert future.result().rows[0].tokens.tolist() == tokens[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sampler_equals_trainer(dtype: Any, engine: Engine, tokenizer: Any) -> None:
     """Over 2,048 tokens sampled at temperature 1; the bounds are those of docs/design.md."""
     if dtype != "float32":

@@ -1,4 +1,4 @@
-"""Where does a stop string end in the tokens of a row? `StopStrings` returns how many tokens to keep."""
+"""Where does a stop string end in the tokens of a row? `StopStrings` returns how many to keep; `rows.py` cuts there."""
 
 from __future__ import annotations
 
