@@ -189,7 +189,9 @@ def test_zero_weights_add_nothing(shared: Bench, caplog: pytest.LogCaptureFixtur
     output = shared.train(batch(0.0)).result(30)
     assert output.metrics["loss:sum"] == output.metrics["tokens:sum"] == 0.0
     messages = [record.getMessage() for record in caplog.records if "weight" in record.getMessage()]
-    assert messages == ["every weight of the 3 datums is zero: loss and gradient are zero"]
+    assert [message.partition(". ")[0] for message in messages] == [
+        "every weight of the 3 datums is zero: loss and gradient are zero"
+    ]
     assert shared.canary() == shared.expected[True]
 
 

@@ -99,13 +99,19 @@ def test_sparse_tensors_equal_torch() -> None:
     assert (sequence.targets == dense).all() and (sequence.inputs["weights"] == weights).all()
 
 
-def test_zero_weights_are_fine_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_batch_without_a_weighted_token_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    empty, warned = [datum(weights=[0.0, 0.0, 0.0])] * 2, set[str]()
+    unmoved = [rl(advantages=[0.0, 0.0, 0.0])]
     with caplog.at_level(logging.WARNING):
-        train([datum(weights=[0.0, 0.0, 0.0])] * 2)
-        train([datum(weights=[0.0, 0.0, 0.0]), datum()])
-    assert [record.getMessage() for record in caplog.records] == [
-        "every weight of the 2 datums is zero: loss and gradient are zero"
-    ]
+        for _ in range(2):
+            train([datum(weights=[0.0, 0.0, 0.0]), datum()], warned=warned)
+            train(empty, warned=warned)
+            train([rl()], "ppo", warned=warned)
+            train(unmoved, "ppo", warned=warned)
+            train(unmoved, "dro", {"beta": 0.1}, warned=warned)
+    weights, advantages = (record.getMessage() for record in caplog.records)
+    assert weights.startswith("every weight of the 2 datums is zero: loss and gradient are zero. Perhaps the prompts")
+    assert advantages.startswith("every advantage of the 1 datums is zero") and "rewards of each group" in advantages
 
 
 def test_custom_data_leave_other_inputs_to_the_user() -> None:

@@ -49,8 +49,10 @@ def wide_gspo() -> types.Datum:
     return rl(targets=[[2, 3]] * 3, logprobs=twice, advantages=twice, sequence_ratio_mask=twice)
 
 
-def train(data: object, loss_fn: object = "cross_entropy", config: object = None) -> Any:
-    return checks.training_data(data, loss_fn, config, vocab_size=VOCAB, max_context=CONTEXT)
+def train(
+    data: object, loss_fn: object = "cross_entropy", config: object = None, warned: set[str] | None = None
+) -> Any:
+    return checks.training_data(data, loss_fn, config, vocab_size=VOCAB, max_context=CONTEXT, warned=warned)
 
 
 def custom(data: object) -> Any:

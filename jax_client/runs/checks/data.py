@@ -31,9 +31,20 @@ _REFUSED_LOSSES = {
     "custom": "It stands for a loss that a server was sent, with forward_backward; use forward_backward_custom.",
 }
 
+_WHY_NOTHING_COUNTS = {
+    "weights": "Perhaps the prompts alone filled the length at which the data are cut.",
+    "advantages": "Perhaps all rewards of each group are equal.",
+}
+
 
 def training_data(
-    data: object, loss_fn: object, loss_fn_config: object, *, vocab_size: int, max_context: int
+    data: object,
+    loss_fn: object,
+    loss_fn_config: object,
+    *,
+    vocab_size: int,
+    max_context: int,
+    warned: set[str] | None = None,
 ) -> tuple[list[TrainExample], LossSpec]:
     """Check a forward or forward_backward call.
 
@@ -43,6 +54,7 @@ def training_data(
         loss_fn_config: its settings, or None.
         vocab_size: token ids are below it.
         max_context: the longest input in tokens.
+        warned: the losses whose empty batches were warned about before, to which one is added; None warns of each.
 
     Returns:
         The data as arrays of their own, with optional inputs filled in, and the loss with every setting filled in.
@@ -56,9 +68,21 @@ def training_data(
     config = _config(loss, loss_fn_config)
     datums = _datums(data)
     sequences = [_sequence(datum, i, loss, vocab_size, max_context) for i, datum in enumerate(datums)]
-    if loss.name == "cross_entropy" and not any(sequence.inputs["weights"].any() for sequence in sequences):
-        logger.warning("every weight of the %d datums is zero: loss and gradient are zero", len(sequences))
+    _warn_if_nothing_counts(sequences, loss, set() if warned is None else warned)
     return sequences, LossSpec(name=loss.name, config=config)
+
+
+def _warn_if_nothing_counts(sequences: list[TrainExample], loss: Loss, warned: set[str]) -> None:
+    """Warn of a batch whose gradient is zero: every label was masked, or every reward of a group was the same."""
+    if loss.masked_has_gradient or loss.name in warned or any(one.inputs[loss.mask].any() for one in sequences):
+        return
+    warned.add(loss.name)
+    logger.warning(
+        "every %s of the %d datums is zero: loss and gradient are zero. %s (Said once for each run and loss.)",
+        loss.mask.removesuffix("s"),
+        len(sequences),
+        _WHY_NOTHING_COUNTS[loss.mask],
+    )
 
 
 def custom_data(data: object, *, vocab_size: int, max_context: int) -> list[TrainExample]:

@@ -25,6 +25,9 @@ MAX_SAMPLES = 16_384
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 4096
 MAX_SAMPLING_SEED = 2**63 - 1
+# What is meant by the values that other libraries take and this API refuses.
+_TOP_P_HINT = "1 turns it off; for greedy sampling set temperature=0."
+_MAX_TOKENS_HINT = "None takes the rest of the context; to score a prompt without sampling, call compute_logprobs."
 
 
 def generation(
@@ -88,7 +91,7 @@ def generation(
         max_tokens=_max_tokens(params.max_tokens, len(tokens_T), max_context),
         temperature=real("SamplingParams.temperature", params.temperature, 0, hint="0 is greedy."),
         top_k=-1 if top_k >= vocab_size else top_k,
-        top_p=real("SamplingParams.top_p", params.top_p, 0, 1, low_open=True, hint="1 turns it off."),
+        top_p=real("SamplingParams.top_p", params.top_p, 0, 1, low_open=True, hint=_TOP_P_HINT),
         seed=secrets.randbits(31) if seed is None else integer("SamplingParams.seed", seed, 0, MAX_SAMPLING_SEED),
         stop_ids=stop_ids,
         find_stop=find_stop,
@@ -132,7 +135,7 @@ def _last_n(last_n: object, include: bool, length: int) -> int | None:
 
 def _max_tokens(value: object, length: int, max_context: int) -> int:
     wanted = max(1, max_context - length) if value is None else value
-    most = integer("SamplingParams.max_tokens", wanted, 1, None, "None takes the rest of the context.")
+    most = integer("SamplingParams.max_tokens", wanted, 1, None, _MAX_TOKENS_HINT)
     if length + most > max_context:
         raise BadRequestError(
             f"Prompt length plus max_tokens exceeds the model's context window: {length} + {most} > {max_context}. "

@@ -53,7 +53,7 @@ def lora_spec(
         # The SDK's wording, whole: programs and tests match on it.
         raise NothingToTrainError("At least one of train_mlp, train_attn, or train_unembed must be True")
     return LoraSpec(
-        rank=integer("rank", rank, 1, MAX_LORA_RANK, "8 to 64 suits most runs."),
+        rank=integer("rank", rank, 1, MAX_LORA_RANK, "8 to 64 suits most runs; lora_rank= in a recipe."),
         seed=secrets.randbits(31) if seed is None else integer("seed", seed, 0, MAX_LORA_SEED, "None draws one."),
         train_attn=attn,
         train_mlp=mlp,

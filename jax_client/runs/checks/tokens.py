@@ -38,7 +38,7 @@ def text_tokens(model_input: object, where: str, vocab_size: int, max_context: i
     if length > max_context:
         raise BadRequestError(
             f"{where} has length {length}; the limit is {max_context} tokens, the model's context window. "
-            "Shorten or split it."
+            "Shorten or split it; a recipe cuts data at max_length= and answers at max_tokens=."
         )
     return token_ids(np.concatenate(parts), where, vocab_size)
 

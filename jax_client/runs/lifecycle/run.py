@@ -92,6 +92,7 @@ class Run:
         self._lane = lane
         self._adapter = adapter
         self._order = RequestOrder()
+        self._warned: set[str] = set()
         self.published = WeightsFeed()
         weakref.finalize(self, autosave.forget, checkpointer).atexit = False
 
@@ -144,7 +145,12 @@ class Run:
     ) -> tuple[list[TrainExample], LossSpec]:
         model = self._engine.model
         return checks.training_data(
-            data, loss_fn, loss_fn_config, vocab_size=model.vocab_size, max_context=model.max_context
+            data,
+            loss_fn,
+            loss_fn_config,
+            vocab_size=model.vocab_size,
+            max_context=model.max_context,
+            warned=self._warned,
         )
 
     @_while_usable
