@@ -76,7 +76,7 @@ class Listings:
         record = self._session.store.record(key)
         spec = api_records.saved_spec(record)
         return types.WeightsInfoResponse(
-            base_model=record.metadata["base_model"],
+            base_model=api_records.base_model(record.metadata),
             is_lora=True,
             lora_rank=spec.rank,
             train_unembed=spec.train_unembed,

@@ -132,6 +132,8 @@ def serve(hold: bool) -> None:
     loader = Loader(
         resolve=lambda name: ModelSource(name=name, path=Path("/none") / name, kind="hf"),
         open_engine=lambda source, config: (cast(Engine, engine), "none"),
+        stamp=lambda source: (),
+        identity=lambda source: "none",
     )
     with tempfile.TemporaryDirectory() as home:
         server = Server(EngineConfig(state_dir=home), log=RequestLog(Path(home)), base_models=BaseModels(loader))

@@ -104,7 +104,7 @@ def test_one_engine_for_all_clients(service, models, loaded, tmp_path):
     assert len({client.result().model_id for client in clients}) == 4
     assert len(loaded) == 1
     assert service.describe()["model"] == MODEL
-    assert service.describe()["engines"] == [{"model": MODEL, "dtype": "float32"}]
+    assert service.describe()["engines"] == [{"model": MODEL, "dtype": "float32", "files_changed": False}]
     service.close("success").result()
     assert not loaded[0].closed.is_set()
     other.close("success").result()

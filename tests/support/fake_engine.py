@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
@@ -32,6 +33,7 @@ from jax_client.engine.protocol import Description, Engine, Health, Usage
 from jax_client.models.config import ModelConfig
 from jax_client.runs.lifecycle.base_models import BaseModels, Loader
 from jax_client.values import AdapterState, LoraSpec, TrainExample
+from jax_client.weights.read.identity import fingerprint
 from jax_client.weights.read.source import ModelSource
 
 T = TypeVar("T")
@@ -228,17 +230,28 @@ def _result(adapter: Adapter | None, examples: list[TrainExample], metrics: dict
 
 
 class FakeModels(BaseModels):
-    """Base models of any name but "missing", each on a fake engine; `opened` are the engines."""
+    """Base models on fake engines; `opened` are the engines.
 
-    def __init__(self) -> None:
+    Args:
+        files: whether names are those of real files, whose weights alone are not read; else any name but "missing" is
+            a model.
+    """
+
+    def __init__(self, *, files: bool = False) -> None:
         self.opened: list[FakeEngine] = []
+        self._fingerprint: Callable[[ModelSource], str] = lambda source: f"weights of {source.name}"
         tokenizer = lambda source: cast(Any, SimpleNamespace(name=source.name, decode=str))  # noqa: E731
-        super().__init__(Loader(resolve=_resolve, open_engine=self._open, load_tokenizer=tokenizer))
+        loader = Loader(open_engine=self._open, load_tokenizer=tokenizer)
+        if files:
+            self._fingerprint = fingerprint
+        else:
+            loader = replace(loader, resolve=_resolve, stamp=lambda source: (), identity=lambda source: source.name)
+        super().__init__(loader)
 
     def _open(self, source: ModelSource, config: EngineConfig) -> tuple[Engine, str]:
         engine = FakeEngine(source, config)
         self.opened.append(engine)
-        return engine, f"weights of {source.name}"
+        return engine, self._fingerprint(source)
 
 
 def _resolve(name: str) -> ModelSource:

@@ -1,6 +1,7 @@
 """Which base models are loaded in this process, and who uses them?
 
-One engine serves all sessions that ask for the same weights with the same settings. The last release closes it.
+One engine serves all sessions that ask for the same files with the same settings. The last release closes it. Files
+that are written anew are another model.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING
 
 from jax_client import interpreter_end, process
 from jax_client.config import EngineConfig
+from jax_client.errors import BadRequestError, NotFoundError
 from jax_client.process import Step
 from jax_client.threads import start_thread
+from jax_client.weights.read.identity import Stamp, identity, stamp
 from jax_client.weights.read.progress import Progress, observed
 from jax_client.weights.read.source import ModelSource, resolve
 
@@ -34,7 +37,7 @@ def open_engine(source: ModelSource, config: EngineConfig) -> tuple[Engine, str]
     """Load the weights onto the devices; return the engine and the weights' fingerprint."""
     # Imported here: a process that never loads a model must not initialise a backend.
     from jax_client.engine import engine
-    from jax_client.weights.read.load import fingerprint
+    from jax_client.weights.read.identity import fingerprint
 
     return engine.Engine(source, config), fingerprint(source)
 
@@ -54,11 +57,15 @@ class Loader:
         resolve: `f(name) -> ModelSource`.
         open_engine: `f(source, config) -> (engine, fingerprint of the weights)`.
         load_tokenizer: `f(source) -> tokenizer`.
+        stamp: `f(source) -> stamp of the files`; equal ones mean equal files.
+        identity: `f(source) -> name of the files as they are now`; asked where the stamp is another.
     """
 
     resolve: Callable[[str], ModelSource] = resolve
     open_engine: Callable[[ModelSource, EngineConfig], tuple[Engine, str]] = open_engine
     load_tokenizer: Callable[[ModelSource], PreTrainedTokenizerFast] = load_tokenizer
+    stamp: Callable[[ModelSource], Stamp | None] = stamp
+    identity: Callable[[ModelSource], str] = identity
 
 
 class BaseModel:
@@ -87,9 +94,16 @@ class BaseModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRef:
-    """The right to use a base model until `release`; `name` is what this session calls it."""
+    """The right to use a base model until `release`.
+
+    Attributes:
+        name: what the session calls it.
+        source: the files that the name meant when it was resolved.
+        key: of the loaded model.
+    """
 
     name: str
+    source: ModelSource
     key: _Key
     model: BaseModel
     models: BaseModels
@@ -101,6 +115,10 @@ class ModelRef:
     def release(self) -> None:
         """Release the model. The last release closes its engine, and waits for that."""
         self.models.release(self)
+
+    def is_current(self) -> bool:
+        """Return whether the files are those that were loaded, or are gone, so that there are no others."""
+        return self.models.is_current(self)
 
 
 @dataclass(slots=True)
@@ -117,7 +135,7 @@ _Key = tuple[object, ...]
 
 
 class BaseModels:
-    """The base models by their weights and settings, each with the number of its users. Thread-safe.
+    """The base models by their files and settings, each with the number of its users. Thread-safe.
 
     Args:
         loader: how a model is loaded.
@@ -128,6 +146,7 @@ class BaseModels:
         self._entries: dict[_Key, _Entry] = {}
         # The same entries by requested name, while the name is being resolved to files.
         self._named: dict[_Key, _Entry] = {}
+        self._identities: dict[str, tuple[Stamp | None, str]] = {}  # of the files at a path
         self._lock = threading.Lock()
         _registries.add(self)
 
@@ -136,7 +155,7 @@ class BaseModels:
 
         Raises:
             NotFoundError: there is no such model.
-            BadRequestError: the model or the mesh is not supported.
+            BadRequestError: the model or the mesh is not supported, or the files were written while they were read.
         """
         settings, new = _settings(config), _Entry()
         called = (name, *settings)
@@ -147,26 +166,56 @@ class BaseModels:
         with observed(new.set_progress), process.not_waited_for():
             try:
                 source = self._loader.resolve(name)
+                # Links and relative names lead to one copy of the weights too.
+                key = (*self._identify(source), *settings)
             except BaseException:
                 with self._lock:
                     self._forget_names(new)
                 raise
-            # Links and relative names lead to one copy of the weights too.
-            key = (os.path.realpath(source.path), *settings)
             with self._lock:
                 entry = self._named[called] = self._entries.setdefault(key, new)
                 entry.users += 1
+                older = [each for each in self._entries if each[0] == key[0] and each[2:] == key[2:] and each != key]
             if entry is new:
+                if older:
+                    logger.warning(
+                        "%s was written anew since %d earlier version(s) of it were loaded. Both stay in memory until "
+                        "the clients of the earlier ones are closed, which keep the earlier weights.",
+                        source.path,
+                        len(older),
+                    )
                 try:
-                    engine, fingerprint = self._loader.open_engine(source, config)
-                    entry.model.set_result(BaseModel(source, engine, fingerprint, self._loader))
+                    entry.model.set_result(self._load(source, config, key))
                 except BaseException as error:
                     # Forgotten, not cached: the next call may find the file that was missing.
                     with self._lock:
                         self._entries.pop(key, None)
                         self._forget_names(entry)
                     entry.model.set_exception(error)
-        return ModelRef(name=name, key=key, model=entry.model.result(), models=self)
+        return ModelRef(name=name, source=source, key=key, model=entry.model.result(), models=self)
+
+    def _load(self, source: ModelSource, config: EngineConfig, key: _Key) -> BaseModel:
+        engine, fingerprint = self._loader.open_engine(source, config)
+        if self._identify(source) != key[:2]:
+            engine.close()
+            raise BadRequestError(f"{source.path} was written while it was read; nothing was loaded. Load it again.")
+        return BaseModel(source, engine, fingerprint, self._loader)
+
+    def _identify(self, source: ModelSource) -> tuple[str, str]:
+        """Return where the files of a model lie, without links, and what they are."""
+        path, now = os.path.realpath(source.path), self._loader.stamp(source)
+        known = self._identities.get(path)
+        if known is None or now is None or known[0] != now:
+            # The stamp is the older of the two: what changes in between has another stamp the next time.
+            known = self._identities[path] = now, self._loader.identity(source)
+        return path, known[1]
+
+    def is_current(self, model_ref: ModelRef) -> bool:
+        """Return whether a model's files are those that were loaded, or are gone, so that there are no others."""
+        try:
+            return self._identify(model_ref.source) == model_ref.key[:2]
+        except (OSError, BadRequestError, NotFoundError):
+            return True
 
     def loading(self, name: str, config: EngineConfig) -> Progress | None:
         """Return how far the load of a base model is; None when it is loaded, or was never requested."""

@@ -76,9 +76,10 @@ def export_checkpoint(
     """
     output = output.expanduser().absolute()
     _refuse_taken(output)
-    base_model = store.record(path).metadata["base_model"]
+    base_model = api_records.base_model(store.record(path).metadata)
     # Imported here, as all that imports jax: most commands do without.
-    from jax_client.weights.read.load import fingerprint, read_config
+    from jax_client.weights.read.identity import fingerprint
+    from jax_client.weights.read.load import read_config
     from jax_client.weights.write.merged import write_merged
     from jax_client.weights.write.peft import write_adapter
 
@@ -157,14 +158,15 @@ def import_adapter(store: CheckpointStore, directory: Path, base_model: str, nam
     """
     checks.checkpoint_name(name)
     from jax_client.weights.read import hf
-    from jax_client.weights.read.load import fingerprint, read_config
+    from jax_client.weights.read.identity import fingerprint
+    from jax_client.weights.read.load import read_config
     from jax_client.weights.write.peft import read_adapter
     from jax_client.weights.write.peft_config import CONFIG
 
     source = resolve(base_model)
     state = read_adapter(directory, read_config(source))
     trained_on = hf.read_json(directory, CONFIG).get("base_model_name_or_path")
-    if trained_on and trained_on not in (base_model, api_records.lasting_name(base_model)):
+    if trained_on and trained_on not in (base_model, source.lasting_name):
         logger.warning(
             "%s says that the adapter was trained on %s. It fits %s, but computes something else if the weights differ",
             directory / CONFIG,
@@ -175,7 +177,7 @@ def import_adapter(store: CheckpointStore, directory: Path, base_model: str, nam
     path = CheckpointKey(f"{session_id}:train:0", "weights", name)
     run = api_records.run_metadata(
         session_id=session_id,
-        base_model=api_records.lasting_name(base_model),
+        base_model=source.lasting_name,
         spec=state.spec,
         user_metadata=None,
         project_id=None,
@@ -183,7 +185,12 @@ def import_adapter(store: CheckpointStore, directory: Path, base_model: str, nam
         session_metadata=None,
     )
     saved = api_records.checkpoint_metadata(
-        base_model, fingerprint(source), state.spec, step=state.step, optimizer=None, user_metadata=None
+        source.lasting_name,
+        fingerprint(source),
+        state.spec,
+        step=state.step,
+        optimizer=None,
+        user_metadata=None,
     )
     store.put_run(path.run_id, run)
     store.save(key=path, state=state, metadata=saved)

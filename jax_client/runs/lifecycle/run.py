@@ -274,7 +274,7 @@ class Run:
         return self._answer(source, show)
 
     def _check_fits(self, record: Record, optimizer: bool) -> None:
-        api_records.check_adapter(record, self.model_ref.name, self.model_ref.model.fingerprint, self.spec)
+        api_records.check_adapter(record, self.model_ref.source, self.model_ref.model.fingerprint, self.spec)
         if optimizer:
             api_records.check_optimizer(record)
 
@@ -358,8 +358,8 @@ def resume_run(
     record = session.read(str(path), lambda: session.store.record(path)).result()
     if optimizer:
         api_records.check_optimizer(record)
-    model_ref = session.base_model(base_model or record.metadata["base_model"]).result()
-    api_records.check_base_model(record, model_ref.name, model_ref.model.fingerprint)
+    model_ref = session.base_model(base_model or api_records.base_model(record.metadata)).result()
+    api_records.check_base_model(record, model_ref.source, model_ref.model.fingerprint)
     state, record = session.store.load(path)
     if not optimizer:
         state = replace(state, step=0, mu=None, nu=None)
@@ -385,7 +385,7 @@ def _open(
 ) -> Run:
     metadata = api_records.run_metadata(
         session_id=session.session_id,
-        base_model=api_records.lasting_name(model_ref.name),
+        base_model=model_ref.source.lasting_name,
         spec=spec,
         user_metadata=user_metadata,
         project_id=session.info.project_id,

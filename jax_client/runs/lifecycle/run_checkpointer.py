@@ -114,7 +114,7 @@ class RunCheckpointer:
         from jax_client.weights.write import peft
 
         def write(directory: Path) -> None:
-            peft.write_adapter(directory, state, self._engine.model, self._model_ref.name)
+            peft.write_adapter(directory, state, self._engine.model, self._model_ref.source.lasting_name)
             check = check_export(self._engine, state, directory)
             logger.info(
                 "export %s: largest difference of logits on %d probe tokens: %.2g", name, check.tokens, check.difference
@@ -193,7 +193,7 @@ class RunCheckpointer:
 
     def _metadata(self, state: AdapterState, user_metadata: Mapping[str, str] | None) -> dict[str, object]:
         return api_records.checkpoint_metadata(
-            self._model_ref.name,
+            self._model_ref.source.lasting_name,
             self._model_ref.model.fingerprint,
             self.spec,
             step=state.step,

@@ -118,15 +118,20 @@ class SamplerHandle:
         None, and nothing happens, for weights that others follow too. The caller forgets the sampler, and so frees
         its memory on the device.
         """
-        session, base_model, sampler_id = self.session, self.model_ref.name, self.sampler_id
+        session, model_ref, sampler_id = self.session, self.model_ref, self.sampler_id
         model_path = session.samplers[sampler_id].model_path
         snapshot = self._published.newest()
         if snapshot is None:
-            return lambda: base_sampler(session, base_model, sampler_id=sampler_id)
+            return lambda: _base_sampler(session, session.same_base_model(model_ref), sampler_id)
         if self._published.followed:
             return None
         state = snapshot.fetch()
-        return lambda: _loaded(session, base_model, state, model_path=model_path, sampler_id=sampler_id)
+
+        def remake() -> SamplerHandle:
+            loaded = session.same_base_model(model_ref).result()
+            return _loaded(session, loaded, state, model_path=model_path, sampler_id=sampler_id)
+
+        return remake
 
     def _request(
         self,
@@ -157,23 +162,25 @@ class SamplerHandle:
 
 def base_sampler(session: Session, base_model: str, *, sampler_id: str | None = None) -> SamplerHandle:
     """Return a sampler of the base model; waits until it is loaded."""
-    model_ref = session.base_model(base_model).result()
-    return SamplerHandle(session, model_ref, WeightsFeed(), model_path=None, sampler_id=sampler_id)
+    return _base_sampler(session, session.base_model(base_model), sampler_id)
+
+
+def _base_sampler(session: Session, base_model: Future[ModelRef], sampler_id: str | None) -> SamplerHandle:
+    return SamplerHandle(session, base_model.result(), WeightsFeed(), model_path=None, sampler_id=sampler_id)
 
 
 def checkpoint_sampler(session: Session, path: CheckpointKey, *, sampler_id: str | None = None) -> SamplerHandle:
     """Return a sampler of saved weights; waits until they are loaded."""
     record = session.read(str(path), lambda: session.store.record(path)).result()
-    model_ref = session.base_model(record.metadata["base_model"]).result()
-    api_records.check_base_model(record, model_ref.name, model_ref.model.fingerprint)
+    model_ref = session.base_model(api_records.base_model(record.metadata)).result()
+    api_records.check_base_model(record, model_ref.source, model_ref.model.fingerprint)
     state, _ = session.store.load(path)
-    return _loaded(session, model_ref.name, state, model_path=str(path), sampler_id=sampler_id)
+    return _loaded(session, model_ref, state, model_path=str(path), sampler_id=sampler_id)
 
 
 def _loaded(
-    session: Session, base_model: str, state: AdapterState, *, model_path: str | None, sampler_id: str | None
+    session: Session, model_ref: ModelRef, state: AdapterState, *, model_path: str | None, sampler_id: str | None
 ) -> SamplerHandle:
-    model_ref = session.base_model(base_model).result()
     engine = model_ref.model.engine
     snapshot = engine.snapshot(engine.open_lane(), state).result()
     return SamplerHandle(session, model_ref, WeightsFeed(snapshot), model_path=model_path, sampler_id=sampler_id)

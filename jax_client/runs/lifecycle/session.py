@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Literal, TypeVar, cast
 from jax_client import process
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import EngineConfig, default_mirror, default_state_dir
-from jax_client.errors import NotFoundError
+from jax_client.errors import BadRequestError, NotFoundError
 from jax_client.runs.lifecycle import autosave, base_models
 from jax_client.runs.lifecycle.base_models import BaseModels, ModelRef
-from jax_client.runs.lifecycle.futures import background, link, settled
+from jax_client.runs.lifecycle.futures import background, link, settled, then
 from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
 from jax_client.runs.results import run_metrics
 from jax_client.threads import Workers
@@ -73,6 +73,8 @@ class _Resources:
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     model_refs: dict[str, Future[ModelRef]] = field(default_factory=dict)
+    # Those whose files were written anew: clients made before keep them.
+    earlier: list[Future[ModelRef]] = field(default_factory=list)
 
 
 # Samplers and sessions of this process, for RestClient; checkpoints tell about the other processes.
@@ -140,16 +142,44 @@ class Session:
         return f"{self.session_id}:{kind}:{number}"
 
     def base_model(self, name: str) -> Future[ModelRef]:
-        """Return the future of the base model `name`, loading it in the background if need be."""
+        """Return the future of the base model `name` as its files are now; load it in the background if need be."""
         self.check_open()
-        with self._resources.lock:
-            known = self._resources.model_refs.get(name)
-            if known is not None and not (known.done() and known.exception() is not None):
-                return known
+        resources = self._resources
+        with resources.lock:
+            known = resources.model_refs.get(name)
+        outdated = known is not None and _is_loaded(known) and not known.result().is_current()
+        with resources.lock:
+            found = resources.model_refs.get(name)
+            if found is not None and found is known and outdated:
+                resources.earlier.append(found)
+            elif found is not None and not (found.done() and found.exception() is not None):
+                return found
             config, models = self.config, self.models
             loading = background(lambda: models.acquire(name, config), "load")
-            self._resources.model_refs[name] = loading
+            resources.model_refs[name] = loading
             return loading
+
+    def same_base_model(self, model_ref: ModelRef) -> Future[ModelRef]:
+        """Return the future of the base model that `model_ref` was made for, loaded again if it was released.
+
+        Raises:
+            BadRequestError: through the future, if the model's files were written anew since.
+        """
+        with self._resources.lock:
+            held = [*self._resources.model_refs.values(), *self._resources.earlier]
+        for each in held:
+            if _is_loaded(each) and each.result().key == model_ref.key:
+                return each
+
+        def check(found: ModelRef) -> ModelRef:
+            if found.key != model_ref.key:
+                raise BadRequestError(
+                    f"the files of {model_ref.name!r} in {found.source.path} were written anew since this client was "
+                    "made, and its weights are no longer in memory. Make a new client, or put the files back."
+                )
+            return found
+
+        return then(self.base_model(model_ref.name), check, owner=self)
 
     def release_unused(self, keep: Collection[str | None]) -> bool:
         """Release the base models that this session no longer uses; return whether any were.
@@ -163,6 +193,9 @@ class Session:
             model_refs = self._resources.model_refs
             unused = [name for name, model_ref in model_refs.items() if name not in keep and model_ref.done()]
             released = [model_refs.pop(name) for name in unused]
+            earlier = self._resources.earlier
+            released += [each for each in earlier if each.result().name not in keep]
+            earlier[:] = [each for each in earlier if each not in released]
         base_models.release_all(released)
         return bool(released)
 
@@ -286,9 +319,11 @@ class Session:
     def describe(self) -> Description:
         """Return what the loaded engines say about themselves; the newest one's entries also at the top level."""
         with self._resources.lock:
-            loads = list(self._resources.model_refs.values())
-        loaded = [load.result().model for load in loads if load.done() and load.exception() is None]
-        described = [model.engine.monitor.describe() for model in dict.fromkeys(loaded)]
+            loads = [*self._resources.earlier, *self._resources.model_refs.values()]
+        loaded = {ref.model: ref for load in loads if _is_loaded(load) for ref in [load.result()]}
+        described = [
+            model.engine.monitor.describe() | {"files_changed": not ref.is_current()} for model, ref in loaded.items()
+        ]
         newest = described[-1] if described else {}
         own: Description = {"session_id": self.session_id, "state_dir": str(self.state_dir), "engines": described}
         if self._store is not None:
@@ -303,10 +338,15 @@ def state_dir(config: EngineConfig) -> Path:
 
 def _take(resources: _Resources) -> list[Future[ModelRef]]:
     with resources.lock:
-        model_refs = list(resources.model_refs.values())
+        model_refs = [*resources.model_refs.values(), *resources.earlier]
         resources.model_refs.clear()
+        resources.earlier.clear()
     return model_refs
 
 
+def _is_loaded(load: Future[ModelRef]) -> bool:
+    return load.done() and load.exception() is None
+
+
 def _drop(resources: _Resources) -> None:
-    base_models.drop(list(resources.model_refs.values()))
+    base_models.drop([*resources.model_refs.values(), *resources.earlier])

@@ -5,7 +5,6 @@ The store keeps each record's `metadata` without knowing it. Here is what the ru
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -17,21 +16,18 @@ from tinker import types
 
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError
 from jax_client.values import CheckpointKey, LoraSpec
+from jax_client.weights.read.source import mended_name
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.record import Record
     from jax_client.checkpoint.store import CheckpointStore
+    from jax_client.weights.read.source import ModelSource
 
 _TYPES: dict[str, types.CheckpointType] = {
     "weights": "training",
     "sampler_weights": "sampler",
     "external_weights": "external",
 }
-
-
-def lasting_name(base_model: str) -> str:
-    """Return a name that finds the same model from another working directory."""
-    return os.path.abspath(base_model) if os.path.exists(base_model) else base_model
 
 
 def checkpoint_metadata(
@@ -46,7 +42,7 @@ def checkpoint_metadata(
     """Return what a checkpoint must know for `create_training_client_from_state` and for the listings.
 
     Args:
-        base_model: its name.
+        base_model: the `ModelSource.lasting_name` of its files.
         base_fingerprint: of its weights.
         spec: of the adapter.
         step: optimizer steps taken.
@@ -54,7 +50,7 @@ def checkpoint_metadata(
         user_metadata: kept with it.
     """
     return {
-        "base_model": lasting_name(base_model),
+        "base_model": base_model,
         "base_fingerprint": base_fingerprint,
         "spec": spec.to_json(),
         "step": step,
@@ -63,24 +59,29 @@ def checkpoint_metadata(
     }
 
 
+def base_model(metadata: Mapping[str, Any]) -> str:
+    """Return the base model's name from what was recorded of a checkpoint or a run."""
+    return mended_name(metadata["base_model"])
+
+
 def saved_spec(record: Record) -> LoraSpec:
     """Return the adapter configuration of a checkpoint."""
     return LoraSpec.from_json(record.metadata["spec"])
 
 
-def check_base_model(record: Record, base_model: str, fingerprint: str) -> None:
+def check_base_model(record: Record, source: ModelSource, fingerprint: str) -> None:
     """Raise BadRequestError unless the checkpoint belongs to the base weights of this fingerprint."""
     if record.metadata["base_fingerprint"] != fingerprint:
         raise BadRequestError(
-            f"checkpoint {record.key} was trained on {record.metadata['base_model']!r}, but this is "
-            f"{base_model!r}, whose weights differ; nothing was loaded. Leave base_model out, or give the one it "
-            "was trained on."
+            f"checkpoint {record.key} was trained on {base_model(record.metadata)!r}, but this is {source.name!r} "
+            f"from {source.path}, whose weights differ; nothing was loaded. Leave base_model out, or give "
+            "the one it was trained on; if it is, its files were changed since: put them back."
         )
 
 
-def check_adapter(record: Record, base_model: str, fingerprint: str, spec: LoraSpec) -> None:
+def check_adapter(record: Record, source: ModelSource, fingerprint: str, spec: LoraSpec) -> None:
     """Raise BadRequestError unless the checkpoint fits into an adapter of `spec` on this base model."""
-    check_base_model(record, base_model, fingerprint)
+    check_base_model(record, source, fingerprint)
     saved = saved_spec(record)
     if _shape(saved) != _shape(spec):
         raise BadRequestError(
@@ -112,7 +113,7 @@ def copy_into_project(store: CheckpointStore, source: CheckpointKey, project_id:
         fields = store.run(source.run_id)
     except (NotFoundError, RequestFailedError):  # not there, or damaged; its checkpoints tell enough
         saved = store.record(source).metadata
-        fields = {"base_model": saved["base_model"], "spec": saved["spec"]}
+        fields = {"base_model": base_model(saved), "spec": saved["spec"]}
     session_id = str(uuid.uuid4())
     run_id = f"{session_id}:train:0"
     store.copy(source, to_run=run_id, ttl_seconds=ttl)
@@ -167,7 +168,7 @@ def training_run(run_id: str, metadata: Mapping[str, Any], records: list[Record]
     training, sampler = newest.get("weights"), newest.get("sampler_weights")
     return types.TrainingRun(
         training_run_id=run_id,
-        base_model=metadata["base_model"],
+        base_model=base_model(metadata),
         model_owner="local",
         is_lora=True,
         lora_rank=metadata["spec"]["rank"],

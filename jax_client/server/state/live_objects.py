@@ -22,6 +22,7 @@ from jax_client.runs.lifecycle.run import Run, resume_run
 from jax_client.runs.lifecycle.sampler_handle import SamplerHandle, base_sampler, checkpoint_sampler
 from jax_client.runs.lifecycle.session import Session, SessionInfo, Status
 from jax_client.runs.paths import sampler_path
+from jax_client.runs.results import api_records
 from jax_client.server.state.evictable import Evictable, Served
 from jax_client.server.state.eviction import IN_MEMORY, Eviction
 from jax_client.server.state.pending import ModelQueues
@@ -297,7 +298,7 @@ class LiveObjects:
         else:
             path = sampler_path(model_path, "create_sampling_client")
             # Read in the call, so that a wrong path fails the call that gave it.
-            base_model = session.store.record(path).metadata["base_model"]
+            base_model = api_records.base_model(session.store.record(path).metadata)
             make = lambda: checkpoint_sampler(session, path, sampler_id=sampler_id)  # noqa: E731
         evictable = Evictable(lambda: self._eviction.make_fit(make), SamplerHandle.park, "sampler")
         return Served(session_id=session.session_id, evictable=evictable, base_model=base_model)

@@ -5,7 +5,6 @@ The host holds one stacked leaf at a time, and of it only the shards of its own 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -35,7 +34,6 @@ STRIP = 32
 # integers 2 to 3 times as fast as bfloat16, and without the interpreter's lock.
 BITS = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
 ALIGNMENT = 64
-SAMPLES, SAMPLE_BYTES = 64, 4096
 
 Bounds = tuple[tuple[int, int], ...]
 
@@ -84,28 +82,6 @@ def load_params(
             return _build_leaf(".".join(path), spec, leaves[path], reader, mesh, pool, bits, counter)
 
         return jax.tree_util.tree_map_with_path(build, specs)
-
-
-def fingerprint(source: ModelSource) -> str:
-    """Return a name for the weights: equal for copies of the files anywhere, different for other weights.
-
-    It is a sha256 over each file's size, header and 64 evenly spaced blocks of 4 KiB, not over all bytes: two
-    fine-tunes differ in nearly every block, while a full hash would take as long as loading.
-    """
-    if source.kind == "gguf":
-        files = [(source.path, read_gguf(source.path).data_start)]
-    else:
-        files = [(s, min(e.begin for e in safetensors.read_header(s).values())) for s in hf.shards(source.path)]
-    digest = hashlib.sha256()
-    for path, header_bytes in files:
-        size = path.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
-        with path.open("rb") as file:
-            digest.update(file.read(header_bytes))
-            for i in range(SAMPLES):
-                file.seek(header_bytes + (size - header_bytes) * i // SAMPLES)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def _build_leaf(

@@ -53,13 +53,20 @@ class ModelSource:
 
     Attributes:
         name: as the user gave it.
-        path: the directory ("hf") or the file ("gguf").
+        path: the directory ("hf") or the file ("gguf"), absolute.
         kind: the layout of `path`.
+        by_path: whether `name` is the path of these files, and no hub name.
     """
 
     name: str
     path: Path
     kind: Literal["hf", "gguf"]
+    by_path: bool = False
+
+    @property
+    def lasting_name(self) -> str:
+        """The name that finds these files from every working directory: the hub name, or the absolute path."""
+        return str(self.path) if self.by_path else self.name
 
 
 def resolve(name: str | None) -> ModelSource:
@@ -84,7 +91,7 @@ def resolve(name: str | None) -> ModelSource:
     name = os.fspath(name)
     if "\0" in name:
         raise BadRequestError(f"base_model is {name!r}; a name cannot contain a NUL character.")
-    path = Path(name).expanduser()
+    path = Path(os.path.abspath(Path(name).expanduser()))
     hub_form = HUB_NAME.fullmatch(name) is not None and not name.endswith(".gguf")
     if path.is_file():
         return _file(name, path)
@@ -92,7 +99,7 @@ def resolve(name: str | None) -> ModelSource:
     # with weights stands for the model.
     if path.is_dir() and not (hub_form and not hf.has_weights(path)):
         hf.check_directory(path)
-        return ModelSource(name=name, path=path, kind="hf")
+        return ModelSource(name=name, path=path, kind="hf", by_path=True)
     if not hub_form:
         raise NotFoundError(_no_such_model(name, path))
     if (local := _local(name)) is not None:
@@ -104,6 +111,19 @@ def resolve(name: str | None) -> ModelSource:
     directory = hub.download(name, [] if name in known_models() else _nearest(name, cutoff=0.9))
     hf.check_directory(directory)
     return ModelSource(name=name, path=directory, kind="hf")
+
+
+def mended_name(name: str) -> str:
+    """Return the name that a checkpoint's record of its base model means.
+
+    Earlier versions recorded, for a hub model, the path of a folder of that name in the working directory, which held a
+    tokenizer alone. Such a path stands for the hub model.
+    """
+    path = Path(name)
+    hub_name = "/".join(path.parts[-2:])
+    if not path.is_absolute() or path.is_file() or (path.is_dir() and hf.has_weights(path)):
+        return name
+    return hub_name if hub_name in known_models() else name
 
 
 def known_models() -> list[str]:
@@ -148,7 +168,7 @@ def _file(name: str, path: Path) -> ModelSource:
             f"{path}: expected a GGUF file, which begins with {GGUF_MAGIC!r}, but this one of {path.stat().st_size} "
             f"bytes begins with {magic!r}. Give a .gguf file, or a directory with config.json and .safetensors files."
         )
-    return ModelSource(name=name, path=path, kind="gguf")
+    return ModelSource(name=name, path=path, kind="gguf", by_path=True)
 
 
 def _case_twin(name: str) -> str | None:
