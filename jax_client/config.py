@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,6 +13,14 @@ from jax_client.errors import BadRequestError, UnsupportedError
 
 DType = Literal["auto", "bfloat16", "float32"]
 Remat = Literal["auto", "none", "selective", "full"]
+# A loss whose formula is not public, and those that can stand in for it: they read the same inputs.
+MAPPABLE_LOSSES = ("stable_reinforce",)
+STABLE_REINFORCE_ADVICE = (
+    "The formula of stable_reinforce is not public. Train with another loss: the option of a recipe is "
+    "loss_fn=importance_sampling, or ppo, or cispo. Or let one of them stand in for it: jax_client serve or run "
+    "--map-loss stable_reinforce=importance_sampling, in-process EngineConfig(map_loss=...)."
+)
+STAND_INS = ("importance_sampling", "ppo", "cispo", "dro")
 MESH_AXES = ("data", "fsdp", "sequence", "expert", "tensor")
 
 
@@ -58,6 +66,9 @@ class EngineConfig:
         precompile: compile the programs that a training client will likely need in the background when it is made.
         record_metrics: keep the metrics and events of every run in `metrics.sqlite` under `state_dir`, written beside
             the training.
+        map_loss: a loss of this package by the name of one whose formula is not public, such as
+            {"stable_reinforce": "importance_sampling"}. The first is then accepted, and computed as the second, which
+            every answer's metrics say; record_stability_info=True is accepted too, and records nothing.
 
     Raises:
         BadRequestError: a field has a value outside its range; the message names both.
@@ -74,6 +85,7 @@ class EngineConfig:
     memory_fraction: float = 0.9
     precompile: bool = True
     record_metrics: bool = True
+    map_loss: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(DType):
@@ -92,6 +104,7 @@ class EngineConfig:
             if not isinstance(value := getattr(self, name), bool):
                 raise BadRequestError(f"EngineConfig.{name} is {value!r}; give True or False.")
         self._check_places()
+        self._check_losses()
         minutes = self.autosave_minutes
         if minutes is not None and (
             isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < float("inf")
@@ -111,6 +124,21 @@ class EngineConfig:
             if axis in ("sequence", "expert") and size != 1:
                 raise BadRequestError(
                     f"EngineConfig.mesh[{axis!r}] is {size}; this axis stays 1 so far. Use data, fsdp and tensor."
+                )
+
+    def check_stability_info(self, record_stability_info: object) -> None:
+        """Raise UnsupportedError if stability information is asked for, and no loss stands in for stable_reinforce."""
+        if record_stability_info and "stable_reinforce" not in self.map_loss:
+            raise UnsupportedError(f"record_stability_info=True is not supported. {STABLE_REINFORCE_ADVICE}")
+
+    def _check_losses(self) -> None:
+        if not isinstance(self.map_loss, Mapping):
+            raise BadRequestError(f"EngineConfig.map_loss is {self.map_loss!r}; give a mapping of names.")
+        for name, other in self.map_loss.items():
+            if name not in MAPPABLE_LOSSES or other not in STAND_INS:
+                raise BadRequestError(
+                    f"EngineConfig.map_loss maps {name!r} to {other!r}; it can map {', '.join(MAPPABLE_LOSSES)} to "
+                    f"{', '.join(STAND_INS[:-1])} or {STAND_INS[-1]}."
                 )
 
     def _check_places(self) -> None:

@@ -64,7 +64,8 @@ def segment_totals(x_BTC: jax.Array, segments_BT: jax.Array) -> jax.Array:
 GSPO = Loss(
     name="gspo",
     fn=loss,
-    inputs={**CLIPPED_INPUTS, "sequence_ratio_mask": True},
+    inputs={**CLIPPED_INPUTS, "sequence_ratio_mask": False},
+    copies={"sequence_ratio_mask": "advantages"},  # whose nonzero entries are then the tokens of the ratio
     stats=(*RATIO_STATS, "clip_fraction"),
     mask="advantages",
     config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},

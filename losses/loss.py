@@ -24,11 +24,12 @@ class Loss:
         name: what a user gives as `loss_fn`.
         fn: the formula. Its values are summed over targets and datums, never normalised.
         inputs: by name, whether the datum must carry it; all float32 in the shape of the targets. An optional input
-            that is absent has the value given in `defaults` or `config`.
+            that is absent has the value given in `defaults`, `config` or `copies`.
         stats: the statistics that `fn` returns, reported as means over the scored targets.
         mask: the input whose nonzero entries count as scored targets in the metrics.
         config: the settings of `loss_fn_config` and their defaults.
         defaults: the values of other optional inputs.
+        copies: optional inputs that are another input where they are absent, by that input's name.
         masked_has_gradient: whether a target outside the mask can have a gradient.
         one_target: whether the loss has no meaning for several targets per position.
     """
@@ -40,5 +41,6 @@ class Loss:
     mask: str
     config: Mapping[str, float] = field(default_factory=dict)
     defaults: Mapping[str, float] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
     masked_has_gradient: bool = False
     one_target: bool = False

@@ -52,7 +52,7 @@ def _as_typed(value: object, option: click.Option) -> object:
         if not isinstance(value, bool):
             raise click.BadParameter("it is neither true nor false.")
         return value
-    if isinstance(value, dict) and option.name in ("alias", "mesh"):
+    if isinstance(value, dict) and option.name in ("alias", "map_loss", "mesh"):
         pairs = [f"{_word(name)}={_word(other)}" for name, other in value.items()]
         return pairs if option.multiple else ",".join(pairs)
     if option.multiple:

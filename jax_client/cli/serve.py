@@ -91,6 +91,8 @@ def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterato
     try:
         server = Server(settings.engine, settings.aliases, RequestLog(settings.home) if remembers else None)
         stages.say(f"state directory: {settings.home}")
+        for name, other in settings.engine.map_loss.items():
+            stages.say(f"warning: {name} is computed as {other}, which is another loss (--map-loss {name}={other})")
         for name in settings.models:
             _load(server, name, settings)
         yield server

@@ -15,7 +15,7 @@ import click
 
 from jax_client.cli.config_file import read_config_file
 from jax_client.cli.options import STATE_DIR_HELP, STATE_DIR_TYPE
-from jax_client.cli.setting_types import Alias, Key, Length, Mesh, Name, OrWord
+from jax_client.cli.setting_types import Key, Length, Mesh, Name, OrWord, Pair
 from jax_client.config import DType, EngineConfig, Remat
 
 Command = TypeVar("Command", bound=Callable[..., object])
@@ -56,7 +56,14 @@ PUBLIC = (
 )
 SHARED = (
     _option("model", Name(), multiple=True, metavar="NAME", help="Load this model at the start; others on demand."),
-    _option("alias", Alias(), multiple=True, metavar="NAME=OTHER", help="Serve OTHER as NAME too."),
+    _option("alias", Pair("alias"), multiple=True, metavar="NAME=OTHER", help="Serve OTHER as NAME too."),
+    _option(
+        "map-loss",
+        Pair("map of a loss"),
+        multiple=True,
+        metavar="NAME=LOSS",
+        help="Compute LOSS where a client asks for NAME, whose formula is not public: stable_reinforce.",
+    ),
     _option(
         "warmup",
         Length(1),

@@ -29,16 +29,17 @@ class Length(Listed, click.IntRange):
     """A number of tokens."""
 
 
-class Alias(Listed):
-    """A name that stands for another: NAME=OTHER."""
+class Pair(Listed):
+    """A name that stands for another: NAME=OTHER; `name` is what the pair is."""
 
-    name = "alias"
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
         """Parse the text, or fail as wrong usage."""
         name, _, other = str(value).partition("=")
         if not name or not other:
-            self.fail(f"{value!r} is no alias; give NAME=OTHER.", param, ctx)
+            self.fail(f"{value!r} is no {self.name}; give NAME=OTHER.", param, ctx)
         return name, other
 
 

@@ -61,25 +61,31 @@ def read_settings(ctx: click.Context) -> ServerSettings:
     params = ctx.params
     chosen = {name: params[name] for name in ENGINE_DEFAULTS if name in params}
     chosen["state_dir"] = _state_dir(ctx)[0]
+    chosen["map_loss"] = _pairs(ctx, "map_loss")
     try:
         engine = EngineConfig(**chosen)
     except JaxClientError as error:
         raise click.UsageError(str(error), ctx) from None
     home = Path(chosen["state_dir"]).expanduser().absolute()
-    aliases: dict[str, str] = {}
-    for name, other in params["alias"]:
-        if aliases.setdefault(name, other) != other:
-            raise click.UsageError(f"the alias {name!r} stands for {aliases[name]!r} and {other!r}; give one.", ctx)
     public = {name: params[name] for name in ("host", "port", "api_key") if name in params}
     return ServerSettings(
         models=tuple(dict.fromkeys(params["model"])),
-        aliases=aliases,
+        aliases=_pairs(ctx, "alias"),
         allow_hosts=params.get("allow_host", ()),
         warmup=params["warmup"],
         warmup_rank=params["warmup_rank"],
         engine=replace(engine, state_dir=home),
         **public,
     )
+
+
+def _pairs(ctx: click.Context, option: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for name, other in ctx.params[option]:
+        if pairs.setdefault(name, other) != other:
+            flag = f"--{option.replace('_', '-')}"
+            raise click.UsageError(f"{flag}: {name!r} stands for {pairs[name]!r} and {other!r}; give one.", ctx)
+    return pairs
 
 
 def _warn_unknown_env_vars() -> None:

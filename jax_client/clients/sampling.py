@@ -268,14 +268,6 @@ register_as_sdk_class(tinker.SamplingClient, SamplingClient)
 register_as_sdk_class(tinker.BackcompatSamplingClientFuture, BackcompatSamplingClientFuture)
 
 
-def refuse_stability_info(record_stability_info: bool) -> None:
-    """Raise UnsupportedError if stability information was asked for: its loss is not public."""
-    if record_stability_info:
-        raise UnsupportedError(
-            "record_stability_info=True is not supported: the stable_reinforce loss is not public. Leave it out."
-        )
-
-
 def open_sampling_client(
     session: Session, model_path: str | None, base_model: str | None, record_stability_info: bool
 ) -> BackcompatSamplingClientFuture:
@@ -287,7 +279,7 @@ def open_sampling_client(
     from jax_client.runs.lifecycle.sampler_handle import base_sampler, checkpoint_sampler
 
     session.check_open()
-    refuse_stability_info(record_stability_info)
+    session.config.check_stability_info(record_stability_info)
     if model_path is None and base_model is None:
         raise BadRequestError("Either model_path or base_model must be provided.")
     if model_path is not None and base_model is not None:

@@ -225,7 +225,7 @@ class ServiceClient:
             model_path: `tinker://RUN/sampler_weights/NAME`, of `save_weights_for_sampler`.
             base_model: a hub name, a directory, or a GGUF file.
             retry_config: not needed in-process.
-            record_stability_info: must be False.
+            record_stability_info: must be False, unless `EngineConfig.map_loss` has a loss for stable_reinforce.
         """
         return open_sampling_client(self._session, model_path, base_model, record_stability_info)
 

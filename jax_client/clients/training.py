@@ -15,7 +15,6 @@ from jax_client.clients.sampling import (
     BackcompatSamplingClientFuture,
     SamplingClient,
     open_sampling_client,
-    refuse_stability_info,
 )
 from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors, warn_caller
 from jax_client.errors import BadRequestError, UnsupportedError
@@ -211,7 +210,7 @@ class TrainingClient:
         Args:
             model_path: `tinker://RUN/sampler_weights/NAME`.
             retry_config: not needed in-process.
-            record_stability_info: must be False.
+            record_stability_info: must be False, unless `EngineConfig.map_loss` has a loss for stable_reinforce.
         """
         return open_sampling_client(self._run.session, model_path, None, record_stability_info)
 
@@ -227,7 +226,7 @@ class TrainingClient:
         Args:
             name: deprecated, without effect.
             retry_config: not needed in-process.
-            record_stability_info: must be False.
+            record_stability_info: must be False, unless `EngineConfig.map_loss` has a loss for stable_reinforce.
             kind: "snapshot" keeps these weights; all "inflight" clients of this run follow the newest ones published
                 by such a call.
         """
@@ -237,7 +236,7 @@ class TrainingClient:
                 "save_weights_for_sampler(name) and create_sampling_client(model_path) to keep them.",
                 DeprecationWarning,
             )
-        refuse_stability_info(record_stability_info)
+        self._run.session.config.check_stability_info(record_stability_info)
         if kind not in ("snapshot", "inflight"):
             raise BadRequestError(f"kind is {kind!r}; choose 'snapshot' or 'inflight'.")
         return BackcompatSamplingClientFuture(self._run.sampler(kind), SamplingClient)

@@ -83,6 +83,7 @@ def test_where_the_state_directory_is_said(cli, tmp_path, monkeypatch):
         ('precompile = "yes"', "precompile: it is neither true nor false"),
         ('mesh = "wide"', "mesh: 'wide' is no mesh"),
         ('alias = "a"', "alias: 'a' is no alias"),
+        ('map-loss = "a"', "map-loss: 'a' is no map of a loss"),
         ("dtype = 'int8'", "dtype: 'int8' is not one of"),
         ("host = ['a']", "host: it is a list"),
         ("memory-fraction = 1\nmemory_fraction = 1", "'memory_fraction' is there twice"),

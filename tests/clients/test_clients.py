@@ -18,6 +18,7 @@ from jax_client.clients import sdk_errors
 from jax_client.clients.futures import LocalFuture, await_alone
 from jax_client.runs.lifecycle.order import RequestOrder
 from support import fake_engine
+from support.calls import rl
 from support.fake_engine import ADAM, DATA, MODEL, PARAMS, PROMPT, step
 
 client, loaded, service = fake_engine.client, fake_engine.loaded, fake_engine.service
@@ -155,6 +156,23 @@ def test_subclasses_keep_their_traits_when_bound():
     assert translated.__cause__ is cause and translated.__notes__ == ["a note"]
     assert sdk_errors.translate(translated) is translated
     assert sdk_errors.translate(cause) is cause
+
+
+def test_a_loss_that_is_not_public_is_another_where_that_was_chosen(models, tmp_path):
+    config = jax_client.EngineConfig(state_dir=tmp_path, map_loss={"stable_reinforce": "importance_sampling"})
+    with jax_client.ServiceClient(config=config, _models=models) as service:
+        client = service.create_lora_training_client(MODEL).result()
+        sampler = client.save_weights_and_get_sampling_client(record_stability_info=True)
+        assert sampler.sample(types.ModelInput.from_ints([1]), 1, types.SamplingParams(max_tokens=1)).result()
+        data = [rl()]
+        metrics = client.forward_backward(data, "stable_reinforce").result().metrics
+        same = client.forward_backward(data, "importance_sampling").result().metrics
+        assert metrics.pop("stable_reinforce_as_importance_sampling:max") == 1.0
+        assert metrics == same
+        assert service.describe()["mapped_losses"] == {"stable_reinforce": "importance_sampling"}
+    for wrong in ({"stable_reinforce": "cross_entropy"}, {"ppo": "cispo"}):
+        with pytest.raises(errors.BadRequestError, match="it can map stable_reinforce to importance_sampling"):
+            jax_client.EngineConfig(map_loss=wrong)
 
 
 def test_all_modules_off_is_the_sdks_assertion(service):

@@ -209,9 +209,11 @@ def test_every_loss_reads_and_reports_what_is_documented() -> None:
         "ppo": (clipped, (*ratio, "clip_fraction"), {}),
         "cispo": (clipped, (*ratio, "clip_fraction"), {}),
         "dro": (sampled, ratio, {}),
-        "gspo": (clipped | {"sequence_ratio_mask": True}, (*ratio, "clip_fraction"), {}),
+        "gspo": (clipped | {"sequence_ratio_mask": False}, (*ratio, "clip_fraction"), {}),
     }
     assert [name for name, loss in registry.LOSSES.items() if loss.one_target] == ["gspo"]
+    copies = {name: dict(loss.copies) for name, loss in registry.LOSSES.items() if loss.copies}
+    assert copies == {"gspo": {"sequence_ratio_mask": "advantages"}}
     assert registry.INPUTS == (
         "advantages", "beta", "clip_high_threshold", "clip_low_threshold", "logprobs", "sequence_ratio_mask", "weights",
     )  # fmt: skip

@@ -71,6 +71,13 @@ def test_loss_settings_are_filled_in() -> None:
     assert all(set(sequence.inputs) == {"logprobs", "advantages"} for sequence in train([rl()], "cispo")[0])
 
 
+def test_gspo_without_a_mask_takes_the_tokens_that_have_an_advantage() -> None:
+    (example,), _ = train([rl(advantages=[0.0, 2.0, -1.0])], "gspo")
+    assert (example.inputs["sequence_ratio_mask"] != 0).tolist() == [False, True, True]
+    (example,), _ = train([rl(sequence_ratio_mask=[1.0, 0.0, 0.0])], "gspo")
+    assert example.inputs["sequence_ratio_mask"].tolist() == [1.0, 0.0, 0.0]
+
+
 def test_sparse_targets_are_densified_with_zero() -> None:
     targets = np.array([[0, 5], [0, 0], [7, 0]])
     sparse = types.TensorData(

@@ -79,9 +79,13 @@ BAD: list[tuple[int, Callable[[], object], type[Exception], list[str]]] = [
     (22, lambda: train([datum()], "crossentropy"), BadRequestError, ["did you mean 'cross_entropy'", "ppo"]),
     (22, lambda: train([datum()], None), BadTypeError, ["loss_fn is None", "cross_entropy"]),
     (22, lambda: train([datum()], len), BadTypeError, ["use forward_backward_custom"]),
-    (24, lambda: train([rl()], "gspo"), BadRequestError, ["no 'sequence_ratio_mask'", "gspo"]),
     (22, lambda: train([wide_gspo()], "gspo"), UnsupportedError, ["2 targets per position", "'gspo'", "[N]"]),
-    (22, lambda: train([datum()], "stable_reinforce"), UnsupportedError, ["'stable_reinforce'"]),
+    (
+        22,
+        lambda: train([datum()], "stable_reinforce"),
+        UnsupportedError,
+        ["'stable_reinforce'", "loss_fn=importance_sampling", "--map-loss"],
+    ),
     (22, lambda: train([datum()], "custom"), UnsupportedError, ["'custom'", "forward_backward_custom"]),
     (
         23,

@@ -22,8 +22,10 @@ from tinker import types
 import jax_client
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.cli import main
+from jax_client.losses.registry import LOSSES
 from jax_client.server.state.server import Server
 from jax_client.server.wire.guard import Guard
+from support.calls import datum, rl
 from support.server.serving import ADAM, KEY, Running, config, data, write_model
 
 # The SDK's own HTTP stack and pydantic warn in ways that are not this package's to fix.
@@ -84,6 +86,21 @@ def test_the_numbers_are_those_of_the_same_loop_in_process(service: Any, model: 
             np.testing.assert_array_equal(theirs, mine)
     for name in ("tokens", "prompt", "topk", "scores"):
         assert served[name] == ours[name], name
+
+
+def test_spans_of_provenance_cost_nothing_with_any_loss(service: Any, model: str, tmp_path: Path) -> None:
+    prompt, sampled = types.PromptProvenanceSpan, types.SampledProvenanceSpan
+    spans = {
+        "model_input": [prompt(sequence_id="s", length=2), sampled(sequence_id="s", length=1)],
+        "loss_fn_inputs": [prompt(sequence_id="s", offset=1, length=1), sampled(sequence_id="s", length=2)],
+    }
+    with jax_client.ServiceClient(config=config(tmp_path)) as local:
+        for client in (each.create_lora_training_client(model, rank=4, seed=1).result() for each in (service, local)):
+            for loss in LOSSES:
+                plain = datum() if loss == "cross_entropy" else rl()
+                futures = [client.forward([each], loss) for each in (plain, plain.with_provenance(**spans))]
+                one, other = (future.result().metrics for future in futures)
+                assert one == other
 
 
 def trained(service: Any, model: str) -> Any:
@@ -325,6 +342,8 @@ def test_wrong_ways_to_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--port", str(taken.getsockname()[1])], 1, "cannot be listened on"),
         (["--mesh", "wide"], 2, "'wide' is no mesh"),
         (["--alias", "a"], 2, "'a' is no alias"),
+        (["--map-loss", "stable_reinforce=cross_entropy"], 2, "it can map stable_reinforce to importance_sampling"),
+        (["--map-loss", "ppo=cispo"], 2, "maps 'ppo' to 'cispo'"),
     ):
         assert main(["--state-dir", str(tmp_path), "serve", *arguments]) == code
         assert text in capsys.readouterr().err

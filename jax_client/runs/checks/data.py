@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from tinker import types
 
+from jax_client.config import STABLE_REINFORCE_ADVICE
 from jax_client.engine.core.requests import LossSpec
 from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
 from jax_client.losses.loss import Loss
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 MAX_DATUMS = 65_536
 _CLIP = ("clip_low_threshold", "clip_high_threshold")
 _REFUSED_LOSSES = {
-    "stable_reinforce": "Its formula is not public; use 'importance_sampling', 'ppo' or 'cispo'.",
+    "stable_reinforce": STABLE_REINFORCE_ADVICE,
     "custom": "It stands for a loss that a server was sent, with forward_backward; use forward_backward_custom.",
 }
 
@@ -45,6 +46,7 @@ def training_data(
     vocab_size: int,
     max_context: int,
     warned: set[str] | None = None,
+    mapped: Mapping[str, str] | None = None,
 ) -> tuple[list[TrainExample], LossSpec]:
     """Check a forward or forward_backward call.
 
@@ -54,6 +56,7 @@ def training_data(
         loss_fn_config: its settings, or None.
         vocab_size: token ids are below it.
         max_context: the longest input in tokens.
+        mapped: `EngineConfig.map_loss`.
         warned: the losses whose empty batches were warned about before, to which one is added; None warns of each.
 
     Returns:
@@ -64,7 +67,7 @@ def training_data(
         UnsupportedError: a loss or a chunk that is refused by name.
         BadRequestError: any other fault; the message names datum, key and position.
     """
-    loss = _loss(loss_fn)
+    loss = _loss((mapped or {}).get(loss_fn, loss_fn) if isinstance(loss_fn, str) else loss_fn)
     config = _config(loss, loss_fn_config)
     datums = _datums(data)
     sequences = [_sequence(datum, i, loss, vocab_size, max_context) for i, datum in enumerate(datums)]
@@ -192,6 +195,8 @@ def _sequence(datum: types.Datum, i: int, loss: Loss, vocab_size: int, max_conte
     for key, value in loss.defaults.items():
         if key not in inputs:
             inputs[key] = np.full(targets.shape, value, dtype=np.float32)
+    for key, other in loss.copies.items():
+        inputs.setdefault(key, inputs[other])
     return TrainExample(tokens_T=tokens_T, targets=targets, inputs=inputs)
 
 

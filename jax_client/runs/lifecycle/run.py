@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Protocol, Typ
 
 from tinker import types
 
-from jax_client.engine.core.requests import CustomLoss
+from jax_client.engine.core.requests import CustomLoss, TrainResult
 from jax_client.errors import NotFoundError, RequestFailedError
 from jax_client.runs import checks
 from jax_client.runs.lifecycle import autosave
@@ -118,7 +118,7 @@ class Run:
         """Compute logprobs and the loss; gradients stay as they are."""
         examples, loss = self._training_data(data, loss_fn, loss_fn_config)
         source = self._request(lambda: self._engine.score_batch(self._lane, self._adapter, examples, loss))
-        return self._answer(source, self._noting(convert.training_output, self._checkpointer.observed.scored))
+        return self._answer(source, self._noting(self._show(loss_fn), self._checkpointer.observed.scored))
 
     @_while_usable
     def forward_backward(
@@ -127,7 +127,13 @@ class Run:
         """Compute logprobs and the loss, and add its gradient to the accumulated ones."""
         examples, loss = self._training_data(data, loss_fn, loss_fn_config)
         source = self._request(lambda: self._engine.train_batch(self._lane, self._adapter, examples, loss))
-        return self._answer(source, self._noting(convert.training_output, self._checkpointer.observed.passed))
+        return self._answer(source, self._noting(self._show(loss_fn), self._checkpointer.observed.passed))
+
+    def _show(self, loss_fn: object) -> Callable[[TrainResult], types.ForwardBackwardOutput]:
+        """Return the conversion of an answer, whose metrics say so where another loss stood in for `loss_fn`."""
+        other = self.session.config.map_loss.get(str(loss_fn))
+        extra = {} if other is None else {f"{loss_fn}_as_{other}:max": 1.0}
+        return lambda result: convert.training_output(result, extra)
 
     @staticmethod
     def _noting(show: Callable[[A], Shown], note: Callable[[Mapping[str, float]], None]) -> Callable[[A], Shown]:
@@ -151,6 +157,7 @@ class Run:
             vocab_size=model.vocab_size,
             max_context=model.max_context,
             warned=self._warned,
+            mapped=self.session.config.map_loss,
         )
 
     @_while_usable

@@ -326,6 +326,8 @@ class Session:
         ]
         newest = described[-1] if described else {}
         own: Description = {"session_id": self.session_id, "state_dir": str(self.state_dir), "engines": described}
+        if self.config.map_loss:
+            own["mapped_losses"] = dict(self.config.map_loss)
         if self._store is not None:
             own |= self._store.describe()
         return {**newest, **own}

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 from tinker import types
 
-from jax_client.errors import BadRequestError, JaxClientError, UnsupportedError
+from jax_client.errors import BadRequestError, JaxClientError
 from jax_client.runs.lifecycle.sampler_handle import SamplerHandle
 from jax_client.server.state.ledger import RequestLedger
 from jax_client.server.state.live_objects import LiveObjects, new_sampler_id
@@ -68,8 +68,7 @@ class SamplingRequests:
         """Sample from, or score, a prompt."""
         if request.sampling_session_id is None or request.seq_id is None:
             raise BadRequestError("sampling_session_id and seq_id are needed; make a sampling session first.")
-        if request.record_stability_info:
-            raise UnsupportedError("record_stability_info is not supported; leave it False.")
+        self._live.config.check_stability_info(request.record_stability_info)
         served = self._live.sampler(request.sampling_session_id)
         pending, new = self._ledger.accept(f"{request.sampling_session_id}:{request.seq_id}", digest, "sample")
         if not new:
