@@ -131,7 +131,7 @@ def plan_call(lengths: Sequence[int], limits: Limits) -> list[Plan]:
     """
     ceiling, usual = _usual_rows(limits)
     bins = _Bins(lengths, limits.segments)
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if not bins.put(index):
             if lengths[index] <= usual:
                 bins.open(usual)
@@ -157,7 +157,7 @@ def _plan_tail(indices: list[int], lengths: Sequence[int], limits: Limits) -> li
     """Lay out sequences that fill at most a few micro-batches, one row per way each, at the least cost."""
     if not indices:
         return []
-    indices = sorted(indices, key=lambda i: -lengths[i])
+    indices = sorted(indices, key=lengths.__getitem__, reverse=True)
     ceiling, usual = _usual_rows(limits)
     rungs = [rung for rung in ROW_LENGTHS if rung <= ceiling] or [ceiling]
     if ceiling > usual:  # many rows at once: such a device gains nothing from the smallest
@@ -283,7 +283,7 @@ def fill(
             inputs[name][where][:, :width] = default if value is None else value.reshape(slot.length, width)
     scored_BT = real_BTC.any(axis=-1)
     gradient_BT = scored_BT if gradient_input is None else (real_BTC & (inputs[gradient_input] != 0)).any(axis=-1)
-    order_BT = np.argsort(2 - scored_BT.astype(np.int8) - gradient_BT, axis=-1, kind="stable").astype(np.int32)
+    order_BT = np.argsort(2 - scored_BT.astype(np.int8) - gradient_BT, axis=1, kind="stable").astype(np.int32)
     return MicroBatch(
         plan=plan,
         tokens_BT=tokens_BT,
@@ -293,9 +293,9 @@ def fill(
         real_BTC=real_BTC,
         inputs=inputs,
         order_BT=order_BT,
-        place_BT=np.argsort(order_BT, axis=-1).astype(np.int32),
-        with_gradient=np.int32(gradient_BT.sum(axis=-1).max()),
-        scored=np.int32(scored_BT.sum(axis=-1).max()),
+        place_BT=np.argsort(order_BT, axis=1).astype(np.int32),
+        with_gradient=np.int32(gradient_BT.sum(axis=1).max()),
+        scored=np.int32(scored_BT.sum(axis=1).max()),
     )
 
 

@@ -124,6 +124,21 @@ def shown(plans: list[Plan]) -> list[str]:
             id="an end with too many segments is halved",
         ),
         pytest.param(
+            [300, 40, 1, 40, 256, 300, 300, 100, 256, 512, 256, 300, 1, 900, 256, 40, 256, 100, 1, 900],
+            Limits(ways=1, tokens=2048, row_length=512, segments=2),
+            [
+                "1x1024: 13+7", "1x1024: 19+17", "4x512: 9 | 0+1 | 5+3 | 6+15", "1x512: 11", "1x512: 4+8", "1x512: 10",
+                "1x512: 14+16", "1x512: 2+12", "1x512: 18",
+            ],
+            id="halves, not all but two",
+        ),
+        pytest.param(
+            [256, 300, 40, 100, 300, 100, 40, 512, 900, 300, 40, 512],
+            Limits(ways=1, tokens=2048, row_length=512),
+            ["1x1024: 8+3", "1x512: 7", "1x2048: 11+1+4+9+0+5+2+6+10"],
+            id="an end is sorted by length",
+        ),
+        pytest.param(
             [200, 10], Limits(ways=1, tokens=4096, row_length=1024), ["1x512: 0+1"], id="no smallest row if wide"
         ),
     ],
@@ -164,7 +179,9 @@ def test_a_ladder_has_one_rung_between_two_doublings(smallest: int) -> None:
     ],
 )
 def test_a_full_plan_has_the_rows_that_the_ceiling_allows(limits: Limits, rows: int, length: int) -> None:
-    assert packing.full_plan(limits) == Plan(rows=rows, length=length, slots=())
+    plan = packing.full_plan(limits)
+    assert plan == Plan(rows=rows, length=length, slots=())
+    assert type(plan.rows) is int
 
 
 def test_a_plan_above_the_ceiling_runs_alone() -> None:
