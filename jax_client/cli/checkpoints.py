@@ -186,8 +186,13 @@ def ttl(home: Path, path: CheckpointKey, seconds: str) -> None:
     "--format",
     "form",
     type=click.Choice(["peft", "merged"]),
-    required=True,
     help="peft: the adapter alone. merged: the whole model with the adapter added to its weights.",
+)
+@click.option(
+    "--for",
+    "program",
+    type=click.Choice(["peft", "vllm", "sglang"]),
+    help="What will load the adapter; --format is peft then. An adapter on a tied output projection is for peft alone.",
 )
 @click.option(
     "--output",
@@ -205,13 +210,23 @@ def ttl(home: Path, path: CheckpointKey, seconds: str) -> None:
     help="Of the merged weights; an adapter is always float32.",
 )
 @reads_state
-def export(home: Path, path: CheckpointKey, form: str, directory: Path, dtype: str) -> None:
+def export(home: Path, path: CheckpointKey, form: str | None, program: str | None, directory: Path, dtype: str) -> None:
     """Write a checkpoint as files that other programs load, then read them back and compare logits."""
+    if form is None and program is None:
+        raise click.UsageError("Missing option '--format'. Choose from: peft, merged; or give --for.")
     from jax_client.config import EngineConfig
     from jax_client.runs.lifecycle.export import export_checkpoint
 
     config = EngineConfig(state_dir=home, precompile=False, autosave_minutes=None)
-    report = export_checkpoint(open_store(home), path, directory, form, dtype, config)  # type: ignore[arg-type]
+    report = export_checkpoint(
+        open_store(home),
+        path,
+        directory,
+        form or "peft",
+        dtype,
+        config,
+        program,  # type: ignore[arg-type]
+    )
     click.echo(f"{report.directory}: {report.files} files, {output.human_size(report.size_bytes)}")
     if report.check is None:
         click.echo(f"not checked: {report.unchecked}")

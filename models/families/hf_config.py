@@ -12,6 +12,17 @@ from typing import Any
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.models.config import RopeScaling
 
+# Rope types that are not computed: what will come, and the way out until then.
+ROPE_TYPES = {
+    "yarn": "it will come with gpt-oss and DeepSeek V3. Where the release offers it as an option for long contexts, as "
+    "Qwen 2.5 and 3 do, take it out of the config.json",
+    "linear": "it will come with Gemma 3. Use a model without it",
+    "dynamic": "it is not planned. It changes nothing up to max_position_embeddings: take it out of the config.json",
+    "longrope": "it is not planned. Use a model without it",
+    "su": "it is not planned. Use a model without it",
+    "proportional": "it is not planned. Use a model without it",
+}
+
 
 def shared_fields(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the `ModelConfig` fields that every family reads alike; refuse what the layers do not compute."""
@@ -60,6 +71,12 @@ def refuse_sliding_window(hf: Mapping[str, Any], where: str) -> None:
         )
 
 
+def rope_advice(kind: object) -> str:
+    """Return what will become of a rope type that is not computed, and the way out until then."""
+    known = ROPE_TYPES.get(kind) if isinstance(kind, str) else None
+    return f"About {kind!r}: {known}." if known else "Use a model with one of them."
+
+
 def read_rope(hf: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Return (theta, scaling) from the flat keys or from `rope_parameters`.
 
@@ -73,7 +90,9 @@ def read_rope(hf: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | N
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise UnsupportedError(f"{where}: rope type {kind!r} is not supported; supported are 'default' and 'llama3'.")
+        raise UnsupportedError(
+            f"{where}: rope type {kind!r} is not supported; supported are 'default' and 'llama3'. {rope_advice(kind)}"
+        )
     scaling = RopeScaling(
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),

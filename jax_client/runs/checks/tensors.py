@@ -67,7 +67,8 @@ def token_ids(array: np.ndarray, where: str, vocab_size: int, *, or_nothing: boo
             else (
                 " Positions that must not count take any valid id and a weight or advantage of 0."
                 if array[at] < 0
-                else " Was it tokenized for another model?"
+                else " Was it tokenized for another model? A token that was added to the tokenizer, for padding say, "
+                "has no row in the embedding; sequences need no padding."
             )
         )
         raise BadRequestError(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jax_client.config import EngineConfig
     from jax_client.runs.lifecycle.export_check import ExportCheck
     from jax_client.values import AdapterState
+    from jax_client.weights.write.peft import Program
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,13 @@ class ExportReport:
 
 
 def export_checkpoint(
-    store: CheckpointStore, path: CheckpointKey, output: Path, format: Format, dtype: DType, config: EngineConfig
+    store: CheckpointStore,
+    path: CheckpointKey,
+    output: Path,
+    format: Format,
+    dtype: DType,
+    config: EngineConfig,
+    program: Program | None = None,
 ) -> ExportReport:
     """Write a checkpoint's adapter, alone or merged into its base model, and check what it computes.
 
@@ -65,6 +72,7 @@ def export_checkpoint(
         format: "peft" is an adapter in float32, "merged" a model in Hugging Face layout.
         dtype: of a merged model.
         config: of the engine that checks.
+        program: what will load a "peft" export; None may be any. Some adapters are exact in certain programs only.
 
     Raises:
         NotFoundError: there is no such checkpoint, or its base model is not found.
@@ -98,7 +106,7 @@ def export_checkpoint(
             directory = temporary / output.name
             os.mkdir(directory)
             if format == "peft":
-                write_adapter(directory, state, model, base_model)
+                write_adapter(directory, state, model, base_model, program)
             else:
                 write_merged(directory, source, model, state, dtype=dtype, shard_bytes=SHARD_BYTES)
             files.fsync_tree(directory)
@@ -153,18 +161,18 @@ def import_adapter(store: CheckpointStore, directory: Path, base_model: str, nam
 
     Raises:
         BadRequestError, NotFoundError: a malformed name; no such model; files that are damaged, missing or do not fit.
-        UnsupportedError: the adapter is more than plain LoRA.
+        UnsupportedError: the adapter is more than LoRA on linear layers.
         RequestFailedError: the disk failed.
     """
     checks.checkpoint_name(name)
     from jax_client.weights.read import hf
     from jax_client.weights.read.identity import fingerprint
-    from jax_client.weights.read.load import read_config
+    from jax_client.weights.read.load import open_tensors, read_config
     from jax_client.weights.write.peft import read_adapter
     from jax_client.weights.write.peft_config import CONFIG
 
     source = resolve(base_model)
-    state = read_adapter(directory, read_config(source))
+    state = read_adapter(directory, read_config(source), open_tensors(source))
     trained_on = hf.read_json(directory, CONFIG).get("base_model_name_or_path")
     if trained_on and trained_on not in (base_model, source.lasting_name):
         logger.warning(

@@ -114,7 +114,7 @@ class RunCheckpointer:
         from jax_client.weights.write import peft
 
         def write(directory: Path) -> None:
-            peft.write_adapter(directory, state, self._engine.model, self._model_ref.source.lasting_name)
+            peft.write_adapter(directory, state, self._engine.model, self._model_ref.source.lasting_name, "peft")
             check = check_export(self._engine, state, directory)
             logger.info(
                 "export %s: largest difference of logits on %d probe tokens: %.2g", name, check.tokens, check.difference

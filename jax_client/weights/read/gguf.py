@@ -7,14 +7,16 @@ package's dequantisation is used as it is.
 from __future__ import annotations
 
 import math
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jax_client.errors import BadRequestError, UnsupportedError
+from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
+from jax_client.models.families.hf_config import rope_advice
 from jax_client.models.families.registry import FAMILIES
 from jax_client.values import JsonObject
 from jax_client.weights.read.tensors import TensorInfo
@@ -24,6 +26,8 @@ VERSIONS = (2, 3)
 MAX_COUNT = 2**24
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# llama.cpp writes a large model as several files of such names, each with a header of its own.
+PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 AGAIN = "The file is damaged: delete it and download it again."
 
 ARCHITECTURES = {family.gguf: family.architectures[0] for family in FAMILIES.values() if family.gguf}
@@ -49,8 +53,9 @@ LAYER_NAMES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GgufTensor:
-    """One tensor of the file: ggml's type name, shape outermost first, bytes [begin, end) from the file's start."""
+    """One tensor: its file, ggml's type name, shape outermost first, bytes [begin, end) from the file's start."""
 
+    path: Path
     type: str
     shape: tuple[int, ...]
     begin: int
@@ -59,12 +64,17 @@ class GgufTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GgufFile:
-    """A parsed header: metadata by key, tensors by the file's own names, and where the data begins."""
+    """A parsed header: metadata by key, tensors by the file's own names, and where the data of each part begins.
+
+    Attributes:
+        path: the file; the first one of a model in parts.
+        parts: every file of the model, with the first byte of its data.
+    """
 
     path: Path
     metadata: JsonObject
     tensors: dict[str, GgufTensor]
-    data_start: int
+    parts: tuple[tuple[Path, int], ...]
 
     def value(self, key: str) -> Any:
         """Return a metadata value that has to be there."""
@@ -132,12 +142,81 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Parse the header of a GGUF file.
+    """Parse the header of a GGUF file; of a model in parts, those of all of them.
+
+    Args:
+        path: the file, or any part.
 
     Raises:
-        BadRequestError: truncated file, trailing bytes, or a header that describes no valid file.
+        BadRequestError: truncated file, trailing bytes, or a header that describes no valid file; parts that are not
+            of one model.
+        NotFoundError: a part is missing; names it.
         UnsupportedError: a version or a byte order that is not read.
     """
+    file = _read_part(path)
+    count = file.metadata.get("split.count", 0)
+    if type(count) is not int or not 0 <= count <= 99_999:
+        raise BadRequestError(f"{path}: split.count is {count!r:.80}. {AGAIN}")
+    return file if count < 2 else _join(_part_paths(path, count), count)
+
+
+def first_part(path: Path) -> Path:
+    """Return the first file of a model in parts, given any of them; the path itself where it is the only one."""
+    match = PART_NAME.fullmatch(path.name)
+    first = path.with_name(f"{match[1]}-00001-of-{match[3]}.gguf") if match else path
+    return first if first.is_file() else path
+
+
+def present_parts(path: Path) -> list[Path]:
+    """Return the files of a model by their names alone, those that are there: all parts, or the one file."""
+    match = PART_NAME.fullmatch(path.name)
+    return [part for part in _named_parts(path, match) if part.is_file()] if match else [path]
+
+
+def _named_parts(path: Path, match: re.Match[str]) -> list[Path]:
+    return [path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") for number in range(1, int(match[3]) + 1)]
+
+
+def _part_paths(path: Path, count: int) -> list[Path]:
+    match = PART_NAME.fullmatch(path.name)
+    if match is None or int(match[3]) != count:
+        raise BadRequestError(
+            f"{path}: it is one of {count} parts, found by their names, such as NAME-00001-of-{count:05}.gguf."
+            " Give the files the names that they were released with."
+        )
+    paths = _named_parts(path, match)
+    if missing := [part.name for part in paths if not part.is_file()]:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise NotFoundError(
+            f"{path}: the model has {count} parts, and {len(missing)} of them are missing: {', '.join(missing[:5])}"
+            f"{more}. Put all parts into {path.parent}."
+        )
+    return paths
+
+
+def _join(paths: list[Path], count: int) -> GgufFile:
+    parts = [_read_part(path) for path in paths]
+    tensors: dict[str, GgufTensor] = {}
+    for number, part in enumerate(parts):
+        found = part.metadata.get("split.no"), part.metadata.get("split.count")
+        if found != (number, count):
+            raise BadRequestError(
+                f"{part.path}: it is part {found[0]!r} of {found[1]!r} by its metadata (counted from 0), and {number} "
+                f"of {count} by its name. Give the files the names that they were released with."
+            )
+        if twice := tensors.keys() & part.tensors.keys():
+            raise BadRequestError(f"{part.path}: tensor {min(twice)} is also in another part. {AGAIN}")
+        tensors |= part.tensors
+    total = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise BadRequestError(
+            f"{paths[0]}: the {count} parts hold {len(tensors)} tensors, but should hold {total!r}. The parts are not "
+            "of one model: download them again."
+        )
+    return replace(parts[0], tensors=tensors, parts=tuple(place for part in parts for place in part.parts))
+
+
+def _read_part(path: Path) -> GgufFile:
     cursor = _Cursor(path)
     if bytes(cursor.bytes(4)) != GGUF_MAGIC:
         raise BadRequestError(f"{path}: it does not begin with {GGUF_MAGIC!r}; give a GGUF file.")
@@ -163,7 +242,7 @@ def read_gguf(path: Path) -> GgufFile:
     end, size = max((t.end for t in tensors.values()), default=data_start), len(cursor.buffer)
     if not end <= size <= -(-end // alignment) * alignment:
         raise BadRequestError(f"{path}: the header describes {end} bytes, but the file has {size}. {AGAIN}")
-    return GgufFile(path=path, metadata=metadata, tensors=tensors, data_start=data_start)
+    return GgufFile(path=path, metadata=metadata, tensors=tensors, parts=((path, data_start),))
 
 
 def _tensor(path: Path, name: str, header: tuple[tuple[int, ...], int, int], data_start: int) -> GgufTensor:
@@ -182,7 +261,7 @@ def _tensor(path: Path, name: str, header: tuple[tuple[int, ...], int, int], dat
     if elements % block or (shape and shape[-1] % block):
         raise BadRequestError(f"{path}: rows of tensor {name!r}, shape {shape}, are no multiple of {block}. {AGAIN}")
     begin = data_start + offset
-    return GgufTensor(type=kind.name, shape=shape, begin=begin, end=begin + elements // block * block_bytes)
+    return GgufTensor(path=path, type=kind.name, shape=shape, begin=begin, end=begin + elements // block * block_bytes)
 
 
 def dequantizable_types() -> tuple[str, ...]:
@@ -209,8 +288,9 @@ class GgufReader:
         self._names = {hf_name(name): name for name in file.tensors}
         self._architecture = architecture(file)
         self.tensors = {
-            hf: TensorInfo(shape=file.tensors[name].shape, dtype=file.tensors[name].type, file=str(file.path))
+            hf: TensorInfo(shape=tensor.shape, dtype=tensor.type, file=str(tensor.path))
             for hf, name in self._names.items()
+            for tensor in (file.tensors[name],)
         }
 
     def read(self, name: str) -> np.ndarray:
@@ -219,7 +299,7 @@ class GgufReader:
         from gguf.quants import dequantize
 
         tensor = self._file.tensors[self._names[name]]
-        raw = np.memmap(self._file.path, np.uint8, "r", offset=tensor.begin, shape=(tensor.end - tensor.begin,))
+        raw = np.memmap(tensor.path, np.uint8, "r", offset=tensor.begin, shape=(tensor.end - tensor.begin,))
         rows = raw.view(np.ndarray).reshape(math.prod(tensor.shape[:-1]), -1)
         x = dequantize(rows, GGMLQuantizationType[tensor.type]).reshape(tensor.shape)
         if self._architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -282,7 +362,8 @@ def as_hf_config(file: GgufFile) -> JsonObject:
     }
     for key, allowed in refused.items():
         if (found := file.metadata.get(key)) not in allowed:
-            raise UnsupportedError(f"{file.path}: {key} is {found!r}, which is not supported from GGUF.")
+            advice = f" {rope_advice(found)}" if key.endswith("scaling.type") else ""
+            raise UnsupportedError(f"{file.path}: {key} is {found!r}, which is not supported from GGUF.{advice}")
     if "rope_freqs.weight" in file.tensors:
         raise UnsupportedError(
             f"{file.path}: the tensor rope_freqs.weight scales the rotary positions, which is not read from GGUF; "

@@ -18,6 +18,8 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Where transformers keeps the chat templates that have names, such as "tool_use".
+NAMED_TEMPLATES = "additional_chat_templates"
 MAX_JSON_BYTES = 64 * 2**20
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from jax_client.weights.read import hf, safetensors
-from jax_client.weights.read.gguf import read_gguf
+from jax_client.weights.read.gguf import present_parts, read_gguf
 from jax_client.weights.read.source import ModelSource
 
 Stamp: TypeAlias = tuple[tuple[str | int, ...], ...]
@@ -71,7 +71,7 @@ def fingerprint(source: ModelSource) -> str:
     fine-tunes differ in nearly every block, while a full hash would take as long as loading.
     """
     if source.kind == "gguf":
-        files = [(source.path, read_gguf(source.path).data_start)]
+        files = list(read_gguf(source.path).parts)
     else:
         files = [(s, min(e.begin for e in safetensors.read_header(s).values())) for s in hf.shards(source.path)]
     digest = hashlib.sha256()
@@ -89,6 +89,7 @@ def fingerprint(source: ModelSource) -> str:
 def _files(source: ModelSource) -> list[Path]:
     """Return the files that a load may read: weights, configuration, tokenizer; no other file beside them."""
     if source.kind == "gguf":
-        return [source.path]
+        return present_parts(source.path)
     names = [name for name in sorted(os.listdir(source.path)) if name == hf.INDEX or name.startswith(_READ)]
-    return [*hf.shards(source.path), *(path for name in names if (path := source.path / name).is_file())]
+    beside = [path for name in names if (path := source.path / name).is_file()]
+    return [*hf.shards(source.path), *beside, *sorted((source.path / hf.NAMED_TEMPLATES).glob("*.jinja"))]

@@ -49,6 +49,11 @@ def read_config(source: ModelSource) -> ModelConfig:
     return config_from_hf(hf.read_hf_config(source.path), str(source.path / hf.CONFIG))
 
 
+def open_tensors(source: ModelSource) -> TensorReader:
+    """Open a model's files. Raises BadRequestError for damaged ones."""
+    return GgufReader(read_gguf(source.path)) if source.kind == "gguf" else hf.HfReader(source.path)
+
+
 def load_params(
     source: ModelSource, config: ModelConfig, dtype: DTypeLike, mesh: Mesh, *, bits: bool = False
 ) -> Params:
@@ -69,8 +74,7 @@ def load_params(
         BadRequestError: damaged files; missing, extra or misshapen tensors; values that are not finite.
         UnsupportedError: a tensor dtype that is not read.
     """
-    reader: TensorReader
-    reader = GgufReader(read_gguf(source.path)) if source.kind == "gguf" else hf.HfReader(source.path)
+    reader = open_tensors(source)
     check_tensors(reader, expected_tensors(config), tied=config.tied_embeddings, where=str(source.path))
     leaves = leaf_parts(config)
     specs = param_specs(config, np.dtype(dtype))

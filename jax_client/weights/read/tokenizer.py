@@ -6,6 +6,7 @@ end-of-sequence id and ids beyond the embedding.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
 
+logger = logging.getLogger(__name__)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 CONTROL, USER_DEFINED = 3, 4
 # What a model gets that brings no template: ChatML, which all families supported from GGUF speak.
@@ -35,20 +37,28 @@ QWEN2_SPLIT = (
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
     """Load a model's tokenizer from its own files; nothing is downloaded and no code of the model is run.
 
+    It may have more ids than the embedding has rows, such as a padding token that was added later. That is logged.
+
     Raises:
         NotFoundError: a directory without tokenizer files.
-        BadRequestError: damaged files, or a vocabulary that is larger than the embedding (both sizes).
+        BadRequestError: damaged files.
         UnsupportedError: custom tokenizer code; a GGUF tokenizer whose splitting rule is not known here.
     """
     # Imported here: processes that only read a tokenizer have no jax.
     from jax_client.weights.read.load import read_config
 
-    tokenizer = read_tokenizer(source)
-    largest, rows = max(tokenizer.get_vocab().values(), default=-1), read_config(source).vocab_size
-    if largest >= rows:
-        raise BadRequestError(
-            f"{source.path}: the tokenizer's vocabulary has {largest + 1} entries, but the embedding has {rows} rows; "
-            "use the tokenizer that belongs to the model, or a model whose embedding was resized with it."
+    tokenizer, rows = read_tokenizer(source), read_config(source).vocab_size
+    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    if beyond:
+        more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
+        logger.warning(
+            "%s: the tokenizer has ids that the embedding, of %d rows, has not: %s%s. Data and prompts with one of "
+            "them are refused. If the text needs them, use the tokenizer that belongs to the model, or a model whose "
+            "embedding was resized",
+            source.path,
+            rows,
+            ", ".join(f"{index} {token!r:.40}" for index, token in beyond[:5]),
+            more,
         )
     return tokenizer
 
@@ -106,9 +116,16 @@ def from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
         tokenizer_object=bpe,
         clean_up_tokenization_spaces=False,
         model_max_length=file.value(f"{arch}.context_length"),
-        chat_template=file.metadata.get("tokenizer.chat_template", CHATML),
+        chat_template=_chat_templates(file),  # type: ignore[arg-type]
         **{"pad_token": names.get("eos_token"), **names},
     )
+
+
+def _chat_templates(file: GgufFile) -> str | dict[str, str]:
+    """Return the template, or all of them by name where the file has more than the default one."""
+    default, prefix = file.metadata.get("tokenizer.chat_template", CHATML), "tokenizer.chat_template."
+    named = {key.removeprefix(prefix): text for key, text in file.metadata.items() if key.startswith(prefix)}
+    return {"default": default, **named} if named else default
 
 
 def _byte_level_bpe(file: GgufFile, tokens: list[str]) -> Tokenizer:

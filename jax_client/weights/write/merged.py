@@ -18,10 +18,11 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.parts.lora import LORA_ALPHA
 from jax_client.values import AdapterState, JsonObject
 from jax_client.weights.read import hf, safetensors
-from jax_client.weights.read.gguf import GgufReader, architecture, as_hf_config, read_gguf
+from jax_client.weights.read.gguf import architecture, as_hf_config, read_gguf
+from jax_client.weights.read.load import open_tensors
 from jax_client.weights.read.names import expected_tensors
 from jax_client.weights.read.source import ModelSource
-from jax_client.weights.read.tensors import TensorReader, check_tensors
+from jax_client.weights.read.tensors import EMBEDDING, HEAD, TensorReader, check_tensors
 from jax_client.weights.read.tokenizer import load_tokenizer
 from jax_client.weights.write.adapter_names import to_pairs
 from jax_client.weights.write.shards import Tensor, check_space, write_model
@@ -32,7 +33,6 @@ DTYPES = {"bfloat16": safetensors.NUMPY_DTYPES["BF16"], "float32": safetensors.N
 # A lightly trained adapter adds less to a weight than half the step to the next bfloat16, and is rounded away.
 LEAST_KEPT = 0.9
 SAMPLE = 2**18  # elements of each weight that are looked at for it
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -77,8 +77,7 @@ def write_merged(
     """
     pairs = {} if state is None else to_pairs(state, config)
     scale = 0.0 if state is None else LORA_ALPHA / state.spec.rank
-    reader: TensorReader
-    reader = GgufReader(read_gguf(source.path)) if source.kind == "gguf" else hf.HfReader(source.path)
+    reader = open_tensors(source)
     expected = expected_tensors(config)
     check_tensors(reader, expected, tied=config.tied_embeddings, where=str(source.path))
     sources = {name: name for name in expected}
@@ -177,6 +176,10 @@ def _write_tokenizer(directory: Path, source: ModelSource) -> None:
         for name in COPIED:
             if (source.path / name).is_file():
                 shutil.copyfile(hf.inside(source.path, name), directory / name)
+        for path in sorted((source.path / hf.NAMED_TEMPLATES).glob("*.jinja")):
+            (directory / hf.NAMED_TEMPLATES).mkdir(exist_ok=True)
+            template = f"{hf.NAMED_TEMPLATES}/{path.name}"
+            shutil.copyfile(hf.inside(source.path, template), directory / template)
         return
     if "tokenizer.ggml.model" not in read_gguf(source.path).metadata:
         return

@@ -1,66 +1,63 @@
 """How does an adapter become a PEFT directory, and the reverse? Its matrices are renamed and laid out as PEFT has them.
 
-vLLM and SGLang load such directories, too. `peft_config` reads the configuration, this module the tensors.
+vLLM and SGLang load such directories, too. `peft_config` reads the configuration, `peft_tensors` finds the matrices.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
+from jax_client.errors import NotFoundError, UnsupportedError
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts.lora import LORA_ALPHA
-from jax_client.values import AdapterState, LoraSpec
-from jax_client.weights.read import hf, safetensors
-from jax_client.weights.write.adapter_names import (
-    ATTENTION,
-    MLP,
-    PROJECTIONS,
-    UNEMBED,
-    covered,
-    from_pairs,
-    linear_sizes,
-    to_pairs,
-)
-from jax_client.weights.write.peft_config import CONFIG, PeftConfig, read_peft_config
+from jax_client.values import AdapterState
+from jax_client.weights.read import hf
+from jax_client.weights.read.tensors import TensorReader
+from jax_client.weights.write.adapter_names import PROJECTIONS, covered, from_pairs, linear_sizes, to_pairs
+from jax_client.weights.write.peft_config import CONFIG, PEFT_VERSION, PeftConfig, read_peft_config
+from jax_client.weights.write.peft_tensors import AdapterTensors, read_tensors, tensor_name
 from jax_client.weights.write.shards import Tensor, check_space, write_file
 
 logger = logging.getLogger(__name__)
-WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
+# A program that loads an exported adapter.
+Program = Literal["peft", "vllm", "sglang"]
+WEIGHTS, PICKLES = "adapter_model.safetensors", ("adapter_model.bin", "adapter_model.pt")
 F32 = np.dtype("<f4")
-# What peft saves beside an adapter on the output projection: a copy of the base model's.
-HEAD_COPY = f"{PREFIX}lm_head.base_layer.weight"
 
 
-def write_adapter(directory: Path, state: AdapterState, config: ModelConfig, base_model: str) -> None:
+def write_adapter(
+    directory: Path, state: AdapterState, config: ModelConfig, base_model: str, program: Program | None = None
+) -> None:
     """Write an adapter as a PEFT directory, float32.
+
+    An adapter on an output projection that is the embedding computes the same in peft as long as it is not merged; it
+    is written for peft alone, by name.
 
     Args:
         directory: there already, and empty.
         state: its weights; the optimizer's moments have no place in PEFT.
         config: of the base model.
         base_model: its name or path, for `PeftModel`-loading tools that fetch the base model by it.
+        program: what will load it; None may be any.
 
     Raises:
-        UnsupportedError: an adapter on the output projection of a model that ties it to its embedding.
+        UnsupportedError: an adapter on the output projection of a model that ties it to its embedding, for another
+            program than peft.
         BadRequestError: the adapter is not one of this model.
         RequestFailedError: there is not enough space on the disk.
     """
     pairs = to_pairs(state, config)
     if state.spec.train_unembed and config.tied_embeddings:
-        raise UnsupportedError(
-            "train_unembed is True, but this model's output projection is its embedding: PEFT warns of such an adapter "
-            "and merges it into the embedding too. Export the merged model (--format merged), which gets an output "
-            "projection of its own; or train with train_unembed=False."
-        )
+        _refuse_tied_head(program)
     matrices = {
-        f"{PREFIX}{name}.lora_{part}.weight": matrix
+        tensor_name(name, part): matrix
         for name, (a_RI, b_RO) in pairs.items()
         for part, matrix in (("A", a_RI), ("B", b_RO.T))
     }
@@ -88,128 +85,111 @@ def write_adapter(directory: Path, state: AdapterState, config: ModelConfig, bas
     (directory / CONFIG).write_text(json.dumps(adapter_config, indent=2) + "\n")
 
 
-def read_adapter(directory: Path, config: ModelConfig) -> AdapterState:
+def _refuse_tied_head(program: Program | None) -> None:
+    """Raise UnsupportedError unless the program computes an adapter on an output projection that is the embedding."""
+    if program == "peft":
+        logger.warning(
+            "the adapter covers the output projection, which is the model's embedding: peft computes it exactly, with "
+            "a warning, but its merge_and_unload changes the embedding too. For a merged model export --format merged"
+        )
+        return
+    servers = {"vllm": "vLLM", "sglang": "SGLang"}
+    who = servers[program] if program else "vLLM and SGLang"
+    for_peft = "" if program else " For peft alone, which computes it exactly: --for peft."
+    raise UnsupportedError(
+        "train_unembed is True, and this model's output projection is its embedding: versions of "
+        f"{who} refuse an adapter on it or leave it out without a word. Export the merged model (--format merged), "
+        f"which gets an output projection of its own.{for_peft} Or train with train_unembed=False."
+    )
+
+
+def read_adapter(directory: Path, config: ModelConfig, base: TensorReader | None = None) -> AdapterState:
     """Read a PEFT adapter to start training from: step 0, without moments.
 
-    The engine's alpha is fixed; another one is honoured by scaling B, so that the adapter computes the same.
+    It computes what it computes in peft. The engine's alpha, its one rank and its groups of modules are honoured by
+    scaling B, and by zeros: a linear layer without matrices, and the ranks that a smaller one lacks, get zeros in A and
+    B, which add nothing and have no gradient.
 
     Args:
         directory: with adapter_config.json and adapter_model.safetensors.
         config: of the base model.
+        base: its files, to compare with copies of its embedding that the adapter may bring; None trusts them.
 
     Raises:
         NotFoundError: a file is missing.
-        UnsupportedError: anything but plain LoRA on whole groups of modules, by the name of the field; pickled weights.
+        UnsupportedError: anything but LoRA on linear layers, by the name of the field; pickled weights.
         BadRequestError: damaged files; tensors that are missing, extra, misshapen or not finite: how many, and the
             first five.
     """
     found = read_peft_config(directory)
-    path = _weights_file(directory)
-    entries = safetensors.read_header(path)
-    spec = _spec(path, entries, found)
-    _check(path, entries, config, spec)
-    factors = {name: found.plain_alpha(name) / LORA_ALPHA for name in linear_sizes(config, spec)}
+    tensors = read_tensors(_weights_file(directory), found, config, base)
+    spec = tensors.spec()
+    factors = {name: found.alpha_over(name, spec.rank) / LORA_ALPHA for name in tensors.linears}
     pairs = {}
-    for name, factor in factors.items():
-        a_RI, b_OR = (
-            safetensors.view(path, entries[f"{PREFIX}{name}.lora_{part}.weight"]).astype(np.float32) for part in "AB"
-        )
-        pairs[name] = a_RI, (b_OR * np.float32(factor)).T
-    _say_what_differs(path, entries, found, factors)
+    for name, (n_in, n_out) in linear_sizes(config, spec).items():
+        a_RI, b_RO = np.zeros((spec.rank, n_in), np.float32), np.zeros((spec.rank, n_out), np.float32)
+        if name in factors:
+            a_rI, b_Or = tensors.matrix(name, "A"), tensors.matrix(name, "B")
+            a_RI[: len(a_rI)], b_RO[: len(a_rI)] = a_rI, (b_Or * np.float32(factors[name])).T
+        pairs[name] = a_RI, b_RO
+    _say_what_differs(tensors, found, factors, list(pairs))
     return AdapterState(spec=spec, step=0, weights=from_pairs(pairs, config, spec))
 
 
 def _weights_file(directory: Path) -> Path:
     if (directory / WEIGHTS).exists():
         return hf.inside(directory, WEIGHTS)
-    if (directory / PICKLE).exists():
-        raise UnsupportedError(
-            f"{directory / PICKLE}: pickled weights are not loaded, because reading them runs code from the file. "
-            "Convert them where you trust the source: load the adapter with peft and call save_pretrained."
-        )
+    for name in PICKLES:
+        if (directory / name).exists():
+            raise UnsupportedError(
+                f"{directory / name}: pickled weights are not loaded, because reading them runs code from the file. "
+                'Convert them; this reads tensors only: python -c "import torch, safetensors.torch as s; t = '
+                f"torch.load({str(directory / name)!r}, map_location='cpu', weights_only=True); s.save_file({{k: "
+                f'v.clone().contiguous() for k, v in t.items()}}, {str(directory / WEIGHTS)!r})"'
+            )
     raise NotFoundError(f"{directory}: looked for {WEIGHTS} beside {CONFIG}; give the directory that holds both.")
 
 
-def _spec(path: Path, entries: dict[str, safetensors.Entry], found: PeftConfig) -> LoraSpec:
-    """Return the configuration that the tensors amount to; `target_modules` may be a pattern of any form."""
-    names = {
-        name.removeprefix(PREFIX).rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in entries if ".lora_" in name
-    }
-    present = {module for module, projection in PROJECTIONS.items() if projection in names}
-    for setting, group in (("train_attn", ATTENTION), ("train_mlp", MLP)):
-        if present & group.keys() and not group.keys() <= present:
-            have = ", ".join(PROJECTIONS[m] for m in group if m in present)
-            raise UnsupportedError(
-                f"{path}: the adapter covers {have} only; {setting} covers {', '.join(group.values())} together. Train "
-                "the adapter on all of them, or merge it into the base model (peft's merge_and_unload) and start from "
-                "that."
-            )
-    if not present:
-        first = "; ".join(list(entries)[:5])
-        raise BadRequestError(
-            f"{path}: none of its {len(entries)} tensors is LoRA's on a linear layer of this model ({first}). Give an "
-            f"adapter of a causal language model, with tensors such as {PREFIX}lm_head.lora_A.weight."
-        )
-    listed = found.listed_projections()
-    if listed is not None and (listed ^ {PROJECTIONS[m] for m in present}) & set(PROJECTIONS.values()):
-        raise BadRequestError(
-            f"{path}: it holds tensors of {', '.join(PROJECTIONS[m] for m in PROJECTIONS if m in present)}, but "
-            f"target_modules of {CONFIG} lists {', '.join(sorted(listed))}. Use both files of one adapter."
-        )
-    return LoraSpec(
-        rank=found.rank,
-        seed=0,
-        train_attn="q" in present,
-        train_mlp="gate" in present,
-        train_unembed=UNEMBED in present,
-    )
-
-
-def _check(path: Path, entries: dict[str, safetensors.Entry], c: ModelConfig, spec: LoraSpec) -> None:
-    """Raise unless the file holds exactly the adapter's matrices, finite and in a dtype that is read."""
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, (n_in, n_out) in linear_sizes(c, spec).items():
-        expected[f"{PREFIX}{name}.lora_A.weight"] = (spec.rank, n_in)
-        expected[f"{PREFIX}{name}.lora_B.weight"] = (n_out, spec.rank)
-    known = expected | ({HEAD_COPY: (c.vocab_size, c.d_model)} if spec.train_unembed else {})
-    wrong: dict[str, list[str]] = {"missing": [], "misshapen": [], "extra": [], "not finite": []}
-    wrong["missing"] = [f"{n}: expected {shape}, not there" for n, shape in expected.items() if n not in entries]
-    for name, entry in entries.items():
-        if name not in known:
-            wrong["extra"].append(f"{name}: not expected, found {entry.shape}")
-        elif known[name] != entry.shape:
-            wrong["misshapen"].append(f"{name}: expected {known[name]}, found {entry.shape}")
-        elif entry.dtype not in safetensors.NUMPY_DTYPES:
-            raise UnsupportedError(
-                f"{path}: tensor {name} has dtype {entry.dtype}, which is not loaded; supported are "
-                f"{', '.join(safetensors.NUMPY_DTYPES)}. Save the adapter in one of them."
-            )
-        elif name in expected and not np.isfinite(safetensors.view(path, entry)).all():
-            wrong["not finite"].append(f"{name}: values that are not finite")
-    if any(wrong.values()):
-        counts = ", ".join(f"{len(names)} {kind}" for kind, names in wrong.items())
-        first = "; ".join([text for names in wrong.values() for text in names][:5])
-        raise BadRequestError(
-            f"{path}: the tensors do not fit the base model and r {spec.rank}: {counts}. First: {first}. Use an "
-            "adapter of this very base model, with its own adapter_config.json."
-        )
-
-
 def _say_what_differs(
-    path: Path, entries: dict[str, safetensors.Entry], found: PeftConfig, factors: dict[str, float]
+    tensors: AdapterTensors, found: PeftConfig, factors: Mapping[str, float], linears: list[str]
 ) -> None:
+    path = tensors.path
     if different := {factor for factor in factors.values() if factor != 1.0}:
         logger.warning(
             "%s: its scale is not alpha %g over the rank; B was multiplied by %s, so that the adapter computes the "
             "same. An optimizer step moves this B like any other, so its effect is one over that factor of what it was",
             path,
             LORA_ALPHA,
-            ", ".join(f"{factor:.6g}" for factor in sorted(different)),
+            _few([f"{factor:.6g}" for factor in sorted(different)]),
+        )
+    if ranks := {found.rank_of(name) for name in factors} - {tensors.rank}:
+        logger.warning(
+            "%s: its ranks are %s; all have %d here, filled up with zeros, which add nothing and stay zero in training",
+            path,
+            _few([str(rank) for rank in sorted(ranks | {tensors.rank})]),
+            tensors.rank,
+        )
+    if absent := Counter(name.rsplit(".", 1)[-1] for name in linears if name not in factors):
+        logger.warning(
+            "%s: it has no matrices for %s. They are zeros here, which add nothing and stay zero in training",
+            path,
+            ", ".join(f"{projection} ({count} layers)" for projection, count in absent.items()),
         )
     if found.dropout:
         logger.warning("%s: lora_dropout %g is not applied; there is no dropout in training here", path, found.dropout)
-    if HEAD_COPY in entries:
-        logger.info("%s: %s is not read; the base model's own output projection is used", path, HEAD_COPY)
+    if found.initial_weights == "mica":
+        logger.warning("%s: MiCA trained A alone and kept B as it was; training here moves both", path)
+    if found.unknown:
+        logger.warning(
+            "%s: peft %d.%d does not know the fields %s; they are not read",
+            found.path,
+            *PEFT_VERSION,
+            _few([repr(key)[:80] for key in found.unknown]),
+        )
+
+
+def _few(items: list[str]) -> str:
+    return ", ".join(items[:8]) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
 
 
 def _slicer(matrix: np.ndarray) -> Callable[[int, int], np.ndarray]:

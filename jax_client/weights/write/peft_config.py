@@ -1,13 +1,13 @@
-"""What does an adapter_config.json ask for? Plain LoRA; any other field that changes the adapter's result is refused.
+"""What does an adapter_config.json ask for? LoRA on linear layers; a field that changes more than that is refused.
 
-Refused are unknown fields, too: a later version of PEFT may add one. The error names the field.
+Fields that PEFT 0.21 does not know are reported, and are refused where a later version wrote them or a fork's variant.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
@@ -15,100 +15,214 @@ from typing import TypeGuard
 from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
 from jax_client.values import MAX_LORA_RANK
 from jax_client.weights.read import hf
+from jax_client.weights.write.peft_patterns import HEAD, NamePatterns, Targets
 
 CONFIG = "adapter_config.json"
+# The newest version whose fields are all listed below.
+PEFT_VERSION = (0, 21)
 # Fields that are read here, that the tensors tell better, or that say how the adapter was made and not what it is.
-HARMLESS = {
-    "peft_type", "task_type", "r", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "target_modules",
-    "init_lora_weights", "exclude_modules", "layers_pattern", "base_model_name_or_path", "revision", "auto_mapping",
-    "peft_version", "inference_mode", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config",
+# fan_in_fan_out is about layers that no supported model has; peft sets it back for linear ones. VeLoRA changes the
+# gradients alone.
+READ = {
+    "peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias",
+    "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode", "fan_in_fan_out",
+    "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "velora_config", "runtime_config",
 }  # fmt: skip
-NOTHING = (None, False, "none", {}, [])
+# Fields of PEFT 0.21 that make the adapter something that A and B alone are not, and whether merging holds it.
+REFUSED = {
+    "use_dora": True,
+    "modules_to_save": True,
+    "trainable_token_indices": True,
+    "layer_replication": True,
+    "lora_bias": True,
+    "target_parameters": True,
+    "use_bdlora": True,
+    "kasa_config": True,
+    "ensure_weight_tying": True,
+    "megatron_config": True,
+    "use_qalora": False,
+    "alora_invocation_tokens": False,
+    "arrow_config": False,
+    "monteclora_config": False,
+}
+NOTHING = (None, False, "none", {}, [], "")
 # The other initialisations leave the base model with other weights than it came with, and the adapter relies on them.
-INITIAL_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal")
-# A module's name, or the end of one, as alpha_pattern's keys have it; "^" as peft writes it.
-PLAIN_NAME = re.compile(r"\^?[\w.]+")
+INITIAL_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+# Kinds of adapters that peft cannot merge into weights.
+PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeftConfig:
-    """What an adapter_config.json says about plain LoRA.
+    """What an adapter_config.json says about LoRA.
 
     Attributes:
-        rank: r.
-        alpha, alpha_pattern: lora_alpha, and that of the modules whose names end in a key.
+        path: the file.
+        rank, alpha: r and lora_alpha, of the modules that no pattern matches.
+        ranks, alphas: rank_pattern and alpha_pattern.
         rank_stabilised: the scale is alpha over the root of the rank.
         dropout: of its training.
-        targets: target_modules, a list of names or a pattern.
+        targets: which linear layers it covers; None where only the tensors tell.
+        bias: which biases it trained: "none", "all" or "lora_only".
+        initial_weights: init_lora_weights.
+        unknown: fields that are in no version of peft up to 0.21.
     """
 
+    path: Path
     rank: int
     alpha: float
-    alpha_pattern: Mapping[str, float]
+    ranks: NamePatterns
+    alphas: NamePatterns
     rank_stabilised: bool
     dropout: float
-    targets: list[str] | str | None
+    targets: Targets | None
+    bias: str
+    initial_weights: object
+    unknown: tuple[str, ...]
 
-    def plain_alpha(self, linear: str) -> float:
-        """Return the alpha that, over the rank, is the scale of a linear layer; the first key that fits holds."""
-        fitting = (alpha for key, alpha in self.alpha_pattern.items() if _ends_in(linear, key))
-        return next(fitting, self.alpha) * (math.sqrt(self.rank) if self.rank_stabilised else 1.0)
+    def rank_of(self, linear: str) -> int:
+        """Return the rank of a linear layer's matrices."""
+        return int(self.ranks.value(linear, self.rank))
 
-    def listed_projections(self) -> set[str] | None:
-        """Return the last parts of the names in target_modules, such as "q_proj"; None for a pattern."""
-        if not isinstance(self.targets, list):
-            return None
-        return {target.rsplit(".", 1)[-1] for target in self.targets}
+    def alpha_over(self, linear: str, rank: int) -> float:
+        """Return the alpha that, over `rank`, is the scale of a linear layer."""
+        own = self.rank_of(linear)
+        return self.alphas.value(linear, self.alpha) * rank / (math.sqrt(own) if self.rank_stabilised else own)
 
 
 def read_peft_config(directory: Path) -> PeftConfig:
     """Read an adapter's configuration.
 
     Raises:
-        NotFoundError: there is none.
-        UnsupportedError: a field asks for more than plain LoRA; names it.
+        NotFoundError: there is none; names folders below that have one.
+        UnsupportedError: a field asks for more than LoRA on linear layers; names it, and the way out.
         BadRequestError: damaged, or a value that no adapter can have.
     """
     if not (directory / CONFIG).is_file():
-        raise NotFoundError(f"{directory}: looked for {CONFIG}; give the directory of a PEFT adapter.")
+        below = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
+        there = f" Adapters are in its folders {', '.join(below[:5])}." if below else ""
+        raise NotFoundError(f"{directory}: looked for {CONFIG}; give the directory of a PEFT adapter.{there}")
     raw, path = hf.read_json(directory, CONFIG), directory / CONFIG
-    _refuse(raw, path)
-    pattern = raw.get("alpha_pattern") or {}
-    if not isinstance(pattern, dict) or not all(PLAIN_NAME.fullmatch(key) for key in pattern):
-        raise UnsupportedError(
-            f"{path}: alpha_pattern is {pattern!r:.80}; read are modules by name, or by the end of their name, and no "
-            "regular expressions. Write the names out."
-        )
-    targets = raw.get("target_modules")
-    if not (targets is None or isinstance(targets, str) or _is_names(targets)):
-        raise BadRequestError(f"{path}: target_modules is {targets!r:.80}; expected a list of names, or a pattern.")
-    rank = raw.get("r")
-    if type(rank) is not int or not 1 <= rank <= MAX_LORA_RANK:
-        raise BadRequestError(f"{path}: r is {rank!r}; expected an integer in 1..{MAX_LORA_RANK}.")
+    unknown = _refuse(raw, path)
     dropout = raw.get("lora_dropout") or 0.0
     return PeftConfig(
-        rank=rank,
+        path=path,
+        rank=_rank(path, "r", raw.get("r", 8)),
         alpha=_positive(path, "lora_alpha", raw.get("lora_alpha", 8)),
-        alpha_pattern={key: _positive(path, f"alpha_pattern[{key!r}]", value) for key, value in pattern.items()},
+        ranks=_patterns(raw, path, "rank_pattern", _rank),
+        alphas=_patterns(raw, path, "alpha_pattern", _positive),
         rank_stabilised=bool(raw.get("use_rslora")),
         dropout=_positive(path, "lora_dropout", dropout) if dropout else 0.0,
-        targets=targets,
+        targets=_targets(raw, path),
+        bias=str(raw.get("bias") or "none"),
+        initial_weights=raw.get("init_lora_weights"),
+        unknown=unknown,
     )
 
 
-def _refuse(raw: Mapping[str, object], path: Path) -> None:
-    wanted = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "init_lora_weights": INITIAL_WEIGHTS}
-    refused = {key: raw.get(key) for key, allowed in wanted.items() if raw.get(key) not in allowed}
-    refused |= {key: value for key, value in raw.items() if key not in HARMLESS and value not in NOTHING}
-    if refused:
-        key, value = next(iter(refused.items()))
-        others = f" (and {', '.join(list(refused)[1:])})" if len(refused) > 1 else ""
-        raise UnsupportedError(
-            f"{path}: {key} is {value!r:.80}{others}, which is not supported: only plain LoRA on linear layers is "
-            "read. Merge the adapter into the base model (peft's merge_and_unload) and start from that, or train one "
-            "without."
+def way_out(directory: Path, raw: Mapping[str, object] | None = None) -> str:
+    """Return how to go on with an adapter that is refused but that peft can merge: the command, and what to give."""
+    targets = (raw or {}).get("target_modules")
+    merged = f"{directory}-merged"
+    caution = ""
+    if isinstance(targets, list) and HEAD in targets:
+        caution = (
+            " If the model's output projection is its embedding, peft changes both: give it one of its own before."
         )
+    return (
+        'Merge it into its base model, where peft is installed and the base model is at hand: python -c "from peft '
+        f"import AutoPeftModelForCausalLM as M; M.from_pretrained({str(directory)!r}).merge_and_unload()"
+        f".save_pretrained({merged!r})\". Copy the base model's tokenizer into {merged}, and give that as "
+        f"base_model.{caution}"
+    )
+
+
+def _refuse(raw: Mapping[str, object], path: Path) -> tuple[str, ...]:
+    """Refuse what A and B alone do not compute; return the fields that are not known and need not be."""
+    kind, task = raw.get("peft_type"), raw.get("task_type")
+    if kind != "LORA":
+        advice = "Train a LoRA adapter." if kind in PROMPTS else way_out(path.parent, raw)
+        raise UnsupportedError(f"{path}: peft_type is {kind!r:.80}, and only 'LORA' is read. {advice}")
+    if task not in ("CAUSAL_LM", None):
+        raise UnsupportedError(
+            f"{path}: task_type is {task!r:.80}, and only adapters of causal language models ('CAUSAL_LM') are read. "
+            "Give one of those."
+        )
+    if raw.get("init_lora_weights") not in INITIAL_WEIGHTS:
+        raise UnsupportedError(
+            f"{path}: init_lora_weights is {raw['init_lora_weights']!r:.80}, which is not supported: it changed the "
+            "base model, too. One way out is peft's save_pretrained(..., path_initial_model_for_weight_conversion="
+            f"FOLDER OF THE INITIAL ADAPTER), which makes plain LoRA of it. The other: {way_out(path.parent, raw)}"
+        )
+    present = [key for key, value in raw.items() if value not in NOTHING]
+    if refused := [key for key in present if key in REFUSED]:
+        key = refused[0]
+        others = f" (and {', '.join(refused[1:])})" if len(refused) > 1 else ""
+        advice = way_out(path.parent, raw) if all(REFUSED[k] for k in refused) else "Train a LoRA adapter without it."
+        raise UnsupportedError(
+            f"{path}: {key} is {raw[key]!r:.80}{others}, which is not supported: only LoRA on linear layers is read. "
+            f"{advice}"
+        )
+    unknown = [key for key in present if key not in READ]
+    _refuse_unknown(raw, path, unknown)
+    return tuple(unknown)
+
+
+def _refuse_unknown(raw: Mapping[str, object], path: Path, unknown: list[str]) -> None:
+    """Refuse unknown fields that may change what the adapter computes.
+
+    peft names its variants "use_...", and so do its forks; a version after 0.21 may have fields of any name.
+    """
+    version = re.match(r"(\d+)\.(\d+)", str(raw.get("peft_version") or ""))
+    is_later = version is not None and tuple(map(int, version.groups())) > PEFT_VERSION
+    for key in unknown:
+        if is_later or key.startswith("use_"):
+            known = ".".join(map(str, PEFT_VERSION))
+            by = f"peft {raw['peft_version']!s:.40} wrote it" if is_later else "it may name a variant of LoRA"
+            raise UnsupportedError(
+                f"{path}: {key} is {raw[key]!r:.80}, a field that peft {known} does not know, and {by}. If it changes "
+                f"nothing about what the adapter computes, remove it from the file. Otherwise: "
+                f"{way_out(path.parent, raw)}"
+            )
+
+
+def _targets(raw: Mapping[str, object], path: Path) -> Targets | None:
+    lists: dict[str, list[str] | str] = {}
+    for field in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = raw.get(field)
+        if not (value is None or isinstance(value, str) or _is_names(value)):
+            raise BadRequestError(f"{path}: {field} is {value!r:.80}; expected a list of names, or a pattern.")
+        lists[field] = value if value is not None else []
+    layers = raw.get("layers_to_transform")
+    numbers = [layers] if type(layers) is int else layers
+    if not (numbers is None or (isinstance(numbers, list) and all(type(number) is int for number in numbers))):
+        raise BadRequestError(f"{path}: layers_to_transform is {layers!r:.80}; expected a list of layers' numbers.")
+    if raw.get("target_modules") is None:
+        return None  # peft takes the usual ones of the model's kind
+    patterns = lists["layers_pattern"]
+    names = [patterns] if isinstance(patterns, str) and patterns else list(patterns)
+    try:
+        return Targets(str(path), lists["target_modules"], lists["exclude_modules"], numbers or None, names)
+    except UnsupportedError:
+        return None  # a pattern that may take too long; the tensors tell, too
+
+
+def _patterns(
+    raw: Mapping[str, object], path: Path, field: str, check: Callable[[Path, str, object], float]
+) -> NamePatterns:
+    pattern = raw.get(field) or {}
+    if not isinstance(pattern, dict):
+        raise BadRequestError(f"{path}: {field} is {pattern!r:.80}; expected an object of names and numbers.")
+    values = {key: check(path, f"{field}[{key!r}]", value) for key, value in pattern.items()}
+    return NamePatterns(f"{path}: {field}", values)
+
+
+def _rank(path: Path, field: str, value: object) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_LORA_RANK:
+        raise BadRequestError(f"{path}: {field} is {value!r:.80}; expected an integer in 1..{MAX_LORA_RANK}.")
+    return value
 
 
 def _positive(path: Path, field: str, value: object) -> float:
@@ -119,9 +233,3 @@ def _positive(path: Path, field: str, value: object) -> float:
 
 def _is_names(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _ends_in(linear: str, key: str) -> bool:
-    if key.startswith("^"):
-        return linear == key[1:]
-    return f".{linear}".endswith(f".{key}")

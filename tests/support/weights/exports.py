@@ -81,3 +81,27 @@ def torch_logprobs(model: Any, case: str) -> Any:
         logprobs = torch.log_softmax(model(tokens[None]).logits[0], -1)
         rows.append(logprobs.gather(-1, targets[:, None])[:, 0])
     return torch.cat(rows)
+
+
+def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
+    x = logits_TV.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def save_peft(base: Path, adapter: Path, save_embedding_layers: Any = "auto", **settings: Any) -> Any:
+    """Save an adapter of peft with random matrices, about as large as trained ones; return the model with it."""
+    model = torch_model(base)
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(**{"r": 8, "task_type": "CAUSAL_LM"} | settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.05)
+            elif parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(adapter, save_embedding_layers=save_embedding_layers)
+    return model.eval()
