@@ -36,6 +36,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="conversations per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, decays linearly to a tenth")
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
+    parser.add_argument(
+        "--no-train-unembed", action="store_true", help="no adapter on the output projection: vLLM, SGLang take it then"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the initial adapter and the order of the data")
     parser.add_argument("--out", type=Path, default=Path("quickstart_out"), help="folder for loss.png")
     args = parser.parse_args()
@@ -127,7 +130,9 @@ def main() -> int:
     start = time.perf_counter()
     with console.status(f"loading {MODEL}"):
         service = jax_client.ServiceClient()
-        client = service.create_lora_training_client(base_model=MODEL, rank=args.rank, seed=args.seed).result()
+        client = service.create_lora_training_client(
+            base_model=MODEL, rank=args.rank, seed=args.seed, train_unembed=not args.no_train_unembed
+        ).result()
         tokenizer = client.get_tokenizer()
     console.print(f"loaded {MODEL} in {time.perf_counter() - start:.1f} s ({settings(service)})")
     examples = [render(tokenizer, messages) for messages in read_conversations(DATA)]

@@ -66,6 +66,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub name or directory")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the base model")
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
+    parser.add_argument(
+        "--no-train-unembed", action="store_true", help="no adapter on the output projection: vLLM, SGLang take it then"
+    )
     parser.add_argument("--steps", type=int, default=10, help="sampling rounds")
     parser.add_argument("--prompts", type=int, default=3, help="prompts per round")
     parser.add_argument("--group", type=int, default=8, help="answers per prompt")
@@ -154,7 +157,9 @@ def update(client: Any, answers: Sequence[Answer], args: argparse.Namespace) -> 
 def main() -> int:
     args = arguments()
     service = jax_client.ServiceClient(config=jax_client.EngineConfig(dtype=args.dtype))
-    client = service.create_lora_training_client(base_model=args.model, rank=args.rank, seed=args.seed).result()
+    client = service.create_lora_training_client(
+        base_model=args.model, rank=args.rank, seed=args.seed, train_unembed=not args.no_train_unembed
+    ).result()
     tokenizer = client.get_tokenizer()
     order = random.Random(args.seed)
     task: Task = Arithmetic() if args.task == "arithmetic" else Length(args.words)

@@ -23,6 +23,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("data", type=Path, help="JSONL file")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub name or directory")
     parser.add_argument("--rank", type=int, default=32, help="LoRA rank")
+    parser.add_argument(
+        "--no-train-unembed", action="store_true", help="no adapter on the output projection: vLLM, SGLang take it then"
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="conversations per optimizer step")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=5e-4, help="decays linearly to zero over the run")
@@ -124,7 +127,9 @@ def main() -> int:
         first = resumed_step(args.resume)
         client = service.create_training_client_from_state_with_optimizer(args.resume).result()
     else:
-        client = service.create_lora_training_client(base_model=args.model, rank=args.rank, seed=args.seed).result()
+        client = service.create_lora_training_client(
+            base_model=args.model, rank=args.rank, seed=args.seed, train_unembed=not args.no_train_unembed
+        ).result()
     examples = load_examples(client.get_tokenizer(), args)
     total = args.epochs * -(-len(examples) // args.batch_size)
     if first >= total:

@@ -6,7 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,21 @@ def test_other_weights_under_the_same_name_are_noticed(cli, trained, tmp_path):
     finally:
         write_hf(directory, case, values)
     assert not (tmp_path / "no").exists()
+
+
+def test_the_default_adapter_of_a_tied_model_is_exported_for_peft(cli, trained, tmp_path):
+    case = CASES["llama_tied"]
+    model = str(write_hf(tmp_path / "tied", case, base_values(case)))
+    client = trained.service.create_lora_training_client(base_model=model, rank=4, seed=1).result()
+    tied = replace(trained, path=client.save_state("tied").result().path)
+    assert "--for peft" in tied.export(cli, "peft", tmp_path / "out").error(1)
+    assert "--format merged" in tied.export(cli, "peft", tmp_path / "out", "--for", "vllm").error(1)
+    assert not (tmp_path / "out").exists()
+    for_peft = ("checkpoint", "export", tied.path, "--for", "peft", "--output", tmp_path / "out", *tied.at)
+    done = cli(*for_peft)
+    assert (done.code, "differ by at most" in done.out) == (0, True), done.err
+    without = ("checkpoint", "export", tied.path, "--output", tmp_path / "no", *tied.at)
+    assert "Missing option '--format'" in cli(*without).error(2)
 
 
 def test_an_export_that_fails_leaves_nothing(cli, home, tmp_path, monkeypatch):

@@ -95,14 +95,18 @@ def write_gguf(
     arch: str = "llama",
     quantization: str = "F32",
     metadata: dict[str, Any] | None = None,
+    part_tensors: int = 0,
 ) -> Path:
-    """Write a GGUF file as llama.cpp's converter does: rotary pairs of a "llama" next to each other in q and k."""
+    """Write a GGUF file as llama.cpp's converter does: rotary pairs of a "llama" next to each other in q and k.
+
+    With `part_tensors`, write parts of at most that number of tensors, such as NAME-00001-of-00003.gguf.
+    """
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
 
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config["head_dim"] or config["hidden_size"] // heads
-    writer = GGUFWriter(path, arch)
+    writer = GGUFWriter(path, arch, split_max_tensors=part_tensors)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])

@@ -130,12 +130,33 @@ def test_a_full_disk_is_said_before_anything_is_written(
     assert list(out.iterdir()) == []
 
 
-def test_an_adapter_on_a_tied_head_has_no_peft_form(engine_of: Callable[[str], Engine], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (None, r"vLLM and SGLang refuse .*\(--format merged\).* --for peft\."),
+        ("vllm", r"vLLM refuse .*\(--format merged\).* train_unembed=False"),
+        ("sglang", r"SGLang refuse .*\(--format merged\)"),
+    ],
+)
+def test_an_adapter_on_a_tied_head_is_for_peft_alone(
+    program: Any, message: str, engine_of: Callable[[str], Engine], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = engine_of("llama_tied")
     state, out = random_state(engine, SPEC), directory(tmp_path)
-    with pytest.raises(UnsupportedError, match="--format merged"):
-        write_adapter(out, state, engine.model, "tiny")
+    with pytest.raises(UnsupportedError, match=message):
+        write_adapter(out, state, engine.model, "tiny", program)
     assert list(out.iterdir()) == []
+    write_adapter(out, state, engine.model, "tiny", "peft")
+    assert "merge_and_unload changes the embedding too" in caplog.text
+    assert check_export(engine, state, out).difference == 0
+    # Without the output projection it is like any other.
+    write_adapter(
+        directory(tmp_path, "other"),
+        random_state(engine, replace(SPEC, train_unembed=False)),
+        engine.model,
+        "m",
+        program,
+    )
 
 
 def test_an_adapter_of_another_model_is_refused(engine_of: Callable[[str], Engine], tmp_path: Path) -> None:

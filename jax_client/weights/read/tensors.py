@@ -95,9 +95,9 @@ def _compare_head(reader: TensorReader, where: str, rows: int = 4096) -> None:
     """Warn if a model that ties its output projection to its embedding has another one in its files, too."""
     embedding, head = reader.tensors[EMBEDDING], reader.tensors[HEAD]
     if head.dtype not in reader.supported_dtypes:
-        what = f"its dtype is {head.dtype}, and the embedding's {embedding.dtype}"
+        difference = f"its dtype is {head.dtype}, and the embedding's {embedding.dtype}"
     elif head.shape != embedding.shape:
-        what = f"its shape is {head.shape}, and the embedding's {embedding.shape}"
+        difference = f"its shape is {head.shape}, and the embedding's {embedding.shape}"
     else:
         embedding_VD, head_VD = reader.read(EMBEDDING), reader.read(HEAD)
         strips = [slice(first, first + rows) for first in range(0, len(head_VD), rows)]
@@ -109,13 +109,13 @@ def _compare_head(reader: TensorReader, where: str, rows: int = 4096) -> None:
             differing, largest = differing + int((apart != 0).any(-1).sum()), max(largest, float(apart.max()))
         if not differing:
             return
-        what = f"it differs in {differing} of {len(head_VD)} rows, by up to {largest:.3g}"
+        difference = f"it differs in {differing} of {len(head_VD)} rows, by up to {largest:.3g}"
     logger.warning(
         "%s: tie_word_embeddings is true, but there is a %s that is not the embedding: %s. The embedding is used, as "
         "the config says; transformers 5 uses the stored one. To use the stored one, set tie_word_embeddings to false "
         "in config.json; to keep the embedding without this warning, remove %s from the weight files",
         where,
         HEAD,
-        what,
+        difference,
         HEAD,
     )

@@ -102,8 +102,8 @@ def read_peft_config(directory: Path) -> PeftConfig:
     """
     if not (directory / CONFIG).is_file():
         below = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
-        there = f" Adapters are in its folders {', '.join(below[:5])}." if below else ""
-        raise NotFoundError(f"{directory}: looked for {CONFIG}; give the directory of a PEFT adapter.{there}")
+        folders = f" Adapters are in its folders {', '.join(below[:5])}." if below else ""
+        raise NotFoundError(f"{directory}: looked for {CONFIG}; give the directory of a PEFT adapter.{folders}")
     raw, path = hf.read_json(directory, CONFIG), directory / CONFIG
     unknown = _refuse(raw, path)
     dropout = raw.get("lora_dropout") or 0.0
@@ -123,7 +123,7 @@ def read_peft_config(directory: Path) -> PeftConfig:
 
 
 def way_out(directory: Path, raw: Mapping[str, object] | None = None) -> str:
-    """Return how to go on with an adapter that is refused but that peft can merge: the command, and what to give."""
+    """Return the way out for an adapter that peft can merge: the command, and what to give as base model."""
     targets = (raw or {}).get("target_modules")
     merged = f"{directory}-merged"
     caution = ""

@@ -37,8 +37,8 @@ def compiled(where: str, text: str, form: str = "({})") -> re.Pattern[str]:
         BadRequestError: not a regular expression.
         UnsupportedError: one that could take too long.
     """
-    for noun, (what, limit) in LIMITS.items():
-        if (count := len(what.findall(text))) > limit:
+    for noun, (part, limit) in LIMITS.items():
+        if (count := len(part.findall(text))) > limit:
             raise UnsupportedError(
                 f"{where} is the pattern {text!r:.80} with {count} {noun}; read are up to {limit}, because more can "
                 "take for ever to match. Write the names of the modules out."

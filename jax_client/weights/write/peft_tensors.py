@@ -147,14 +147,14 @@ def _refuse_other_copies(
         stored = EMBEDDING if model.tied_embeddings else original
         shape = (model.vocab_size, model.d_model)
         if entries[name].shape != shape:
-            what = f"has the shape {entries[name].shape}, and the base model's {shape}"
+            difference = f"has the shape {entries[name].shape}, and the base model's {shape}"
         elif base is not None and not _is_copy(safetensors.view(path, entries[name]), base.read(stored)):
-            what = f"is not the base model's {stored}"
+            difference = f"is not the base model's {stored}"
         else:
             logger.info("%s: %s is not read; it is the base model's own", path, name)
             continue
         raise UnsupportedError(
-            f"{path}: the tensor {name} {what}: the adapter was trained with another one, which is not supported. "
+            f"{path}: the tensor {name} {difference}: the adapter was trained with another one, which is not supported. "
             f"{way_out(path.parent)}"
         )
 
