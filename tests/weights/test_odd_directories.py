@@ -12,7 +12,8 @@ import pytest
 
 from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
 from jax_client.weights.read.gguf import read_gguf
-from jax_client.weights.read.load import fingerprint, read_config
+from jax_client.weights.read.identity import fingerprint, identity
+from jax_client.weights.read.load import read_config
 from jax_client.weights.read.source import resolve
 from jax_client.weights.read.tokenizer import load_tokenizer
 from jax_client.weights.write.merged import write_merged
@@ -100,11 +101,12 @@ def test_a_gguf_in_parts_is_read_from_all_of_them(tmp_path: Path) -> None:
     assert read_config(sources[1]) == read_config(resolve(str(whole)))
     assert_same(load(parts[2]), load(whole))
     assert len(load_tokenizer(sources[0])) == 268
-    before = fingerprint(sources[0])
+    before = fingerprint(sources[0]), identity(sources[0])
     changed = bytearray(parts[2].read_bytes())
     changed[-1] ^= 1
     parts[2].write_bytes(changed)
-    assert fingerprint(sources[0]) != before
+    assert fingerprint(sources[0]) != before[0]
+    assert identity(sources[0]) != before[1]
     out = directory(tmp_path)
     write_merged(out, sources[0], read_config(sources[0]), None, dtype="float32")
     assert_same(load(out), load(parts[0]))
@@ -140,6 +142,9 @@ def test_named_chat_templates_leave_with_the_model(tmp_path: Path) -> None:
     write_merged(first, gguf, read_config(gguf), None)
     second, source = directory(tmp_path, "second"), resolve(str(first))
     assert (first / "additional_chat_templates" / "tool_use.jinja").is_file()
+    plain = identity(source)
+    (first / "additional_chat_templates" / "more.jinja").write_text("more")
+    assert identity(source) != plain
     write_merged(second, source, read_config(source), None)
     for found in (gguf, source, resolve(str(second))):
         tokenizer = load_tokenizer(found)

@@ -76,6 +76,11 @@ class GgufFile:
     tensors: dict[str, GgufTensor]
     parts: tuple[tuple[Path, int], ...]
 
+    @property
+    def data_start(self) -> int:
+        """The first byte of the data in `path`."""
+        return self.parts[0][1]
+
     def value(self, key: str) -> Any:
         """Return a metadata value that has to be there."""
         if key not in self.metadata:

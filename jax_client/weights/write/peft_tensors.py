@@ -154,7 +154,7 @@ def _refuse_other_copies(
             logger.info("%s: %s is not read; it is the base model's own", path, name)
             continue
         raise UnsupportedError(
-            f"{path}: the tensor {name} {difference}: the adapter was trained with another one, which is not supported. "
+            f"{path}: the tensor {name} {difference}: the adapter was trained with another, which is not supported. "
             f"{way_out(path.parent)}"
         )
 
