@@ -19,7 +19,9 @@ from jax_client.weights.read.source import mended_name
 if TYPE_CHECKING:
     from jax_client.checkpoint.record import Record
     from jax_client.checkpoint.store import CheckpointStore
+    from jax_client.runs.lifecycle.export import DType, Format
     from jax_client.values import CheckpointKey
+    from jax_client.weights.write.peft import Program
 
 
 class CheckpointEntry(TypedDict):
@@ -210,7 +212,9 @@ def ttl(home: Path, path: CheckpointKey, seconds: str) -> None:
     help="Of the merged weights; an adapter is always float32.",
 )
 @reads_state
-def export(home: Path, path: CheckpointKey, form: str | None, program: str | None, directory: Path, dtype: str) -> None:
+def export(
+    home: Path, path: CheckpointKey, form: Format | None, program: Program | None, directory: Path, dtype: DType
+) -> None:
     """Write a checkpoint as files that other programs load, then read them back and compare logits."""
     if form is None and program is None:
         raise click.UsageError("Missing option '--format'. Choose from: peft, merged; or give --for.")
@@ -225,7 +229,7 @@ def export(home: Path, path: CheckpointKey, form: str | None, program: str | Non
         form or "peft",
         dtype,
         config,
-        program,  # type: ignore[arg-type]
+        program,
     )
     click.echo(f"{report.directory}: {report.files} files, {output.human_size(report.size_bytes)}")
     if report.check is None:

@@ -116,7 +116,7 @@ def from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
         tokenizer_object=bpe,
         clean_up_tokenization_spaces=False,
         model_max_length=file.value(f"{arch}.context_length"),
-        chat_template=_chat_templates(file),  # type: ignore[arg-type]
+        chat_template=_chat_templates(file),
         **{"pad_token": names.get("eos_token"), **names},
     )
 
