@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
@@ -92,13 +93,42 @@ class LocalFuture(tinker.APIFuture[T]):
         return repr(self._future.result()) if error is None else f"failed: {error!r}"
 
 
-async def await_alone(future: LocalFuture[T]) -> T:
-    """Await a future that only the caller has: if the awaiting task is cancelled, so is the request."""
-    try:
-        return await future
-    except asyncio.CancelledError:
-        future.future().cancel()
-        raise
+class SampleFuture(LocalFuture[T]):
+    """The future of a sampling request, which is cancelled with the last task that awaits it.
+
+    A timeout of the await counts, as with the SDK's futures: the samples then leave the device at the next block. Other
+    tasks, and threads in `result()`, that still wait keep the request alive; a timeout of `result()` leaves it alone.
+    """
+
+    def __init__(self, source: Future[A], convert: Callable[[A], T] | None = None) -> None:
+        super().__init__(source, convert)
+        self._waiters = 0
+        self._lock = threading.Lock()
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the answer, as `LocalFuture.result`."""
+        with self._waiting():
+            return super().result(timeout)
+
+    async def result_async(self, timeout: float | None = None) -> T:
+        """Await the answer; the last await that is cancelled, or times out, cancels the request."""
+        try:
+            with self._waiting():
+                return await super().result_async(timeout)
+        except (asyncio.CancelledError, TimeoutError):
+            if not self._waiters:
+                self._future.cancel()  # nothing happens if it has failed with such an error itself
+            raise
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        with self._lock:
+            self._waiters += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiters -= 1
 
 
 class ClientFuture(LocalFuture[C], Generic[C]):

@@ -16,7 +16,7 @@ import tinker
 from tinker import types
 
 from jax_client import process
-from jax_client.clients.futures import ClientFuture, LocalFuture, await_alone
+from jax_client.clients.futures import ClientFuture, SampleFuture
 from jax_client.clients.remote import connection
 from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors
 from jax_client.errors import BadRequestError, UnsupportedError
@@ -75,7 +75,7 @@ class SamplingClient:
         target_prompt_logprobs: types.TensorData | None = None,
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
-    ) -> LocalFuture[types.SampleResponse]:
+    ) -> SampleFuture[types.SampleResponse]:
         """Generate continuations of a prompt; many calls may be in flight and are batched.
 
         Args:
@@ -92,7 +92,7 @@ class SamplingClient:
         Raises:
             BadRequestError: a value is wrong or not supported; nothing was started.
         """
-        return LocalFuture(
+        return SampleFuture(
             self._sampler.sample(
                 prompt,
                 num_samples,
@@ -108,14 +108,14 @@ class SamplingClient:
 
     def compute_logprobs(
         self, prompt: types.ModelInput, prompt_logprobs_last_n: int | None = None
-    ) -> LocalFuture[list[float | None]]:
+    ) -> SampleFuture[list[float | None]]:
         """Score a prompt: log p of each token given those before it, in nats; None where there is none.
 
         Args:
             prompt: tokens to score.
             prompt_logprobs_last_n: score only the last n.
         """
-        return LocalFuture(self._sampler.compute_logprobs(prompt, prompt_logprobs_last_n))
+        return SampleFuture(self._sampler.compute_logprobs(prompt, prompt_logprobs_last_n))
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the base model's tokenizer."""
@@ -204,14 +204,14 @@ class SamplingClient:
             prompt_alt_tokens_k,
             prompt_logprobs_last_n,
         )
-        return await await_alone(future)
+        return await future
 
     async def compute_logprobs_async(
         self, prompt: types.ModelInput, prompt_logprobs_last_n: int | None = None
     ) -> list[float | None]:
         """Await `compute_logprobs`: gives the list, not a future of it."""
         client = await self._ready()
-        return await await_alone(client.compute_logprobs(prompt, prompt_logprobs_last_n))
+        return await client.compute_logprobs(prompt, prompt_logprobs_last_n)
 
     async def get_base_model_async(self) -> str:
         """Return the base model's name."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import gc
 import pickle
+import time
 import warnings
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import tinker
@@ -15,7 +17,7 @@ import tinker
 import jax_client
 from jax_client import errors, types
 from jax_client.clients import sdk_errors
-from jax_client.clients.futures import LocalFuture, await_alone
+from jax_client.clients.futures import LocalFuture, SampleFuture
 from jax_client.runs.lifecycle.order import RequestOrder
 from support import fake_engine
 from support.calls import rl
@@ -258,18 +260,62 @@ def test_cancelling_reaches_the_source():
     assert "cancelled" in repr(future)
 
 
-def test_a_cancelled_task_cancels_a_request_that_only_it_has():
+async def in_a_group(future):
+    async def fail():
+        await asyncio.sleep(0.01)
+        raise ValueError("one of the group")
+
+    with contextlib.suppress(ExceptionGroup):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(future.coroutine())
+            group.create_task(fail())
+
+
+async def in_a_timeout(future):
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await future
+
+
+async def gathered(future):
+    task = asyncio.gather(future, asyncio.sleep(9))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def waited_for(future):
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(future, 0.01)
+
+
+async def with_its_own_limit(future):
+    with contextlib.suppress(TimeoutError):
+        await future.result_async(0.01)
+
+
+@pytest.mark.parametrize("wait", [in_a_group, in_a_timeout, gathered, waited_for, with_its_own_limit])
+def test_samples_that_nobody_awaits_any_more_are_cancelled(wait):
+    samples, steps = Future(), Future()
+    asyncio.run(wait(SampleFuture(samples)))
+    asyncio.run(wait(LocalFuture(steps)))
+    assert samples.cancelled() and not steps.cancelled()
+
+
+def test_samples_that_others_wait_for_are_not_cancelled():
     source: Future = Future()
-
-    async def use():
-        task = asyncio.create_task(await_alone(LocalFuture(source)))
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(use())
-    assert source.cancelled()
+    future = SampleFuture(source)
+    with pytest.raises(TimeoutError):
+        future.result(0.01)
+    with ThreadPoolExecutor(1) as pool:
+        thread = pool.submit(future.result)
+        while not future._waiters:
+            time.sleep(0.001)
+        asyncio.run(in_a_timeout(future))
+        assert not source.cancelled()
+        source.set_result(5)
+        assert thread.result() == 5
 
 
 def test_a_cancelled_waiter_leaves_the_others():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -257,21 +258,22 @@ def test_the_cache_can_go_while_rows_run(engine: Engine, monkeypatch: pytest.Mon
 
 
 def test_cancelling_frees_the_rows(engine: Engine) -> None:
-
     def after() -> Any:
         return True
         yield
 
-    long, short = send(engine, max_tokens=400, num_samples=20), send(engine, max_tokens=4)
-    short.result()
-    assert long.cancel()
-    send(engine).result()
+    def sampling() -> dict[str, float]:
+        return engine.monitor.usage()["sampling"]
+
+    long, short = [send(engine, max_tokens=400) for _ in range(1024)], send(engine, max_tokens=4)
+    while sampling()["rows_running"] < 32:
+        time.sleep(0.001)
+    assert all(future.cancel() for future in [*long, short])
+    before = sampling()["decode_blocks"]
+    send(engine, max_tokens=4).result()
+    assert sampling()["decode_blocks"] - before <= 3, "one block in flight, and those of four tokens"
     assert engine._dispatcher.submit(engine._sampling_lane, after()).result()  # when nothing is left to serve
-    assert (
-        engine.monitor.describe()["sampling"]["rows_running"]
-        == engine.monitor.describe()["sampling"]["rows_waiting"]
-        == 0
-    )
+    assert [sampling()[name] for name in ("rows_running", "rows_waiting", "pages_used")] == [0, 0, 0]
 
 
 def test_a_failed_program_fails_what_it_ran_and_nothing_else(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,8 @@ def prefill() -> jax.stages.Lowered:
         "targets": array((1, positions, MAX_TARGETS)),
         "key": array((1, positions, 2), np.uint32),
         "temperature": array((1, positions), np.float32),
+        "top_k": array((1, positions)),
+        "top_p": array((1, positions), np.float32),
         "wanted": array((1, 3)),
     }
     return programs.prefill.lower(PARAMS, (WEIGHTS,), pool, batch)

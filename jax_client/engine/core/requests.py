@@ -92,6 +92,16 @@ class GenerationRequest:
         """Whether anything about the prompt's own positions is asked for."""
         return self.prompt_logprobs or self.topk_prompt > 0 or self.targets_TK is not None or self.alternatives > 0
 
+    @property
+    def draws_in_prefill(self) -> bool:
+        """Whether each row's one token is drawn where the prompt is scored, so that nothing is decoded."""
+        return self.scores_prompt and self.num_samples > 0 and self.max_tokens == 1
+
+    @property
+    def stored_tokens(self) -> int:
+        """Most tokens of a row that the cache holds: the prompt, and what is drawn, but for a token of prefill."""
+        return len(self.tokens_T) + (0 if self.draws_in_prefill else self.max_tokens)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratedRow:

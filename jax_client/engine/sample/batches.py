@@ -55,16 +55,19 @@ class Batches:
             "targets": np.zeros((W, N, MAX_TARGETS), np.int32),
             "key": np.zeros((W, N, 2), np.uint32),
             "temperature": np.ones((W, N), np.float32),
+            "top_k": np.full((W, N), -1, np.int32),
+            "top_p": np.ones((W, N), np.float32),
             "wanted": np.zeros((N // SCORE_CHUNK, 3), np.int32),
         }
         for way, placed in enumerate(tiles):
             for i, tile in enumerate(placed):
-                tokens_S = tile.row.tokens(tile.start, min(tile.start + PAGE, tile.row.length - 1))
+                tokens_S = tile.row.tokens(tile.start, tile.stop)
                 batch["tokens"][way, i, : len(tokens_S)] = tokens_S
                 batch["start"][way, i], batch["page"][way, i] = tile.start, tile.page
                 batch["table"][way, i, : len(tile.table)] = tile.table
                 batch["scale"][way, i] = _scale(snapshot)
-                _add_scores(batch, way, i, tile, len(tokens_S))
+                _add_scores(batch, way, i, tile)
+                _add_draw(batch, way, i, tile)
         return batch
 
     def of_rows(self, rows: list[list[Row]], size: int, versions: list[Snapshot]) -> HostBatch:
@@ -113,21 +116,36 @@ class Batches:
         return {name: put[name](array, self.mesh) for name, array in batch.items()}
 
 
-def _add_scores(batch: HostBatch, way: int, i: int, tile: Tile, length: int) -> None:
-    """Write what is asked about the positions of a tile of `length` tokens, if anything is."""
+def _add_scores(batch: HostBatch, way: int, i: int, tile: Tile) -> None:
+    """Write what is asked about the positions of a tile, if anything is."""
     if tile.scores is None:
         return
     request, at = tile.row.job.request, slice(i * PAGE, (i + 1) * PAGE)
-    targets_TC = tile.scores.targets_TC[tile.start : tile.start + length]
+    targets_TC = tile.scores.targets_TC[tile.start : tile.stop]
     batch["targets"][way, i * PAGE : i * PAGE + len(targets_TC), : targets_TC.shape[1]] = targets_TC
     if request.alternatives:
         # No row of the request has this number, so that its draws and these are independent.
         positions = range(tile.start, tile.start + PAGE)
         batch["key"][way, at] = [_key(request.seed, 2**32 + p) for p in positions]
     batch["temperature"][way, at] = request.temperature
-    asks = (1, request.topk_prompt, request.alternatives)
+    _want(batch, i, request.topk_prompt, request.alternatives)
+
+
+def _add_draw(batch: HostBatch, way: int, i: int, tile: Tile) -> None:
+    """Have a row's one token drawn at its last position, if it is drawn in prefill: as a decode step would draw it."""
+    if not tile.draws:
+        return
+    row, request, last = tile.row, tile.row.job.request, i * PAGE + tile.stop - 1 - tile.start
+    batch["key"][way, last] = _key(request.seed, row.sample)
+    batch["temperature"][way, last] = request.temperature
+    batch["top_k"][way, last], batch["top_p"][way, last] = request.top_k, request.top_p
+    _want(batch, i, request.topk_sample, 1)
+
+
+def _want(batch: HostBatch, i: int, top: int, draws: int) -> None:
+    """Have the chunk of tile i scored, with at least so many likeliest tokens and draws at each position."""
     chunk = i * PAGE // SCORE_CHUNK
-    batch["wanted"][chunk] = np.maximum(batch["wanted"][chunk], asks)
+    batch["wanted"][chunk] = np.maximum(batch["wanted"][chunk], (1, top, draws))
 
 
 def _scale(snapshot: Snapshot | None) -> float:

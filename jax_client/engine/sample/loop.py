@@ -32,7 +32,7 @@ from jax_client.engine.core.turns import Task
 from jax_client.engine.sample.batches import Batches
 from jax_client.engine.sample.pages import PAGE
 from jax_client.engine.sample.programs import BLOCK_STEPS, Pool, SamplePrograms, sampling_params
-from jax_client.engine.sample.rows import Job, Row
+from jax_client.engine.sample.rows import Job, Row, Tile
 from jax_client.engine.sample.schedule import MAX_VERSIONS, Schedule
 from jax_client.errors import RequestFailedError
 from jax_client.models.config import ModelConfig
@@ -115,6 +115,7 @@ class SamplingLoop:
         self._returned: deque[Row] = deque()  # rows that wait for a cache
         self._waiting_rows = 0
         self._serving = False
+        self._any_cancelled = False  # since the schedule forgot cancelled rows
         self._step_s: dict[int, float] = {}  # of a decode step, by rows
         self.counts = Counts()
 
@@ -203,6 +204,7 @@ class SamplingLoop:
         return {
             "cache_tokens": pages * PAGE,
             "cache_bytes": pages * self._programs.page_bytes(),
+            "pages_used": 0 if schedule is None else sum(way.used for way in schedule.pages),
             "rows_running": 0 if schedule is None else len(schedule.placed),
             "rows_waiting": self._waiting_rows,
             "prompt_tokens": counts.prompt_tokens,
@@ -215,9 +217,15 @@ class SamplingLoop:
             "occupancy": counts.rows_run / counts.slots if counts.slots else 0.0,
         }
 
-    def _left(self, rows: int, _: Future[GenerationResult]) -> None:
+    def _left(self, rows: int, done: Future[GenerationResult]) -> None:
         with self._lock:
             self._waiting_rows -= rows
+            self._any_cancelled |= done.cancelled()
+
+    def _forget_cancelled(self, schedule: Schedule) -> None:
+        if self._any_cancelled:
+            self._any_cancelled = False
+            schedule.forget_cancelled()
 
     def _fail_placed(self, error: BaseException) -> None:
         """Fail the requests of a failed program, or all if it had none; the cache may be gone with it."""
@@ -235,6 +243,10 @@ class SamplingLoop:
         """Yield-from: place, prefill, decode one block, and take out what stopped."""
         schedule = self._open()
         yield from self._run(schedule)
+        self._finish(schedule)
+
+    def _finish(self, schedule: Schedule) -> None:
+        """Take out the rows that stopped, and those that only scored."""
         for row in [row for row in schedule.placed if row.stop_reason or (row.ready and not row.job.rows)]:
             if schedule is self._schedule:
                 schedule.finish(row)
@@ -252,7 +264,7 @@ class SamplingLoop:
                 yield partial(time.sleep, LINGER_S)
                 if schedule is not self._schedule:
                     return
-            schedule.forget_cancelled()
+            self._forget_cancelled(schedule)
             schedule.place()
             before = spent
             while (pending := schedule.pending_tiles()) and not (decoding and spent >= PREFILL_TOKENS):
@@ -261,6 +273,7 @@ class SamplingLoop:
                 yield from self._prefill(schedule, tiles)
                 if schedule is not self._schedule:
                     return
+                self._forget_cancelled(schedule)
             if spent == before or not schedule.has_room() or (decoding and spent >= PREFILL_TOKENS):
                 break
             # Requests that came while these prompts were computed should not wait for a whole block.
@@ -269,6 +282,7 @@ class SamplingLoop:
                 return
             if not self._inbox:
                 break
+        self._finish(schedule)  # before a block, whose rows may need their pages
         snapshots, rows = schedule.next_block()
         if any(rows):
             yield from self._decode(schedule, snapshots, rows)
@@ -281,7 +295,7 @@ class SamplingLoop:
             jobs = list(self._inbox)
             self._inbox.clear()
         for job in jobs:
-            if not _refused(job, schedule):
+            if not job.future.cancelled() and not _refused(job, schedule):
                 schedule.add(job)
                 self.counts.prompt_tokens += len(job.request.tokens_T)
         return bool(jobs)
@@ -311,6 +325,7 @@ class SamplingLoop:
         returned, self._returned = self._returned, deque()
         refused = {row.job for row in returned if _refused(row.job, schedule)}
         schedule.waiting += [row for row in returned if row.job not in refused]
+        self._any_cancelled = True  # some of these may have been
         return schedule
 
     def _fitting_pages(self, pages_now: int) -> int:
@@ -326,22 +341,19 @@ class SamplingLoop:
         return pages
 
     def _prefill(self, schedule: Schedule, size: int) -> Task[None]:
-        """Yield-from: compute tiles of one version; wait for their scores if any were asked for."""
+        """Yield-from: compute tiles of one version; wait for their scores and draws if any were asked for."""
         snapshot, tiles = schedule.next_tiles(size)
         loras = () if snapshot is None else (snapshot.weights,)
         batch = self._batches.put(self._batches.of_tiles(tiles, size, snapshot))
         self._pool, scores = self._programs.prefill(self._params, loras, self._take_pool(), batch)
         for tile in (tile for way in tiles for tile in way):
             tile.launched = True
-            self.counts.computed_prompt_tokens += min(PAGE, tile.row.length - 1 - tile.start)
-        if not any(tile.scores for way in tiles for tile in way):
+            self.counts.computed_prompt_tokens += tile.stop - tile.start
+        if not any(tile.scores or tile.draws for way in tiles for tile in way):
             return
         host = yield partial(jax.device_get, scores)
-        for way, placed in enumerate(tiles):
-            for i, tile in enumerate(placed):
-                if tile.scores is not None:
-                    part = {name: array[way, i * PAGE : (i + 1) * PAGE] for name, array in host.items()}
-                    tile.scores.add(tile.start, part)
+        self.counts.sampled_tokens += sum(tile.draws for way in tiles for tile in way)
+        yield partial(_take_scores, tiles, host)
 
     def _decode(self, schedule: Schedule, snapshots: list[Snapshot], rows: list[list[Row]]) -> Task[None]:
         """Yield-from: run one block of steps for rows of each way."""
@@ -382,6 +394,17 @@ class SamplingLoop:
         return pool
 
 
+def _take_scores(tiles: Sequence[Sequence[Tile]], host: dict[str, np.ndarray]) -> None:
+    for way, placed in enumerate(tiles):
+        for i, tile in enumerate(placed):
+            part = {name: array[way, i * PAGE : (i + 1) * PAGE] for name, array in host.items()}
+            if tile.scores is not None:
+                tile.scores.add(tile.start, part)
+            if tile.draws:
+                last = tile.stop - 1 - tile.start
+                tile.row.draw_in_prefill({name: array[last : last + 1] for name, array in part.items()})
+
+
 def _extend(rows: Sequence[Sequence[Row]], host: dict[str, np.ndarray]) -> None:
     for way, members in enumerate(rows):
         for i, row in enumerate(members):
@@ -396,7 +419,7 @@ def _fail(job: Job, error: BaseException) -> None:
 
 def _refused(job: Job, schedule: Schedule) -> bool:
     """Fail a request that has no room even alone; return whether it was failed."""
-    tokens = len(job.request.tokens_T) + job.request.max_tokens
+    tokens = job.request.stored_tokens
     if tokens <= schedule.capacity:
         return False
     error = RequestFailedError(

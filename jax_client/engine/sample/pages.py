@@ -57,6 +57,15 @@ class Pages:
         """Pages that `take` could give: free ones, and published ones that no row uses."""
         return len(self._free) + len(self._idle)
 
+    @property
+    def used(self) -> int:
+        """Pages that rows use."""
+        return self.count - 1 - self.available
+
+    def is_shared(self, page: int) -> bool:
+        """Whether more than one row uses a page."""
+        return self._users[page] > 1
+
     def find(self, version: int, tokens_T: np.ndarray) -> Prefix:
         """Return the longest known beginning of a prompt, page by page; its last page may be a partial one that ends
         exactly where the prompt does. The pages gain a user.
@@ -88,6 +97,11 @@ class Pages:
             self._page_of[key] = (page, next(self._nodes))
             self._key_of[page] = key
         return self._page_of[key][1]
+
+    def withdraw(self, page: int) -> None:
+        """Make a page not findable any more: what it was published to hold will not be computed."""
+        if (key := self._key_of.pop(page, None)) is not None:
+            del self._page_of[key]
 
     def root(self, version: int) -> int:
         """Return the node of a version, before its first page."""

@@ -3,7 +3,8 @@
 A tile is one page of one row's tokens, at a fixed place of the row; a prefill takes tiles of any rows, so that two
 programs serve every mix of prompts. It stores all of a prompt but its last token and scores it where asked. A decode
 step takes each row's newest token, stores its key and value, and draws the next, so the first step is like any other; a
-block runs up to `BLOCK_STEPS` steps, as many as it is told, with no host round trip.
+block runs up to `BLOCK_STEPS` steps, as many as it is told, with no host round trip. Of a prompt that is scored and
+continued by one token, prefill computes the last token too, and draws from its logits.
 
 Arrays have a leading axis W, the ways that a mesh splits rows: each way has its own pages and its own rows.
 """
@@ -86,7 +87,8 @@ class SamplePrograms:
         Args:
             batch: per tile: `tokens` (W, t, S), `start` (W, t) the position of its first token or -1 for no tile,
                 `page` (W, t) where it is stored, `table` (W, t, n) the row's pages up to there, `scale` (W, t, V).
-                Per position (N = t x S): `targets` (W, N, `MAX_TARGETS`), `key` (W, N, 2), `temperature` (W, N).
+                Per position (N = t x S): `targets` (W, N, `MAX_TARGETS`), and of the tokens to draw `key` (W, N, 2),
+                `temperature`, `top_k` and `top_p` (W, N).
                 Per chunk of `SCORE_CHUNK` positions: `wanted` (c, 3) int32, whether to score targets, how many top
                 tokens (none or all), how many alternatives to draw.
 
@@ -129,7 +131,8 @@ class SamplePrograms:
         self, params: Params, loras: tuple[Weights, ...], h_WND: jax.Array, scale_WNV: jax.Array, batch: Batch
     ) -> Batch:
         W, N, _ = h_WND.shape
-        fields = {"h": h_WND, "scale": scale_WNV, **{name: batch[name] for name in ("targets", "key", "temperature")}}
+        per_position = ("targets", "key", "temperature", "top_k", "top_p")
+        fields = {"h": h_WND, "scale": scale_WNV, **{name: batch[name] for name in per_position}}
 
         def cut(a: jax.Array) -> jax.Array:
             """Turn (W, N, ...) into (chunks, W x positions, ...)."""
@@ -154,10 +157,10 @@ class SamplePrograms:
                 logprobs_RV = jax.nn.log_softmax(logits_RV)
                 out = empty | {"logprobs": jnp.take_along_axis(logprobs_RV, x["targets"], axis=1)}
                 out["top_ids"], out["top_logprobs"] = _top(logprobs_RV, top_tokens, top > 0)
-                hot = {"temperature_B": x["temperature"], "top_k_B": jnp.full(rows, -1), "top_p_B": jnp.ones(rows)}
+                settings = [x[name] for name in ("temperature", "top_k", "top_p")]
 
                 def draw(j: jax.Array, ids: jax.Array) -> jax.Array:
-                    return ids.at[:, j].set(draw_tokens(logits_RV, x["key"], jnp.full(rows, j), **hot))
+                    return ids.at[:, j].set(draw_tokens(logits_RV, x["key"], jnp.full(rows, j), *settings))
 
                 out["alternatives"] = ids = jax.lax.fori_loop(0, draws, draw, empty["alternatives"])
                 out["alternative_logprobs"] = jnp.take_along_axis(logprobs_RV, ids, axis=1)

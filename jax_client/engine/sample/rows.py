@@ -14,6 +14,7 @@ import numpy as np
 
 from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.requests import GeneratedRow, GenerationRequest, GenerationResult
+from jax_client.engine.sample.pages import PAGE
 
 
 class Job:
@@ -28,6 +29,11 @@ class Job:
         self.scores = PromptScores(request) if request.scores_prompt else None
         self.cached_tokens: int | None = None
         self.left = max(1, request.num_samples)  # a request that only scores has one row, which draws nothing
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its rows take part in decode blocks; those that only score, or draw in prefill, do not."""
+        return bool(self.rows) and not self.request.draws_in_prefill
 
     @property
     def version(self) -> int:
@@ -113,6 +119,7 @@ class Tile:
         page: where its keys and values go.
         table: the row's pages up to there, which it attends to.
         scores: takes the scores of its positions, None where the request asks for none.
+        draws: whether the row's one token is drawn at its last position.
     """
 
     row: Row
@@ -120,7 +127,13 @@ class Tile:
     page: int
     table: list[int]
     scores: PromptScores | None
+    draws: bool = False
     launched: bool = False
+
+    @property
+    def stop(self) -> int:
+        """Position after its last token."""
+        return min(self.start + PAGE, self.row.prefilled)
 
 
 @dataclass(slots=True, eq=False)
@@ -156,6 +169,22 @@ class Row:
         """Tokens of the prompt and of what was drawn; the keys and values of all but the last are stored once ready."""
         return len(self.job.prompt_T) + len(self.drawn)
 
+    @property
+    def prefilled(self) -> int:
+        """Tokens that prefill computes; a decode step computes the newest one itself."""
+        return len(self.job.prompt_T) if self.job.request.draws_in_prefill else self.length - 1
+
+    @property
+    def scores(self) -> PromptScores | None:
+        """What takes the prompt's scores, for the row that computes them."""
+        return self.job.scores if self.sample == 0 and not self.drawn else None
+
+    @property
+    def first_needed(self) -> int:
+        """First position that has to be computed even where its page is published; `prefilled` for none."""
+        first = self.prefilled if self.scores is None else self.scores.first
+        return min(first, self.prefilled - 1) if self.job.request.draws_in_prefill else first
+
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens at positions start to stop, int32; fewer at the row's end."""
         prompt_T, n = self.job.prompt_T, len(self.job.prompt_T)
@@ -180,6 +209,13 @@ class Row:
             del self.drawn[keep:]
         if done or keep is not None:
             self.stop_reason = "stop" if stopped or keep is not None else "length"
+
+    def draw_in_prefill(self, scores: dict[str, np.ndarray]) -> None:
+        """Take the one token from the scores of the prompt's last position, arrays (1, ...)."""
+        token = int(scores["alternatives"][0, 0])
+        names = {"tokens": "alternatives", "logprobs": "alternative_logprobs"}
+        block = scores | {name: scores[drawn][:, 0] for name, drawn in names.items()}
+        self.extend(block, 1, stopped=token in self.job.request.stop_ids, done=True)
 
     def result(self) -> GeneratedRow:
         """Return what was drawn."""

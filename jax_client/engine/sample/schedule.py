@@ -20,7 +20,7 @@ import numpy as np
 
 from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.sample.pages import PAGE, Pages, Prefix
-from jax_client.engine.sample.rows import Job, PromptScores, Row, Tile
+from jax_client.engine.sample.rows import Job, Row, Tile
 
 MAX_VERSIONS = 4  # adapters of one decode batch
 
@@ -58,12 +58,13 @@ class Schedule:
         return len(self.placed) + len(self.waiting) < self._most_rows * len(self.pages)
 
     def forget_cancelled(self) -> None:
-        """Drop the rows of requests that were cancelled."""
-        if any(row.job.future.cancelled() for row in itertools.chain(self.placed, self.waiting)):
-            self.waiting = deque(row for row in self.waiting if not row.job.future.cancelled())
-            for row in [row for row in self.placed if row.job.future.cancelled()]:
-                if row.ready:  # else a planned tile will still write to its pages
-                    self._remove(row)
+        """Drop the rows of requests that were cancelled, with the tiles that no other row needs."""
+        self.waiting = deque(row for row in self.waiting if not row.job.future.cancelled())
+        # The newest first: what it shares with an older one is then that one's alone.
+        for row in [row for row in reversed(self.placed) if row.job.future.cancelled()]:
+            if not row.ready:
+                self._drop_tiles(row)
+            self._remove(row)
 
     def place(self) -> None:
         """Place waiting rows, first come first served, as long as one fits."""
@@ -90,7 +91,7 @@ class Schedule:
         """
         chosen: list[Row] = []
         snapshots: list[Snapshot] = []
-        for row in sorted((r for r in self.placed if r.ready and r.job.rows), key=lambda r: r.served):
+        for row in sorted((r for r in self.placed if r.ready and r.job.decodes), key=lambda r: r.served):
             snapshot = row.job.snapshot
             if row not in self.placed:  # preempted for a row before it
                 continue
@@ -128,35 +129,32 @@ class Schedule:
 
     def _place(self, row: Row) -> bool:
         """Give a row pages and plan its tiles on the way that has most of its prompt; return whether there was room."""
-        job, count = row.job, row.length - 1
-        tokens_T = row.tokens(0, count)
-        # Positions to score are computed, even where their pages are published.
-        scores = job.scores if row.sample == 0 and not row.drawn else None
-        usable_T = tokens_T if scores is None else tokens_T[: scores.first // PAGE * PAGE]
+        job, tokens_T = row.job, row.tokens(0, row.prefilled)
+        # Positions to score, or to draw at, are computed, even where their pages are published.
+        whole = row.first_needed >= len(tokens_T)
+        usable_T = tokens_T if whole else tokens_T[: row.first_needed // PAGE * PAGE]
         sizes = [sum(r.way == way for r in self.placed) for way in range(len(self.pages))]
         ways = [way for way, size in enumerate(sizes) if size < self._most_rows]
         found = {way: self.pages[way].find(job.version, usable_T) for way in ways}
         ways.sort(key=lambda way: (-found[way].tokens, sizes[way]))
         placed = False
         for way in ways:
-            if not placed and self._take_pages(row, way, found[way], tokens_T, scores):
+            if not placed and self._take_pages(row, way, found[way], tokens_T):
                 placed = True
             else:
                 self.pages[way].drop(found[way].pages)
         return placed
 
-    def _take_pages(
-        self, row: Row, way: int, prefix: Prefix, tokens_T: np.ndarray, scores: PromptScores | None
-    ) -> bool:
+    def _take_pages(self, row: Row, way: int, prefix: Prefix, tokens_T: np.ndarray) -> bool:
         pages, count = self.pages[way], len(tokens_T)
-        draws = bool(row.job.rows)
-        tail = count % PAGE and draws
+        decodes, in_prefill = row.job.decodes, row.job.request.draws_in_prefill
+        tail = count % PAGE and decodes
         copied = prefix.tokens % PAGE  # the last known page is a partial one: to be continued in a copy
         planned = 0 if copied else -(-(count - prefix.tokens) // PAGE)
         others = sum(r.way == way for r in self.placed)
-        if pages.available < planned + draws + others:  # one page for every row's next block
+        if pages.available < planned + decodes + others:  # one page for every row's next block
             return False
-        taken = pages.take(planned + draws)
+        taken = pages.take(planned + decodes)
         if taken is None:
             return False
         row.copy = None
@@ -169,11 +167,12 @@ class Schedule:
             node = pages.publish(row.node, taken[i], tokens_T[start : start + PAGE])
             if start + PAGE <= count:
                 row.node, row.published = node, row.published + 1
-            queues[way].append(Tile(row, start, taken[i], row.pages[: start // PAGE + 1], scores))
+            table, draws = row.pages[: start // PAGE + 1], in_prefill and i == planned - 1
+            queues[way].append(Tile(row, start, taken[i], table, row.scores, draws))
         if planned:
             self._tiles[version] = queues
         row.after = queues[way][-1] if queues[way] else None
-        if draws:
+        if decodes:
             if tail:
                 row.copy = (row.pages.pop(), taken[-1])
             row.pages.append(taken[-1])
@@ -181,6 +180,29 @@ class Schedule:
             row.job.cached_tokens = prefix.tokens
         self.placed.append(row)
         return True
+
+    def _drop_tiles(self, row: Row) -> None:
+        """Plan no more of a row's tiles than other rows read; these give no scores."""
+        pages, queues = self.pages[row.way], self._tiles[row.job.version]
+        own = [tile for tile in queues[row.way] if tile.row is row]
+        dropped: dict[Tile, Tile | None] = {}  # to the tile before it in the queue, for rows that wait for it
+        while own and not pages.is_shared(own[-1].page):
+            pages.withdraw(own[-1].page)
+            dropped[own.pop()] = None
+        for tile in own:
+            tile.scores, tile.draws = None, False
+        kept: deque[Tile] = deque()
+        for tile in queues[row.way]:
+            if tile in dropped:
+                dropped[tile] = kept[-1] if kept else None
+            else:
+                kept.append(tile)
+        queues[row.way] = kept
+        for other in self.placed:
+            if other.after in dropped:
+                other.after = dropped[other.after]
+        if not any(queues):
+            del self._tiles[row.job.version]
 
     def _extend_pages(self, row: Row) -> bool:
         """Give a row the pages of its next block, if need be by preempting newer rows; return whether it has them."""

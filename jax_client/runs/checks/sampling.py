@@ -59,7 +59,8 @@ def generation(
         prompt_alt_tokens_k: 0 to 16.
         prompt_logprobs_last_n: None, or 1 to the prompt's length less one.
         vocab_size: token ids are below it.
-        max_context: the most tokens of prompt and answer together.
+        max_context: the most tokens of prompt and answer together. Where the prompt is scored, one token may follow a
+            prompt that fills it: it is drawn from the scores of the last position, and takes no place.
         eos_token_ids: end a row, unless the stop list is empty or made of ids.
         decode: from token ids to text, for stop strings.
 
@@ -85,10 +86,12 @@ def generation(
     if target_prompt_logprobs is not None:
         targets_TK = _targets(target_prompt_logprobs, len(tokens_T), vocab_size)
     alternatives = integer("prompt_alt_tokens_k", prompt_alt_tokens_k, 0, MAX_ALTERNATIVES, "0 turns it off.")
+    topk_prompt = integer("topk_prompt_logprobs", topk_prompt_logprobs, 0, MAX_TOPK_PROMPT, "0 turns it off.")
+    scores = include or topk_prompt > 0 or targets_TK is not None or alternatives > 0
     return GenerationRequest(
         tokens_T=tokens_T,
         num_samples=integer("num_samples", num_samples, 1, MAX_SAMPLES, "Call sample several times for more."),
-        max_tokens=_max_tokens(params.max_tokens, len(tokens_T), max_context),
+        max_tokens=_max_tokens(params.max_tokens, len(tokens_T), max_context, scores=scores),
         temperature=real("SamplingParams.temperature", params.temperature, 0, hint="0 is greedy."),
         top_k=-1 if top_k >= vocab_size else top_k,
         top_p=real("SamplingParams.top_p", params.top_p, 0, 1, low_open=True, hint=_TOP_P_HINT),
@@ -96,7 +99,7 @@ def generation(
         stop_ids=stop_ids,
         find_stop=find_stop,
         prompt_logprobs=include,
-        topk_prompt=integer("topk_prompt_logprobs", topk_prompt_logprobs, 0, MAX_TOPK_PROMPT, "0 turns it off."),
+        topk_prompt=topk_prompt,
         topk_sample=integer("topk_sample_logprobs", topk_sample_logprobs, 0, MAX_TOPK_SAMPLE, "0 turns it off."),
         targets_TK=targets_TK,
         alternatives=alternatives,
@@ -133,10 +136,10 @@ def _last_n(last_n: object, include: bool, length: int) -> int | None:
     return number
 
 
-def _max_tokens(value: object, length: int, max_context: int) -> int:
+def _max_tokens(value: object, length: int, max_context: int, *, scores: bool) -> int:
     wanted = max(1, max_context - length) if value is None else value
     most = integer("SamplingParams.max_tokens", wanted, 1, None, _MAX_TOKENS_HINT)
-    if length + most > max_context:
+    if length + most > max_context and not (scores and most == 1):
         raise BadRequestError(
             f"Prompt length plus max_tokens exceeds the model's context window: {length} + {most} > {max_context}. "
             "Shorten the prompt, or lower SamplingParams.max_tokens; None takes the rest of the context."

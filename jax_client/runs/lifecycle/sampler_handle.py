@@ -103,8 +103,8 @@ class SamplerHandle:
         """Return the future of log p of each prompt token given those before it; None for the first."""
         self.session.check_open()
         scored = {"include_prompt_logprobs": True}
-        # The API counts a scored prompt as one sampled token; here none is sampled, so a full context is fine.
-        request = self._request(prompt, 1, types.SamplingParams(max_tokens=1), last_n, scored, room=1)
+        # The API counts a scored prompt as one sampled token; here none is sampled.
+        request = self._request(prompt, 1, types.SamplingParams(max_tokens=1), last_n, scored)
         request = replace(request, num_samples=0, max_tokens=0)
 
         def show(result: GenerationResult) -> list[float | None]:
@@ -140,7 +140,6 @@ class SamplerHandle:
         params: object,
         last_n: object,
         scores: Mapping[str, object],
-        room: int = 0,
     ) -> GenerationRequest:
         model = self._engine.model
         return checks.generation(
@@ -149,7 +148,7 @@ class SamplerHandle:
             params,
             prompt_logprobs_last_n=last_n,
             vocab_size=model.vocab_size,
-            max_context=model.max_context + room,
+            max_context=model.max_context,
             eos_token_ids=model.eos_token_ids,
             decode=self.model_ref.model.decode,
             **scores,

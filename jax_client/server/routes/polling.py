@@ -32,7 +32,7 @@ def retrieve_route(server: Server) -> Route:
         pending = server.ledger.in_memory(asked.request_id)
         if pending is None:
             pending = await run_in_threadpool(_find, server, asked.request_id)
-        answer = await _wait(pending.answer, POLL_SECONDS)
+        answer = await _polled(server, request, pending)
         if answer is None:
             reason = await run_in_threadpool(server.waiting_reason, pending)
             if not pending.answer.done():
@@ -62,8 +62,28 @@ def _find(server: Server, request_id: str) -> PendingRequest:
         return lost
 
 
-async def _wait(answer: Future[Answer], seconds: float) -> Answer | None:
-    """Return an answer, or None after `seconds` without one. The work continues when a client stops waiting."""
+async def _polled(server: Server, request: Request, pending: PendingRequest) -> Answer | None:
+    """Return an answer, or None if the poll's time is over, or its connection."""
+    if not pending.answer.done():
+        orphans, later = server.orphans, asyncio.get_running_loop().call_later
+        orphans.poll_began(pending)
+        closed = asyncio.ensure_future(_closed(request))
+        try:
+            await _wait(pending.answer, closed, POLL_SECONDS)
+        finally:
+            orphans.poll_ended(pending, later, connected=not closed.done())
+            closed.cancel()
+    return pending.answer.result() if pending.answer.done() else None
+
+
+async def _closed(request: Request) -> None:
+    """Return once the connection of a request whose body was read is closed."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _wait(answer: Future[Answer], closed: asyncio.Future[None], seconds: float) -> None:
+    """Wait for an answer, the connection's end, or `seconds`."""
     if not answer.done():
         loop = asyncio.get_running_loop()
         woken = asyncio.Event()
@@ -74,9 +94,9 @@ async def _wait(answer: Future[Answer], seconds: float) -> Answer | None:
                 loop.call_soon_threadsafe(woken.set)
 
         answer.add_done_callback(wake)
+        closed.add_done_callback(lambda _: woken.set())
         timer = loop.call_later(seconds, woken.set)
         try:
             await woken.wait()
         finally:
             timer.cancel()
-    return answer.result() if answer.done() else None

@@ -31,6 +31,8 @@ def sample_route(server: Server) -> Route:
             else:
                 pending = await run_in_threadpool(server.sampling.sample, asked, key)
             load.keep(pending.request_id, pending.answer, samples)
+            server.orphans.seen(pending)
+            server.orphans.watch(asyncio.get_running_loop().call_later)
         names = [f"{pending.request_id}:{i}" for i in range(samples)]
         return JSONResponse({"request_id": pending.request_id, "sample_sequence_ids": names})
 

@@ -83,7 +83,7 @@ class LiveObjects:
         # The monotonic time of each session's last sign of life.
         self._signs: dict[str, float] = {}
         self._eviction = Eviction(
-            self.own, self.sessions, self.models, self.samplers, self._last_sign, self._end_and_wait
+            self.own, self.sessions, self.models, self.samplers, self.last_sign, self._end_and_wait
         )
 
     # Sessions
@@ -103,16 +103,22 @@ class LiveObjects:
         """
         session = None if self._clients is None else self._clients.sessions.get(session_id)
         if session is not None:
+            self.note_sign(session_id)
             return session
 
         def remake(fields: Fields) -> Session:
             return Session(self.config, SessionInfo.from_json(fields), session_id, models=self.own.models)
 
         session = self.sessions.get(session_id, remake)
-        self._signs[session_id] = time.monotonic()
+        self.note_sign(session_id)
         return session
 
-    def _last_sign(self, session_id: str) -> float:
+    def note_sign(self, session_id: str) -> None:
+        """Note a sign of life of a session's client."""
+        self._signs[session_id] = time.monotonic()
+
+    def last_sign(self, session_id: str) -> float:
+        """Return the monotonic time of the last sign of life of a session's client, 0 for none."""
         return self._signs.get(session_id, 0.0)
 
     def end_session(self, session_id: str, session: Session, status: Status, detail: str | None) -> Future[None]:

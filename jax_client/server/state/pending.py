@@ -36,6 +36,7 @@ class PendingRequest:
         kind: "sample" is idempotent, "train" is not.
         answer: what the client will get; a failure is an answer too.
         begun: whether the work was started.
+        polls_waiting, polls_begun: of the client's polls for the answer, how many wait, and how many there have been.
     """
 
     request_id: str
@@ -43,6 +44,8 @@ class PendingRequest:
     kind: Kind
     answer: Future[Answer] = field(default_factory=Future)
     begun: bool = False
+    polls_waiting: int = 0
+    polls_begun: int = 0
     _settled: bool = False
     _work: Future[Any] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -79,13 +82,17 @@ class PendingRequest:
             self._settled = True
         self.answer.set_result(answer)
 
-    def cancel(self) -> None:
-        """Cancel the work and free its memory; a request that has not begun is settled as cancelled."""
+    def cancel(self, answer: Answer | None = None) -> None:
+        """Cancel the work and free its memory; a request that has not begun never begins.
+
+        Args:
+            answer: what a client is told that asks nevertheless; None says that the request was cancelled.
+        """
         with self._lock:
             work = self._work
-        if work is None:
-            self.settle(answers.refusal("the request was cancelled.", "user"))
-        else:
+        if work is None or answer is not None:
+            self.settle(answer or answers.refusal("the request was cancelled.", "user"))
+        if work is not None:
             work.cancel()
 
     def release(self) -> None:

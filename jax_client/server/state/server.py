@@ -17,6 +17,7 @@ from jax_client.runs.lifecycle.session import SessionInfo
 from jax_client.runs.listings import Listings
 from jax_client.server.state.ledger import RequestLedger
 from jax_client.server.state.live_objects import ClientObjects, LiveObjects
+from jax_client.server.state.orphans import Orphans
 from jax_client.server.state.pending import PendingRequest
 from jax_client.server.state.request_log import Entry, RequestLog
 from jax_client.server.state.sampling_requests import SamplingRequests
@@ -35,6 +36,7 @@ class Server:
         live: the objects in memory: sessions, models, samplers, uploaded losses; and their eviction.
         training: what turns training requests into calls of runs.
         sampling: what turns sampling requests into calls of samplers.
+        orphans: what cancels the samples of clients that are gone.
         listings: the runs and checkpoints on disk.
         admission: how much may wait at once.
 
@@ -63,6 +65,7 @@ class Server:
         self.training = TrainingRequests(self.live, self.ledger, self.model_name)
         self.sampling = SamplingRequests(self.live, self.ledger, records, self.model_name)
         self.listings = Listings(self.live.own)
+        self.orphans = Orphans(self.live, self.ledger)
         self.admission = AdmissionLimits(self.ledger.queues.give_up)
 
     def model_name(self, name: str) -> str:
