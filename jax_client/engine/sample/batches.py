@@ -143,7 +143,7 @@ def _add_draw(batch: HostBatch, way: int, i: int, tile: Tile) -> None:
 
 
 def _want(batch: HostBatch, i: int, top: int, draws: int) -> None:
-    """Have the chunk of tile i scored, with at least so many likeliest tokens and draws at each position."""
+    """Have the chunk of tile i scored, with at least `top` likeliest tokens and `draws` draws at each position."""
     chunk = i * PAGE // SCORE_CHUNK
     batch["wanted"][chunk] = np.maximum(batch["wanted"][chunk], (1, top, draws))
 

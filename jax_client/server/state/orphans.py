@@ -1,7 +1,7 @@
-"""Which samples does nobody wait for any more? Those whose client is silent, or has closed the connection of its poll.
+"""Which samples does no client wait for any more? Those whose client is silent, or has closed its poll's connection.
 
 `Orphans` cancels these samples, whether memory is short or not: samples that wait never start, and running ones leave
-the device at the next block. Training goes on, for it changes a model. A client that does live is told to send the
+the device at the next block. Training continues, for it changes a model. A client that does live is told to send the
 request again (410), and the SDK does so.
 """
 
