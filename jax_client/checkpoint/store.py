@@ -206,6 +206,22 @@ class CheckpointStore(StateDirectory):
 
         return self._reader.read(key, check)
 
+    def exported_file(self, key: CheckpointKey, name: str) -> Path:
+        """Return where the file `name` of an export lies, as the manifest says; it is not read. Raises as `load` does.
+
+        Raises:
+            NotFoundError: the export has no such file.
+        """
+        _check_export(key)
+
+        def find(version: Path) -> Path:
+            file = f"{EXPORT_DIRECTORY}/{name}"
+            if file not in read_manifest(version, key).files:
+                raise NotFoundError(f"{key.in_words} has no file {name!r}.")
+            return version / file
+
+        return self._reader.read(key, find)
+
     def exists(self, key: CheckpointKey) -> bool:
         """Return whether a checkpoint of this name is on this disk."""
         return newest_version(checkpoint_directory(self._runs, key)) is not None

@@ -1,6 +1,6 @@
 """`jax_client checkpoint`: which checkpoints are on this machine, and are they whole?
 
-The commands list, verify, delete, expire, export and import them.
+The commands list, verify, delete, expire, export, download and import them.
 """
 
 from __future__ import annotations
@@ -239,6 +239,29 @@ def export(
             f"checked: read back, it scores {report.check.tokens} tokens of a probe text with logits that differ by at "
             f"most {report.check.difference:.2g}; rounding explains up to {report.check.tolerance:.2g}"
         )
+
+
+@checkpoint.command("download")
+@click.argument("path", type=CheckpointPath())
+@click.option("--from", "url", required=True, metavar="URL", help="Of the server, such as http://host:8000.")
+@click.option(
+    "--output",
+    "directory",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="A directory that does not exist yet, or is empty.",
+)
+def download(path: CheckpointKey, url: str, directory: Path) -> None:
+    """Fetch a checkpoint of a server as a PEFT adapter.
+
+    PATH is of kind external_weights, or of kind weights, which the server then exports for this download.
+    TINKER_API_KEY is the key of the server.
+    """
+    from jax_client.clients.download import download_adapter
+
+    sizes = download_adapter(url, path, directory)
+    click.echo(f"{directory}: {len(sizes)} files, {output.human_size(sum(sizes.values()))}")
 
 
 @checkpoint.command("import")

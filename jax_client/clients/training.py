@@ -17,7 +17,7 @@ from jax_client.clients.sampling import (
     open_sampling_client,
 )
 from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors, warn_caller
-from jax_client.errors import BadRequestError, UnsupportedError
+from jax_client.errors import BadRequestError
 from jax_client.runs.lifecycle.run import Run
 from jax_client.runs.sdk import RetryConfig
 
@@ -176,16 +176,13 @@ class TrainingClient:
         Args:
             name: of the export.
             ttl_seconds: delete it after this time; None keeps it.
-            age_encryption_recipients: must be None.
+            age_encryption_recipients: X25519 public keys of age ("age1..."), for which every file is encrypted as
+                NAME.age; None leaves them readable.
 
         Raises:
-            UnsupportedError: encryption was asked for.
+            BadRequestError: a recipient is no such key.
         """
-        if age_encryption_recipients is not None:
-            raise UnsupportedError(
-                "save_weights_external: age_encryption_recipients is not supported, exports are not encrypted."
-            )
-        return LocalFuture(self._run.export(name, ttl_seconds))
+        return LocalFuture(self._run.export(name, ttl_seconds, age_encryption_recipients))
 
     def get_info(self) -> types.GetInfoResponse:
         """Return the base model's name and architecture, and the rank."""

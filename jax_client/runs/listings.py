@@ -10,6 +10,7 @@ import contextlib
 import os
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from tinker import types
@@ -99,12 +100,20 @@ class Listings:
 
     def exported_urls(self, key: CheckpointKey) -> types.ExternalWeightsUrlsResponse:
         """Return a file:// URL for each file of an export. Raises NotFoundError."""
-        store = self._session.store
-        files, expires_at = store.exported_files(key), store.record(key).expires_at
+        files, expires_at = self.exported_files(key)
         return types.ExternalWeightsUrlsResponse(
             urls={name: file.as_uri() for name, file in files.items()},
             expires=datetime.max.replace(tzinfo=UTC) if expires_at is None else datetime.fromtimestamp(expires_at, UTC),
         )
+
+    def exported_files(self, key: CheckpointKey) -> tuple[dict[str, Path], float | None]:
+        """Return the files of an export, compared with their hashes, and when it ends. Raises NotFoundError."""
+        store = self._session.store
+        return store.exported_files(key), store.record(key).expires_at
+
+    def exported_file(self, key: CheckpointKey, name: str) -> Path:
+        """Return where a file of an export lies. Raises NotFoundError."""
+        return self._session.store.exported_file(key, name)
 
     def copy(self, source: CheckpointKey, project_id: str, ttl_seconds: int | None) -> str:
         """Copy a checkpoint into a project and return the copy's path. Raises NotFoundError."""

@@ -9,6 +9,7 @@ from starlette.routing import Route
 
 from jax_client.server.ops import metrics
 from jax_client.server.ops.health import Watchdog
+from jax_client.server.routes.downloads import Downloads
 from jax_client.server.routes.handler import route, with_errors
 from jax_client.server.routes.listings import listing_routes
 from jax_client.server.routes.polling import future_routes, retrieve_route
@@ -41,6 +42,7 @@ def routes(server: Server) -> list[Route]:
         *future_routes(server),
         *session_routes(server),
         *listing_routes(server.listings),
+        *Downloads(server.listings).routes(),
         *_operations(server),
     ]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import numpy as np
+import pyrage
 import pytest
 import tinker
 
@@ -57,6 +58,22 @@ def test_an_export_holds_the_adapter_and_comes_back(tmp_path: Path) -> None:
         for wrong in (client.load_state, service.create_training_client_from_state, service.create_sampling_client):
             with pytest.raises(tinker.BadRequestError, match="external_weights"):
                 wrong(path)
+
+        secret = pyrage.x25519.Identity.generate()
+        for wrong, text in (
+            ([], "has 0 keys"),
+            (["age1x"], r"\[0\] is 'age1x', no X25519 public key"),
+            ("age1x", "list"),
+        ):
+            with pytest.raises((tinker.BadRequestError, TypeError), match=text):
+                client.save_weights_external("x", age_encryption_recipients=wrong)
+        encrypted = client.save_weights_external("y", age_encryption_recipients=[str(secret.to_public())]).result().path
+        urls = rest.get_external_weights_urls(encrypted).result().urls
+        assert set(urls) == {"adapter_config.json.age", "adapter_model.safetensors.age"}
+        for file in files:
+            sealed = Path(unquote(urlparse(urls[f"{file.name}.age"]).path))
+            assert [each for each in sealed.parent.iterdir() if each.suffix != ".age"] == [], "nothing readable is left"
+            assert pyrage.decrypt(sealed.read_bytes(), [secret]) == file.read_bytes()
 
         imported = import_adapter(service._session.store, directory, model, "in")
         again = service.create_training_client_from_state(str(imported)).result()

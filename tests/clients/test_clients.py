@@ -190,7 +190,6 @@ def test_unsupported_features_are_refused_by_name(service, client):
         (lambda: service.create_training_client_from_state(path, optimizer=dimuon), "(?i)dimuon"),
         (lambda: service.create_sampling_client(base_model=MODEL, record_stability_info=True), "record_stability_info"),
         (lambda: client.save_weights_and_get_sampling_client(record_stability_info=True), "record_stability_info"),
-        (lambda: client.save_weights_external("a", age_encryption_recipients=["x"]), "age_encryption_recipients"),
     ]
     for call, name in calls:
         with pytest.raises(errors.UnsupportedError, match=name) as caught:

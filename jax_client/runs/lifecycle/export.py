@@ -83,7 +83,7 @@ def export_checkpoint(
         Whichever it is, nothing is left at `output`.
     """
     output = output.expanduser().absolute()
-    _refuse_taken(output)
+    refuse_taken(output)
     base_model = api_records.base_model(store.record(path).metadata)
     # Imported here, as all that imports jax: most commands do without.
     from jax_client.weights.read.identity import fingerprint
@@ -120,7 +120,8 @@ def export_checkpoint(
     return ExportReport(directory=output, files=len(sizes), size_bytes=sum(sizes), check=check, unchecked=unchecked)
 
 
-def _refuse_taken(output: Path) -> None:
+def refuse_taken(output: Path) -> None:
+    """Raise BadRequestError unless a path is free for a new directory: not there, or an empty directory."""
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():

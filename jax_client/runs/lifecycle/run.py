@@ -28,6 +28,7 @@ from jax_client.runs.paths import training_path
 from jax_client.runs.results import api_records, convert, run_metrics
 from jax_client.runs.results.graph_loss import GraphCall
 from jax_client.values import AdapterState, CheckpointKey, LoraSpec, TrainExample
+from jax_client.weights.write.age import check_recipients
 
 if TYPE_CHECKING:
     import numpy as np
@@ -246,14 +247,17 @@ class Run:
         return self.session.track(self.session.save(str(path), held, write))
 
     @_while_usable
-    def export(self, name: object, ttl_seconds: object) -> Future[types.SaveWeightsExternalResponse]:
+    def export(
+        self, name: object, ttl_seconds: object, age_recipients: object
+    ) -> Future[types.SaveWeightsExternalResponse]:
         """Write the adapter in the form that peft reads; the future resolves after it is durable and checked."""
+        recipients = check_recipients(age_recipients)
         path = CheckpointKey(self.run_id, "external_weights", checks.checkpoint_name(name))
         ttl, checkpointer = checks.ttl(ttl_seconds), self._checkpointer
         held = self._request(lambda: self._engine.snapshot(self._lane, self._adapter))
 
         def write(held: Snapshot) -> types.SaveWeightsExternalResponse:
-            checkpointer.export(held.fetch(), path.name, ttl_seconds=ttl)
+            checkpointer.export(held.fetch(), path.name, ttl_seconds=ttl, recipients=recipients)
             return types.SaveWeightsExternalResponse(path=str(path))
 
         return self.session.track(self.session.save(str(path), held, write))

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jax_client.checkpoint.disk import files
 from jax_client.engine.core.requests import AdamSettings
 from jax_client.runs.lifecycle import base_models
 from jax_client.runs.lifecycle.base_models import ModelRef
@@ -107,13 +108,30 @@ class RunCheckpointer:
         self.observed.event(event, state.step, path=str(path), seconds=time.monotonic() - began)
         return path
 
-    def export(self, state: AdapterState, name: str, *, ttl_seconds: int | None = None) -> CheckpointKey:
-        """Write the adapter as peft does, as a checkpoint of kind external_weights, and check it. Raises as `write`."""
+    def export(
+        self, state: AdapterState, name: str, *, ttl_seconds: int | None = None, recipients: list[str] | None = None
+    ) -> CheckpointKey:
+        """Write the adapter as peft does, as a checkpoint of kind external_weights, and check it. Raises as `write`.
+
+        Args:
+            state: the adapter.
+            name: of the checkpoint.
+            ttl_seconds: None keeps it.
+            recipients: the age keys for which its files are encrypted; None leaves them readable.
+        """
         # Imported here: a process without a model has no use for it.
         from jax_client.runs.lifecycle.export_check import check_export
-        from jax_client.weights.write import peft
+        from jax_client.weights.write import age, peft
 
         def write(directory: Path) -> None:
+            if recipients is None:
+                write_checked(directory)
+                return
+            with files.temporary_directory(directory) as readable:
+                write_checked(readable)
+                age.encrypt_files(readable, directory, recipients)
+
+        def write_checked(directory: Path) -> None:
             peft.write_adapter(directory, state, self._engine.model, self._model_ref.source.lasting_name, "peft")
             check = check_export(self._engine, state, directory)
             logger.info(

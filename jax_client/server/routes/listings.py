@@ -13,7 +13,6 @@ from tinker.types import CopyWeightsRequest
 from jax_client.errors import BadRequestError
 from jax_client.runs import checks
 from jax_client.runs.listings import Listings, check_page, destination_project, not_served
-from jax_client.runs.paths import external_path
 from jax_client.server.routes.handler import looked_up, parsed, route, unparsed, with_object
 from jax_client.server.wire.bodies import MAX_JSON_BYTES
 from jax_client.values import CheckpointKey
@@ -67,9 +66,6 @@ def _checkpoint_routes(listings: Listings) -> list[Route]:
     def set_ttl(request: Request, fields: dict[str, Any]) -> None:
         listings.set_ttl(_key(request), checks.ttl(fields.get("ttl_seconds")))
 
-    def urls(request: Request) -> types.ExternalWeightsUrlsResponse:
-        return listings.exported_urls(external_path(str(_key(request)), "get_external_weights_urls"))
-
     return [
         route("GET", "/checkpoints", looked_up(lambda r: listings.all_checkpoints(*_page(r, 100)))),
         route("POST", "/weights_info", with_object(info)),
@@ -78,7 +74,6 @@ def _checkpoint_routes(listings: Listings) -> list[Route]:
         route("POST", f"{_CHECKPOINT}/publish", looked_up(lambda r: listings.set_public(_key(r), True))),
         route("DELETE", f"{_CHECKPOINT}/publish", looked_up(lambda r: listings.set_public(_key(r), False))),
         route("PUT", f"{_CHECKPOINT}/ttl", with_object(set_ttl)),
-        route("GET", f"{_CHECKPOINT}/external_weights_urls", looked_up(urls)),
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tinker import types
 
-from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, UnsupportedError
+from jax_client.errors import BadRequestError, JaxClientError, NotFoundError
 from jax_client.runs import checks
 from jax_client.runs.lifecycle.futures import settled, then
 from jax_client.runs.lifecycle.run import Run, create_run, resume_run
@@ -177,10 +177,7 @@ class TrainingRequests:
         """Save the adapter as peft does."""
 
         def work(run: Run) -> Future[Any]:
-            # Refused in its turn: the requests after it wait for its number.
-            if request.age_encryption_recipients is not None:
-                raise UnsupportedError("age_encryption_recipients is not supported, exports are not encrypted.")
-            return run.export(request.path, request.ttl_seconds)
+            return run.export(request.path, request.ttl_seconds, request.age_encryption_recipients)
 
         return self._on_model(request.model_id, request.seq_id, digest, work)
 
