@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_an_adapter_that_is_more_than_lora_is_refused_with_the_way_out(
 ) -> None:
     engine = engine_of(case)
     save_peft(engine.source.path, tmp_path / "adapter", **settings)
-    with pytest.raises(UnsupportedError, match=f"{message}.*(merge_and_unload|Train a LoRA adapter without it)"):
+    with pytest.raises(UnsupportedError, match=f"{message}.*(merge_and_unload|train a LoRA adapter without it)"):
         read_adapter(tmp_path / "adapter", engine.model, open_tensors(engine.source))
 
 
@@ -132,7 +133,12 @@ def open_engine_of(path: Path) -> Engine:
     return Engine(resolve(str(path)), EngineConfig(**settings))
 
 
-def test_copies_of_the_base_model_are_compared_with_it(engine_of: Callable[[str], Engine], tmp_path: Path) -> None:
+def test_copies_of_the_base_model_are_compared_with_it(
+    engine_of: Callable[[str], Engine],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from safetensors.numpy import load_file, save_file
 
     engine, adapter = engine_of("llama_untied"), tmp_path / "adapter"
@@ -141,6 +147,12 @@ def test_copies_of_the_base_model_are_compared_with_it(engine_of: Callable[[str]
     copies = [name for name in load_file(file) if ".lora_" not in name]
     assert copies == ["base_model.model.lm_head.base_layer.weight"]
     read_adapter(adapter, engine.model, base)
+    assert "quantised" not in caplog.text
+    quantised = {name: replace(info, dtype="Q8_0") for name, info in base.tensors.items()}
+    monkeypatch.setattr(base, "tensors", quantised)
+    read_adapter(adapter, engine.model, base)
+    assert "because the base model is quantised (Q8_0)" in caplog.text
+    monkeypatch.undo()
     for change, message in ((lambda t: t + 1e-3, "is not the base model's lm_head.weight"), (lambda t: t[1:], "shape")):
         tensors = load_file(file)
         tensors[copies[0]] = change(tensors[copies[0]])

@@ -30,26 +30,30 @@ READ = {
     "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "velora_config", "runtime_config",
 }  # fmt: skip
-# Fields of PEFT 0.21 that make the adapter something that A and B alone are not, and whether merging holds it.
+# Fields of PEFT 0.21 that make the adapter something that A and B alone are not, and whether peft can merge it into a
+# model that it can save.
 REFUSED = {
     "use_dora": True,
     "modules_to_save": True,
     "trainable_token_indices": True,
-    "layer_replication": True,
-    "lora_bias": True,
     "target_parameters": True,
     "use_bdlora": True,
     "kasa_config": True,
     "ensure_weight_tying": True,
     "megatron_config": True,
+    "monteclora_config": True,
+    "layer_replication": False,
+    "lora_bias": False,
     "use_qalora": False,
     "alora_invocation_tokens": False,
     "arrow_config": False,
-    "monteclora_config": False,
 }
 NOTHING = (None, False, "none", {}, [], "")
 # The other initialisations leave the base model with other weights than it came with, and the adapter relies on them.
 INITIAL_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+# Of those, peft computes these anew from the base model when it loads the adapter; the others need their data.
+REPEATABLE = ("pissa", "olora")
+NO_MERGE = "peft cannot merge it into a model either: train a LoRA adapter without it."
 # Kinds of adapters that peft cannot merge into weights.
 PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA"}
 
@@ -151,16 +155,17 @@ def _refuse(raw: Mapping[str, object], path: Path) -> tuple[str, ...]:
             "Give one of those."
         )
     if raw.get("init_lora_weights") not in INITIAL_WEIGHTS:
+        other = f" Or: {way_out(path.parent, raw)}" if str(raw["init_lora_weights"]).startswith(REPEATABLE) else ""
         raise UnsupportedError(
             f"{path}: init_lora_weights is {raw['init_lora_weights']!r:.80}, which is not supported: it changed the "
-            "base model, too. One way out is peft's save_pretrained(..., path_initial_model_for_weight_conversion="
-            f"FOLDER OF THE INITIAL ADAPTER), which makes plain LoRA of it. The other: {way_out(path.parent, raw)}"
+            "base model, too. Save it with peft's save_pretrained(..., path_initial_model_for_weight_conversion="
+            f"FOLDER OF THE INITIAL ADAPTER), which makes plain LoRA of it.{other}"
         )
     present = [key for key, value in raw.items() if value not in NOTHING]
     if refused := [key for key in present if key in REFUSED]:
         key = refused[0]
         others = f" (and {', '.join(refused[1:])})" if len(refused) > 1 else ""
-        advice = way_out(path.parent, raw) if all(REFUSED[k] for k in refused) else "Train a LoRA adapter without it."
+        advice = way_out(path.parent, raw) if all(REFUSED[k] for k in refused) else NO_MERGE
         raise UnsupportedError(
             f"{path}: {key} is {raw[key]!r:.80}{others}, which is not supported: only LoRA on linear layers is read. "
             f"{advice}"

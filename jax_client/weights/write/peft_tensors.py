@@ -148,6 +148,15 @@ def _refuse_other_copies(
         shape = (model.vocab_size, model.d_model)
         if entries[name].shape != shape:
             difference = f"has the shape {entries[name].shape}, and the base model's {shape}"
+        elif base is not None and base.tensors[stored].dtype not in safetensors.NUMPY_DTYPES:
+            logger.warning(
+                "%s: %s is not read; whether it is that of the base model cannot be seen, because the base model is "
+                "quantised (%s)",
+                path,
+                name,
+                base.tensors[stored].dtype,
+            )
+            continue
         elif base is not None and not _is_copy(safetensors.view(path, entries[name]), base.read(stored)):
             difference = f"is not the base model's {stored}"
         else:
