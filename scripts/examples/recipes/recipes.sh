@@ -12,8 +12,21 @@ recipes=$root/.venv-recipes
 make_venv "$recipes" 3.11
 echo "installing (a few minutes the first time)"
 install "$recipes" "torch==2.13.0"
+# The cookbook asks for a tml-renderers that no index has; only renderers of models that are not served here import it.
+install "$recipes" --no-deps "tinker-cookbook==0.6.1"
+mapfile -t needed < <("$recipes/bin/python" - <<'PYTHON'
+from importlib.metadata import requires
+
+from pip._vendor.packaging.requirements import Requirement
+
+extras = ("", "math-rl", "multiplayer-rl")
+for each in map(Requirement, requires("tinker-cookbook")):
+    if each.name != "tml-renderers" and (each.marker is None or any(each.marker.evaluate({"extra": e}) for e in extras)):
+        print(f"{each.name}{each.specifier}")
+PYTHON
+)
 # chatterbot-corpus is data; gguf and accelerate let transformers read the model's file for the reference.
-install "$recipes" "tinker==0.38.*" "tinker-cookbook[math-rl]==0.5.8" "chatterbot-corpus==1.3.3" "gguf>=0.17" "accelerate>=1"
+install "$recipes" "${needed[@]}" "tinker==0.38.*" "chatterbot-corpus==1.3.3" "gguf>=0.17" "accelerate>=1"
 
 venv=$root/.venv-test
 if ! [ -x "$venv/bin/jax_client" ]; then
