@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from jax_client.errors import BadRequestError, UnsupportedError
+from jax_client.host import places
 
 DType = Literal["auto", "bfloat16", "float32"]
 Remat = Literal["auto", "none", "selective", "full"]
@@ -25,10 +26,19 @@ MESH_AXES = ("data", "fsdp", "sequence", "expert", "tensor")
 
 
 def default_state_dir() -> Path:
-    """Return where checkpoints live: `$JAX_CLIENT_HOME`, else `jax_client` under the XDG state directory."""
-    if home := os.environ.get("JAX_CLIENT_HOME"):
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "jax_client"
+    """Return where checkpoints live: `$JAX_CLIENT_HOME`, else `jax_client` under the XDG state directory.
+
+    Raises:
+        BadRequestError: neither is set, and this user has no home directory.
+    """
+    if chosen := os.environ.get("JAX_CLIENT_HOME"):
+        return places.expand(chosen, "JAX_CLIENT_HOME")
+    if chosen := os.environ.get("XDG_STATE_HOME"):
+        return Path(chosen) / "jax_client"
+    if (home := places.home()) is None:
+        settings = "EngineConfig.state_dir (or JAX_CLIENT_HOME, or --state-dir)"
+        raise BadRequestError(places.needs_home("checkpoints", settings))
+    return home / ".local" / "state" / "jax_client"
 
 
 def default_mirror() -> str | None:
@@ -36,9 +46,12 @@ def default_mirror() -> str | None:
     return os.environ.get("JAX_CLIENT_MIRROR") or None
 
 
-def default_compilation_cache_dir() -> Path:
-    """Return where compiled programs are kept between processes, under the XDG cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_client" / "xla"
+def default_compilation_cache_dir() -> Path | None:
+    """Return where compiled programs are kept, under the XDG cache directory; None for a user without a home."""
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "jax_client" / "xla"
+    home = places.home()
+    return None if home is None else home / ".cache" / "jax_client" / "xla"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +73,8 @@ class EngineConfig:
         autosave_minutes: how often a run that has taken steps since its last save is saved by itself, into the slots
             autosave-0 and autosave-1 in turn; also on SIGTERM, at exit and when its client is closed. None is never.
         compilation_cache_dir: compiled programs, kept between processes; None is `default_compilation_cache_dir()`,
-            "" leaves jax's own setting as it is. jax has one per process: the newest engine's choice holds.
+            "" leaves jax's own setting as it is. jax has one per process: the newest engine's choice holds. Where it
+            cannot be written, a warning says so, and every start compiles.
         memory_fraction: share of a device's memory (of the host's, on a CPU) that may be filled; what needs more is
             refused before it is allocated.
         precompile: compile the programs that a training client will likely need in the background when it is made.

@@ -48,7 +48,7 @@ class RequestFailedError(JaxClientError, RuntimeError):
         self.category: Category = category
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.message, self.request_id, self.category)
+        return type(self), (self.message, self.request_id, self.category), self.__dict__
 
 
 class DoesNotFitError(RequestFailedError):

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from jax_client.host.disk import advice
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -93,7 +95,7 @@ class SqliteFile:
                 return otherwise
             except (sqlite3.OperationalError, OSError) as error:
                 # No room, read-only, no directory, locked for too long: another day it may work.
-                self._report(f"{self._unused}: {self.path}: {error}", self._level)
+                self._report(f"{self._unused}: {self.path}: {error}. {self._advice(error)}", self._level)
                 return otherwise
             except (sqlite3.DatabaseError, ValueError) as error:
                 # Another process may have been first; the file that is there now is a new one.
@@ -138,6 +140,11 @@ class SqliteFile:
             return False
         logger.warning("%s was damaged (%s); it is kept as %s, and a new one begun", self.path, error, aside.name)
         return True
+
+    def _advice(self, error: Exception) -> str:
+        # Where a file system has no locks, SQLite takes each of its refusals for another process's lock.
+        busy = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
+        return ("Another process may hold it. " if busy else "") + advice(error, self.path)
 
     def _report(self, text: str, level: int) -> None:
         if self._reported != text:

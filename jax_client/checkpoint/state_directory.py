@@ -14,6 +14,7 @@ from jax_client.checkpoint.index_cache import ABSENT, IndexCache, Row, stamp
 from jax_client.checkpoint.index_cache import FILE_NAME as INDEX_FILE
 from jax_client.checkpoint.mirror import Mirror
 from jax_client.errors import NotFoundError, RequestFailedError, first_line
+from jax_client.host.disk import advice
 from jax_client.values import JsonObject
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class StateDirectory:
         Raises:
             BadRequestError: a malformed id, or metadata that JSON cannot hold.
             RequestFailedError: the disk failed.
+            UnsupportedError: the file system has no locks.
         """
         directory = run_directory(self._runs, run_id)
         data = sealed.seal({"run_id": run_id, "metadata": metadata}, "metadata")
@@ -55,7 +57,7 @@ class StateDirectory:
                 files.replace(directory / _RUN_FILE, data)
         except OSError as error:
             raise RequestFailedError(
-                f"run {run_id} was not recorded: {first_line(error)}. Check that {directory} is writable and has room."
+                f"run {run_id} was not recorded: {first_line(error)}. {advice(error, directory)}"
             ) from error
         if self._mirror is not None:
             self._mirror.push_file(f"{directory.name}/{_RUN_FILE}", directory / _RUN_FILE)
@@ -125,7 +127,7 @@ class StateDirectory:
             ) from None
         except OSError as error:
             raise RequestFailedError(
-                f"run {run_id} could not be opened: {first_line(error)}. Check that {directory} is writable."
+                f"run {run_id} could not be opened: {first_line(error)}. {advice(error, directory)}"
             ) from error
 
     def lock_holder(self, run_id: str) -> LockHolder | None:

@@ -29,6 +29,7 @@ from jax_client.checkpoint.state_directory import StateDirectory
 from jax_client.checkpoint.tags import Tags
 from jax_client.checkpoint.writing import CheckpointWriter, Draft, Fill
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError, UnsupportedError, first_line
+from jax_client.host.disk import advice
 from jax_client.values import AdapterState, CheckpointKey, JsonObject
 
 logger = logging.getLogger(__name__)
@@ -269,7 +270,7 @@ class CheckpointStore(StateDirectory):
                 tags.write(version, change(tags.read_or_none_set(version)))
         except OSError as error:
             raise RequestFailedError(
-                f"{key.in_words} was not changed: {first_line(error)}. Check that {directory} is writable and has room."
+                f"{key.in_words} was not changed: {first_line(error)}. {advice(error, directory)}"
             ) from error
         if self._mirror is not None:
             self._mirror.push_tags(key, version / tags.FILE_NAME)
@@ -292,7 +293,7 @@ class CheckpointStore(StateDirectory):
             raise self._reader.not_found(key) from None
         except OSError as error:
             raise RequestFailedError(
-                f"{key.in_words} was not deleted: {first_line(error)}. Check that {directory.parent} is writable."
+                f"{key.in_words} was not deleted: {first_line(error)}. {advice(error, directory.parent)}"
             ) from error
         if self._mirror is not None:
             self._mirror.delete(key)
@@ -309,7 +310,7 @@ class CheckpointStore(StateDirectory):
                         files.remove(directory)
                         if self._mirror is not None:
                             self._mirror.delete(record.key)
-            except OSError as error:
+            except (OSError, RequestFailedError) as error:
                 logger.warning("the expired checkpoint %s could not be deleted: %s", directory, error)
 
     def repair(self) -> int:

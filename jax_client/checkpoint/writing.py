@@ -7,6 +7,7 @@ next number. Older versions are removed after this rename.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from jax_client.checkpoint.mirror import Mirror
 from jax_client.checkpoint.record import Record
 from jax_client.checkpoint.tags import Tags
 from jax_client.errors import JaxClientError, RequestFailedError, UnsupportedError, first_line
+from jax_client.host.disk import advice
 from jax_client.values import KINDS
 
 logger = logging.getLogger(__name__)
@@ -104,9 +106,8 @@ class CheckpointWriter:
         except Exception as error:
             # Orbax reports a failed write as ValueError, the system as OSError.
             raise RequestFailedError(
-                f"{key.in_words} was not saved: {first_line(error)}. It needs about "
-                f"{draft.size_bytes} bytes under {self._runs}, {files.free_bytes(self._runs)} are free. "
-                "Earlier checkpoints are as they were; make room or check the disk, and save again."
+                f"{key.in_words} was not saved: {first_line(error)}. It needs about {draft.size_bytes} bytes under "
+                f"{self._runs}{_free(self._runs)}. Earlier checkpoints are as they were. {advice(error, self._runs)}"
             ) from error
         version = newest_version(directory)
         if self._mirror is not None and version is not None:
@@ -117,7 +118,7 @@ class CheckpointWriter:
         files.make_directories(directory, self._runs.parent)
         need, free = draft.size_bytes + _SPARE_BYTES, files.free_bytes(directory)
         if need > free:
-            raise OSError(f"{need} bytes are needed, {free} are free")
+            raise OSError(errno.ENOSPC, f"{need} bytes are needed, {free} are free")
         older = versions(directory)
         number = int(older[-1].name) + 1 if older else 1
         expires = None if draft.ttl_seconds is None else Deadline.after(draft.ttl_seconds, clock.now())
@@ -150,7 +151,7 @@ class CheckpointWriter:
         for run_id in run_ids(self._runs):
             directory = run_directory(self._runs, run_id)
             # Another user's run that cannot be tidied is no reason to refuse a save.
-            with contextlib.suppress(OSError), files.locked(directory, wait=False) as held:
+            with contextlib.suppress(OSError, RequestFailedError), files.locked(directory, wait=False) as held:
                 if held:
                     places = [directory]
                     for kind in KINDS:
@@ -159,6 +160,13 @@ class CheckpointWriter:
                         places.append(directory / kind)
                     for place in places:
                         files.sweep(place)
+
+
+def _free(place: Path) -> str:
+    """Return how much room there is, for a message about a disk that may not even say that."""
+    with contextlib.suppress(OSError):
+        return f", {files.free_bytes(place)} are free"
+    return ""
 
 
 def _refuse_taken(directory: Path, draft: Manifest) -> None:

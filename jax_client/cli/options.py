@@ -13,6 +13,7 @@ import click
 
 from jax_client.config import default_mirror, default_state_dir
 from jax_client.errors import BadRequestError, NotFoundError
+from jax_client.host.places import expand
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.store import CheckpointStore
@@ -39,10 +40,18 @@ def reads_state(command: Command) -> Command:
     @click.pass_obj
     @functools.wraps(command)
     def with_state_dir(options: GlobalOptions, *args: object, state_dir: Path | None, **kwargs: object) -> object:
-        home = state_dir or options.state_dir or default_state_dir()
-        return command(home.expanduser().absolute(), *args, **kwargs)
+        return command(state_home(options, state_dir), *args, **kwargs)
 
     return with_state_dir  # type: ignore[return-value]
+
+
+def state_home(options: GlobalOptions, state_dir: Path | None) -> Path:
+    """Return the state directory: of the command's own option, the one before its name, or the default.
+
+    Raises:
+        BadRequestError: none is given, and there is no home directory for the default.
+    """
+    return expand(state_dir or options.state_dir or default_state_dir(), "--state-dir").absolute()
 
 
 def json_option(command: Command) -> Command:

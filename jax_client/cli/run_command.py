@@ -23,6 +23,7 @@ from jax_client.cli import stages
 from jax_client.cli.serve import listen, opened, save, url, uvicorn_server
 from jax_client.cli.server_options import server_options
 from jax_client.cli.settings import print_settings, read_settings
+from jax_client.host.proxies import bypassing
 from jax_client.server import LOOPBACK
 from jax_client.threads import start_thread
 
@@ -69,8 +70,8 @@ def run(ctx: click.Context, **_: object) -> None:
     \b
     jax_client run --model NAME -- python -m tinker_cookbook.recipes.chat_sl.train model_name=NAME ...
 
-    The server starts on a free port, the program finds it in TINKER_BASE_URL and TINKER_API_KEY; when the program ends,
-    what was trained is saved, and the exit code is the program's.
+    The server starts on a free port, the program finds it in TINKER_BASE_URL and TINKER_API_KEY, past any proxy; when
+    the program ends, what was trained is saved, and the exit code is the program's.
     """
     run_program(ctx, ctx.args)
 
@@ -93,7 +94,8 @@ def run_program(ctx: click.Context, program: list[str]) -> None:
             with _served(server, key) as address:
                 stages.say(f"ready: running {program[0]} with TINKER_BASE_URL={address}")
                 own = {"TINKER_BASE_URL": address, "TINKER_API_KEY": key, "TINKER_TELEMETRY": "0"}
-                code = child.run(program, os.environ | own)
+                # Else a proxy of the environment would be asked for this machine's own address, and not answer.
+                code = child.run(program, os.environ | own | bypassing(os.environ, *LOOPBACK))
         finally:
             save(server, hurried=child.hurried)
     raise click.exceptions.Exit(code)

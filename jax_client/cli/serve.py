@@ -18,6 +18,7 @@ import click
 from jax_client.cli import stages
 from jax_client.cli.server_options import server_options
 from jax_client.cli.settings import ServerSettings, print_settings, read_settings
+from jax_client.host.proxies import bypassing, through_proxy
 from jax_client.server import LOOPBACK
 
 if TYPE_CHECKING:
@@ -55,11 +56,17 @@ def serve(ctx: click.Context, **_: object) -> None:
         own = () if host in LOOPBACK else (socket.gethostname(), socket.getfqdn())
         names = {host, *settings.allow_hosts, *LOOPBACK, *own}
         app = build_app(server, api_key=settings.api_key, hosts=names)
+        if proxies := through_proxy(os.environ, address[0]):
+            stages.say(f"{' and '.join(proxies)} set: clients on this machine need {_exceptions(address[0])}")
         key = "the key you gave" if settings.api_key else "tml-any"
         number = _run(app, listening, f"ready: TINKER_BASE_URL={url(*address)} TINKER_API_KEY={key}")
         save(server, hurried=number in (signal.SIGTERM, signal.SIGHUP))
     if number is not None:
         raise click.exceptions.Exit(128 + number)
+
+
+def _exceptions(host: str) -> str:
+    return " ".join(f"{name}={value}" for name, value in bypassing(os.environ, host).items())
 
 
 @contextlib.contextmanager
@@ -72,22 +79,25 @@ def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterato
         remembers: whether its clients may continue with the next server on this directory.
 
     Raises:
-        click.ClickException: another process has locked it.
+        click.ClickException: another process has locked it, or it cannot be written.
     """
     # Imported here: --help and --show-config need none of it.
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from jax_client.checkpoint.disk import files, run_lock
+    from jax_client.host import disk
     from jax_client.server.state.request_log import RequestLog
     from jax_client.server.state.server import Server
 
     # Its bars would be drawn over the line that shows the progress of a download.
     disable_progress_bars()
-    files.make_directories(settings.home, settings.home)
     try:
+        files.make_directories(settings.home, settings.home)
         claim = run_lock.acquire(settings.home)
     except run_lock.RunLockedError as error:
         raise click.ClickException(f"{settings.home} is served by {error}; {advice}.") from None
+    except OSError as error:
+        raise click.ClickException(f"nothing can be saved: {error}. {disk.advice(error, settings.home)}") from None
     try:
         server = Server(settings.engine, settings.aliases, RequestLog(settings.home) if remembers else None)
         stages.say(f"state directory: {settings.home}")

@@ -21,6 +21,7 @@ from jax_client.cli.server_options import CONTROL, ENGINE_DEFAULTS, PREFIX, PUBL
 from jax_client.cli.setting_types import OrWord
 from jax_client.config import EngineConfig, default_state_dir
 from jax_client.errors import JaxClientError
+from jax_client.host.places import expand
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +67,7 @@ def read_settings(ctx: click.Context) -> ServerSettings:
         engine = EngineConfig(**chosen)
     except JaxClientError as error:
         raise click.UsageError(str(error), ctx) from None
-    home = Path(chosen["state_dir"]).expanduser().absolute()
+    home = expand(chosen["state_dir"], "--state-dir").absolute()
     public = {name: params[name] for name in ("host", "port", "api_key") if name in params}
     return ServerSettings(
         models=tuple(dict.fromkeys(params["model"])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -11,7 +12,8 @@ from typing import Any, Generic, TypeVar
 
 import tinker
 
-from jax_client.clients.sdk_errors import translate
+from jax_client.clients.sdk_errors import StaysInProcess, translate
+from jax_client.errors import UnsupportedError
 from jax_client.runs.lifecycle.futures import link, on_answer_thread, settled
 
 T = TypeVar("T")
@@ -19,7 +21,7 @@ A = TypeVar("A")
 C = TypeVar("C")
 
 
-class LocalFuture(tinker.APIFuture[T]):
+class LocalFuture(StaysInProcess, tinker.APIFuture[T]):
     """The API's future over a request that this process carries out.
 
     The work is on other threads, so that `result()` inside a running event loop blocks that loop but cannot deadlock.
@@ -33,6 +35,7 @@ class LocalFuture(tinker.APIFuture[T]):
 
     def __init__(self, source: Future[A], convert: Callable[[A], T] | None = None) -> None:
         self._future: Future[T] = Future()
+        self._process = os.getpid()
         link(source, self._future, convert, error=translate)
 
     @classmethod
@@ -49,7 +52,9 @@ class LocalFuture(tinker.APIFuture[T]):
         Raises:
             TimeoutError: no answer in time; the request continues.
             RuntimeError: called in a done callback, where waiting for another request would never end.
+            UnsupportedError: called in a fork of the process that carries out the request, which is not finished.
         """
+        self._refuse_fork()
         if not self._future.done() and on_answer_thread():
             raise RuntimeError(
                 "result() of an unfinished request was called in a done callback, on the thread that completes all "
@@ -59,6 +64,7 @@ class LocalFuture(tinker.APIFuture[T]):
 
     async def result_async(self, timeout: float | None = None) -> T:
         """Await the answer; as `result`."""
+        self._refuse_fork()
         if not self._future.done():
             loop = asyncio.get_running_loop()
             woken = loop.create_future()
@@ -76,6 +82,16 @@ class LocalFuture(tinker.APIFuture[T]):
             async with asyncio.timeout(timeout):
                 await woken
         return self._future.result()
+
+    def _refuse_fork(self) -> None:
+        # No thread of a forked process completes what was pending: waiting would never end.
+        if os.getpid() != self._process and not self._future.done():
+            raise translate(
+                UnsupportedError(
+                    f"this future came from process {self._process} by a fork, and its request is carried out there. "
+                    "Wait for it before the fork, and give the result to this process."
+                )
+            )
 
     def future(self) -> Future[T]:
         """Return the answer's `concurrent.futures.Future`; cancelling it cancels a request that has not started."""
@@ -107,11 +123,13 @@ class SampleFuture(LocalFuture[T]):
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the answer, as `LocalFuture.result`."""
+        self._refuse_fork()  # before the lock, which another thread may have held at the fork
         with self._waiting():
             return super().result(timeout)
 
     async def result_async(self, timeout: float | None = None) -> T:
         """Await the answer; the last await that is cancelled, or times out, cancels the request."""
+        self._refuse_fork()
         try:
             with self._waiting():
                 return await super().result_async(timeout)

@@ -10,7 +10,7 @@ import tinker
 from tinker import types
 
 from jax_client.clients.futures import LocalFuture
-from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors, translate
+from jax_client.clients.sdk_errors import StaysInProcess, register_as_sdk_class, sdk_errors, translate
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError
 from jax_client.runs import checks
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 @sdk_errors
-class RestClient:
+class RestClient(StaysInProcess):
     """Client for the runs and checkpoints on disk. It needs no ServiceClient and never touches a device.
 
     Args:

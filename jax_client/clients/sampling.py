@@ -261,7 +261,10 @@ def _tokenizer(path: str, kind: str) -> PreTrainedTokenizerBase:
 
 
 class BackcompatSamplingClientFuture(ClientFuture[SamplingClient], SamplingClient):
-    """The future of a SamplingClient, which can be used as the client at once."""
+    """The future of a SamplingClient, which can be used as the client at once, and pickled as it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return SamplingClient.__reduce__(self)
 
 
 register_as_sdk_class(tinker.SamplingClient, SamplingClient)

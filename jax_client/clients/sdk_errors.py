@@ -15,7 +15,7 @@ import warnings
 from abc import ABCMeta
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, Self, TypeVar, cast
 
 import httpx
 import tinker
@@ -89,6 +89,26 @@ def _rebuild(ours: type[errors.JaxClientError], args: tuple[object, ...], state:
     error = ours.__new__(ours, *args)
     error.__dict__.update(state)
     return translate(error)
+
+
+class StaysInProcess:
+    """A base of what works only in the process that made it: pickling it is refused by name, and its copy is itself."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Raise BadTypeError, which says what can go to another process instead."""
+        name = type(self).__name__
+        raise translate(
+            errors.BadTypeError(
+                f"a {name} cannot be pickled: it works in the process that made it. Give other processes a "
+                "SamplingClient, which can be pickled, or the path of a checkpoint, and send results back as values."
+            )
+        )
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return self
 
 
 def register_as_sdk_class(theirs: type, ours: type) -> None:

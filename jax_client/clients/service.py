@@ -17,7 +17,7 @@ from jax_client.clients.custom_loss import register
 from jax_client.clients.futures import LocalFuture
 from jax_client.clients.rest import RestClient
 from jax_client.clients.sampling import BackcompatSamplingClientFuture, SamplingClient, open_sampling_client
-from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors, translate, warn_caller
+from jax_client.clients.sdk_errors import StaysInProcess, register_as_sdk_class, sdk_errors, translate, warn_caller
 from jax_client.clients.training import BackcompatTrainingClientFuture, TrainingClient, note_access_token
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, BadTypeError
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @sdk_errors
-class ServiceClient:
+class ServiceClient(StaysInProcess):
     """The entry point: makes training and sampling clients on the devices of this machine.
 
     Constructing it does no work; models are loaded in the background by the first client that needs them, once per
@@ -107,6 +107,7 @@ class ServiceClient:
             display_name=display_name,
         )
         self._session = Session(config, info, models=_models)
+        self._process = os.getpid()
         if self._session.config.autosave_minutes is not None:
             autosave.handle_sigterm()
 
@@ -325,12 +326,16 @@ class ServiceClient:
     ) -> tinker.APIFuture[None]:
         """Finish the requests in flight, then unload the models. Later calls raise; closing again does nothing.
 
+        In a fork of the process that made the client, closing does nothing either.
+
         Args:
             status: "success", "errored" or "interrupted".
             detail: shown where the session is used later.
         """
         if status not in ("success", "errored", "interrupted"):
             raise BadRequestError(f"status is {status!r}; choose 'success', 'errored' or 'interrupted'.")
+        if os.getpid() != self._process:  # its requests, models and runs are the parent's to finish
+            return LocalFuture.of(None)
         return LocalFuture(self._session.close(status, detail))
 
     # The twins of the methods above, in the same order.

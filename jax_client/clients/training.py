@@ -16,7 +16,7 @@ from jax_client.clients.sampling import (
     SamplingClient,
     open_sampling_client,
 )
-from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors, warn_caller
+from jax_client.clients.sdk_errors import StaysInProcess, register_as_sdk_class, sdk_errors, warn_caller
 from jax_client.errors import BadRequestError
 from jax_client.runs.lifecycle.run import Run
 from jax_client.runs.sdk import RetryConfig
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 @sdk_errors
-class TrainingClient:
+class TrainingClient(StaysInProcess):
     """Client for one LoRA adapter in training, made by `ServiceClient.create_lora_training_client`.
 
     Every request returns a future at once and takes effect in the order of the calls, so that `forward_backward`,

@@ -77,8 +77,7 @@ class Engine:
     """
 
     def __init__(self, source: ModelSource, settings: EngineConfig):
-        cache = settings.compilation_cache_dir
-        if cache != "":
+        if (cache := settings.compilation_cache_dir) != "":
             enable_compilation_cache(default_compilation_cache_dir() if cache is None else cache)
         self.source = source
         self.model = read_config(source)

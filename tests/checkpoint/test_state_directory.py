@@ -24,6 +24,7 @@ from jax_client.checkpoint.disk.clock import GRACE_SECONDS, Deadline, Moment
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError, UnsupportedError
+from jax_client.host import disk
 from support.checkpoints import RUN, assert_same, key, make_state, save
 
 DAY = 24 * 3600.0
@@ -175,11 +176,11 @@ def test_file_systems_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyP
             "23 22 8:2 / /net\\040work/local rw - xfs /dev/sdb rw",
         ]
     )
-    monkeypatch.setattr(files, "MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr(disk, "MOUNTS", tmp_path / "mounts")
     (tmp_path / "mounts").write_text(table)
-    assert files.network_file_system(Path("/net work/runs")) == "nfs4"
-    assert files.network_file_system(Path("/net work/local/runs")) is None
-    assert files.file_system(Path("/net works")) == "ext4"
+    assert disk.network_file_system(Path("/net work/runs")) == "nfs4"
+    assert disk.network_file_system(Path("/net work/local/runs")) is None
+    assert disk.file_system(Path("/net works")) == "ext4"
 
 
 @pytest.mark.parametrize("place", ["gs://bucket/state", Path("s3://bucket/state")])

@@ -7,7 +7,11 @@ import os
 import sys
 import time
 
-from jax_client.cli.doctor import devices, software, storage
+import pytest
+
+from jax_client.cli.doctor import devices, network, software, storage
+from jax_client.config import default_state_dir
+from jax_client.errors import BadRequestError
 from support.command_line import damage
 
 
@@ -90,10 +94,13 @@ def test_doctor_looks_at_places(tmp_path, monkeypatch):
     statuses = lambda home: {f.check: f.status for f in storage.state_directory(home)}  # noqa: E731
     tmp_path.chmod(0o700)
     assert statuses(tmp_path / "not" / "there")["state dir"] == "OK" and not (tmp_path / "not").exists()
-    monkeypatch.setattr("jax_client.checkpoint.disk.files.network_file_system", lambda path: "nfs4")
+    monkeypatch.setattr("jax_client.host.disk.network_file_system", lambda path: "nfs4")
     assert statuses(tmp_path)["state dir"] == "WARN"
-    monkeypatch.setattr(storage, "_write_problem", lambda directory, is_parent: "Read-only file system")
-    assert statuses(tmp_path)["state dir"] == "FAIL"
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_write_problem", lambda directory, is_parent: "Read-only file system")
+        assert statuses(tmp_path)["state dir"] == "FAIL"
+        (finding,) = storage.compilation_cache()
+        assert finding.status == "WARN" and "set XDG_CACHE_HOME" in finding.advice
     cache = tmp_path / "jax_client" / "xla"
     cache.mkdir(parents=True)
     (cache / "program").write_bytes(b"12345")
@@ -101,6 +108,32 @@ def test_doctor_looks_at_places(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (finding,) = storage.compilation_cache()
     assert (finding.status, finding.details["size_bytes"], finding.details["mode"]) == ("WARN", 5, "777")
+
+
+def test_doctor_names_what_a_user_without_a_home_can_set(monkeypatch):
+    monkeypatch.setattr("jax_client.host.places.home", lambda: None)
+    for name in ("JAX_CLIENT_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(BadRequestError) as caught:
+        default_state_dir()
+    (finding,) = storage.no_state_directory(str(caught.value))
+    assert (finding.status, finding.found) == ("FAIL", str(caught.value).split(". ")[0])
+    assert finding.advice.startswith("Set EngineConfig.state_dir (or JAX_CLIENT_HOME, or --state-dir)")
+    (finding,) = storage.compilation_cache()
+    assert finding.status == "WARN" and "set XDG_CACHE_HOME" in finding.advice
+
+
+def test_doctor_says_which_proxy_stands_before_this_machine(monkeypatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    assert [finding.status for finding in network.proxies()] == ["OK"]
+    monkeypatch.setenv("HTTP_PROXY", "http://user:secret@proxy.invalid:3128")
+    monkeypatch.setenv("NO_PROXY", "intranet")
+    (finding,) = network.proxies()
+    assert finding.status == "WARN" and "secret" not in finding.found + finding.advice
+    assert "export no_proxy=intranet,127.0.0.1,localhost NO_PROXY=intranet,127.0.0.1,localhost" in finding.advice
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert [finding.status for finding in network.proxies()] == ["OK"]
 
 
 def test_doctor_notices_a_clock_that_is_behind(home, monkeypatch):

@@ -118,7 +118,11 @@ def test_ctrl_c_of_the_terminal_reaches_a_program_once(tmp_path, monkeypatch):
     assert child.run([sys.executable, "-c", "import time; time.sleep(1.5)"], dict(os.environ)) == 0
 
 
-def test_a_program_trains_and_is_interrupted(start, model, tmp_path):
+def test_a_program_trains_behind_a_dead_proxy_and_is_interrupted(start, model, tmp_path, monkeypatch):
+    # Nothing listens there. The program would never reach the server by it.
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "intranet")
     program = sys.executable, "-c", TRAIN
     run = start("run", "--model", model, "--alias", f"Some/Model={model}", "--", *program)
     assert run.stdout is not None

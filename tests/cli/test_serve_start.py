@@ -146,15 +146,17 @@ def test_a_wait_is_shown_as_lines_or_alive(capsys, monkeypatch):
     assert "loading [red]m" in shown and shown.count("\n") <= 2
 
 
-def test_a_server_starts_without_torch_and_compiles(start, model):
+def test_a_server_starts_without_torch_and_compiles(start, model, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     server = start("serve", "--port", "0", "--model", model, "--warmup", "16", "--warmup-rank", "4")
     assert server.stderr is not None
     lines: list[str] = []
     while not lines or not lines[-1].startswith("ready: "):
         lines.append(server.stderr.readline())
         assert lines[-1], lines
-    assert stages_of(lines) == ["state", "loading", "loaded", "compiling", "compiled", "ready:"]
-    assert " programs, " in lines[-2] and not lines[-2].startswith(f"compiled {model}: 0 ")
+    assert stages_of(lines) == ["state", "loading", "loaded", "compiling", "compiled", "HTTP_PROXY", "ready:"]
+    assert "need no_proxy=127.0.0.1 NO_PROXY=127.0.0.1" in lines[-2]
+    assert " programs, " in lines[-3] and not lines[-3].startswith(f"compiled {model}: 0 ")
     # The terminal goes: it saves and ends as on SIGTERM.
     server.send_signal(signal.SIGHUP)
     assert "stopping: " in server.communicate(timeout=120)[1]

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "jax_client.errors": 0, "jax_client.config": 0, "jax_client.sharding": 0, "jax_client.values": 0,
     "jax_client.process": 0, "jax_client.sqlite_file": 0, "jax_client.threads": 0, "jax_client.interpreter_end": 0,
+    "jax_client.host": 0,
     "jax_client.models": 1, "jax_client.losses": 1,
     "jax_client.engine": 2, "jax_client.weights": 2, "jax_client.checkpoint": 2, "jax_client.metrics": 2,
     "jax_client.torch_graph": 2, "jax_client.torch_bridge": 2,

@@ -83,6 +83,14 @@ def failed(client: Any) -> dict[str, Any]:
         return {"error": str(error)}
 
 
+def bad_call() -> None:
+    """Raise an error of the clients, without the imports of an engine."""
+    from jax_client.clients.sdk_errors import translate
+    from jax_client.errors import BadRequestError
+
+    raise translate(BadRequestError("rank is 0; give 1 or more."))
+
+
 def in_fork(what: Any, argument: Any) -> Any:
     """Return `what(argument)` of a forked process."""
     here, there = multiprocessing.Pipe()

@@ -16,11 +16,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from jax_client.errors import UnsupportedError
+from jax_client.errors import RequestFailedError, UnsupportedError
+from jax_client.host.disk import LOCAL_DISK, file_system
 
 TEMPORARY = ".tmp-"
-MOUNTS = Path("/proc/self/mountinfo")
-NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre", "fuse.", "beegfs", "gpfs")
+# What flock says where a file system has no locks. Others mean that it has them, and that they do not work now.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def make_directories(path: Path, root: Path) -> None:
@@ -159,19 +160,19 @@ def lock(descriptor: int, place: Path, *, wait: bool) -> bool:
 
     Raises:
         UnsupportedError: the file system has no locks.
+        RequestFailedError: its locks do not work.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        raise UnsupportedError(
-            f"{place} lies on a file system of type {file_system(place)}, which has no file locks, so that two "
-            "processes could write one run. Set EngineConfig.state_dir (or JAX_CLIENT_HOME) to a local disk, and "
-            "EngineConfig.mirror to keep copies elsewhere."
-        ) from error
+        kind = f"{place} lies on a file system of type {file_system(place)}"
+        if error.errno in _NO_LOCKS:
+            raise UnsupportedError(
+                f"{kind}, which has no file locks ({error}), so that two processes could write one run. {LOCAL_DISK}"
+            ) from error
+        raise RequestFailedError(f"{kind}, and could not be locked: {error}. {LOCAL_DISK}") from error
     return True
 
 
@@ -180,26 +181,6 @@ def unlock(descriptor: int) -> None:
     with contextlib.suppress(OSError):  # no locks there
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
-
-
-def file_system(path: Path) -> str:
-    """Return the type of the file system that holds a path, such as "ext4" or "nfs4"; "unknown" where nothing tells."""
-    path = path.absolute()
-    found, length = "unknown", -1
-    with contextlib.suppress(OSError, ValueError):
-        for line in MOUNTS.read_text().splitlines():
-            left, right = line.split(" - ", 1)
-            mounted = Path(left.split()[4].replace("\\040", " "))
-            # The last of several mounts in one place is the one that is seen.
-            if path.is_relative_to(mounted) and len(mounted.parts) >= length:
-                found, length = right.split()[0], len(mounted.parts)
-    return found
-
-
-def network_file_system(path: Path) -> str | None:
-    """Return the type of the file system that holds a path if it is a network's, else None."""
-    found = file_system(path)
-    return found if found.startswith(NETWORK_FILE_SYSTEMS) else None
 
 
 @contextlib.contextmanager

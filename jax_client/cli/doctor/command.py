@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from jax_client.cli import output
-from jax_client.cli.options import json_option, open_store, reads_state
+from jax_client.cli.options import STATE_DIR_HELP, STATE_DIR_TYPE, GlobalOptions, json_option, open_store, state_home
+from jax_client.errors import BadRequestError
 
 _COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
 
@@ -24,27 +25,41 @@ _COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
     help="How long jax may take to start.",
 )
 @json_option
-@reads_state
-def doctor(home: Path, repair: bool, timeout: float, as_json: bool) -> None:
+@click.option("--state-dir", type=STATE_DIR_TYPE, metavar="DIR", help=STATE_DIR_HELP)
+@click.pass_obj
+def doctor(options: GlobalOptions, repair: bool, timeout: float, as_json: bool, state_dir: Path | None) -> None:
     """Check packages, devices and the state directory.
 
     Prints a line for each check: OK, WARN or FAIL, what was found, and what to do. Exits with 3 if one failed.
     """
-    from jax_client.cli.doctor import devices, software, storage
-    from jax_client.cli.doctor.finding import run_checks
+    from jax_client.cli.doctor import devices, network, software, storage
+    from jax_client.cli.doctor.finding import Check, run_checks
 
-    if repair:
-        count = open_store(home).repair()
-        click.echo(f"The catalogue of {home} was built anew: {count} checkpoints.", err=True)
+    places: dict[str, Check]
+    try:
+        home = state_home(options, state_dir)
+        places = {
+            "state dir": lambda: storage.state_directory(home),
+            "compile cache": storage.compilation_cache,
+            "clock and catalogue": lambda: storage.clock_and_catalogue(home),
+        }
+        if repair:
+            count = open_store(home).repair()
+            click.echo(f"The catalogue of {home} was built anew: {count} checkpoints.", err=True)
+    except BadRequestError as error:
+        nowhere = str(error)
+        places = {
+            "state dir": lambda: storage.no_state_directory(nowhere),
+            "compile cache": storage.compilation_cache,
+        }
     checks = {
         "python": software.python,
         "packages": software.packages,
         "device users": devices.users_of_devices,
         "devices": lambda: devices.devices(timeout),
+        "proxy": network.proxies,
         "memory": storage.memory,
-        "state dir": lambda: storage.state_directory(home),
-        "compile cache": storage.compilation_cache,
-        "clock and catalogue": lambda: storage.clock_and_catalogue(home),
+        **places,
     }
     findings = []
     for finding in run_checks(checks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import stat
@@ -41,11 +42,11 @@ def memory() -> Iterator[Finding]:
 
 def state_directory(home: Path) -> Iterator[Finding]:
     """Check that a checkpoint can be saved, and that the disk will keep it."""
-    from jax_client.checkpoint.disk.files import network_file_system
+    from jax_client.host.disk import network_file_system
 
     nearest = _nearest(home)
     missing = "" if nearest == home else ", which does not exist yet"
-    details: dict[str, object] = {"path": str(home), "exists": home.is_dir()}
+    details: dict[str, object] = {"path": str(home), "exists": os.path.isdir(home)}
     elsewhere = "choose another with --state-dir or $JAX_CLIENT_HOME."
     if (problem := _write_problem(nearest, missing != "")) is not None:
         found = f"{home}{missing}: {nearest} cannot be written to ({problem})"
@@ -74,12 +75,19 @@ def state_directory(home: Path) -> Iterator[Finding]:
     )
 
 
+def no_state_directory(why: str) -> Iterator[Finding]:
+    """Report that there is no state directory, because none is named and this user has no home directory."""
+    found, _, advice = why.partition(". ")
+    yield Finding(check="state dir", status="FAIL", found=found, advice=advice)
+
+
 def _nearest(path: Path) -> Path:
-    return next(place for place in (path, *path.parents) if place.is_dir())
+    # Not Path.is_dir, which raises where a parent may not be entered.
+    return next(place for place in (path, *path.parents) if os.path.isdir(place))
 
 
 def _write_problem(directory: Path, is_parent: bool) -> str | None:
-    """Return why a directory cannot be written to, or None. A parent of the state directory is not written to."""
+    """Return why nothing can be written, synced and locked in a directory, or None. Only `access` looks at a parent."""
     if is_parent:
         return None if os.access(directory, os.W_OK | os.X_OK) else "permission denied"
     try:
@@ -88,6 +96,7 @@ def _write_problem(directory: Path, is_parent: bool) -> str | None:
             file.write(bytes(4096))
             file.flush()
             os.fsync(file.fileno())
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.strerror or str(error)
     return None
@@ -96,8 +105,18 @@ def _write_problem(directory: Path, is_parent: bool) -> str | None:
 def compilation_cache() -> Iterator[Finding]:
     """Report where compiled programs are kept, and whether other users could put programs there."""
     path = default_compilation_cache_dir()
-    details: dict[str, object] = {"path": str(path)}
+    details: dict[str, object] = {"path": None if path is None else str(path)}
+    elsewhere = "Every start compiles: set XDG_CACHE_HOME to a directory that this user may write to."
+    if path is None:
+        found = "there is no home directory for compiled programs"
+        yield Finding(check="compile cache", status="WARN", found=found, advice=elsewhere, details=details)
+        return
     try:
+        nearest = _nearest(path)
+        if (problem := _write_problem(nearest, nearest != path)) is not None:
+            found = f"{path}: {nearest} cannot be written to ({problem})"
+            yield Finding(check="compile cache", status="WARN", found=found, advice=elsewhere, details=details)
+            return
         mode = stat.S_IMODE(path.stat().st_mode)
     except FileNotFoundError:
         yield Finding(check="compile cache", found=f"{path}, nothing is in it yet", details=details)
@@ -118,8 +137,9 @@ def clock_and_catalogue(home: Path) -> Iterator[Finding]:
     """Compare the clock with what was saved before, and count what is in the state directory."""
     now, store = time.time(), open_store(home)
     runs, records = store.runs(), store.list()
-    # The package's own files are older than now on a right clock.
-    newest = max([Path(__file__).stat().st_mtime, *(record.created for record in records)])
+    # The package's own files are older than now on a right clock. In an archive they have no time of their own.
+    own = Path(__file__)
+    newest = max([own.stat().st_mtime if own.is_file() else 0.0, *(record.created for record in records)])
     behind = newest - now
     details = {"now": iso_time(now), "newest": iso_time(newest)}
     wrong = behind > _CLOCK_SECONDS

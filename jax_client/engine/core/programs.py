@@ -6,16 +6,17 @@ A `Program` compiles its function once per signature and appends a record of eac
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypedDict, TypeVar, cast
 
 import jax
@@ -23,12 +24,14 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jax_client import process
 from jax_client.errors import RequestFailedError
+from jax_client.host.places import expand, needs_home
 
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Cause = Literal["first use", "warmup", "background"]
+_CACHE_SETTINGS = "EngineConfig.compilation_cache_dir (or XDG_CACHE_HOME)"
 
 
 class Compiling(TypedDict):
@@ -203,20 +206,39 @@ def compiling(log: list[CompileRecord]) -> list[Compiling]:
     ]
 
 
-def enable_compilation_cache(directory: str | os.PathLike[str]) -> None:
+def enable_compilation_cache(directory: str | os.PathLike[str] | None) -> None:
     """Keep compiled programs in `directory` between processes; it is made readable for its owner only.
 
-    Write access to the directory is the right to run code in this process, hence the mode.
+    Write access to the directory is the right to run code in this process, hence the mode. Where the directory is
+    another user's, cannot be written or is None, a warning says so once, and jax's own setting stays as it is.
     """
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    path.chmod(0o700)
+    if directory is None:
+        why = needs_home("compiled programs", _CACHE_SETTINGS)
+        _warn_once(f"{why} Until then every start compiles.")
+        return
+    path = expand(directory, "EngineConfig.compilation_cache_dir")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        _warn_once(
+            f"compiled programs cannot be kept in {path} ({error}): every start compiles. Set {_CACHE_SETTINGS} to a "
+            "directory that belongs to this user."
+        )
+        return
     if jax.config.jax_compilation_cache_dir != str(path):  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(path))
         compilation_cache.reset_cache()  # jax would keep the directory that it used first
     # Everything: a second start should compile nothing at all.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def shardings_of(tree: object) -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jax_client.checkpoint.disk import files
 from jax_client.errors import BadRequestError, RequestFailedError
+from jax_client.host import places
 from jax_client.runs import checks
 from jax_client.runs.lifecycle import base_models
 from jax_client.runs.results import api_records
@@ -82,7 +83,7 @@ def export_checkpoint(
 
         Whichever it is, nothing is left at `output`.
     """
-    output = output.expanduser().absolute()
+    output = places.expand(output, "output").absolute()
     refuse_taken(output)
     base_model = api_records.base_model(store.record(path).metadata)
     # Imported here, as all that imports jax: most commands do without.

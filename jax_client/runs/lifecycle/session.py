@@ -17,6 +17,7 @@ from jax_client import process
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import EngineConfig, default_mirror, default_state_dir
 from jax_client.errors import BadRequestError, NotFoundError
+from jax_client.host import places
 from jax_client.runs.lifecycle import autosave, base_models
 from jax_client.runs.lifecycle.base_models import BaseModels, ModelRef
 from jax_client.runs.lifecycle.futures import background, link, settled, then
@@ -325,7 +326,11 @@ class Session:
             model.engine.monitor.describe() | {"files_changed": not ref.is_current()} for model, ref in loaded.items()
         ]
         newest = described[-1] if described else {}
-        own: Description = {"session_id": self.session_id, "state_dir": str(self.state_dir), "engines": described}
+        try:
+            home = str(self.state_dir)
+        except BadRequestError as error:  # only what is saved needs one
+            home = f"none: {error}"
+        own: Description = {"session_id": self.session_id, "state_dir": home, "engines": described}
         if self.config.map_loss:
             own["mapped_losses"] = dict(self.config.map_loss)
         if self._store is not None:
@@ -335,7 +340,9 @@ class Session:
 
 def state_dir(config: EngineConfig) -> Path:
     """Return where checkpoints live under `config`."""
-    return default_state_dir() if config.state_dir is None else Path(config.state_dir).expanduser().absolute()
+    if config.state_dir is None:
+        return default_state_dir()
+    return places.expand(config.state_dir, "EngineConfig.state_dir").absolute()
 
 
 def _take(resources: _Resources) -> list[Future[ModelRef]]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from jax_client import process
 from jax_client.errors import RequestFailedError
+from jax_client.host.disk import advice
 from jax_client.process import Step
 from jax_client.server.state.pending import Kind
 from jax_client.server.wire.answers import Answer
@@ -209,7 +210,8 @@ class RequestLog:
     def _report(self, error: sqlite3.Error) -> None:
         if not self._failed:
             self._failed = True
-            logger.warning("%s: %s; what was asked will not be known after a restart", self._file.path, error)
+            lost = "what was asked will not be known after a restart"
+            logger.warning("%s: %s; %s. %s", self._file.path, error, lost, advice(error, self._file.path))
 
 
 def _open_or_set_aside(file: SqliteFile) -> sqlite3.Connection:
@@ -219,8 +221,8 @@ def _open_or_set_aside(file: SqliteFile) -> sqlite3.Connection:
         if not is_damage(error):
             # A full disk, a lock: what is in the file is not lost.
             raise RequestFailedError(
-                f"{file.path} cannot be opened: {error}. Check that the disk has room and can be written and that no "
-                "other process has the file, then start the server again."
+                f"{file.path} cannot be opened: {error}. See that no other process has the file, then start the server "
+                f"again. {advice(error, file.path)}"
             ) from error
         aside = file.set_aside(f"{file.path.stem}.damaged-{int(time.time())}")
         logger.warning("%s is damaged (%s); it is now %s, and old promises are forgotten", file.path, error, aside.name)

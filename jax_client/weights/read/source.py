@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from jax_client.errors import BadRequestError, BadTypeError, NotFoundError
+from jax_client.host import places
 from jax_client.weights.read import hf, hub
 from jax_client.weights.read.gguf import GGUF_MAGIC, first_part
 
@@ -91,7 +92,7 @@ def resolve(name: str | None) -> ModelSource:
     name = os.fspath(name)
     if "\0" in name:
         raise BadRequestError(f"base_model is {name!r}; a name cannot contain a NUL character.")
-    path = Path(os.path.abspath(Path(name).expanduser()))
+    path = Path(os.path.abspath(places.expand(name, "base_model")))
     hub_form = HUB_NAME.fullmatch(name) is not None and not name.endswith(".gguf")
     if path.is_file():
         return _file(name, path)

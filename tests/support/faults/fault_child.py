@@ -36,6 +36,8 @@ class Calls(IntFlag):
     TRUNCATES = 16
     REMOVES = 32
     ALL = 63
+    # Apart from these, which are looked at only where they are named.
+    LOCKS = 64
 
 
 class Action(IntEnum):

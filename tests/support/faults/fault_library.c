@@ -16,7 +16,9 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
@@ -24,7 +26,8 @@
 #include <unistd.h>
 
 // Kinds of calls, a mask: a full disk refuses those that need room, and still removes files.
-enum { WRITES = 1, SYNCS = 2, CREATES = 4, RENAMES = 8, TRUNCATES = 16, REMOVES = 32 };
+// Locks are looked at, and logged, only where a plan names them.
+enum { WRITES = 1, SYNCS = 2, CREATES = 4, RENAMES = 8, TRUNCATES = 16, REMOVES = 32, LOCKS = 64 };
 
 // What happens at the N-th call. A torn write is killed after half of its bytes, a short one returns with half of them.
 enum { NOTHING, KILL_BEFORE, KILL_TORN, KILL_AFTER, REFUSE, SHORTEN };
@@ -66,6 +69,17 @@ void fault_arm(const char *root, int log, unsigned kinds, int action, long at, i
   count = 0;
   hits = 0;
   plan.armed = 1;
+}
+
+// A process that nobody arms by a call is armed as it starts, if FAULT_PLAN is "ROOT KINDS ERROR": below ROOT, every
+// call of these kinds is refused with this error.
+__attribute__((constructor)) static void arm_from_environment(void) {
+  char root[PATH_MAX];
+  unsigned kinds;
+  int error;
+  const char *text = getenv("FAULT_PLAN");
+  if (text && sscanf(text, "%4095s %u %d", root, &kinds, &error) == 3)
+    fault_arm(root, -1, kinds, REFUSE, 1, 1, error, 0, 1);
 }
 
 // From here on the calls are ordinary ones. Returns how many were disturbed.
@@ -189,6 +203,28 @@ ssize_t pwritev64(int fd, const struct iovec *pieces, int number, off64_t at) {
 int fsync(int fd) AROUND_FD(fsync, SYNCS, (fd), fd, plan.sync ? REAL(fsync)(fd) : 0)
 
 int fdatasync(int fd) AROUND_FD(fdatasync, SYNCS, (fd), fd, plan.sync ? REAL(fdatasync)(fd) : 0)
+
+int flock(int fd, int operation) {
+  if (!(plan.kinds & LOCKS) || operation & LOCK_UN) return REAL(flock)(fd, operation);
+  AROUND_FD(flock, LOCKS, (fd, operation), fd, REAL(flock)(fd, operation))
+}
+
+// SQLite's locks. The third argument is a number or a pointer; both fit into a pointer.
+#define AROUND_FCNTL(name)                                                                                      \
+  {                                                                                                             \
+    va_list list;                                                                                               \
+    va_start(list, command);                                                                                    \
+    void *argument = va_arg(list, void *);                                                                      \
+    va_end(list);                                                                                               \
+    int locks = command == F_SETLK || command == F_SETLKW || command == F_OFD_SETLK || command == F_OFD_SETLKW; \
+    if (!(plan.kinds & LOCKS) || !locks || ((struct flock *)argument)->l_type == F_UNLCK)                       \
+      return REAL(name)(fd, command, argument);                                                                 \
+    AROUND_FD(name, LOCKS, (fd, command, argument), fd, REAL(name)(fd, command, argument))                      \
+  }
+
+int fcntl(int fd, int command, ...) AROUND_FCNTL(fcntl)
+
+int fcntl64(int fd, int command, ...) AROUND_FCNTL(fcntl64)
 
 int ftruncate(int fd, off_t size) AROUND_FD(ftruncate, TRUNCATES, (fd, size), fd, REAL(ftruncate)(fd, size))
 

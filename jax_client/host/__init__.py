@@ -1,0 +1,1 @@
+"""What does the machine under the package allow? Its disks, home directories and proxies."""
