@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 
@@ -12,6 +13,7 @@ import pytest
 from jax_client.cli.doctor import devices, network, software, storage
 from jax_client.config import default_state_dir
 from jax_client.errors import BadRequestError
+from support.archive import write_archive
 from support.command_line import damage
 
 
@@ -134,6 +136,18 @@ def test_doctor_says_which_proxy_stands_before_this_machine(monkeypatch):
     assert "export no_proxy=intranet,127.0.0.1,localhost NO_PROXY=intranet,127.0.0.1,localhost" in finding.advice
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert [finding.status for finding in network.proxies()] == ["OK"]
+
+
+def test_doctor_works_from_an_archive(home, tmp_path):
+    program = (
+        "from jax_client.cli.doctor import storage as s; from pathlib import Path; import sys; print(s.__file__)\n"
+    )
+    program += "print([f.status for f in s.clock_and_catalogue(Path(sys.argv[1]))])"
+    archive = write_archive(tmp_path / "package.zip")
+    command = [sys.executable, "-P", "-c", program, str(home)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(archive)}, capture_output=True, text=True)
+    where, statuses = done.stdout.splitlines()
+    assert where.startswith(str(archive)) and statuses == "['OK', 'OK']", done.stderr
 
 
 def test_doctor_notices_a_clock_that_is_behind(home, monkeypatch):

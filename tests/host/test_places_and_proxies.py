@@ -17,6 +17,7 @@ from jax_client.engine.core.programs import enable_compilation_cache
 from jax_client.errors import BadRequestError, RequestFailedError
 from jax_client.host import places
 from jax_client.host.proxies import bypassing, proxy_variables, through_proxy
+from jax_client.weights.read import hub
 from support import fake_engine
 from support.fake_engine import MODEL, PARAMS, PROMPT
 
@@ -46,6 +47,14 @@ def test_without_a_home_only_what_is_saved_needs_a_named_place(homeless: None, m
         assert service.describe()["state_dir"].startswith("none: there is no home directory")
         with pytest.raises(BadRequestError, match="JAX_CLIENT_HOME"):
             service.create_lora_training_client(MODEL).result()
+
+
+def test_a_hub_name_without_a_home_names_the_hubs_variable(homeless: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As huggingface_hub sets it for such a user.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    assert hub.cached_models() == [] and hub.cached_snapshot("org/model") is None
+    with pytest.raises(RequestFailedError, match=r"'org/model' is not on this machine.*Set HF_HOME to a directory"):
+        hub.download("org/model", [])
 
 
 def test_a_tilde_without_a_home_names_its_setting(homeless: None, monkeypatch: pytest.MonkeyPatch) -> None:

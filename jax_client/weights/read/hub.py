@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_client.errors import NotFoundError, RequestFailedError
+from jax_client.host import places
 from jax_client.models.families.registry import SUPPORTED_ARCHITECTURES
 from jax_client.weights.read import hf
 from jax_client.weights.read.progress import Counter
@@ -21,11 +22,11 @@ ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merge
 IGNORED_FILES = ["*/*"]
 
 
-def cache_directory() -> Path:
-    """Return the hub cache as `HF_HOME` and `HF_HUB_CACHE` set it."""
+def cache_directory() -> Path | None:
+    """Return the hub cache as `HF_HOME` and `HF_HUB_CACHE` set it; None where it would be in a home that is not."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE)
+    return None if constants.HF_HUB_CACHE.startswith("~") else Path(constants.HF_HUB_CACHE)
 
 
 def cached_snapshot(name: str) -> Path | None:
@@ -33,10 +34,12 @@ def cached_snapshot(name: str) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, IncompleteSnapshotError, LocalEntryNotFoundError
 
+    if (cache := cache_directory()) is None:
+        return None
     try:
         found = snapshot_download(
             name,
-            cache_dir=cache_directory(),
+            cache_dir=cache,
             local_files_only=True,
             allow_patterns=ALLOWED_FILES,
             ignore_patterns=IGNORED_FILES,
@@ -49,8 +52,8 @@ def cached_snapshot(name: str) -> Path | None:
 
 def cached_models() -> list[str]:
     """Return the names of complete models of supported architectures in the local hub cache."""
-    names = []
-    for folder in sorted(cache_directory().glob("models--*--*")):
+    cache, names = cache_directory(), []
+    for folder in [] if cache is None else sorted(cache.glob("models--*--*")):
         name = folder.name.removeprefix("models--").replace("--", "/", 1)
         snapshot = cached_snapshot(name)
         if snapshot is None:
@@ -74,12 +77,17 @@ def download(name: str, near: list[str]) -> Path:
 
     Raises:
         NotFoundError: the hub has no such model, or it cannot be reached and `near` has a close name.
-        RequestFailedError: "user": no network, a gated model, a refused token; "server": the disk is full.
+        RequestFailedError: "user": no network, a gated model, a refused token, no place for it; "server": the disk is
+            full.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    cache = cache_directory()
+    if (cache := cache_directory()) is None:
+        raise RequestFailedError(
+            f"base_model {name!r} is not on this machine; {places.needs_home('the hub cache', 'HF_HOME')}",
+            category="user",
+        )
     guess = f" Did you mean {near[0]!r}?" if near else ""
     try:
         found = snapshot_download(
