@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[3]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Recipes without a renderer_name take the model for one that the cookbook knows; it speaks ChatML too.
 ALIAS = "Qwen/Qwen3-4B-Instruct-2507"
+# The model that the recipe of prompt distillation names in its source.
+TEACHER = "Qwen/Qwen3.6-35B-A3B"
 RENDERER = "qwen3_instruct"
 READY_SECONDS, STOP_SECONDS = 300, 180
 console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
@@ -86,12 +89,18 @@ class Bench:
 
 
 @contextmanager
-def server(bench: Bench) -> Iterator[None]:
-    """Run a server on a free port of this machine for as long as the block lasts."""
-    log = bench.out / "server.log"
+def server(bench: Bench, name: str, *options: str) -> Iterator[None]:
+    """Run a server on a free port of this machine for as long as the block lasts.
+
+    Args:
+        bench: gets the server's address.
+        name: of its log, and of its state directory.
+        options: of `jax_client serve`.
+    """
+    log = bench.out / f"{name}.log"
     command = [
-        str(Path(sys.executable).parent / "jax_client"), "serve", "--port", "0", "--model", MODEL,
-        "--alias", f"{ALIAS}={MODEL}", "--state-dir", str(bench.out / "state"),
+        str(Path(sys.executable).parent / "jax_client"), "serve", "--port", "0",
+        "--state-dir", str(bench.out / f"{name}_state"), *options,
     ]  # fmt: skip
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=bench.out, stdout=file, stderr=subprocess.STDOUT)
@@ -116,7 +125,13 @@ def _tail(path: Path, lines: int = 25) -> str:
 
 
 def run_recipe(
-    bench: Bench, name: str, module: str, options: dict[str, Any], shown: str, kill_after: int | None = None
+    bench: Bench,
+    name: str,
+    module: str,
+    options: dict[str, Any],
+    shown: str,
+    kill_after: int | None = None,
+    limit: float = math.inf,
 ) -> None:
     """Run a recipe to its end, or kill it once this step is in its metrics and a checkpoint in its records.
 
@@ -127,14 +142,15 @@ def run_recipe(
         options: of the recipe, as key=value.
         shown: the metric to print with each step.
         kill_after: a step; None lets it end.
+        limit: seconds after which it is killed, and an error is raised.
 
     Raises:
-        RecipeError: it ended with an error, or before it could be killed.
+        RecipeError: it ended with an error, or before it could be killed, or took too long.
     """
     folder = bench.work / "runs" / name
     log = bench.out / "logs" / f"{name}.log"
     log.parent.mkdir(exist_ok=True)
-    resumes = options["behavior_if_log_dir_exists"] == "resume"
+    resumes = options.get("behavior_if_log_dir_exists") == "resume"
     if not resumes:
         shutil.rmtree(folder, ignore_errors=True)
     command = [str(bench.python), "-m", f"tinker_cookbook.recipes.{module}"]
@@ -160,6 +176,8 @@ def run_recipe(
             if kill_after is not None and rows and saved and rows[-1]["step"] >= kill_after:
                 killed = True
                 break
+            if time.perf_counter() - began > limit:
+                raise RecipeError(f"{name} was killed after {limit:.0f} s; the end of {log}:\n{_tail(log)}")
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,17 @@ from jax_client.weights.read.tokenizer import load_tokenizer
 LARGEST = 100
 # The example with which that environment begins each conversation: a model that is trained on sums is asked as there.
 ONE_SHOT = [{"role": "user", "content": "What is 4 + 5?"}, {"role": "assistant", "content": "9"}]
+# A sentence of our own in each language, and the label that the recipe of prompt distillation has for it.
+SENTENCES = {
+    "The train to the coast leaves at nine, and we will have lunch by the sea.": "en",
+    "Le train pour la côte part à neuf heures, et nous mangerons près de la mer.": "fr",
+    "Der Zug an die Küste fährt um neun Uhr ab, und wir essen am Meer.": "de",
+    "El tren a la costa sale a las nueve, y comeremos cerca del mar.": "es",
+    "Поезд на побережье уходит в девять часов, и мы пообедаем у моря.": "ru",
+    "去海边的火车九点开,我们在海边吃午饭。": "zh",
+    "Το τρένο για την ακτή φεύγει στις εννέα και θα φάμε δίπλα στη θάλασσα.": "el",
+    "Sahile giden tren saat dokuzda kalkıyor ve deniz kenarında yemek yiyeceğiz.": "tr",
+}
 # Characters; the corpus also has programs and lists as answers.
 LONGEST_ANSWER = 300
 
@@ -53,6 +65,10 @@ def write_sums(train: Path, test: Path, *, rows: int = 4000, tests: int = 200, s
     learned = ({"messages": [*messages, _assistant(str(answer))]} for messages, answer in asked[:rows])
     _write_lines(train, learned)
     _write_lines(test, ({"messages": messages, "answer": answer} for messages, answer in asked[rows:]))
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
 
 
 def _assistant(text: str) -> dict[str, str]:
@@ -106,6 +122,93 @@ def _questions(corpus: Path) -> dict[str, list[str]]:
 
 def _dialogue(question: str, answer: str) -> str:
     return f"\n\nHuman: {question}\n\nAssistant: {answer}"
+
+
+def write_datasets(folder: Path, *, rows: int = 48, tests: int = 8, seed: int = 0) -> None:
+    """Write small sums under the names and in the columns of the hub's data sets that the recipes load.
+
+    Args:
+        folder: the recipes' working directory; `datasets` takes a relative folder before the hub.
+        rows, tests: how many there are of each.
+        seed: of the numbers.
+    """
+    pairs = np.random.default_rng(seed).integers(1, 10, (rows + tests, 2)).tolist()
+    asked = [(f"What is {x} + {y}?", x + y) for x, y in pairs]
+    conversations = [{"messages": [_user(question), _assistant(str(answer))]} for question, answer in asked]
+    _write_lines(folder / "HuggingFaceH4" / "no_robots" / "train.jsonl", conversations[:rows])
+    _write_lines(folder / "HuggingFaceH4" / "no_robots" / "test.jsonl", conversations[rows:])
+    _write_lines(folder / "allenai" / "tulu-3-sft-mixture" / "train.jsonl", conversations)
+    _write_lines(folder / "zwhe99" / "DeepMath-103K" / "train.jsonl", ({"question": question} for question, _ in asked))
+    names = {"user": "human", "assistant": "gpt"}
+    turns = ([{"from": names[m["role"]], "value": m["content"]} for m in row["messages"]] for row in conversations)
+    _write_lines(
+        folder / "open-thoughts" / "OpenThoughts3-1.2M" / "train.jsonl", ({"conversations": row} for row in turns)
+    )
+    # The answer of the recipes' own example, which a small model likes to repeat: some answers are right, some are not.
+    threes = [(f"What is {x} + {3 - x}?", 3) for x, _ in pairs if x <= 3]
+    _write_gsm8k(folder / "openai" / "gsm8k", threes, tests)
+    _write_lines(folder / "hicai-zju" / "SciKnowEval" / "test.jsonl", (_choice(*each) for each in asked))
+    examples = folder / "tinker_cookbook" / "example_data"
+    graded = [_rubric(*each) for each in asked]
+    _write_lines(examples / "example_rubric_train.jsonl", graded[:rows])
+    _write_lines(examples / "example_rubric_test.jsonl", graded[rows : rows + 2])
+    (examples / "multilingual.txt").write_text("\n".join(SENTENCES) + "\n", encoding="utf-8")
+    labelled = ({"messages": [_user(text), _assistant(label)]} for text, label in SENTENCES.items())
+    _write_lines(folder / "languages.jsonl", labelled)
+
+
+def _write_gsm8k(folder: Path, asked: list[tuple[str, int]], tests: int) -> None:
+    """Write questions with worked answers, and the README that declares the configuration "main"."""
+    worked = [{"question": question, "answer": f"The sum is {answer}.\n#### {answer}"} for question, answer in asked]
+    _write_lines(folder / "main" / "train.jsonl", worked[tests:])
+    _write_lines(folder / "main" / "test.jsonl", worked[:tests])
+    files = [{"split": split, "path": f"main/{split}.jsonl"} for split in ("train", "test")]
+    header = yaml.safe_dump({"configs": [{"config_name": "main", "data_files": files}]})
+    (folder / "README.md").write_text(f"---\n{header}---\n", encoding="utf-8")
+
+
+def _choice(question: str, answer: int) -> dict[str, Any]:
+    """Return a question with four answers, in the columns of SciKnowEval; the right one is C."""
+    texts = [str(answer + offset) for offset in (-2, -1, 0, 1)]
+    return {
+        "question": question,
+        "choices": {"text": texts, "label": list("ABCD")},
+        "answerKey": "C",
+        "type": "mcq-4-choices",
+        "domain": "Chemistry",
+        "details": {"level": "L3", "task": "sums", "subtask": "sums", "source": "made here"},
+    }
+
+
+def _rubric(question: str, answer: int) -> dict[str, Any]:
+    """Return a conversation with the one question that a grader answers about it."""
+    item = {
+        "rubric_str": f"Does the chatbot correctly get the answer {answer}?",
+        "extraction_regex": r"<score>(.*?)</score>",
+        "grader_output_format_instruction": "Please output your score between 0 and 1 wrapped in <score> ... </score>",
+    }
+    return {"convo": [*ONE_SHOT, _user(question)], "rubric_items": [item]}
+
+
+def write_short_model(gguf: Path, path: Path, context: int) -> None:
+    """Copy a GGUF model with another context length: a short one fills at once.
+
+    Args:
+        gguf: the model.
+        path: of the copy.
+        context: tokens.
+
+    Raises:
+        ValueError: the file does not say how long its context is.
+    """
+    content = bytearray(gguf.read_bytes())
+    # A key, its type (4: unsigned, 32 bits), its value.
+    found = re.search(rb"\.context_length\x04\x00\x00\x00", content)
+    if found is None:
+        raise ValueError(f"{gguf} has no context_length of 32 bits")
+    content[found.end() : found.end() + 4] = context.to_bytes(4, "little")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

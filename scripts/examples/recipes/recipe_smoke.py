@@ -1,0 +1,209 @@
+"""Does every recipe that needs no hub and no judge run with its default options? A few small steps of each tell.
+
+Beside the model, paths and sizes the options are the recipe's own; `loss_fn` and `max_steps_off_policy` are what some
+entries are about. The server of these runs maps stable_reinforce, the default of several.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from recipe_bench import ALIAS, MODEL, RENDERER, Bench, RecipeError, probe, run_recipe
+from recipe_data import read_lines
+
+NLL, REWARD = "train_mean_nll", "env/all/reward/total"
+# Seconds; a recipe that takes longer hangs.
+LIMIT = 900
+# A copy of the model whose context the default max_tokens of preference.shorter fills: its prompt and 64 tokens.
+SHORT, SHORT_PROMPT, SHORT_ANSWER = "local/SmolLM2-short", 13, 64
+MAPPED = ("--map-loss", "stable_reinforce=importance_sampling")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a recipe is called, and what it must write.
+
+    Attributes:
+        module: below tinker_cookbook.recipes.
+        metric: a key of metrics.jsonl, in the row of each step.
+        options: beside model, renderer and log.
+        steps: how many it takes.
+        model: what the recipe is told.
+        minimal: takes neither a renderer nor what to do about an earlier log.
+    """
+
+    module: str
+    metric: str
+    options: dict[str, Any]
+    steps: int = 2
+    model: str = MODEL
+    minimal: bool = False
+
+
+def _math(**options: Any) -> Recipe:
+    return Recipe(module="math_rl.train", metric=REWARD, options={"groups_per_batch": 2, **options})
+
+
+_DISTILLED = {"group_size": 2, "max_tokens": 16}
+RECIPES: dict[str, Recipe] = {
+    "chat_sl": Recipe(module="chat_sl.train", metric=NLL, options={"batch_size": 8}),
+    "sl_loop": Recipe(module="sl_loop", metric=NLL, options={"batch_size": 8}, model=ALIAS, minimal=True),
+    "rl_loop": Recipe(
+        module="rl_loop",
+        metric="reward/total",
+        options={"batch_size": 2, "group_size": 4, "max_tokens": 48},
+        model=ALIAS,
+        minimal=True,
+    ),
+    "math_rl": _math(),
+    "math_rl_importance_sampling": _math(loss_fn="importance_sampling"),
+    "math_rl_ppo": _math(loss_fn="ppo"),
+    "math_rl_cispo": _math(loss_fn="cispo"),
+    "math_rl_gspo": _math(loss_fn="gspo"),
+    "math_rl_async": _math(max_steps_off_policy=1),
+    "dpo": Recipe(module="preference.dpo.train", metric="dpo_loss", options={"batch_size": 4}),
+    "on_policy_distillation": Recipe(
+        module="distillation.on_policy_distillation",
+        metric="teacher_kl",
+        options={"groups_per_batch": 2, "teacher_model": MODEL, **_DISTILLED},
+    ),
+    "on_policy_multi_teacher": Recipe(
+        module="distillation.on_policy_multi_teacher",
+        metric="teacher_kl",
+        options={
+            "deepmath_groups_per_batch": 2,
+            "tulu3_groups_per_batch": 2,
+            "deepmath_teacher_model": MODEL,
+            "tulu3_teacher_model": ALIAS,
+            **_DISTILLED,
+        },
+    ),
+    "off_policy_reasoning": Recipe(
+        module="distillation.off_policy_reasoning",
+        metric=NLL,
+        options={"batch_size": 8, "buffer_size": 16, "max_prompts": 48},
+    ),
+    "sdft": Recipe(module="sdft.train", metric="sdft/num_datums", options={"groups_per_batch": 2, "max_tokens": 16}),
+    "prompt_distillation": Recipe(
+        module="prompt_distillation.train",
+        metric=NLL,
+        options={"file_path": "languages.jsonl", "batch_size": 4},
+    ),
+    "guess_number": Recipe(
+        module="multiplayer_rl.guess_number.train",
+        metric=REWARD,
+        # Its evaluation plays 103 numbers, whatever is asked for.
+        options={"batch_size": 2, "group_size": 2, "max_tokens": 16, "eval_every": 0},
+    ),
+    "text_arena": Recipe(
+        module="multiplayer_rl.text_arena.train",
+        metric=REWARD,
+        options={"batch_size": 4, "num_train_datapoints": 8, "num_test_datapoints": 2},
+    ),
+    "rubric": Recipe(
+        module="rubric.train",
+        metric=REWARD,
+        options={
+            "groups_per_batch": 2,
+            "grader_llm_name": MODEL,
+            "grader_renderer_name": RENDERER,
+        },
+    ),
+}
+
+
+def _options(recipe: Recipe, name: str) -> dict[str, Any]:
+    options = {"model_name": recipe.model, **recipe.options, "max_steps": recipe.steps, "log_path": f"runs/{name}"}
+    if not recipe.minimal:
+        options |= {"renderer_name": RENDERER, "behavior_if_log_dir_exists": "delete"}
+    return options
+
+
+def smoke(bench: Bench, name: str) -> None:
+    """Run a recipe of the table and check what it wrote.
+
+    Raises:
+        RecipeError: it ended with an error, or took too long.
+    """
+    _run(bench, name, RECIPES[name])
+
+
+def _run(bench: Bench, name: str, recipe: Recipe) -> list[dict[str, Any]]:
+    run_recipe(bench, name, recipe.module, _options(recipe, name), recipe.metric, limit=LIMIT)
+    rows = read_lines(bench.work / "runs" / name / "metrics.jsonl")
+    steps = sum(recipe.metric in row for row in rows)
+    bench.check(name, f"steps with {recipe.metric}", f"{recipe.steps}", steps, steps == recipe.steps)
+    numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
+    wrong = sum(not math.isfinite(value) for value in numbers)
+    bench.check(
+        name, f"of {len(numbers)} numbers in metrics.jsonl, not finite", "0", wrong, bool(numbers) and not wrong
+    )
+    # A batch whose answers are all equally good is not trained on by rl_loop.
+    trained = [value for row in rows for key, value in row.items() if key.endswith("step:max")]
+    most = max(trained, default=0.0)
+    bench.check(name, "optimizer steps that the server has answered", ">= 1", most, most >= 1)
+    return rows
+
+
+def create_data(bench: Bench) -> None:
+    """Let the teacher whom prompt distillation names, here an alias of the model, label sentences."""
+    path = "runs/create_data/languages.jsonl"
+    options = {"output_file": path}
+    run_recipe(bench, "create_data", "prompt_distillation.create_data", options, "", limit=LIMIT)
+    said = f"Saved data to {path}" in (bench.out / "logs" / "create_data.log").read_text()
+    written = said and (bench.work / path).is_file()
+    bench.check(
+        "create_data", "says that its file is written, and it is there", "yes", "yes" if written else "no", written
+    )
+
+
+def download(bench: Bench) -> None:
+    """Download the weights that chat_sl has saved, with the cookbook's weights.download."""
+    checkpoints = bench.work / "runs" / "chat_sl" / "checkpoints.jsonl"
+    if not read_lines(checkpoints):
+        smoke(bench, "chat_sl")
+    state = read_lines(checkpoints)[-1]["state_path"]
+    found = probe(bench, "download", "--state", state, "--folder", "runs/download")
+    bench.seconds["download"] = bench.seconds.pop("probe download")
+    whole = found["rank"] == 32 and found["tensors"] > 0 and bool(found["finite"])
+    shown = f"{found['tensors']} tensors, rank {found['rank']}, finite: {found['finite']}"
+    bench.check("download", "adapter of rank 32, finite", "yes", shown, whole)
+    trained = found["trained"]
+    bench.check("download", "of its B, not zero", "1", trained, trained == 1)
+
+
+def refused(bench: Bench) -> None:
+    """Run math_rl with its default loss on a server without --map-loss: it must end at once and say what to do."""
+    name = "math_rl_refused"
+    recipe = Recipe(module="math_rl.train", metric=REWARD, options={"groups_per_batch": 2}, model=SHORT)
+    log = bench.out / "logs" / f"{name}.log"
+    try:
+        run_recipe(bench, name, recipe.module, _options(recipe, name), recipe.metric, limit=LIMIT)
+        ended = "without an error"
+    except RecipeError as error:
+        ended = "by the limit" if "was killed" in str(error) else "with an error"
+    bench.check(name, "ends", "with an error", ended, ended == "with an error")
+    named = "loss_fn=importance_sampling" in log.read_text(errors="replace")
+    bench.check(name, "says loss_fn=importance_sampling", "yes", "yes" if named else "no", named)
+    steps = len(read_lines(bench.work / "runs" / name / "metrics.jsonl"))
+    bench.check(name, "steps before it ended", "0", steps, steps == 0)
+
+
+def shorter(bench: Bench) -> None:
+    """Reinforce short answers where prompt and max_tokens are all of the context, and each answer is scored again."""
+    name = "shorter_full_context"
+    recipe = Recipe(
+        module="preference.shorter.train", metric=REWARD, options={"batch_size": 2, "group_size": 4}, model=SHORT
+    )
+    rows = _run(bench, name, recipe)
+    longest = max(row["env/all/ac_tokens_per_turn"] for row in rows)
+    bench.check(name, "largest mean of tokens per answer", f"<= {SHORT_ANSWER}", longest, longest <= SHORT_ANSWER)
+
+
+# On the server that maps the loss: what is more than an entry of the table.
+MORE: dict[str, Callable[[Bench], None]] = {"create_data": create_data, "download": download}
+# On a server that does not, with the short model.
+PLAIN: dict[str, Callable[[Bench], None]] = {"math_rl_refused": refused, "shorter_full_context": shorter}
