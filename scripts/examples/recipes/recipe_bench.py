@@ -140,7 +140,7 @@ def run_recipe(
         name: of the scenario, its log and its folder below runs/.
         module: below tinker_cookbook.recipes.
         options: of the recipe, as key=value.
-        shown: the metric to print with each step.
+        shown: the metric to print with each step that has it.
         kill_after: a step; None lets it end.
         limit: seconds after which it is killed, and an error is raised.
 
@@ -169,8 +169,9 @@ def run_recipe(
             time.sleep(0.25)
             rows = read_lines(folder / "metrics.jsonl")
             for row in rows[told:]:
-                value, seconds = row.get(shown, float("nan")), time.perf_counter() - began
-                console.print(f"{name}: {seconds:5.0f} s, step {row['step']}: {shown} {value:.4g}", highlight=False)
+                if shown in row:
+                    seconds, value = time.perf_counter() - began, row[shown]
+                    console.print(f"{name}: {seconds:5.0f} s, step {row['step']}: {shown} {value:.4g}", highlight=False)
             told = len(rows)
             saved = read_lines(folder / "checkpoints.jsonl")
             if kill_after is not None and rows and saved and rows[-1]["step"] >= kill_after:
