@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 import click
 
 from jax_client.cli import output
-from jax_client.cli.options import CheckpointPath, find_run, json_option, open_store, reads_state, wrong_usage
+from jax_client.cli.options import (
+    CheckpointPath,
+    base_model_of,
+    find_run,
+    json_option,
+    open_store,
+    reads_state,
+    wrong_usage,
+)
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError, UnsupportedError
-from jax_client.weights.read.source import mended_name
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.record import Record
@@ -298,7 +305,7 @@ def _as_json(record: Record) -> CheckpointEntry:
         "size_bytes": record.size_bytes,
         "step": record.step,
         "optimizer": bool(metadata.get("optimizer")),
-        "base_model": None if "base_model" not in metadata else mended_name(metadata["base_model"]),
+        "base_model": base_model_of(metadata),
         "rank": spec.get("rank"),
         "train_attn": spec.get("train_attn"),
         "train_mlp": spec.get("train_mlp"),

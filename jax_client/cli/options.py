@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -90,6 +90,13 @@ def open_store(home: Path) -> CheckpointStore:
     from jax_client.checkpoint.store import CheckpointStore
 
     return CheckpointStore(home, default_mirror())
+
+
+def base_model_of(metadata: Mapping[str, Any]) -> str | None:
+    """Return the base model's name from what was recorded, None where it is not known. Imported late, as the store."""
+    from jax_client.weights.read.source import mended_name
+
+    return mended_name(metadata["base_model"]) if "base_model" in metadata else None
 
 
 def find_run(known: list[str], text: str, home: Path) -> str:

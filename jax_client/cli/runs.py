@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 import click
 
 from jax_client.cli import output
-from jax_client.cli.options import find_run, json_option, open_store, reads_state
-from jax_client.weights.read.source import mended_name
+from jax_client.cli.options import base_model_of, find_run, json_option, open_store, reads_state
 
 if TYPE_CHECKING:
     from jax_client.checkpoint.record import Record
@@ -126,7 +125,7 @@ def _as_json(run_id: str, described: Mapping[str, Any], records: list[Record]) -
     metadata = described or (last.metadata if last else {})
     return {
         "run_id": run_id,
-        "base_model": None if "base_model" not in metadata else mended_name(metadata["base_model"]),
+        "base_model": base_model_of(metadata),
         "rank": metadata.get("spec", {}).get("rank"),
         "created": output.iso_time(_created(described, records)),
         "steps": max((record.step for record in records), default=0),
