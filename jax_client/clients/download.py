@@ -12,6 +12,7 @@ import tinker
 
 from jax_client.checkpoint.disk import files
 from jax_client.errors import BadRequestError, RequestFailedError
+from jax_client.host import places
 from jax_client.runs.lifecycle.export import refuse_taken
 from jax_client.values import CheckpointKey
 
@@ -44,7 +45,7 @@ def download_adapter(url: str, key: CheckpointKey, output: Path) -> dict[str, in
             f"{key} is of kind sampler_weights, which is not exported; give the path of save_state or of "
             "save_weights_external."
         )
-    output = output.expanduser().absolute()
+    output = places.expand(output, "output").absolute()
     refuse_taken(output)
     with tinker.ServiceClient(base_url=url) as service:
         if key.kind == "external_weights":

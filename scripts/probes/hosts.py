@@ -119,15 +119,19 @@ def hosts(root: Path) -> Iterator[Host]:
     yield Host(name="a dead proxy, the SDK under jax_client run", environment=DEAD_PROXY, run=True)
     faults, state = library(root, "fault_library"), "{state}"
 
-    def network(name: str, kinds: int, code: int, place: str = state, refused: str | None = LOCAL) -> Host:
+    def network(
+        name: str, kinds: int, code: int, place: str = state, refused: str | None = LOCAL, run: bool = False
+    ) -> Host:
         plan = {"LD_PRELOAD": faults, "FAULT_PLAN": f"{place} {kinds} {code}"}
-        return Host(name=f"{name}: {errno.errorcode[code]}", environment=plan, refused=refused)
+        return Host(name=f"{name}: {errno.errorcode[code]}", environment=plan, refused=refused, run=run)
 
     for code in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO, errno.ESTALE):
         yield network("locks refused", Calls.LOCKS, code)
     for code in (errno.EINVAL, errno.EIO, errno.ESTALE):
         yield network("fsync refused", Calls.SYNCS, code)
     yield network("every change refused", Calls.ALL, errno.EREMOTEIO)
+    for kinds, code in ((Calls.LOCKS, errno.ENOLCK), (Calls.SYNCS, errno.ESTALE)):
+        yield network("the SDK under jax_client run, refused", kinds, code, run=True)
     yield network("fsync refused", Calls.SYNCS, errno.EDQUOT, refused=r"Make room there, or set " + STATE)
     for code in (errno.ENOLCK, errno.EIO):
         yield network("SQLite's locks of metrics.sqlite refused", Calls.LOCKS, code, f"{state}/metrics.sqlite", None)
@@ -162,7 +166,9 @@ def outcome(host: Host, model: str, root: Path, number: int) -> tuple[bool, str]
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=1200, env=dict(os.environ))
     said = done.stdout + done.stderr
     refused = re.search(r"^(?:REFUSED|error): (.*)", said, re.MULTILINE)
-    if "Traceback" in said or (work / "~").exists():
+    # Not another installation, and no directory that is named after a home that is not there.
+    elsewhere = "PYTHONPATH" in host.environment and f"package: {environment['PYTHONPATH']}" not in said
+    if "Traceback" in said or elsewhere or (work / "~").exists():
         return False, said[-2000:]
     warned = re.findall(r"^(compiled programs .*|there is no home .*|metrics are not .*)", said, re.MULTILINE)
     if host.refused is None:
