@@ -210,15 +210,19 @@ def conditions(bench: Bench) -> dict[str, str]:
     }
 
 
-def report(bench: Bench, about: dict[str, str]) -> bool:
-    """Print and write what was found; return whether nothing was missed."""
+def keep(bench: Bench, about: dict[str, str]) -> None:
+    """Write what was found so far."""
+    found = {"conditions": about, "seconds": bench.seconds, "checks": [asdict(check) for check in bench.checks]}
+    (bench.out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def report(bench: Bench) -> bool:
+    """Print what was found; return whether nothing was missed."""
     table = Table("scenario", "expectation", "bar", "measured", "")
     words = {True: "ok", False: "MISSED", None: "not judged: shortened"}
     for check in bench.checks:
         table.add_row(check.scenario, check.expectation, check.bar, check.measured, words[check.passed])
     console.print(table)
-    found = {"conditions": about, "seconds": bench.seconds, "checks": [asdict(check) for check in bench.checks]}
-    (bench.out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     console.print(f"seconds: {', '.join(f'{k} {v:.0f}' for k, v in bench.seconds.items())}; all in {bench.out}")
     return all(check.passed is not False for check in bench.checks)
 
@@ -293,11 +297,13 @@ def main() -> int:
                 attempt(bench, name, partial(smoke, bench, name))
             elif name in MORE:
                 attempt(bench, name, partial(MORE[name], bench))
+            keep(bench, about)
     if plain := [name for name in names if name in PLAIN]:
         with server(bench, "plain", "--model", str(short), "--alias", f"{SHORT}={short}"):
             for name in plain:
                 attempt(bench, name, partial(PLAIN[name], bench))
-    return 0 if report(bench, about) else 1
+                keep(bench, about)
+    return 0 if report(bench) else 1
 
 
 if __name__ == "__main__":
