@@ -263,7 +263,7 @@ def test_every_route_is_guarded(running: Running, headers: dict[str, str], statu
 
     for route in routes(running.server):
         if route.path.startswith(SIGNED):  # a link's signature stands in for the key: without one it is refused
-            answer = httpx.get(running.url + route.path, headers=headers, timeout=10)
+            answer = httpx.get(f"{running.url}{SIGNED}run/name/file", headers=headers, timeout=10)
             assert answer.status_code == 403, route.path
             continue
         path = route.path.replace("{sampler:path}", "x").replace("{", "").replace("}", "")
