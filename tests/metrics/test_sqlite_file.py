@@ -67,7 +67,8 @@ def test_a_full_disk_is_no_damage(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
     assert [file.use(fill, False) for _ in range(3)] == [False] * 3
     assert [record.message for record in caplog.records] == [
-        f"nothing is noted: {tmp_path / 'f'}: database or disk is full"
+        f"nothing is noted: {tmp_path / 'f'}: database or disk is full. Make room there, or set EngineConfig.state_dir "
+        "(or JAX_CLIENT_HOME, or --state-dir) to a directory with more of it."
     ], "once"
     assert names(file) == ["kept"] and not (tmp_path / "f.damaged").exists()
 
