@@ -48,12 +48,13 @@ def routes(server: Server) -> list[Route]:
 
 
 def _operations(server: Server) -> list[Route]:
-    watchdog, state_dir = Watchdog(), server.live.own.state_dir
+    own = server.live.own
+    watchdog, models, state_dir = Watchdog(own.models), own.models, own.state_dir
     return [
         route("GET", "/healthz", watchdog.check),
         Route("/healthz", with_errors(watchdog.check), methods=["GET"]),
-        Route("/metrics", with_errors(metrics.show_metrics), methods=["GET"]),
-        route("GET", "/metrics/engines", metrics.list_engines),
+        Route("/metrics", with_errors(metrics.show_metrics(models)), methods=["GET"]),
+        route("GET", "/metrics/engines", metrics.list_engines(models)),
         route("GET", "/metrics/runs", metrics.list_runs(state_dir)),
         route("GET", "/metrics/runs/{run}", metrics.read_run(state_dir)),
     ]

@@ -30,6 +30,7 @@ from jax_client.server.app import build_app, routes
 from jax_client.server.ops.prometheus import Family, render
 from jax_client.server.state.server import Server
 from jax_client.values import LoraSpec
+from support.fake_engine import FakeModels
 from support.server.serving import ADAM, KEY, config, data, held_model
 
 
@@ -88,14 +89,17 @@ def test_the_text_format_escapes_and_shows_every_number() -> None:
 def served(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     server = Server(config(tmp_path_factory.mktemp("served")))
     app = build_app(server, api_key=KEY, hosts=("localhost",))
+    # No figure of another server's models, whose fake engine has none, is this one's.
+    elsewhere = FakeModels().acquire("elsewhere", server.config)
     with jax_client.ServiceClient(config=server.config) as service:
         training = service.create_lora_training_client(base_model=model, rank=4, seed=1).result()
         training.forward_backward(data(), "cross_entropy")
         metrics = training.optim_step(ADAM).result().metrics
-        (engine,) = [m.engine for m in base_models.loaded() if m.source.name == model]
+        (engine,) = [m.engine for m in base_models.shared.loaded() if m.source.name == model]
         yield SimpleNamespace(
             server=server, get=partial(get, app), training=training, metrics=metrics, engine=engine, model=model
         )
+    elsewhere.release()
     server.close(30)
 
 

@@ -181,7 +181,7 @@ def test_a_base_model_that_nobody_uses_makes_room(
     service = tinker.ServiceClient(base_url=running.url, api_key=KEY)
     sampler = service.create_sampling_client(base_model=str(other))
     before, create = sampled(sampler), runs.create_run
-    loaded = lambda: {Path(each.source.path).name for each in base_models.loaded()}  # noqa: E731
+    loaded = lambda: {Path(each.source.path).name for each in base_models.shared.loaded()}  # noqa: E731
 
     def tight(*args: Any) -> Any:
         if "other" in loaded():

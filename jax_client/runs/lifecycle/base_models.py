@@ -287,11 +287,6 @@ _dropped: SimpleQueue[list[Future[ModelRef]] | None] = SimpleQueue()
 _janitor: threading.Thread | None = None
 
 
-def loaded() -> list[BaseModel]:
-    """Return the base models that are loaded in this process; waits for none that is being loaded."""
-    return [model for registry in list(_registries) for model in registry.loaded()]
-
-
 def release_all(model_refs: list[Future[ModelRef]]) -> None:
     """Release base models that are loaded or still loading; waits for them."""
     for future in model_refs:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from jax_client.runs.lifecycle import base_models
+from jax_client.runs.lifecycle.base_models import BaseModels
 from jax_client.runs.results import run_metrics
 from jax_client.runs.results.run_metrics import MetricsWriter, RunMetrics
 from jax_client.server.ops.prometheus import Family
@@ -58,10 +58,10 @@ _SAMPLING = {
 }
 
 
-def all_families() -> list[Family]:
+def all_families(models: BaseModels) -> list[Family]:
     """Return the families of the loaded engines, of the live runs, and of the writer of metrics."""
     named: list[tuple[str, Engine]] = []
-    for model in base_models.loaded():
+    for model in models.loaded():
         name, taken = model.source.name, {name for name, _ in named}
         # One model with two settings has two engines, and no two values have the same labels.
         names = itertools.chain([name], (f"{name}#{i}" for i in itertools.count(2)))

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from jax_client.runs.lifecycle import base_models
-from jax_client.runs.lifecycle.base_models import BaseModel
+from jax_client.runs.lifecycle.base_models import BaseModel, BaseModels
 
 if TYPE_CHECKING:
     from jax_client.engine.protocol import Engine, Health
@@ -24,14 +23,19 @@ _ILL = ("stuck", "dead")
 
 
 class Watchdog:
-    """Checks every loaded engine when a request asks for it; has no thread."""
+    """Checks every loaded engine when a request asks for it; has no thread.
 
-    def __init__(self) -> None:
+    Args:
+        models: whose engines are checked.
+    """
+
+    def __init__(self, models: BaseModels) -> None:
+        self._models = models
         self._reported: weakref.WeakSet[Engine] = weakref.WeakSet()
 
     async def check(self, request: Request) -> Response:
         """Answer GET /healthz without a thread and without waiting: 200, or 503 with the stuck or dead engines."""
-        checked = [(model, model.engine.monitor.health()) for model in base_models.loaded()]
+        checked = [(model, model.engine.monitor.health()) for model in self._models.loaded()]
         ill = [(model, health) for model, health in checked if health["state"] in _ILL]
         for model, health in checked:
             self._report(model, health)

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from jax_client.errors import BadRequestError, NotFoundError
 from jax_client.metrics.store import FILE_NAME, Cursor, Event, MetricsStore, Point
-from jax_client.runs.lifecycle import base_models
+from jax_client.runs.lifecycle.base_models import BaseModels
 from jax_client.runs.results import run_metrics
 from jax_client.server.ops import families
 from jax_client.server.ops.prometheus import CONTENT_TYPE, render
@@ -69,19 +69,27 @@ def read_run(state_dir: Path) -> Handler:
     return handler
 
 
-async def list_engines(request: Request) -> Response:
-    """Answer GET metrics/engines: the description and the health of each loaded engine."""
-    models = base_models.loaded()
+def list_engines(models: BaseModels) -> Handler:
+    """Return the handler of GET metrics/engines: the description and the health of each loaded engine."""
 
     def describe() -> list[dict[str, Any]]:
-        return [model.engine.monitor.describe() | {"health": model.engine.monitor.health()} for model in models]
+        monitors = [model.engine.monitor for model in models.loaded()]
+        return [monitor.describe() | {"health": monitor.health()} for monitor in monitors]
 
-    return JSONResponse({"engines": await run_in_threadpool(describe)})
+    async def handler(request: Request) -> Response:
+        return JSONResponse({"engines": await run_in_threadpool(describe)})
+
+    return handler
 
 
-async def show_metrics(request: Request) -> Response:
-    """Answer GET /metrics for Prometheus."""
-    return Response(await run_in_threadpool(lambda: render(families.all_families())), media_type=CONTENT_TYPE)
+def show_metrics(models: BaseModels) -> Handler:
+    """Return the handler of GET /metrics, which Prometheus reads."""
+
+    async def handler(request: Request) -> Response:
+        text = await run_in_threadpool(lambda: render(families.all_families(models)))
+        return Response(text, media_type=CONTENT_TYPE)
+
+    return handler
 
 
 def _shown(row: Point | Event) -> dict[str, Any]:
