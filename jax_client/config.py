@@ -77,7 +77,8 @@ class EngineConfig:
             cannot be written, a warning says so, and every start compiles.
         memory_fraction: share of a device's memory (of the host's, on a CPU) that may be filled; what needs more is
             refused before it is allocated.
-        precompile: compile the programs that a training client will likely need in the background when it is made.
+        precompile: compile beside the requests what they will need next, and let a larger program that is there serve
+            while a smaller one is compiled. False compiles each program when it is first needed, and nothing else.
         record_metrics: keep the metrics and events of every run in `metrics.sqlite` under `state_dir`, written beside
             the training.
         map_loss: a loss of this package by the name of one whose formula is not public, such as

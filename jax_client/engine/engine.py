@@ -7,6 +7,7 @@ adapter only after the device has finished it, so a failed request leaves the ad
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -54,6 +55,8 @@ from jax_client.weights.read.source import ModelSource
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_SKIPPED_IN_A_ROW = 10
+# How long an engine waits for a request, whose programs it should compile, before it compiles those of large ones.
+IDLE_S = 2.0
 # Of `Work.rates`, what the metrics of optim_step show of the step.
 STEP_RATES = ("tokens_per_second", "padding_waste", "host_share", "matmul_fraction", "limit_fraction")
 STEP_SUMS = {
@@ -96,7 +99,10 @@ class Engine:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         self.attention = choose_attention(self.mesh, self.model, self.dtype)
         shared = self.params, self.model, self.dtype, self.mesh, self.attention, self._log
-        self.sampler = SamplingLoop(*shared, settings.memory_fraction)
+        # Threads for what a request will wait for and for what it will not, which yields.
+        self._background = Workers("jax_client-compile", 4, ready=2) if settings.precompile else None
+        self._asked = threading.Event()  # a request came that runs programs
+        self.sampler = SamplingLoop(*shared, settings.memory_fraction, self._background)
         concurrent = memory.choose_concurrency(self.mesh)
         self.trainer = Trainer(
             *shared,
@@ -106,8 +112,8 @@ class Engine:
             remat=settings.remat,
             memory_fraction=settings.memory_fraction,
             make_room=self.sampler.release_cache,
+            background=self._background,
         )
-        self._background = Workers("jax_client-compile", 1, ready=1) if settings.precompile else None
         self._dispatcher = Dispatcher("jax_client")
         self._sampling_lane = Lane(sampling=True)
         self.monitor = EngineMonitor(
@@ -185,6 +191,7 @@ class Engine:
         self, lane: Lane, adapter: Adapter | None, examples: list[TrainExample], loss: LossSpec
     ) -> Future[TrainResult]:
         """Return the logprobs and the loss with an adapter, or with the base model for None; no gradient."""
+        self._asked.set()
         prepared = self._elsewhere(self.trainer.prepare, examples, loss)
         return self.submit(lane, self.trainer.score_task(adapter, examples, loss, prepared))
 
@@ -192,7 +199,9 @@ class Engine:
         self, lane: Lane, adapter: Adapter, examples: list[TrainExample], loss: LossSpec | CustomLoss
     ) -> Future[TrainResult]:
         """Add the gradient of the summed loss, built in or on the host, to the adapter's accumulated gradient."""
-        prepared = self._elsewhere(self.trainer.prepare, examples, loss if isinstance(loss, LossSpec) else None)
+        self._asked.set()
+        built_in = loss if isinstance(loss, LossSpec) else None
+        prepared = self._elsewhere(self.trainer.prepare, examples, built_in, adapter.spec)
         if isinstance(loss, LossSpec):
             task = self.trainer.train_task(adapter, examples, loss, prepared)
         else:
@@ -264,6 +273,7 @@ class Engine:
         Requests of all clients run together in a lane of their own. Cancelling the future frees the request's rows.
         """
         self._dispatcher.check_open()
+        self._asked.set()
         future, start = self.sampler.enqueue(snapshot, request)
         if start:
             self.submit(self._sampling_lane, self.sampler.serve()).add_done_callback(self.sampler.stopped)
@@ -316,6 +326,7 @@ class Engine:
 
     def _drop_compiles(self) -> None:
         """Give up the compiles in advance that have not begun."""
+        self._asked.set()
         if self._background is not None:
             self._background.close(wait=False, cancel=True)
 
@@ -398,15 +409,22 @@ class Engine:
         )
 
     def _precompile_likely(self, spec: LoraSpec) -> None:
-        """Compile what a first step surely or likely needs, beside whatever comes next."""
+        """Compile what a first step surely needs, and where nothing is asked for soon, what it likely needs."""
+
+        def work() -> None:
+            self._precompile(spec, [], 1, "background")
+            if not self._asked.wait(IDLE_S):
+                self._precompile(spec, [packing.full_plan(self.trainer.limits)], 1, "background")
+
         if self._background is not None:
-            self._background.submit(self._precompile, spec, [packing.full_plan(self.trainer.limits)], 1, "background")
+            self._background.submit(work)
 
     def _precompile(self, spec: LoraSpec, plans: list[Plan], targets_per_position: int, cause: Cause) -> None:
-        weights = adapters.abstract_weights(self.model, spec, self.mesh)
+        ahead = self.trainer.ahead
         try:
             for plan in plans:
-                self.trainer.precompile(weights, plan, targets_per_position, cause)
+                ahead.compile_pass(spec, plan, targets_per_position, cause)
+            ahead.compile_step(spec, cause, add=self.trainer.limits.concurrent > 1)
         except Exception:
             if cause != "background":
                 raise

@@ -93,9 +93,12 @@ def test_progress_of_a_load_is_told(model, tmp_path, monkeypatch):
         assert seen[-1].done == seen[-1].total == lease.model.engine.monitor.describe()["memory_bytes"]["weights"]
         assert [each.done for each in seen] == sorted(each.done for each in seen)
         assert models.progress(model, config) is None and models.loading(model, config) is None
-        compiling = [{"program": "forward", "shapes": "8x512", "seconds": 1.0}]
-        monkeypatch.setattr(monitor, "compiling", lambda log: compiling)
-        assert models.progress(model, config) == "compiling forward (8x512)"
+        why = {"program": "forward", "shapes": "8x512", "kind": "train", "cause": "first use", "seconds": 1.0}
+        unasked = {"program": "decode", "shapes": "8 rows", "kind": "sample", "cause": "background", "seconds": 9.0}
+        monkeypatch.setattr(monitor, "compiling", lambda log: [unasked, why])
+        for kind in (None, "train"):
+            assert models.progress(model, config, kind) == "compiling forward (8x512)"
+        assert models.progress(model, config, "sample") is None, "its requests wait for no compile"
     finally:
         lease.release()
     assert models.progress(model, config) is None and not models._named

@@ -50,7 +50,7 @@ engine.optim_step(lane, adapter, AdamSettings(**ADAM)).result()
 programs = engine.trainer.programs
 for program in (programs.forward, programs.backward, programs.optim_step):
     (compiled,) = program._compiled.values()
-    (directory / program.name).write_text(compiled.result().as_text())
+    (directory / program.name).write_text(compiled.future.result().as_text())
 print(json.dumps([c["shapes"] for c in engine.monitor.describe()["compiled"] if c["program"] == "forward"]))
 engine.close()
 """

@@ -108,13 +108,12 @@ def compile_step(
     attention = choose_attention(mesh, c, dtype)
     settings: dict[str, Any] = {"max_tokens": tokens, "concurrent": 1, "remat": remat, "memory_fraction": 0.9}
     trainer = Trainer(params, c, dtype, mesh, attention, [], **settings, make_room=bool)
-    trainer.programs.optim_step.prepare = lambda *args, **options: None  # not looked at, and slow to compile
     plan = Plan(rows=1, length=tokens, slots=())
-    trainer.precompile(adapters.abstract_weights(c, spec, mesh), plan, targets, "warmup")
+    trainer.ahead.compile_pass(spec, plan, targets, "warmup")
     accounts = []
     for program in (trainer.programs.forward, trainer.programs.backward):
         (compiled,) = program._compiled.values()
-        size = compiled.result().memory_analysis()
+        size = compiled.future.result().memory_analysis()
         accounts.append(Account(temporaries=size.temp_size_in_bytes, outputs=size.output_size_in_bytes))
     return accounts[0], accounts[1]
 

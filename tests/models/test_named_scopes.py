@@ -117,6 +117,8 @@ def scopes(lowered: jax.stages.Lowered) -> set[str]:
     The body of a loop may be a function of its own, whose names begin anew; a profile puts the caller's before them.
     """
     names = re.findall(r'loc\("([^"]*/[^"]*)"', lowered.as_text(debug_info=True))
+    if any("jit(layer)" in name for name in names):  # one function for all layers: XLA names it after each caller
+        names += re.findall(r'op_name="([^"]*/[^"]*)"', lowered.compile().as_text())
     added = re.compile(r"(jit\(\w+\)/|while/body/|while/cond/|cond/branch_\d+_fun/|closed_call/)")
     return {added.sub("", name) for name in names}
 

@@ -1,22 +1,26 @@
 """Which programs have been compiled, for which shapes, why, and how long did each take?
 
-A `Program` compiles its function once per signature and appends a record of each compile to its engine's log.
+A `Program` compiles its function once per signature and appends a record of each compile to its engine's log. Compiles
+on several threads run side by side; those in the background wait for as long as a request waits for another one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import logging
 import os
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypedDict, TypeVar, cast
 
 import jax
@@ -28,17 +32,24 @@ from jax_client.host.places import expand, needs_home
 
 logger = logging.getLogger(__name__)
 
+# What compiles in the background waits at least this long: the request that made it likely has a first use itself.
+PAUSE_S = 0.5
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Cause = Literal["first use", "warmup", "background"]
 _CACHE_SETTINGS = "EngineConfig.compilation_cache_dir (or XDG_CACHE_HOME)"
+# Which requests run a program.
+Kind = Literal["sample", "train"]
 
 
 class Compiling(TypedDict):
-    """A compile that runs now, and for how many seconds it has."""
+    """A compile that runs now, for which kind of requests, why, and for how many seconds it has."""
 
     program: str
     shapes: str
+    kind: Kind
+    cause: Cause
     seconds: float
 
 
@@ -64,16 +75,28 @@ class CompileRecord:
     ended_at: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(kw_only=True, slots=True, eq=False)
 class _Compile:
     log: list[CompileRecord]
     program: str
     shapes: str
+    kind: Kind
+    cause: Cause
     began: float
 
 
-# Those that run now, of all engines.
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A program of one signature: compiled, or being compiled; `cause` is "first use" once a request waits for it."""
+
+    cause: Cause
+    future: Future[jax.stages.Compiled] = field(default_factory=Future)
+    running: _Compile | None = None
+
+
+# Those that run now, of all engines: they share the host's cores.
 _running: set[_Compile] = set()
+_changed = threading.Condition()  # guards `_running` and what is said there, and `_Entry.cause`
 
 
 class Program(Generic[P, R]):
@@ -86,6 +109,8 @@ class Program(Generic[P, R]):
             the next without another compile; None leaves them to the compiler.
         describe: `f(*args) -> text`, the shapes that the record and the log show.
         donate: positions of the arguments whose memory the outputs take over. They are gone even if a run fails.
+        kind: of the requests that run it.
+        model: text that tells the programs of one model on one mesh from those of others, for `is_cached`.
     """
 
     def __init__(
@@ -96,15 +121,26 @@ class Program(Generic[P, R]):
         out_shardings_of: Callable[..., object] | None = None,
         describe: Callable[..., str] | None = None,
         donate: tuple[int, ...] = (),
+        *,
+        kind: Kind = "train",
+        model: str = "",
     ):
         self.name = name
         self._fn = fn
         self._out_shardings_of = out_shardings_of
         self._describe = describe
         self._donate = donate
+        self._kind: Kind = kind
+        self._model = model
         self._log = log
         self._lock = threading.Lock()
-        self._compiled: dict[object, Future[jax.stages.Compiled]] = {}
+        self._compiled: dict[object, _Entry] = {}
+
+    @staticmethod
+    def model_text(model: object, dtype: object, mesh: jax.sharding.Mesh, attention: object) -> str:
+        """Return the text that tells the programs of a model on a mesh from those of others."""
+        kernel = getattr(attention, "name", "")
+        return f"{model!r} {dtype} {dict(mesh.shape)} {mesh.devices.flat[0].device_kind} {kernel}"
 
     def __call__(self, *args: P.args, **static: P.kwargs) -> R:
         """Run the program; compile it first if the arrays' shapes, types or places, or `static`, are new."""
@@ -117,9 +153,27 @@ class Program(Generic[P, R]):
             In place of the outputs `jax.ShapeDtypeStruct`s with shardings, to prepare the next program with.
         """
         compiled = self._get(args, static, cause)
-        shapes = jax.eval_shape(partial(self._fn, **static), *args)
         struct = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
-        return cast(R, jax.tree.map(struct, shapes, compiled.output_shardings))
+        return cast(R, jax.tree.map(struct, self.shapes(*args, **static), compiled.output_shardings))
+
+    def compile(self, cause: Cause, *args: P.args, **static: P.kwargs) -> None:
+        """Compile for arguments as those of `prepare`, and wait for that."""
+        self._get(args, static, cause)
+
+    def shapes(self, *args: P.args, **static: P.kwargs) -> R:
+        """Return `jax.ShapeDtypeStruct`s in place of the outputs, without places; nothing is compiled."""
+        return cast(R, jax.eval_shape(partial(self._fn, **static), *args))
+
+    def is_compiled(self, *args: P.args, **static: P.kwargs) -> bool:
+        """Return whether a call with such arguments, as those of `prepare`, waits for nothing."""
+        with self._lock:
+            entry = self._compiled.get(_signature(args, static))
+        return entry is not None and entry.future.done() and entry.future.exception() is None
+
+    def is_cached(self, *args: P.args, **static: P.kwargs) -> bool:
+        """Return whether this program was compiled into the compilation cache before, so that it is there soon."""
+        note = self._note(_signature(args, static))
+        return note is not None and note.exists()
 
     def lower(self, *args: P.args, **static: P.kwargs) -> jax.stages.Lowered:
         """Return the program as XLA gets it, for arguments as those of `prepare`."""
@@ -133,37 +187,57 @@ class Program(Generic[P, R]):
         return jitted.lower(*args)
 
     def _get(self, args: tuple[object, ...], static: dict[str, object], cause: Cause) -> jax.stages.Compiled:
-        leaves, treedef = jax.tree.flatten(args)
-        key = (treedef, tuple((a.shape, a.dtype, a.sharding) for a in leaves), tuple(sorted(static.items())))
+        key = _signature(args, static)
         with self._lock:
-            future = self._compiled.get(key)
-            mine = future is None
-            if future is None:
-                future = self._compiled[key] = Future()
+            entry = self._compiled.get(key)
+            mine = entry is None
+            if entry is None:
+                entry = self._compiled[key] = _Entry(cause)
         if mine:
             try:
-                future.set_result(self._compile(args, static, cause))
+                _yield_to_first_use(entry)
+                entry.future.set_result(self._compile(args, static, entry))
             except BaseException as error:
                 with self._lock:
                     del self._compiled[key]  # the next call may have the memory that this one lacked
-                future.set_exception(error)
-        return future.result()
+                entry.future.set_exception(error)
+            else:
+                self._write_note(key)
+        elif cause == "first use" and not entry.future.done():
+            with _changed:
+                entry.cause = cause
+                if entry.running is not None:
+                    entry.running.cause = cause
+                _changed.notify_all()
+        return entry.future.result()
 
-    def _compile(self, args: tuple[object, ...], static: dict[str, object], cause: Cause) -> jax.stages.Compiled:
+    def _note(self, key: object) -> Path | None:
+        """Return the empty file that says that a program is in the compilation cache; None without one on a disk."""
+        directory = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+        if not directory or "://" in directory:
+            return None
+        text = "\n".join([jax.__version__, self._model, self.name, str(key)])
+        return Path(directory) / "compiled" / hashlib.sha256(text.encode()).hexdigest()
+
+    def _write_note(self, key: object) -> None:
+        if (note := self._note(key)) is not None:
+            with contextlib.suppress(OSError):  # as for the cache itself: the next start only takes longer
+                note.parent.mkdir(mode=0o700, exist_ok=True)
+                note.touch()
+
+    def _compile(self, args: tuple[object, ...], static: dict[str, object], entry: _Entry) -> jax.stages.Compiled:
         if process.ending():
             raise RequestFailedError(f"{self.name} is not compiled any more: the program is ending.")
         start, hits = time.perf_counter(), _cache_hits()
         shapes = [] if self._describe is None else [self._describe(*args)]
         text = ", ".join(shapes + [f"{name}={value}" for name, value in static.items()])
+        cause = entry.cause
         logger.info("compiling %s (%s): %s", self.name, text, cause)
-        running = _Compile(log=self._log, program=self.name, shapes=text, began=time.monotonic())
-        _running.add(running)
-        try:
-            with process.not_waited_for():
-                compiled = self._lowered(args, static).compile()
-        finally:
-            _running.discard(running)
-            _return_freed_memory()
+        running = _Compile(
+            log=self._log, program=self.name, shapes=text, kind=self._kind, cause=cause, began=time.monotonic()
+        )
+        with _runs(running, entry), process.not_waited_for():
+            compiled = self._lowered(args, static).compile()
         cached, seconds = _cache_hits() > hits, time.perf_counter() - start
         size = compiled.memory_analysis()
         record = CompileRecord(
@@ -178,6 +252,39 @@ class Program(Generic[P, R]):
         self._log.append(record)
         logger.info("%s %s (%s) in %.1f s", "loaded" if cached else "compiled", self.name, text, seconds)
         return compiled
+
+
+def _signature(args: tuple[object, ...], static: dict[str, object]) -> object:
+    leaves, treedef = jax.tree.flatten(args)
+    return treedef, tuple((a.shape, a.dtype, a.sharding) for a in leaves), tuple(sorted(static.items()))
+
+
+def _yield_to_first_use(entry: _Entry) -> None:
+    """Hold a compile in the background back for as long as requests wait for others, unless one waits for this one."""
+    start = time.monotonic()
+    with _changed:
+        while entry.cause == "background" and not process.ending():
+            if not _awaited() and time.monotonic() > start + PAUSE_S:
+                break
+            _changed.wait(PAUSE_S)
+
+
+def _awaited() -> bool:
+    return any(each.cause == "first use" for each in _running)
+
+
+@contextlib.contextmanager
+def _runs(running: _Compile, entry: _Entry) -> Iterator[None]:
+    with _changed:
+        entry.running = running
+        _running.add(running)
+    try:
+        yield
+    finally:
+        with _changed:
+            _running.discard(running)
+            _changed.notify_all()
+        _return_freed_memory()
 
 
 def _return_freed_memory() -> None:
@@ -197,11 +304,17 @@ def waited_for_s(log: list[CompileRecord]) -> float:
 
 
 def compiling(log: list[CompileRecord]) -> list[Compiling]:
-    """Return the compiles of an engine that run now."""
+    """Return the compiles of an engine that run now, those that requests wait for first."""
     now = time.monotonic()
     return [
-        {"program": each.program, "shapes": each.shapes, "seconds": round(now - each.began, 3)}
-        for each in sorted(_running.copy(), key=lambda each: each.began)
+        {
+            "program": each.program,
+            "shapes": each.shapes,
+            "kind": each.kind,
+            "cause": each.cause,
+            "seconds": round(now - each.began, 3),
+        }
+        for each in sorted(_running.copy(), key=lambda each: (each.cause == "background", each.began))
         if each.log is log
     ]
 

@@ -34,10 +34,12 @@ from jax_client.engine.sample.pages import PAGE
 from jax_client.engine.sample.programs import BLOCK_STEPS, Pool, SamplePrograms, sampling_params
 from jax_client.engine.sample.rows import Job, Row, Tile
 from jax_client.engine.sample.schedule import MAX_VERSIONS, Schedule
+from jax_client.engine.sample.sized import SizedPrograms
 from jax_client.errors import RequestFailedError
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params
 from jax_client.models.parts.attention import Attention
+from jax_client.threads import Workers
 
 MAX_WAITING = 65_536  # rows
 PREFILL_TOKENS = 2048  # of prompts, at most, between two decode blocks
@@ -97,6 +99,7 @@ class SamplingLoop:
         attention: Attention,
         log: list[CompileRecord],
         memory_fraction: float,
+        background: Workers | None = None,
     ):
         self._params = sampling_params(params)
         self._model = model
@@ -106,6 +109,7 @@ class SamplingLoop:
         self._ways = self._batches.ways
         self._memory_fraction = memory_fraction
         self._programs = SamplePrograms(model, dtype, mesh, attention, log)
+        self._sized = SizedPrograms(self._programs, self._batches, self._params, background)
         row_pages = -(-model.max_context // PAGE)
         self._most_pages = max(row_pages, self._sizes.rows[-1] * self._sizes.tokens_per_row // PAGE)
         self._pool: Pool | None = None
@@ -182,6 +186,7 @@ class SamplingLoop:
     def free_weights(self) -> None:
         """Drop the references to the base weights; nothing can be sampled any more."""
         self._params = {}
+        self._sized.free_weights()
 
     def release_cache(self) -> bool:
         """Free the cache's memory; running rows wait for a new one, and resume with their drawn tokens.
@@ -268,7 +273,8 @@ class SamplingLoop:
             schedule.place()
             before = spent
             while (pending := schedule.pending_tiles()) and not (decoding and spent >= PREFILL_TOKENS):
-                tiles = self._sizes.tiles[pending >= self._sizes.many_tiles]
+                larger = pending >= self._sizes.many_tiles
+                tiles = self._sized.tiles(schedule.next_version(), self._pool, self._sizes.tiles[larger:])
                 spent += tiles * PAGE
                 yield from self._prefill(schedule, tiles)
                 if schedule is not self._schedule:
@@ -342,6 +348,10 @@ class SamplingLoop:
 
     def _prefill(self, schedule: Schedule, size: int) -> Task[None]:
         """Yield-from: compute tiles of one version; wait for their scores and draws if any were asked for."""
+        if decoding := sum(row.job.decodes for row in (*schedule.placed, *schedule.waiting)):
+            fewest = min(-(-decoding // self._ways), self._sizes.rows[-1])
+            sizes = [rows for rows in self._sizes.rows if rows >= fewest]
+            self._sized.compile_decode_beside(schedule.next_version(), self._pool, sizes)
         snapshot, tiles = schedule.next_tiles(size)
         loras = () if snapshot is None else (snapshot.weights,)
         batch = self._batches.put(self._batches.of_tiles(tiles, size, snapshot))
@@ -357,9 +367,9 @@ class SamplingLoop:
 
     def _decode(self, schedule: Schedule, snapshots: list[Snapshot], rows: list[list[Row]]) -> Task[None]:
         """Yield-from: run one block of steps for rows of each way."""
-        R = next(size for size in self._sizes.rows if size >= max(map(len, rows)))
         # One adapter, or a fixed number of them: those beyond the ones in use are the first again, which no row uses.
         versions = snapshots if len(snapshots) < 2 else [*snapshots, *[snapshots[0]] * (MAX_VERSIONS - len(snapshots))]
+        R = self._sized.rows(versions, self._pool, [n for n in self._sizes.rows if n >= max(map(len, rows))])
         loras = tuple(snapshot.weights for snapshot in versions)
         batch = self._batches.put(self._batches.of_rows(rows, R, versions) | {"steps": self._steps(R)})
         self._pool, out = self._programs.decode(self._params, loras, self._take_pool(), batch)

@@ -29,7 +29,7 @@ from jax_client.models.decoder import Params, output_head_VD
 from jax_client.models.kernels.paged import paged_attention, write_pages, write_tokens
 from jax_client.models.layers import contract, from_bits, rms_norm, to_bits
 from jax_client.models.parts.attention import Attention
-from jax_client.models.parts.block import Attend, MixedLinears, layer_forward, mixed_pairs
+from jax_client.models.parts.block import Context, MixedLinears, layer_forward, mixed_pairs
 from jax_client.models.parts.lora import Pair
 from jax_client.models.transformer import context, embed
 from jax_client.sharding import sharding_for
@@ -42,6 +42,8 @@ Batch = dict[str, jax.Array]
 Carry = tuple[jax.Array, Pool, Batch, Batch]
 # f(q, k, v, k_P, v_P, *tables) -> (o, k_P, v_P): the attention of one way's rows, over its pages after writing to them.
 Way = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+# f(x_BTD, w, pairs, k_P, v_P) -> (x_BTD, k_P, v_P): a layer, with its pages of the pool.
+Layer = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
 class SamplePrograms:
@@ -63,8 +65,9 @@ class SamplePrograms:
         rows = lambda _, loras, __, batch: f"{batch['token'].shape[1]} rows" + versions(loras)  # noqa: E731
         whole = NamedSharding(mesh, PartitionSpec())
         outputs = lambda *args: (shardings_of(args[2]), whole)  # noqa: E731
-        self.prefill = Program("prefill", self._prefill, log, outputs, tiles, donate=(2,))
-        self.decode = Program("decode", self._decode, log, outputs, rows, donate=(2,))
+        model = Program.model_text(config, dtype, mesh, attention)
+        self.prefill = Program("prefill", self._prefill, log, outputs, tiles, donate=(2,), kind="sample", model=model)
+        self.decode = Program("decode", self._decode, log, outputs, rows, donate=(2,), kind="sample", model=model)
 
     def new_pool(self, ways: int, pages: int) -> Pool:
         """Return an empty pool; what is read before it is written must be finite, so it is zeros."""
@@ -103,26 +106,24 @@ class SamplePrograms:
         c = context(place_BS, self._config, self._dtype, self._attention, work=any_tile)
         scale_MV = jnp.repeat(batch["scale"].reshape(W * t, len(loras)), S, axis=0)
 
-        def attend(i: int) -> Attend:
-            def way(
-                q: jax.Array,
-                k: jax.Array,
-                v: jax.Array,
-                k_P: jax.Array,
-                v_P: jax.Array,
-                page: jax.Array,
-                table: jax.Array,
-                position: jax.Array,
-            ) -> tuple[jax.Array, jax.Array, jax.Array]:
-                k_P, v_P = write_pages(k_P, k, page), write_pages(v_P, v, page)
-                return paged_attention(q, k_P, v_P, table, position, self._dtype), k_P, v_P
+        def way(
+            q: jax.Array,
+            k: jax.Array,
+            v: jax.Array,
+            k_P: jax.Array,
+            v_P: jax.Array,
+            page: jax.Array,
+            table: jax.Array,
+            position: jax.Array,
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            k_P, v_P = write_pages(k_P, k, page), write_pages(v_P, v, page)
+            return paged_attention(q, k_P, v_P, table, position, self._dtype), k_P, v_P
 
-            return self._attend(pool, i, way, W, batch["page"], batch["table"], position_WtS)
-
+        layer = self._layer(way, c, scale_MV, W, batch["page"], batch["table"], position_WtS)
         x_BTD = embed(params, batch["tokens"].reshape(W * t, S))
         for i, (w, pairs) in enumerate(self._layers(params, loras)):
             with jax.named_scope(f"layer_{i}"):
-                x_BTD, _, _ = layer_forward(x_BTD, w, MixedLinears(pairs, scale_MV, self._dtype), c, attend(i))
+                x_BTD, pool["k"][i], pool["v"][i] = layer(x_BTD, w, pairs, pool["k"][i], pool["v"][i])
         h_WND = rms_norm(x_BTD, params["final_norm_D"], self._config.norm_eps).reshape(W, t * S, -1)
         return pool, self._scores(params, loras, h_WND, scale_MV.reshape(W, t * S, len(loras)), batch)
 
@@ -219,12 +220,11 @@ class SamplePrograms:
                 v_P = write_tokens(v_P, v[:, 0], page, position % PAGE)
                 return paged_attention(q, k_P, v_P, table, position[:, None], self._dtype), k_P, v_P
 
+            layer = self._layer(way, c, flat["scale"], W, batch["table"], row["position"].reshape(W, R))
             x_BTD = embed(params, row["token"][:, None])
             for n, (w, pairs) in enumerate(layers):
-                attend = self._attend(pool, n, way, W, batch["table"], row["position"].reshape(W, R))
-                linears = MixedLinears(pairs, flat["scale"], self._dtype)
                 with jax.named_scope(f"layer_{n}"):
-                    x_BTD, _, _ = layer_forward(x_BTD, w, linears, c, attend)
+                    x_BTD, pool["k"][n], pool["v"][n] = layer(x_BTD, w, pairs, pool["k"][n], pool["v"][n])
             h_BD = rms_norm(x_BTD, params["final_norm_D"], self._config.norm_eps)[:, 0]
             logits_BV = self._logits(params, loras, h_BD, flat["scale"])
             row, new = _advance(logits_BV, row, flat)
@@ -258,19 +258,29 @@ class SamplePrograms:
         ]
         return list(zip(from_bits(layers), pairs, strict=True))
 
-    def _attend(self, pool: Pool, layer: int, way: Way, ways: int, *tables: jax.Array) -> Attend:
-        """Return a layer's attention, `way` for the rows, pages and tables of each way; it replaces the pool."""
+    def _layer(self, way: Way, c: Context, scale_MV: jax.Array, ways: int, *tables: jax.Array) -> Layer:
+        """Return a layer, whose attention is `way` for the rows, pages and tables of each way.
 
-        def attend(*qkv_BT: jax.Array) -> tuple[jax.Array, None]:
-            split = [a.reshape(ways, -1, *a.shape[1:]) for a in qkv_BT]
-            split[1:] = [a.astype(self._dtype) for a in split[1:]]
-            arrays = (*split, pool["k"][layer], pool["v"][layer], *tables)
-            # One way goes without that axis: a CPU's dots are slower with one more batch axis.
-            one = lambda *arrays: jax.tree.map(lambda a: a[None], way(*(a[0] for a in arrays)))  # noqa: E731
-            o_WR, pool["k"][layer], pool["v"][layer] = (one if ways == 1 else jax.vmap(way))(*arrays)
-            return o_WR.reshape(qkv_BT[0].shape), None
+        It is traced once for all layers: tracing, which one thread does, took as long as a third of XLA's work.
+        """
 
-        return attend
+        @jax.jit
+        def layer(
+            x_BTD: jax.Array, w: Params, pairs: dict[str, Pair], k_P: jax.Array, v_P: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            def attend(*qkv_BT: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+                split = [a.reshape(ways, -1, *a.shape[1:]) for a in qkv_BT]
+                split[1:] = [a.astype(self._dtype) for a in split[1:]]
+                # One way goes without that axis: a CPU's dots are slower with one more batch axis.
+                one = lambda *arrays: jax.tree.map(lambda a: a[None], way(*(a[0] for a in arrays)))  # noqa: E731
+                o_WR, *stored = (one if ways == 1 else jax.vmap(way))(*split, k_P, v_P, *tables)
+                return o_WR.reshape(qkv_BT[0].shape), (stored[0], stored[1])
+
+            linears = MixedLinears(pairs, scale_MV, self._dtype)
+            y_BTD, _, (k_P, v_P) = layer_forward(x_BTD, w, linears, c, attend)
+            return y_BTD, k_P, v_P
+
+        return layer
 
     @jax.named_scope("copy_pages")
     def _copy_pages(self, pool: Pool, copy_WR2: jax.Array) -> Pool:

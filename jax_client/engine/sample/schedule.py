@@ -71,6 +71,10 @@ class Schedule:
         while self.waiting and self._place(self.waiting[0]):
             self.waiting.popleft()
 
+    def next_version(self) -> Snapshot | None:
+        """Return the weights of the `pending_tiles`."""
+        return next(tile.row.job.snapshot for queue in next(iter(self._tiles.values())) for tile in queue)
+
     def next_tiles(self, limit: int) -> tuple[Snapshot | None, list[list[Tile]]]:
         """Return up to `limit` of the `pending_tiles` per way, and their weights; their version's turn is over."""
         version, queues = self._tiles.popitem(last=False)

@@ -7,7 +7,7 @@ compiled once. Which ones a call takes depends on the call alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
@@ -123,11 +123,17 @@ def _usual_rows(limits: Limits) -> tuple[int, int]:
     return ceiling, min(ceiling, limits.row_length or ceiling)
 
 
-def plan_call(lengths: Sequence[int], limits: Limits) -> list[Plan]:
+def plan_call(lengths: Sequence[int], limits: Limits, rungs: Collection[int] | None = None) -> list[Plan]:
     """Lay out a call's sequences of these lengths; return plans that hold each sequence once.
 
     Rows are filled best-fit, longest sequence first. The rest, too little for a full micro-batch, goes into the few
     smaller ones that cost least.
+
+    Args:
+        lengths: in tokens.
+        limits: of a micro-batch.
+        rungs: lengths of the smaller rows that may be used, the longest that is used without this among them; None is
+            any of `ROW_LENGTHS`.
     """
     ceiling, usual = _usual_rows(limits)
     bins = _Bins(lengths, limits.segments)
@@ -150,10 +156,12 @@ def plan_call(lengths: Sequence[int], limits: Limits) -> list[Plan]:
         keep = max(0, (len(rows) - 1) // turn - 1) * turn if length == usual else len(rows)
         plans += [_plan(rows[i : i + most], most, length, lengths) for i in range(0, keep, most)]
         rest += [index for members in rows[keep:] for index in members]
-    return plans + _plan_tail(rest, lengths, limits)
+    return plans + _plan_tail(rest, lengths, limits, rungs)
 
 
-def _plan_tail(indices: list[int], lengths: Sequence[int], limits: Limits) -> list[Plan]:
+def _plan_tail(
+    indices: list[int], lengths: Sequence[int], limits: Limits, allowed: Collection[int] | None = None
+) -> list[Plan]:
     """Lay out sequences that fill at most a few micro-batches, one row per way each, at the least cost."""
     if not indices:
         return []
@@ -162,6 +170,8 @@ def _plan_tail(indices: list[int], lengths: Sequence[int], limits: Limits) -> li
     rungs = [rung for rung in ROW_LENGTHS if rung <= ceiling] or [ceiling]
     if ceiling > usual:  # many rows at once: such a device gains nothing from the smallest
         rungs = rungs[1:]
+    if allowed is not None:
+        rungs = [rung for rung in rungs if rung in allowed] or rungs
     total = sum(lengths[i] for i in indices)
     most = 2 * limits.concurrent + 1
     choices = [c for n in range(1, most + 1) for c in combinations_with_replacement(rungs, n)]
@@ -176,7 +186,7 @@ def _plan_tail(indices: list[int], lengths: Sequence[int], limits: Limits) -> li
             rows = [bins.members[i : i + ways] for i in range(0, len(bins.members), ways)]
             return [_plan(r, ways, length, lengths) for r, length in zip(rows, sorted(choice), strict=True)]
     half = len(indices) // 2  # a row may not have as many segments
-    return [plan for part in (indices[:half], indices[half:]) for plan in _plan_tail(part, lengths, limits)]
+    return [plan for part in (indices[:half], indices[half:]) for plan in _plan_tail(part, lengths, limits, allowed)]
 
 
 def _cost(choice: Sequence[int], limits: Limits) -> float:
@@ -330,4 +340,9 @@ def _width(sequence: TrainExample) -> int:
 
 def _targets(plan: Plan, sequences: Sequence[TrainExample]) -> int:
     """Return C of a micro-batch: a rung of a ladder, so that not every K compiles programs of its own."""
-    return ladder(max((_width(sequences[slot.index]) for slot in plan.slots), default=1), 1)
+    return targets_of([sequences[slot.index] for slot in plan.slots])
+
+
+def targets_of(sequences: Iterable[TrainExample]) -> int:
+    """Return the targets per position of a micro-batch of these sequences, which its programs are compiled for."""
+    return ladder(max((_width(sequence) for sequence in sequences), default=1), 1)

@@ -13,7 +13,7 @@ from typing import TypedDict, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_client.engine.core.adapters import Weights
 from jax_client.engine.core.programs import CompileRecord, Program, shardings_of
@@ -69,8 +69,11 @@ class TrainPrograms:
         self._shards = tensor if config.vocab_size % tensor == 0 else 1
         size = lambda _, __, batch, *rest: "x".join(map(str, batch["targets_BTC"].shape))  # noqa: E731
         # Cotangents lie as a custom loss's do that come from the host, so that `backward` is compiled once for both.
-        forwards = lambda *args: (None, args[2]["targets_BTC"].sharding, None, None)  # noqa: E731
-        self.forward = Program("forward", self._forward, log, forwards, size)
+        # On one device all places are known, so that `backward` can be compiled before `forward` is.
+        place = NamedSharding(mesh, PartitionSpec()) if mesh.size == 1 else None
+        forwards = lambda *args: (place, args[2]["targets_BTC"].sharding, place, place)  # noqa: E731
+        model = Program.model_text(config, dtype, mesh, attention)
+        self.forward = Program("forward", self._forward, log, forwards, size, model=model)
         self.backward = Program("backward", self._backward, log, lambda *args: shardings_of(args[-1]), size)
         self.add = Program("add", _add, log, lambda total, _: shardings_of(total))
         self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*shardings_of(args[:3]), None))

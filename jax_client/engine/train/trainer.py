@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from functools import partial, reduce
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,11 @@ from jax_client.engine.core import accounting, adapters, memory
 from jax_client.engine.core.accounting import Work
 from jax_client.engine.core.adapters import Adapter, Weights
 from jax_client.engine.core.device_errors import is_out_of_memory, named_error
-from jax_client.engine.core.programs import Cause, CompileRecord, waited_for_s
+from jax_client.engine.core.programs import CompileRecord, waited_for_s
 from jax_client.engine.core.requests import AdamSettings, CustomLoss, LossSpec, TrainResult
 from jax_client.engine.core.turns import Task
 from jax_client.engine.train import packing
+from jax_client.engine.train.ahead import CompileAhead
 from jax_client.engine.train.halving import halved, shape_and_remedy
 from jax_client.engine.train.packing import MicroBatch, Plan
 from jax_client.engine.train.programs import NO_ADAPTER, Batch, Kept, StepMetrics, TrainPrograms
@@ -35,12 +36,11 @@ from jax_client.engine.train.results import Launched, Results
 from jax_client.losses import registry
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params
-from jax_client.models.lora_arrays import AdapterTree
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.block import Remat
 from jax_client.sharding import put_rows, put_whole
 from jax_client.threads import Workers
-from jax_client.values import TrainExample
+from jax_client.values import LoraSpec, TrainExample
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -68,6 +68,7 @@ class Trainer:
             has no collectives. One program alone leaves a CPU's cores idle at times.
         remat: what the backward pass recomputes; "auto" decides by the size of the micro-batch.
         memory_fraction: of a device's memory that may be filled.
+        background: compiles in advance; None compiles nothing that is not needed now.
         make_room: frees memory that can be done without, and says whether there was any; called before a request is
             refused or made smaller for lack of memory.
     """
@@ -86,6 +87,7 @@ class Trainer:
         remat: str,
         memory_fraction: float,
         make_room: Callable[[], bool],
+        background: Workers | None = None,
     ):
         self.total = Work()
         self.programs = TrainPrograms(model, dtype, mesh, attention, log)
@@ -98,6 +100,9 @@ class Trainer:
         self._memory_fraction = memory_fraction
         self._make_room = make_room
         self._free_at_start = self.available_bytes()
+        self.ahead = CompileAhead(
+            self.programs, params, model, mesh, put=self._put, remat_of=self._remat_of, background=background
+        )
         self._launchers = Workers("jax_client-train", concurrent - 1, ready=concurrent - 1)
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         self.limits = packing.Limits(
@@ -115,6 +120,7 @@ class Trainer:
     def free_weights(self) -> None:
         """Drop the references to the base weights; nothing can be trained any more."""
         self._params = {}
+        self.ahead.free_weights()
 
     def available_bytes(self) -> int:
         """Return the bytes that this process may still allocate on a device."""
@@ -126,15 +132,21 @@ class Trainer:
             return self._remat  # type: ignore[return-value]
         return memory.choose_remat(self._model, self._dtype, tokens, self._free_at_start)
 
-    def prepare(self, sequences: list[TrainExample], loss: LossSpec | None) -> Packed:
-        """Pack a call on the host; runs on a worker thread while the device is busy with earlier calls."""
+    def prepare(self, sequences: list[TrainExample], loss: LossSpec | None, spec: LoraSpec | None = None) -> Packed:
+        """Pack a call on the host; runs on a worker thread while the device is busy with earlier calls.
+
+        Args:
+            sequences: of the call.
+            loss: the built-in loss, None for one of the host.
+            spec: of the adapter that is trained; None plans without regard to what is compiled.
+        """
         start = time.perf_counter()
         defaults, gradient_input = dict.fromkeys(registry.INPUTS, 0.0), None
         if loss is not None:
             known = registry.LOSSES[loss.name]
             defaults |= {**known.defaults, **known.config, **loss.config}
             gradient_input = None if known.masked_has_gradient else known.mask
-        plans = packing.plan_call([len(s.tokens_T) for s in sequences], self.limits)
+        plans = self.ahead.plan_call(sequences, self.limits, spec)
         rounds = packing.in_rounds(plans, self.limits)
         filled = [[packing.fill(plan, sequences, defaults, gradient_input) for plan in plans] for plans in rounds]
         return Packed(rounds=filled, seconds=time.perf_counter() - start)
@@ -271,29 +283,6 @@ class Trainer:
         work.add(adapter.work)
         weights, mu, nu = new
         return (weights, mu, nu), (yield partial(jax.device_get, metrics)), work
-
-    def precompile(
-        self, shapes: AdapterTree[jax.ShapeDtypeStruct], plan: Plan, targets_per_position: int, cause: Cause
-    ) -> None:
-        """Compile what a training pass over a micro-batch of this rectangle and optim_step need.
-
-        Args:
-            shapes: of an adapter's weights, with their places.
-            targets_per_position: K of the targets.
-        """
-        sequence = TrainExample(tokens_T=np.zeros(1, np.int32), targets=np.zeros((1, targets_per_position), np.int32))
-        example = replace(plan, slots=(packing.Slot(index=0, row=0, start=0, length=1),))
-        batch = self._put(packing.fill(example, [sequence], dict.fromkeys(registry.INPUTS, 0.0)))
-        number, remat = put_whole(np.int32(0), self._mesh), self._remat_of(plan)
-        forward, backward = self.programs.forward, self.programs.backward
-        weights = cast(Weights, shapes)  # a program is prepared with shapes as it is called with arrays
-        _, g_BTC, _, saved = forward.prepare(cause, self._params, weights, batch, number, remat=remat)
-        backward.prepare(cause, self._params, weights, batch, saved, g_BTC, weights)
-        if self.limits.concurrent > 1:
-            self.programs.add.prepare(cause, weights, weights)
-        hyper = {field.name: put_whole(np.float32(0), self._mesh) for field in fields(AdamSettings)}
-        step = put_whole(np.int32(0), self._mesh)
-        self.programs.optim_step.prepare(cause, weights, weights, weights, weights, step, hyper)
 
     def _halving(
         self,

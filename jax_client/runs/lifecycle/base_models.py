@@ -222,10 +222,15 @@ class BaseModels:
         entry = self._named.get((name, *_settings(config)))
         return None if entry is None or entry.model.done() else entry.progress
 
-    def progress(self, name: str, config: EngineConfig) -> str | None:
+    def progress(self, name: str, config: EngineConfig, kind: str | None = None) -> str | None:
         """Return what requests of a base model wait for, such as "loading 4.1/8.0 GB" or "compiling forward (8x512)".
 
         Takes no lock: it may be asked at any rate, by any thread.
+
+        Args:
+            name: of the base model.
+            config: the settings that it was requested with.
+            kind: "sample" or "train", of the requests; None for both.
 
         Returns:
             None where they wait for neither: the model is loaded, or was never requested.
@@ -237,8 +242,10 @@ class BaseModels:
             return str(entry.progress)
         if entry.model.exception() is not None:
             return None
-        compiling = entry.model.result().engine.monitor.health()["compiling"]
-        return f"compiling {compiling[0]['program']} ({compiling[0]['shapes']})" if compiling else None
+        for each in entry.model.result().engine.monitor.health()["compiling"]:
+            if each["cause"] != "background" and kind in (None, each["kind"]):
+                return f"compiling {each['program']} ({each['shapes']})"
+        return None
 
     def loaded(self) -> list[BaseModel]:
         """Return the loaded base models; waits for none that is being loaded."""

@@ -103,7 +103,7 @@ class Server:
         if served is None:
             return None
         name = served.base_model_name
-        progress = None if name is None else self.live.own.models.progress(name, self.config)
+        progress = None if name is None else self.live.own.models.progress(name, self.config, request.kind)
         ahead = self.ledger.ahead_of(request)
         return progress or (f"{ahead} requests ahead" if ahead else None)
 
