@@ -66,7 +66,7 @@ def same(a: GenerationResult, b: GenerationResult, atol: float = 1e-5) -> None:
 
 
 def test_a_mixed_load_gives_what_each_request_gets_alone(engine: Engine, snapshots: list[Any]) -> None:
-    """Lengths, versions, settings and stops are random; then nothing more compiles, whatever comes."""
+    """Lengths, versions, settings and stops are random; whatever comes, a few programs serve it."""
     rng = np.random.default_rng(0)
 
     def draw(i: int) -> tuple[Any, dict[str, Any]]:
@@ -87,13 +87,13 @@ def test_a_mixed_load_gives_what_each_request_gets_alone(engine: Engine, snapsho
     together = [future.result() for future in [send(engine, s, **f) for s, f in load]]
     for (snapshot, fields), result in list(zip(load, together, strict=True))[::4]:
         same(send(engine, snapshot, **fields).result(), result)
-    compiled = [r["program"] for r in engine.monitor.describe()["compiled"]]
-    before = len(compiled)
-    assert len([name for name in compiled if name in ("prefill", "decode")]) <= 12
     more = [draw(i) for i in range(100, 140)]
     for future in [send(engine, s, **f) for s, f in more]:
         future.result()
-    assert len(engine.monitor.describe()["compiled"]) == before
+    compiled = [(r["program"], r["shapes"]) for r in engine.monitor.describe()["compiled"]]
+    sampling = [each for each in compiled if each[0] in ("prefill", "decode")]
+    # Each of two sizes: prefill for the base model and an adapter, decode also for a mixture of adapters.
+    assert len(sampling) == len(set(sampling)) <= 10
 
 
 def test_the_same_programs_give_the_same_bits(engine: Engine) -> None:
