@@ -1,6 +1,10 @@
 # Sourced by the scripts here: find a Python, make a virtual environment, install into it.
 # shellcheck shell=bash
 
+# `install` leaves bytecode to the first import. With this set, as in many containers, no import would keep any, and each
+# process would compile all of jax and transformers anew.
+unset PYTHONDONTWRITEBYTECODE
+
 # python_for VERSION...: prints the path of the first interpreter found, in the order of these versions ("3.11").
 python_for() {
   local version candidate
