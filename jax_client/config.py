@@ -59,8 +59,9 @@ class EngineConfig:
     """Settings of the engine behind a `ServiceClient`. What "auto" chose is shown by `ServiceClient.describe()`.
 
     Attributes:
-        dtype: storage and matmul operand type of the frozen weights. "auto" takes bfloat16 where its matmul is faster
-            on this device (probed), else float32. "float32" also raises every dot to full float32 precision.
+        dtype: storage and matmul operand type of the frozen weights. "auto" takes bfloat16 where this device's matmul
+            is half as fast again with it (probed), else float32. "float32" also raises every dot to full float32
+            precision.
         mesh: "auto" (all devices on "fsdp"), or sizes by axis, such as {"fsdp": 4, "tensor": 2}; the axes are
             data, fsdp, sequence, expert, tensor, those left out have size 1, sequence and expert stay 1.
         max_tokens_per_micro_batch: ceiling of the tokens computed at once in a training pass, at most 8,192 for each

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_client.engine.core import accounting, attention_check, memory
+from jax_client.engine.core import accounting, attention_check, matmul_benchmark, memory
 from jax_client.engine.core.attention_check import agrees
 from jax_client.engine.core.programs import CompileRecord, Program, compiling, enable_compilation_cache, waited_for_s
 from jax_client.engine.core.requests import AdamSettings, LossSpec
@@ -350,3 +350,13 @@ def test_a_compile_that_runs_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     ((running, others),) = seen
     assert [(each["program"], each["shapes"]) for each in running] == [("traced", "a shape")] and others == []
     assert compiling(log) == [] and before <= log[0].ended_at <= time.time()
+
+
+def test_only_units_for_bfloat16_choose_it_not_the_load_of_the_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    float32, bfloat16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+    chosen = []
+    # Zen 4, a slow moment of Zen 3 in float32, and Zen 3: GFLOP/s
+    for rates in ({float32: 190, bfloat16: 330}, {float32: 80, bfloat16: 97}, {float32: 107, bfloat16: 64}):
+        monkeypatch.setattr(matmul_benchmark, "matmul_rate", lambda device, dtype, rates=rates: rates[dtype])
+        chosen.append(matmul_benchmark.faster_matmul_dtype(jax.devices()[0]))
+    assert chosen == [bfloat16, float32, float32]
