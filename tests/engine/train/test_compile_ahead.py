@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 
 from jax_client.engine.core import programs
-from jax_client.engine.train import packing
-from jax_client.engine.train.packing import Limits
 from jax_client.values import TrainExample
 from support.golden_cases import CASES
 from support.golden_engine import CROSS_ENTROPY, SPEC, open_engine
@@ -32,16 +30,6 @@ def own_cache(tmp_path: Path) -> Iterator[Path]:
     before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     yield tmp_path / "cache"
     jax.config.update("jax_compilation_cache_dir", before)
-
-
-def test_only_rectangles_that_are_allowed_are_planned() -> None:
-    limits = Limits(ways=1, tokens=2048, concurrent=2)
-    for count in (1, 9, 32, 100):
-        lengths = [78] * count
-        freely = {plan.length for plan in packing.plan_call(lengths, limits)}
-        plans = packing.plan_call(lengths, limits, {max(freely)})
-        assert {plan.length for plan in plans} == {max(freely)}
-        assert sorted(slot.index for plan in plans for slot in plan.slots) == list(range(count))
 
 
 def test_the_largest_rectangle_serves_while_the_smaller_is_compiled(

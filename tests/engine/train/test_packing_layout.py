@@ -317,3 +317,15 @@ def test_plans_are_values() -> None:
         assert not hasattr(value, "__dict__")
         with pytest.raises(TypeError):
             type(value)(*(getattr(value, field.name) for field in fields(value)))
+
+
+def test_only_rectangles_that_are_allowed_are_planned() -> None:
+    limits = Limits(ways=1, tokens=2048, concurrent=2)
+    for count in (1, 9, 32, 100):
+        lengths = [78] * count
+        freely = {plan.length for plan in packing.plan_call(lengths, limits)}
+        plans = packing.plan_call(lengths, limits, {max(freely)})
+        assert {plan.length for plan in plans} == {max(freely)}
+        assert sorted(slot.index for plan in plans for slot in plan.slots) == list(range(count))
+        # Where none of them may be used, all are.
+        assert packing.plan_call(lengths, limits, {7}) == packing.plan_call(lengths, limits)
