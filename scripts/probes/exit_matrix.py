@@ -10,6 +10,7 @@ and the longest time from the end of the program's own code to the end of its pr
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=20, help="runs of each mode on each Python")
     parser.add_argument("--modes", nargs="*", default=list(exits.MODES), help="names of tests/support/exits.py")
-    parser.add_argument("--python", nargs="*", default=[sys.executable], help="interpreters with jax_client installed")
+    parser.add_argument(
+        "--python",
+        nargs="*",
+        type=os.path.abspath,  # each program runs in a folder of its own
+        default=[sys.executable],
+        help="interpreters with jax_client installed",
+    )
     args = parser.parse_args()
     failed = False
     with tempfile.TemporaryDirectory(prefix="exits-") as folder:
