@@ -16,6 +16,8 @@ from jax_client.models.config import ModelConfig
 from jax_client.values import LoraSpec
 
 T = TypeVar("T")
+# The largest number whose square float32 holds. An optimizer step beyond it fails, so a trained adapter has none.
+LARGEST_WEIGHT = 2.0**64
 
 
 class LoraArray(NamedTuple):
@@ -101,3 +103,19 @@ def refuse_other_shapes(
         raise BadRequestError(
             f"{subject} does not fit this model: {len(wrong)} arrays differ, {'; '.join(wrong[:5])}. {advice}"
         )
+
+
+def out_of_range(flat: Mapping[str, np.ndarray], limit: float = LARGEST_WEIGHT) -> str | None:
+    """Return, in words, which numbers of flat arrays are not finite or exceed `limit` in size; None if none do."""
+    # A finite sum of squares, one pass at the memory's speed, says that all is well; only what may not be is looked at.
+    with np.errstate(all="ignore"):
+        suspects = [name for name, array in flat.items() if not np.isfinite(np.vdot(array, array))]
+    wrong = {name: bad for name in suspects if len(bad := np.argwhere(~(np.abs(flat[name]) <= limit)))}
+    if not wrong:
+        return None
+    name, bad = next(iter(wrong.items()))
+    at = tuple(int(i) for i in bad[0])
+    return (
+        f"{flat[name][at]} at {name}{list(at)} is the first of {sum(map(len, wrong.values()))} numbers in "
+        f"{len(wrong)} arrays that are not finite, or larger than {limit:.3g}"
+    )

@@ -116,6 +116,9 @@ class TrainingClient(StaysInProcess):
             optim_params: AdamParams.
             adam_params: the older name of the same argument.
 
+        A step that would leave float32's range fails, through the future, and changes nothing: the error names the
+        setting, and the gradients stay for another call.
+
         Raises:
             BadRequestError: both, or a value out of its range.
             BadTypeError: neither, or another type.

@@ -37,7 +37,7 @@ from jax_client.engine.core.requests import (
 from jax_client.engine.core.turns import Lane, Task
 from jax_client.engine.monitor import EngineMonitor
 from jax_client.engine.sample.loop import SamplingLoop
-from jax_client.engine.train import packing
+from jax_client.engine.train import packing, step_range
 from jax_client.engine.train.logits import full_logits
 from jax_client.engine.train.packing import Plan
 from jax_client.engine.train.programs import NO_ADAPTER
@@ -160,6 +160,7 @@ class Engine:
             if isinstance(start, LoraSpec):
                 adapter = self._new_adapter(spec, 0, adapters.initial_weights(self.model, spec, self.mesh), None, None)
             else:
+                yield partial(adapters.refuse_wrong_numbers, start)
                 adapter = self._from_state(start)
             yield partial(jax.block_until_ready, (adapter.weights, adapter.mu, adapter.nu))
             self._adapters.append(adapter)
@@ -172,6 +173,7 @@ class Engine:
         """Replace the adapter's weights and optimizer by a saved state; accumulated gradients are dropped."""
 
         def task() -> Task[Version]:
+            yield partial(adapters.refuse_wrong_numbers, state)
             loaded = self._from_state(state)
             yield partial(jax.block_until_ready, (loaded.weights, loaded.mu, loaded.nu))
             with adapter.lock:
@@ -218,12 +220,16 @@ class Engine:
                     "that it succeeded) before each optim_step.",
                     category="user",
                 )
-            new, metrics, work = yield from self.trainer.optim_step(adapter, adapter.grads, settings)
+            take = partial(self.trainer.optim_step, adapter, adapter.grads)
+            new, metrics, work = yield from take(settings)
+            if metrics["finite"] and not metrics["in_range"]:
+                del new  # its memory, before the step is computed again
+                raise (yield from step_range.failure(take, settings, metrics, adapter.step))
             adapter.work = Work()
             if not metrics["finite"]:
                 adapter.grads = None
                 adapter.skipped_in_a_row += 1
-                logger.warning("optim_step: the gradient is not finite; step %d was skipped", adapter.step + 1)
+                logger.warning("optim_step: the gradient's norm is not finite; step %d was skipped", adapter.step + 1)
                 if adapter.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                     raise RequestFailedError(
                         f"optim_step: the gradients of {adapter.skipped_in_a_row} steps in a row were not finite; the "
@@ -261,6 +267,7 @@ class Engine:
         def task() -> Task[Snapshot]:
             if isinstance(source, Adapter):
                 return adapters.snapshot_of(source, optimizer)
+            yield partial(adapters.refuse_wrong_numbers, source)
             weights = adapters.put(source.weights, self.model, source.spec, self.mesh)
             yield partial(jax.block_until_ready, weights)
             return Snapshot(spec=source.spec, weights=weights, step=source.step)
@@ -293,6 +300,7 @@ class Engine:
                 params = yield load
             weights: Weights = NO_ADAPTER
             if state is not None:
+                yield partial(adapters.refuse_wrong_numbers, state)
                 weights = adapters.put(state.weights, self.model, state.spec, self.mesh)
                 yield partial(jax.block_until_ready, weights)
             tokens_BT = put_whole(tokens_T[None], self.mesh)

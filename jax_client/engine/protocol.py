@@ -139,7 +139,8 @@ class Engine(Protocol):
     def optim_step(self, lane: Lane, adapter: Adapter, settings: AdamSettings) -> Future[dict[str, float]]:
         """Apply one AdamW step with the accumulated gradient, and clear it; return the step's metrics.
 
-        A gradient that is not finite is dropped without an update and reported as `skipped_nonfinite:sum`.
+        A gradient whose norm is not finite is dropped without an update and reported as `skipped_nonfinite:sum`. A
+        step that would leave float32's range fails, names the setting, and changes nothing; the gradient stays.
         """
         ...
 

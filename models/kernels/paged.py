@@ -55,6 +55,7 @@ def paged_attention(
     pieces = [a.reshape(-1, *a.shape[2:]) for a in (k_PKSH, v_PKSH)]
     q_RKXH = jnp.transpose(q_RTKGH, (0, 2, 3, 1, 4)).reshape(R, K, G * T, H)
     position_RX = jnp.tile(position_RT, (1, G))
+    last_R1 = jnp.max(position_RT, axis=1, keepdims=True)
     turns = jnp.max(position_RT) // size + 1
 
     def step(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -63,11 +64,14 @@ def paged_attention(
         piece_RKp = pages_Rp[:, None] * K + jnp.arange(K)[:, None]
         k_RKsH, v_RKsH = (from_bits(piece[piece_RKp]).reshape(R, K, size, H) for piece in pieces)
         s_RKXs = contract("RKXH,RKsH->RKXs", q_RKXH, k_RKsH, dtype) * H**-0.5
-        visible_RXs = j * size + jnp.arange(size) <= position_RX[..., None]
+        place_s = j * size + jnp.arange(size)
+        visible_RXs = place_s <= position_RX[..., None]
         s_RKXs = jnp.where(visible_RXs[:, None], s_RKXs, MASKED)
         new_m_RKX = jnp.maximum(m_RKX, softmax_shift(jnp.max(s_RKXs, axis=-1)))
         # Rounded before they are summed, as in `blockwise_forward`: there is why.
         p_RKXs, decay_RKX = jnp.exp(s_RKXs - new_m_RKX[..., None]).astype(dtype), jnp.exp(m_RKX - new_m_RKX)
+        # Behind a row's last token lies what earlier rows left, of any adapter: their NaN times weight 0 would be NaN.
+        v_RKsH = jnp.where((place_s <= last_R1)[:, None, :, None], v_RKsH, 0)
         pv_RKXH = contract("RKXs,RKsH->RKXH", p_RKXs, v_RKsH, dtype)
         l_RKX = l_RKX * decay_RKX + jnp.sum(p_RKXs, axis=-1, dtype=jnp.float32)
         return new_m_RKX, l_RKX, o_RKXH * decay_RKX[..., None] + pv_RKXH

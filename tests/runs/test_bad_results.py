@@ -64,7 +64,12 @@ LATER: list[Row] = [
         REFUSED,
         ["Adam's moments are missing", "create_training_client_from_state"],
     ),
-    (64, lambda b: b.sampling("no-sampler_weights"), tinker.NotFoundError, ["no checkpoint", "it has sampler"]),
+    (
+        64,
+        lambda b: b.sampling("no-sampler_weights"),
+        tinker.NotFoundError,
+        ["no checkpoint", "it has nan-sampler, sampler"],
+    ),
 ]
 
 
@@ -83,6 +88,20 @@ def answering(answer: Callable[[list[Any]], Any]) -> Callable[..., Any]:
     return lambda data, logprobs: answer(logprobs)
 
 
+WRONG = [
+    "saved adapter cannot be loaded",
+    "in its weights nan at",
+    "1 numbers in 1 arrays",
+    "Load an earlier checkpoint",
+]
+NOT_FINITE: list[Row] = [
+    (59, lambda b: b.load("nan"), REFUSED, WRONG),
+    (59, lambda b: b.client.load_state(b.paths["nan"]), REFUSED, WRONG),
+    (59, lambda b: b.service.create_training_client_from_state(b.paths["nan"]), REFUSED, WRONG),
+    (64, lambda b: b.sampling("nan-sampler"), REFUSED, WRONG),
+    (49, lambda b: b.step(learning_rate=1e30), FAILED, ["learning_rate 1e+30 would take", "step 1", "Lower"]),
+    (49, lambda b: b.step(weight_decay=1e30), FAILED, ["weight_decay 1e+30 would take", "gradient is kept", "Lower"]),
+]
 CUSTOM: list[Row] = [
     (39, lambda b: b.custom(answering(lambda p: None)), TypeError, ["must return (loss, metrics); got NoneType"]),
     (39, lambda b: b.custom(answering(lambda p: 1.0)), TypeError, ["must return (loss, metrics); got float"]),
@@ -107,7 +126,7 @@ CUSTOM: list[Row] = [
 ]
 
 
-@numbered(LATER + CUSTOM)
+@numbered(LATER + NOT_FINITE + CUSTOM)
 def test_a_bad_call_fails_its_future(
     bench: Bench, call: Callable[[Bench], Any], kind: type[BaseException], parts: list[str]
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,17 @@ def save_variants(bench: Bench) -> None:
     for name, changes in variants.items():
         key = CheckpointKey(run, "weights", name)
         store.save(key=key, state=saved, metadata={**record.metadata, **changes})
+        bench.paths[name] = str(key)
+    # As an earlier version saved them.
+    broken = {name: array.copy() for name, array in saved.weights.items()}
+    broken["q.A"].flat[3] = NAN
+    broken_states = {
+        "nan": replace(saved, weights=broken),
+        "nan-sampler": replace(saved, weights=broken, mu=None, nu=None),
+    }
+    for name, kind in (("nan", "weights"), ("nan-sampler", "sampler_weights")):
+        key = CheckpointKey(run, kind, name)
+        store.save(key=key, state=broken_states[name], metadata=record.metadata)
         bench.paths[name] = str(key)
     (written,) = (bench.home / "state").rglob("newer/*/manifest.json")
     content = sealed.unseal(written.read_bytes(), "newer")

@@ -15,9 +15,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jax_client.engine.core.accounting import Work
+from jax_client.errors import BadRequestError, RequestFailedError
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import ParamSpec
-from jax_client.models.lora_arrays import AdapterTree, LoraArray, flatten, lora_arrays, nest, refuse_other_shapes
+from jax_client.models.lora_arrays import (
+    LARGEST_WEIGHT,
+    AdapterTree,
+    LoraArray,
+    flatten,
+    lora_arrays,
+    nest,
+    out_of_range,
+    refuse_other_shapes,
+)
 from jax_client.sharding import sharding_for
 from jax_client.values import AdapterState, LoraSpec
 
@@ -78,9 +88,19 @@ class Snapshot:
     number: int = field(default_factory=itertools.count(1).__next__)
 
     def fetch(self) -> AdapterState:
-        """Copy it to the host. Blocks; call it off the dispatch thread."""
+        """Copy it to the host. Blocks; call it off the dispatch thread.
+
+        Raises:
+            RequestFailedError: a weight or a moment is not finite, or too large.
+        """
         weights, mu, nu = (_host(tree) for tree in (self.weights, self.mu, self.nu))
-        return AdapterState(spec=self.spec, step=self.step, weights=weights or {}, mu=mu, nu=nu)
+        state = AdapterState(spec=self.spec, step=self.step, weights=weights or {}, mu=mu, nu=nu)
+        if (wrong := _wrong_numbers(state)) is not None:
+            raise RequestFailedError(
+                f"the adapter of step {self.step} cannot be saved: {wrong}. No step leaves such numbers, so its memory "
+                "was damaged. Load the last good checkpoint, and look at the device's log."
+            )
+        return state
 
 
 def _host(tree: Weights | None) -> dict[str, np.ndarray] | None:
@@ -137,6 +157,23 @@ def initial_weights(c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:
         return jax.device_put((2 * rng.random(array.shape, np.float32) - 1) * np.float32(array.fan_in**-0.5), place)
 
     return jax.tree.map(start, lora_arrays(c, spec), shardings(c, spec, mesh), is_leaf=_is_array)
+
+
+def _wrong_numbers(state: AdapterState) -> str | None:
+    limits = {"weights": LARGEST_WEIGHT, "mu": LARGEST_WEIGHT, "nu": float(np.finfo(np.float32).max)}
+    for name, flat in (("weights", state.weights), ("mu", state.mu), ("nu", state.nu)):
+        if (wrong := out_of_range(flat or {}, limits[name])) is not None:
+            return f"in its {name} {wrong}"
+    return None
+
+
+def refuse_wrong_numbers(state: AdapterState) -> None:
+    """Raise BadRequestError if a weight or a moment of a saved state is not finite, or too large to train or sample.
+
+    Reads all of it; call it off the dispatch thread.
+    """
+    if (wrong := _wrong_numbers(state)) is not None:
+        raise BadRequestError(f"the saved adapter cannot be loaded: {wrong}. Load an earlier checkpoint of its run.")
 
 
 def put(flat: Mapping[str, np.ndarray], c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:

@@ -70,7 +70,7 @@ class SamplePrograms:
         self.decode = Program("decode", self._decode, log, outputs, rows, donate=(2,), kind="sample", model=model)
 
     def new_pool(self, ways: int, pages: int) -> Pool:
-        """Return an empty pool; what is read before it is written must be finite, so it is zeros."""
+        """Return an empty pool of zeros."""
         c = self._config
         shape = (ways, pages, c.n_kv_heads, PAGE, c.head_dim)
         place = sharding_for(("rows", None, "kv_heads", None, None), shape, self._mesh, "key/value cache")

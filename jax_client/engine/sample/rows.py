@@ -15,10 +15,15 @@ import numpy as np
 from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.requests import GeneratedRow, GenerationRequest, GenerationResult
 from jax_client.engine.sample.pages import PAGE
+from jax_client.errors import RequestFailedError
 
 
 class Job:
-    """One request and its answer so far."""
+    """One request and its answer so far.
+
+    Attributes:
+        overflowed: whether a logprob of a drawn token was not finite; the request then fails.
+    """
 
     def __init__(self, request: GenerationRequest, snapshot: Snapshot | None):
         self.request = request
@@ -28,6 +33,7 @@ class Job:
         self.rows: list[GeneratedRow | None] = [None] * request.num_samples
         self.scores = PromptScores(request) if request.scores_prompt else None
         self.cached_tokens: int | None = None
+        self.overflowed = False
         self.left = max(1, request.num_samples)  # a request that only scores has one row, which draws nothing
 
     @property
@@ -49,8 +55,22 @@ class Job:
         if self.left == 0:
             scores = {} if self.scores is None else self.scores.fields()
             rows = [r for r in self.rows if r is not None]
-            if self.future.set_running_or_notify_cancel():
+            if not self.future.set_running_or_notify_cancel():
+                return
+            if self.overflowed or not (self.scores is None or self.scores.finite):
+                self.future.set_exception(_overflow(self.snapshot))
+            else:
                 self.future.set_result(GenerationResult(rows=rows, cached_tokens=self.cached_tokens or 0, **scores))
+
+
+def _overflow(snapshot: Snapshot | None) -> RequestFailedError:
+    whose = "the base model" if snapshot is None else f"the model with the adapter of step {snapshot.step}"
+    remedy = (
+        "Set EngineConfig(dtype='float32')."
+        if snapshot is None
+        else "Its weights have grown too large: take those of an earlier step, and lower the learning rate."
+    )
+    return RequestFailedError(f"sample: {whose} computes logits that are not finite. {remedy}", category="user")
 
 
 class PromptScores:
@@ -60,10 +80,12 @@ class PromptScores:
         targets_TC: int32 ids to score at each position, the prompt's own next token first.
         reported: first position whose logprob and likeliest tokens are reported.
         first: first position that is computed.
+        finite: whether all that `fields` found is.
     """
 
     def __init__(self, request: GenerationRequest):
         self._request = request
+        self.finite = True
         # Targets and alternatives are of the whole prompt, whatever else is left out.
         whole = request.targets_TK is not None or request.alternatives > 0
         self.reported = 0 if request.score_last is None else len(request.tokens_T) - 1 - request.score_last
@@ -95,6 +117,7 @@ class PromptScores:
             ids_Tk[at, :k], top_Tk[at, :k] = scores["top_ids"][of, :k], scores["top_logprobs"][of, :k]
             drawn_Tk[at] = scores["alternatives"][of, : request.alternatives]
             drawn_logprobs_Tk[at] = scores["alternative_logprobs"][of, : request.alternatives]
+        self.finite = bool(np.isfinite(logprobs_TC[self.first + 1 :]).all())
         left_out = slice(0, self.reported + 1)
         logprobs_TC[left_out, 0], ids_Tk[left_out], top_Tk[left_out] = np.nan, 0, -99999.0
         fields: dict[str, np.ndarray] = {}
@@ -200,6 +223,9 @@ class Row:
     def extend(self, block: dict[str, np.ndarray], new: int, stopped: bool, done: bool) -> None:
         """Take the `new` tokens that a block drew; cut at a stop string."""
         request = self.job.request
+        if not np.isfinite(block["logprobs"][:new]).all():
+            self.job.overflowed, self.stop_reason = True, "length"
+            return
         self.drawn += block["tokens"][:new].tolist()
         self.logprobs.append(block["logprobs"][:new])
         if k := request.topk_sample:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 GROUP = 256  # tokens of the first level, of a cumulative sum or of a maximum
+# Below it, two logits that differ give the weights 1 and 0, and the larger one divided by it may overflow.
+GREEDY = 1e-20
 
 
 def draw_tokens(
@@ -29,12 +31,12 @@ def draw_tokens(
         logits_BV: float32.
         key_B2: uint32 raw keys, one per row.
         index_B: int32, how many tokens the row has drawn.
-        temperature_B: 0 takes the likeliest token.
+        temperature_B: below `GREEDY` takes the likeliest token.
         top_k_B: keep the k largest logits, and ties with the k-th; -1 keeps all.
         top_p_B: keep the smallest set of likeliest tokens with at least this probability, and ties with its last; 1
-            keeps all.
+            keeps all, 0 the likeliest token.
     """
-    greedy_B = temperature_B <= 0
+    greedy_B = temperature_B < GREEDY
     scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, temperature_B)[:, None]
     filtered = jnp.any(((top_k_B > 0) | (top_p_B < 1)) & ~greedy_B)
     kept_BV = jax.lax.cond(filtered, _truncate, lambda s, k, p: s, scaled_BV, top_k_B, top_p_B)
@@ -64,7 +66,8 @@ def _truncate(scaled_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> j
     cut_B = _largest_cut(lambda cut: jnp.sum(order_BV >= cut[:, None], axis=-1) >= k_B, k_B.shape)
     kept_BV = jnp.where(order_BV >= cut_B[:, None], scaled_BV, -jnp.inf)
     p_BV = jax.nn.softmax(kept_BV, axis=-1)
-    enough_B = jnp.minimum(top_p_B, 1.0)
+    # Devices take a subnormal number for 0, a mass that no token at all has too.
+    enough_B = jnp.clip(top_p_B, jnp.finfo(jnp.float32).tiny, 1.0)
     mass = lambda cut: jnp.sum(jnp.where(order_BV >= cut[:, None], p_BV, 0.0), axis=-1)  # noqa: E731
     cut_B = _largest_cut(lambda cut: mass(cut) >= enough_B, k_B.shape)
     return jnp.where((order_BV >= cut_B[:, None]) | (top_p_B >= 1)[:, None], kept_BV, -jnp.inf)

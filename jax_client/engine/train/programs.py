@@ -48,11 +48,18 @@ class Batch(TypedDict):
 
 
 class StepMetrics(TypedDict):
-    """Scalars of an optimizer step; `finite` is whether it was taken."""
+    """Scalars of an optimizer step.
+
+    Attributes:
+        grad_norm, update_norm: global L2 norms.
+        finite: whether the gradient's norm is; otherwise weights and moments are those of before.
+        in_range: whether the norms of the update and of the new weights are finite, and so every weight and moment.
+    """
 
     grad_norm: jax.Array
     update_norm: jax.Array
     finite: jax.Array
+    in_range: jax.Array
 
 
 class TrainPrograms:
@@ -144,7 +151,8 @@ def adamw_step(
     """Return new weights and moments, and the step's metrics.
 
     AdamW as torch's: eps outside the root, decoupled decay. Clipping scales the gradient to `grad_clip_norm` where its
-    global norm exceeds it, 0 is off. A gradient that is not finite changes nothing and is reported.
+    global norm exceeds it, 0 is off. A gradient that is not finite changes nothing and is reported. Weights and moments
+    that leave float32's range are returned and reported: the caller keeps the old ones.
 
     Args:
         step: int32, steps taken before this one.
@@ -164,6 +172,14 @@ def adamw_step(
     def keep(new: optax.Updates, old: Weights) -> Weights:
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-    new = keep(jax.tree.map(jnp.add, weights, delta), weights)
-    metrics: StepMetrics = {"grad_norm": norm, "update_norm": optax.tree.norm(delta), "finite": finite}
-    return new, keep(moments.mu, mu), keep(moments.nu, nu), metrics
+    new, new_nu = keep(jax.tree.map(jnp.add, weights, delta), weights), keep(moments.nu, nu)
+    update_norm = optax.tree.norm(delta)
+    # The first moments need no sum: they are means of gradients whose norm is finite.
+    reach = sum(jnp.sum(w * w + v) for w, v in zip(jax.tree.leaves(new), jax.tree.leaves(new_nu), strict=True))
+    metrics: StepMetrics = {
+        "grad_norm": norm,
+        "update_norm": update_norm,
+        "finite": finite,
+        "in_range": jnp.isfinite(update_norm) & jnp.isfinite(reach),
+    }
+    return new, keep(moments.mu, mu), new_nu, metrics

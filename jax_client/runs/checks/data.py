@@ -18,7 +18,7 @@ from jax_client.engine.core.requests import LossSpec
 from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
 from jax_client.losses.loss import Loss
 from jax_client.losses.registry import LOSSES
-from jax_client.runs.checks.numbers import real, shown
+from jax_client.runs.checks.numbers import FLOAT32_LARGEST, real, shown
 from jax_client.runs.checks.tensors import dense, finite_floats, token_ids
 from jax_client.runs.checks.tokens import text_tokens
 from jax_client.values import TrainExample
@@ -132,7 +132,7 @@ def _config(loss: Loss, given: object) -> dict[str, float]:
             )
     config = dict(loss.config)
     for key, value in given.items():
-        config[key] = real(f"loss_fn_config[{key!r}]", value, 0)
+        config[key] = real(f"loss_fn_config[{key!r}]", value, 0, FLOAT32_LARGEST)
     if all(key in config for key in _CLIP) and config[_CLIP[0]] > config[_CLIP[1]]:
         raise BadRequestError(
             f"loss_fn_config has {_CLIP[0]} {config[_CLIP[0]]:g} above {_CLIP[1]} {config[_CLIP[1]]:g}; they are "

@@ -8,6 +8,10 @@ import operator
 
 from jax_client.errors import BadRequestError, BadTypeError, shown
 
+# The engine computes in float32: a larger number would be infinite there, a smaller one, or a subnormal one, zero.
+FLOAT32_LARGEST = 3.4e38
+FLOAT32_SMALLEST = 1.2e-38
+
 
 def integer(field: str, value: object, low: int, high: int | None = None, hint: str = "") -> int:
     """Return `value` as an int in [low, high], None without limit; NumPy integers are fine, bool is not.
@@ -43,7 +47,7 @@ def real(
         BadTypeError: it is not a real number; bool and numeric text are not.
         BadRequestError: it is NaN, infinite or out of range.
     """
-    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or math.isinf(high) else ']'}"
+    interval = f"{'(' if low_open else '['}{low:g}, {high:.9g}{')' if high_open or math.isinf(high) else ']'}"
     wanted = f"give a finite number in {interval}." + (f" {hint}" if hint else "")
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise BadTypeError(f"{field} is {shown(value)} ({type(value).__name__}); {wanted}")

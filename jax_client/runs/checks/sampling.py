@@ -16,7 +16,7 @@ from jax_client.engine.core.requests import (
     GenerationRequest,
 )
 from jax_client.errors import BadRequestError, BadTypeError
-from jax_client.runs.checks.numbers import flag, integer, real, shown
+from jax_client.runs.checks.numbers import FLOAT32_LARGEST, flag, integer, real, shown
 from jax_client.runs.checks.stop_strings import StopStrings
 from jax_client.runs.checks.tensors import dense, token_ids
 from jax_client.runs.checks.tokens import text_tokens
@@ -92,7 +92,7 @@ def generation(
         tokens_T=tokens_T,
         num_samples=integer("num_samples", num_samples, 1, MAX_SAMPLES, "Call sample several times for more."),
         max_tokens=_max_tokens(params.max_tokens, len(tokens_T), max_context, scores=scores),
-        temperature=real("SamplingParams.temperature", params.temperature, 0, hint="0 is greedy."),
+        temperature=real("SamplingParams.temperature", params.temperature, 0, FLOAT32_LARGEST, hint="0 is greedy."),
         top_k=-1 if top_k >= vocab_size else top_k,
         top_p=real("SamplingParams.top_p", params.top_p, 0, 1, low_open=True, hint=_TOP_P_HINT),
         seed=secrets.randbits(31) if seed is None else integer("SamplingParams.seed", seed, 0, MAX_SAMPLING_SEED),

@@ -12,13 +12,15 @@ from tinker import types
 
 from jax_client.engine.core.requests import AdamSettings
 from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
-from jax_client.runs.checks.numbers import flag, integer, real, shown
+from jax_client.runs.checks.numbers import FLOAT32_LARGEST, FLOAT32_SMALLEST, flag, integer, real, shown
 from jax_client.runs.sdk import OptimParamsBase
 from jax_client.values import MAX_LORA_RANK, NAME_FORM, LoraSpec, is_name
 
 # Random keys are made of 32 bits; a larger seed would start like a smaller one.
 MAX_LORA_SEED = 2**32 - 1
 MAX_METADATA_BYTES = 64 * 1024
+# Closer to 1, float32 rounds to 1, and Adam's bias correction divides by 0.
+MAX_BETA = 0.9999999
 MIN_TTL_SECONDS = 3600
 MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
 
@@ -139,7 +141,7 @@ def adam_settings(optim_params: object, adam_params: object) -> AdamSettings:
     Raises:
         BadTypeError: neither was given, or it is not AdamParams.
         UnsupportedError: DimuonParams or another optimizer's.
-        BadRequestError: both were given, or a field is out of range.
+        BadRequestError: both were given, or a field is out of range, that of float32 included.
     """
     if optim_params is not None and adam_params is not None:
         raise BadRequestError("Specify optim_params or legacy adam_params, not both")
@@ -154,13 +156,21 @@ def adam_settings(optim_params: object, adam_params: object) -> AdamSettings:
             "give AdamParams(learning_rate=...)."
         )
     return AdamSettings(
-        learning_rate=real("AdamParams.learning_rate", params.learning_rate, 0),
-        beta1=real("AdamParams.beta1", params.beta1, 0, 1, high_open=True),
-        beta2=real("AdamParams.beta2", params.beta2, 0, 1, high_open=True),
-        eps=real("AdamParams.eps", params.eps, 0, low_open=True, hint="The default is 1e-12."),
-        weight_decay=real("AdamParams.weight_decay", params.weight_decay, 0),
-        grad_clip_norm=real("AdamParams.grad_clip_norm", params.grad_clip_norm, 0, hint="0 turns clipping off."),
+        learning_rate=real("AdamParams.learning_rate", params.learning_rate, 0, FLOAT32_LARGEST),
+        beta1=real("AdamParams.beta1", params.beta1, 0, MAX_BETA),
+        beta2=real("AdamParams.beta2", params.beta2, 0, MAX_BETA),
+        eps=real("AdamParams.eps", params.eps, FLOAT32_SMALLEST, FLOAT32_LARGEST, hint="The default is 1e-12."),
+        weight_decay=real("AdamParams.weight_decay", params.weight_decay, 0, FLOAT32_LARGEST),
+        grad_clip_norm=_grad_clip_norm(params.grad_clip_norm),
     )
+
+
+def _grad_clip_norm(value: object) -> float:
+    hint = f"0 turns clipping off; the smallest norm is {FLOAT32_SMALLEST:g}."
+    limit = real("AdamParams.grad_clip_norm", value, 0, FLOAT32_LARGEST, hint=hint)
+    if 0 < limit < FLOAT32_SMALLEST:  # float32 makes it 0, which would turn clipping off
+        raise BadRequestError(f"AdamParams.grad_clip_norm is {shown(value)}. {hint}")
+    return limit
 
 
 def checkpoint_name(name: object) -> str:

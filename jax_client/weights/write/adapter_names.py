@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jax_client.errors import BadRequestError
 from jax_client.models import lora_arrays
 from jax_client.models.config import ModelConfig
 from jax_client.values import AdapterState, LoraSpec
@@ -52,10 +53,13 @@ def to_pairs(state: AdapterState, c: ModelConfig) -> Pairs:
     """Return an adapter's matrices, as views of its arrays.
 
     Raises:
-        BadRequestError: the arrays are not those of this model: how many, and the first five with both shapes.
+        BadRequestError: the arrays are not those of this model: how many, and the first five with both shapes. Or
+            numbers are not finite, or too large: how many, and the first.
     """
     advice = "Give the base model that it was trained on."
     lora_arrays.refuse_other_shapes("the adapter", state.weights, c, state.spec, advice)
+    if (wrong := lora_arrays.out_of_range(state.weights)) is not None:
+        raise BadRequestError(f"the adapter cannot be used: {wrong}. Take an earlier checkpoint of its run.")
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for module in covered(state.spec):
         names = linear_names(module, c)
