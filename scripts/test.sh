@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv-test and run every check that a change has to pass: lint, format, types, tests; then, where a Python 3.12
-# exists, whose jax and flax are other versions, the tests that compute something and need no torch.
+# exists, whose jax and flax are other versions, the tests that compute something and need no torch; and on each Python
+# that exists those of how a process ends.
 # With --faults instead only the tests of kills, power failures, refused calls, damage and wrong requests, at every
 # point: a quarter of an hour, twice that beside other work.
 # Arguments go to pytest. On Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu (UV_INDEX, where uv is
@@ -45,15 +46,22 @@ export OMP_NUM_THREADS=1
 workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 pytest "${workers[@]}" "${select[@]}" "$@"
 
-# A quick look, not a download: without a 3.12 the first run stands.
-if python_for 3.12 >/dev/null && [ ${#select[@]} = 0 ]; then
-  venv=$root/.venv-test-312
-  make_venv "$venv" 3.12
-  install_model "$venv"
-  install "$venv" -e . "${tools[@]}" "pytest>=9" "pytest-xdist>=3.8" "hypothesis>=6"
-  files=(engine/test_golden models/test_attention_kernels engine/test_sharding engine/test_sampler
-    checkpoint/test_checkpoint server/test_server)
-  files=("${files[@]/#/tests/}")
-  files=("${files[@]/%/.py}")
-  "$venv/bin/pytest" "${workers[@]}" -m "not torch" "${files[@]}" "$@"
-fi
+# A quick look, not a download: without a 3.12 and a 3.13 the first run stands. How a process ends differs between them.
+ends=(runs/test_autosave runs/test_exit)
+computing=(engine/test_golden models/test_attention_kernels engine/test_sharding engine/test_sampler
+  checkpoint/test_checkpoint server/test_server)
+for version in 3.12 3.13; do
+  if [ ${#select[@]} = 0 ] && python_for "$version" >/dev/null; then
+    venv=$root/.venv-test-${version/./}
+    make_venv "$venv" "$version"
+    install_model "$venv"
+    install "$venv" -e . "${tools[@]}" "pytest>=9" "pytest-xdist>=3.8" "hypothesis>=6"
+    files=("${ends[@]}")
+    if [ "$version" = 3.12 ]; then
+      files+=("${computing[@]}")
+    fi
+    files=("${files[@]/#/tests/}")
+    files=("${files[@]/%/.py}")
+    "$venv/bin/pytest" "${workers[@]}" -m "not torch" "${files[@]}" "$@"
+  fi
+done

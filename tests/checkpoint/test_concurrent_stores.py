@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from jax_client.checkpoint import manifest
+from jax_client.checkpoint import arrays as array_files
+from jax_client.checkpoint import manifest, reading, tags
+from jax_client.checkpoint import store as store_module
 from jax_client.checkpoint.store import CheckpointStore
-from jax_client.errors import RequestFailedError
+from jax_client.errors import NotFoundError, RequestFailedError
 from support.checkpoints import assert_same, key, make_state, save
 from support.faults.fault_children import Children, job
 from support.faults.fault_disk import read_log
@@ -96,6 +98,40 @@ def test_a_load_meets_a_deletion_and_a_save(
 
     monkeypatch.setattr(manifest, "verify", late)
     assert_same(CheckpointStore(tmp_path / "state").load(key("a"))[0], make_state(2))
+
+
+@pytest.mark.parametrize("at", ["its manifest", "its hashes", "its arrays", "its tags"])
+def test_a_load_meets_a_deletion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    """At each file that it reads: what is loaded is whole, or not found."""
+    module, name = {
+        "its manifest": (reading, "read_manifest"),
+        "its hashes": (manifest, "verify"),
+        "its arrays": (array_files, "read"),
+        "its tags": (tags, "read_or_none_set"),
+    }[at]
+    original, deleted = getattr(module, name), []
+    other, store = CheckpointStore(tmp_path), CheckpointStore(tmp_path)
+    save(other, "a", 1)
+
+    def late(*arguments: Any) -> Any:
+        if not deleted:
+            deleted.append(arguments)
+            other.delete(key("a"))
+        return original(*arguments)
+
+    for place in (module, store_module):
+        if getattr(place, name, None) is original:
+            monkeypatch.setattr(place, name, late)
+    try:
+        state, record = store.load(key("a"))
+    except NotFoundError as error:
+        assert "has no checkpoint weights/a" in str(error)
+    else:
+        assert_same(state, make_state(1))
+        assert record.key == key("a")
+    assert deleted and not store.exists(key("a"))
+    save(store, "a", 2)
+    assert_same(store.load(key("a"))[0], make_state(2))
 
 
 def test_a_copy_meets_a_deletion_and_a_save(

@@ -251,6 +251,34 @@ def test_expired_checkpoints_go(tmp_path: Path, plain_arrays: None, monkeypatch:
     assert names(kept) == ["for-ever", "longer"]
 
 
+def test_a_lifetime_over_restarts_with_wrong_clocks(
+    tmp_path: Path, plain_arrays: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks = Clocks(monkeypatch)
+    save(CheckpointStore(tmp_path), "a", ttl_seconds=DAY)
+
+    def restart(boot: str, wall: float) -> CheckpointStore:
+        clocks.moment = moment(wall, 5.0, boot)
+        store = CheckpointStore(tmp_path)
+        store.sweep_expired()
+        return store
+
+    # Years ahead at the start, and set right within the hour; years behind; both once more.
+    for boot in ("b", "c", "d", "e"):
+        store = restart(boot, 1000 * DAY + (3000 if boot in "bd" else -3000) * DAY)
+        clocks.go_on(GRACE_SECONDS - 60)
+        store.sweep_expired()
+        assert names(store) == ["a"], boot
+        clocks.moment = replace(clocks.moment, wall=1000.5 * DAY)
+        store.sweep_expired()
+        assert names(store) == ["a"], boot
+    store = restart("f", 1001.1 * DAY)
+    assert names(store) == ["a"], "the day is over, but so a wrong clock would say"
+    clocks.go_on(GRACE_SECONDS)
+    store.sweep_expired()
+    assert names(store) == []
+
+
 def test_expiry_spares_readers(tmp_path: Path, plain_arrays: None, monkeypatch: pytest.MonkeyPatch) -> None:
     clocks = Clocks(monkeypatch)
     kept = CheckpointStore(tmp_path)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
 import time
+from functools import partial
 from typing import Any
 
 import httpx
@@ -16,12 +18,11 @@ from jax_client.server.routes import polling
 from jax_client.server.wire import bodies, connections
 from support import fake_engine
 from support.fake_engine import MODEL, PARAMS, PROMPT
-from support.server import served_fake
+from support.server import served_fake, serving
 from support.server.served_fake import LIMIT, connect, in_use, poll, raw, received, sample_body, sent, wait_for
-from support.server.serving import (
-    API,
-    KEY,
-)
+from support.server.serving import API, KEY, Between, Running
+
+LARGE = 32 * 2**20
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 loaded, models, start = fake_engine.loaded, fake_engine.models, served_fake.start
@@ -95,6 +96,77 @@ def test_slow_and_lying_clients_are_cut_off(start: Any, monkeypatch: pytest.Monk
     )
     assert smuggled.count(b"HTTP/1.1 4") == 2, "a body, and a request without a host"
     wait_for(lambda: in_use(running) == (0, 0, 0, 0))
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def unread(running: Running, path: str, requests: int) -> socket.socket:
+    """Return a connection that asks, and never reads."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(LIMIT)
+    connection.connect(("127.0.0.1", running.port))
+    ask = f"GET {API}/{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-API-Key: {KEY}\r\n\r\n".encode()
+    for _ in range(requests):
+        connection.sendall(ask)
+    return connection
+
+
+@pytest.mark.parametrize("loop", ["auto", "asyncio"])
+@pytest.mark.parametrize("pieces", [1, 512])
+def test_a_client_that_never_reads_its_answer_is_dropped(
+    start: Any, monkeypatch: pytest.MonkeyPatch, pieces: int, loop: str
+) -> None:
+    """Of an answer in one piece, which lies in the server's memory, and of one that comes piece by piece, as a file."""
+    monkeypatch.setattr(connections, "SEND_SECONDS", 0.5)
+    monkeypatch.setattr(serving, "http_server", partial(connections.http_server, loop=loop))
+    begun = 0
+
+    async def act(served: Any, scope: Any, receive: Any, send: Any) -> None:
+        nonlocal begun
+        if not scope["path"].endswith("/large"):
+            await served(scope, receive, send)
+            return
+        begun += 1
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % LARGE)]})
+        for left in reversed(range(pieces)):
+            await send({"type": "http.response.body", "body": b"x" * (LARGE // pieces), "more_body": left > 0})
+
+    running = start(Between(act))
+    with raw(running) as http:
+        assert len(http.get("/large").content) == LARGE, "a client that reads gets all of it"
+        before, clients, state = resident_bytes(), [], running.http.server_state
+        for attack in range(1, 4):
+            clients += [unread(running, "large", 1) for _ in range(4)]
+            wait_for(lambda attack=attack: begun == 1 + 4 * attack)
+            wait_for(lambda: len(state.connections) <= 1 and not state.tasks)
+        gc.collect()
+        # The allocator may keep what one attack took for the next.
+        assert resident_bytes() < before + 5 * LARGE
+        assert http.get("/healthz").status_code == 200
+    for client in clients:
+        client.close()
+
+
+def test_a_client_that_reads_slowly_keeps_its_connection(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each period brings progress, and the answer is whole, though the client never takes all that is there."""
+    monkeypatch.setattr(connections, "SEND_SECONDS", 0.4)
+    monkeypatch.setattr(connections, "SEND_BYTES", 1)
+
+    async def act(served: Any, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % LARGE)]})
+        await send({"type": "http.response.body", "body": b"x" * LARGE})
+
+    with unread(start(Between(act)), "large", 1) as connection:
+        found = 0
+        while found < LARGE:
+            piece = len(connection.recv(2**21))
+            assert piece, f"closed after {found} bytes"
+            found += piece
+            time.sleep(0.0005)
 
 
 @pytest.mark.parametrize("of", ["training_runs/{}", "training_runs/{}/checkpoints", "samplers/{}", "sessions/{}"])

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -78,8 +79,17 @@ def test_a_changed_link_opens_nothing(
     for each in wrong:
         assert httpx.get(each).status_code in (401, 403, 404), each
     assert httpx.get(f"{running.url}/api/v1/training_runs").status_code == 401, "other routes need the key"
-    monkeypatch.setattr(downloads.time, "time", lambda: 2e10)
-    assert "has expired" in httpx.get(url).text
+
+
+def test_a_link_lasts_an_hour_however_the_clock_is_set(rest: Any, export: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = rest.get_external_weights_urls(export).result().urls["adapter_config.json"]
+    began = time.monotonic()
+    for wall in (-2e9, 2e10):
+        for passed, status in ((3500, 200), (3700, 403)):
+            clocks = SimpleNamespace(time=lambda wall=wall: wall, monotonic=lambda passed=passed: began + passed)
+            monkeypatch.setattr(downloads, "time", clocks)
+            answer = httpx.get(url)
+            assert answer.status_code == status and ("has expired" in answer.text) == (status == 403)
 
 
 def test_a_link_ends_with_the_checkpoint(client: Any, rest: Any) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,7 +22,7 @@ from tinker import types
 from jax_client.errors import DoesNotFitError, JaxClientError
 from jax_client.runs.lifecycle import base_models
 from jax_client.runs.lifecycle import run as runs
-from jax_client.server.state import eviction, training_requests
+from jax_client.server.state import eviction, request_log, training_requests
 from jax_client.server.state.ledger import RequestLedger
 from jax_client.server.state.request_log import FILE, RequestLog
 from jax_client.server.state.server import Server
@@ -305,6 +306,32 @@ def test_a_request_log_that_cannot_be_opened_now_is_not_set_aside(tmp_path: Path
     log = RequestLog(tmp_path)
     assert log.get("session", "s") == {"a": 1}
     log.close()
+
+
+def test_a_clock_that_jumps_over_a_restart_forgets_no_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"now": 2e9}
+    monkeypatch.setattr(request_log, "time", SimpleNamespace(time=lambda: clock["now"]))
+    decade, month = 10 * 365 * 86400.0, request_log.FORGOTTEN_SECONDS
+
+    def known() -> set[str]:
+        log = RequestLog(tmp_path)
+        found = {name for name in ("old", "new", "newest") if log.get("session", name) is not None}
+        log.close()
+        return found
+
+    log = RequestLog(tmp_path)
+    for name, now in (("old", 2e9), ("new", 2e9 + 0.9 * month)):
+        clock["now"] = now
+        log.put("session", name, {})
+    log.close()
+    for jump in (decade, -decade, 0.0, decade):
+        clock["now"] = 2e9 + 0.9 * month + jump
+        assert known() == {"old", "new"}
+    clock["now"] = 2e9 + 1.1 * month
+    log = RequestLog(tmp_path)
+    log.put("session", "newest", {})
+    log.close()
+    assert known() == {"new", "newest"}, "a month passed, and the server was used: who came before it is forgotten"
 
 
 def test_old_answers_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

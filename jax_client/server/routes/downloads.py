@@ -51,11 +51,14 @@ class Downloads:
         key = CheckpointKey.of_run(names["run"], f"{names['kind']}/{names['name']}")
         key = external_path(str(key), "get_external_weights_urls")
         files, expires_at = self._listings.exported_files(key)
-        expires = int(min(time.time() + SECONDS, expires_at or float("inf")))
+        now = time.time()
+        seconds = SECONDS if expires_at is None else min(SECONDS, expires_at - now)
+        # By a clock that is never set; it is this server's own, as its links are.
+        until = int(time.monotonic() + seconds)
         # Under the name and the scheme by which this client reaches the server.
         base = str(request.base_url).rstrip("/")
-        urls = {file: f"{base}{_path(key, file)}?{self._query(key, file, expires)}" for file in files}
-        return types.ExternalWeightsUrlsResponse(urls=urls, expires=datetime.fromtimestamp(expires, UTC))
+        urls = {file: f"{base}{_path(key, file)}?{self._query(key, file, until)}" for file in files}
+        return types.ExternalWeightsUrlsResponse(urls=urls, expires=datetime.fromtimestamp(int(now + seconds), UTC))
 
     async def _file(self, request: Request) -> Response:
         names, query = request.path_params, request.query_params
@@ -64,7 +67,7 @@ class Downloads:
         signature = self._signature(key, names["file"], expires)
         if not hmac.compare_digest(signature, query.get("signature", "").encode("utf-8", "replace")):
             return _refused("this link is not one of this server's; ask for new ones with get_external_weights_urls.")
-        if time.time() >= int(expires):
+        if time.monotonic() >= int(expires):
             return _refused("this link has expired; ask for new ones with get_external_weights_urls.")
         # It answers Range headers, so that a download that was cut off continues.
         path = await run_in_threadpool(self._listings.exported_file, key, names["file"])

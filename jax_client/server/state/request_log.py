@@ -237,7 +237,9 @@ def _opened(file: SqliteFile) -> sqlite3.Connection:
         if found != "ok":
             raise sqlite3.DatabaseError(found)
         with transaction(connection):
-            connection.execute("DELETE FROM things WHERE written < ?", (time.time() - FORGOTTEN_SECONDS,))
+            # Not by a clock alone, which may have jumped ahead: what was written last tells how old the rest is.
+            last = "(SELECT min(max(written), ?) FROM things)"
+            connection.execute(f"DELETE FROM things WHERE written < {last} - ?", (time.time(), FORGOTTEN_SECONDS))
             newest = "(SELECT max(number) FROM promises)"
             connection.execute(f"DELETE FROM promises WHERE body IS NULL AND number < {newest} - ?", (MAX_ANSWERS,))
     except BaseException:

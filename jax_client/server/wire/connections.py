@@ -1,6 +1,7 @@
 """How are connections served, so that slow, silent or very many clients cost the others nothing?
 
-A `Connection` closes when its client does not send a request's headers in time, or sends too many of them.
+A `Connection` closes when its client does not send a request's headers in time, sends too many of them, or does not
+read its answer.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 # The time from a connection, or a request's first byte, to the end of its headers; and their size.
 HEADER_SECONDS = 20.0
 HEADER_BYTES = 64 * 2**10
+# A client has to take this much of its answer, or the rest of it, in every such period.
+SEND_SECONDS = 60.0
+SEND_BYTES = 64 * 2**10
 # Longer than the SDK keeps an idle connection: otherwise it sometimes writes into one that was just closed.
 KEEPALIVE_SECONDS = 75
 # Every request that waits for its answer holds a connection, and a client of the SDK may have 2,000 of them.
@@ -27,14 +31,18 @@ MAX_FILES = 65_536
 
 
 class Connection(HttpToolsProtocol):
-    """HTTP/1.1 for clients that send their headers in time, and not too many; others are disconnected."""
+    """HTTP/1.1 for clients that send few headers, in time, and read their answers; others are disconnected."""
 
     _timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
+    # Set while the kernel does not take what is to be sent, and how much that was when it was set.
+    _send_timer: asyncio.TimerHandle | None = None
+    _unsent = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the timer of the first request."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # `pause_writing` from the first byte that the kernel does not take
         self._start_timer()
 
     def data_received(self, data: bytes) -> None:
@@ -51,9 +59,47 @@ class Connection(HttpToolsProtocol):
             self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
+        """Stop the timers."""
         self._stop_timer()
+        self._stop_send_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Start to watch how fast the client reads."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        """Take note that the kernel has taken everything."""
+        self._stop_send_timer()
+        super().resume_writing()
+
+    def _watch_reader(self) -> None:
+        self._unsent = self._not_taken()
+        self._send_timer = self.loop.call_later(SEND_SECONDS, self._check_reader)
+
+    def _check_reader(self) -> None:
+        if self._not_taken() > max(0, self._unsent - SEND_BYTES):
+            # `close` would wait until everything is sent.
+            self.transport.abort()
+        else:
+            self._watch_reader()
+
+    def _not_taken(self) -> int:
+        """Return the bytes that the client has not taken. A kernel holds megabytes, and asks in large steps."""
+        in_kernel = 0
+        with contextlib.suppress(ImportError, OSError, ValueError):
+            import fcntl
+            import termios
+
+            found = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+            in_kernel = int.from_bytes(found, sys.byteorder)
+        return self.transport.get_write_buffer_size() + in_kernel
+
+    def _stop_send_timer(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
 
     def _start_timer(self) -> None:
         self._timer = self.loop.call_later(HEADER_SECONDS, self._disconnect)

@@ -182,8 +182,64 @@ def without_rights(child: Child) -> None:
     child.say(listed=listed, runs=store.runs(), loaded=loaded, refused=refused)
 
 
+def served(child: Child) -> None:
+    """Serve a client while the disk refuses everything, once it works again, and after a restart."""
+    # Imported here: a fork needs the parent to have no threads.
+    import warnings
+
+    import tinker
+
+    import jax_client
+    from jax_client.server.state.request_log import RequestLog
+    from jax_client.server.state.server import Server
+    from support import fake_engine
+    from support.server.serving import KEY, Running
+
+    warnings.simplefilter("ignore", FutureWarning)  # the SDK's, of ways that programs use
+    models, config = fake_engine.FakeModels(), jax_client.EngineConfig(state_dir=child.state_dir)
+    running = Running(Server(config, log=RequestLog(child.state_dir), base_models=models))
+    service = tinker.ServiceClient(base_url=running.url, api_key=KEY)
+    client = service.create_lora_training_client(fake_engine.MODEL, 4).result(60)
+    fake_engine.step(client)
+    good = client.save_state("good").result(60).path
+
+    def tried(call: Callable[[], Any]) -> str:
+        try:
+            call()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def attempts(name: str) -> dict[str, str]:
+        sampled = lambda of: of.sample(fake_engine.PROMPT, 1, fake_engine.PARAMS).result(60)  # noqa: E731
+        return {
+            "train": tried(lambda: fake_engine.step(client)),
+            "sample": tried(lambda: sampled(client.save_weights_and_get_sampling_client())),
+            "sample the base model": tried(
+                lambda: sampled(service.create_sampling_client(base_model=fake_engine.MODEL))
+            ),
+            "another session": tried(lambda: tinker.ServiceClient(base_url=running.url, api_key=KEY)),
+            "list": tried(lambda: service.create_rest_client().list_checkpoints(client.model_id).result(60)),
+            "save": tried(lambda: client.save_state(name).result(60)),
+            "load": tried(lambda: client.load_state_with_optimizer(good).result(60)),
+            "another run": tried(lambda: service.create_lora_training_client(fake_engine.MODEL, 4).result(60)),
+        }
+
+    child.arm(Action.REFUSE, 1, repeat=True, error=child.job["error"], calls=child.job["calls"], log=False)
+    failing = attempts("bad")
+    hits = child.disarm()
+    working = attempts("after")
+    running.stop()
+    running = Running(Server(config, log=RequestLog(child.state_dir), base_models=models), running.port)
+    restarted = tried(lambda: fake_engine.step(client))
+    running.stop()
+    names = sorted(record.name for record in CheckpointStore(child.state_dir).list())
+    child.say(failing=failing, working=working, restarted=restarted, hits=hits, names=names)
+
+
 PROGRAMS: dict[str, Callable[[Child], None]] = {
-    program.__name__: program for program in (history, refusals, writer, coming_and_going, reader, without_rights)
+    program.__name__: program
+    for program in (history, refusals, writer, coming_and_going, reader, without_rights, served)
 }
 
 
