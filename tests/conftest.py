@@ -25,10 +25,11 @@ if CACHE_MADE := "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# Compiling is a third of the time of these tests, and they run what they compile a few times: without LLVM's
-# optimizations it takes two thirds as long. With --full programs are compiled as they are for users.
+# Compiling was half of the time of these tests, and they run what they compile a few times. Without LLVM's
+# optimizations, and with XLA's older code for fusions, it takes a third as long. With --full programs are compiled as
+# they are for users.
 if "PYTEST_XDIST_WORKER" not in os.environ and "--full" not in sys.argv and "XLA_FLAGS" not in os.environ:
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 # Sessions of the SDK whose servers are gone complain as long as the process lives, in other tests' logs.
 for name in ("internal_client_holder", "telemetry"):

@@ -13,8 +13,7 @@ import pytest
 from jax_client.cli.doctor import devices, network, software, storage
 from jax_client.config import default_state_dir
 from jax_client.errors import BadRequestError
-from support.archive import write_archive
-from support.command_line import damage
+from support.command_line import damage, write_archive
 
 
 def test_doctor_reports_and_repairs(cli, home, monkeypatch):

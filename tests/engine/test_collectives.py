@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
+
+from support.devices import with_devices
 
 L, D, F, V, R = 3, 64, 128, 9472, 4
 T = 1024  # of a row; each device has one row, so they are a device's tokens, too
@@ -156,11 +156,7 @@ def collectives(hlo: str) -> Iterator[Collective]:
 @pytest.fixture(scope="module", params=[pytest.param(MESHES[0], marks=pytest.mark.full), *MESHES[1:]], ids=str)
 def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Step:
     mesh, directory = request.param, tmp_path_factory.mktemp("mesh")
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-    }
+    env = with_devices(8)
     command = [sys.executable, "-W", "error", "-c", CHILD, json.dumps(mesh), str(directory)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,7 +6,6 @@ Each mesh runs in a child process, because the number of simulated devices is fi
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from support.devices import with_devices
 
 MESHES = [
     pytest.param({"fsdp": 8}, marks=pytest.mark.full),
@@ -49,11 +50,7 @@ engine.close()
 
 def run(mesh: dict[str, int], directory: Path) -> dict[str, Any]:
     devices = int(np.prod(list(mesh.values())))
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-    }
+    env = with_devices(devices)
     command = [sys.executable, "-W", "error", "-c", CHILD, json.dumps(mesh), str(directory)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,7 +6,6 @@ tested against a stand-in that keeps to the description in `models/kernels/cudnn
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import pytest
 
 from jax_client.models.kernels import cudnn, splash
 from jax_client.sharding import make_mesh
+from support.devices import with_devices
 
 B, K, G, H = 2, 2, 2, 16
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -158,8 +158,9 @@ for eight, one in zip(*results, strict=True):
 
 
 def test_splash_on_eight_devices_equals_one() -> None:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", ON_A_MESH], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ON_A_MESH], env=with_devices(8), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -19,6 +19,7 @@ from jax_client.engine.core.adapters import Adapter
 from jax_client.engine.core.requests import AdamSettings
 from jax_client.engine.engine import Engine
 from jax_client.values import CheckpointKey
+from support.devices import with_devices
 from support.golden_cases import ADAM, CASES, base_values
 from support.golden_engine import CROSS_ENTROPY, SPEC, data, open_engine
 from support.weight_files import write_hf
@@ -170,11 +171,7 @@ engine.close()
 def on_a_mesh(mesh: dict[str, int], *args: object) -> tuple[np.ndarray, np.ndarray]:
     """Load, train and save in a process of its own; return the logprobs as loaded and as saved."""
     count = int(np.prod(list(mesh.values())))
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-    }
+    env = with_devices(count)
     command = [sys.executable, "-W", "error", "-c", ON_A_MESH, json.dumps(mesh), *map(str, args)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

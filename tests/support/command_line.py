@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,13 @@ def python(*code: str, **env: str) -> subprocess.CompletedProcess[str]:
 def stages_of(lines: list[str]) -> list[str]:
     """What the lines begin with; one that takes long is said again."""
     return list(dict.fromkeys(line.split()[0] for line in lines))
+
+
+def write_archive(path: Path) -> Path:
+    """Write the package's modules into a zip file, in the layout of its wheel; return its path."""
+    root = Path(__file__).parents[2]
+    with zipfile.ZipFile(path, "w") as file:
+        for folder, parent in (("jax_client", ""), ("models", "jax_client/"), ("losses", "jax_client/")):
+            for source in sorted((root / folder).rglob("*.py")):
+                file.write(source, f"{parent}{source.relative_to(root)}")
+    return path

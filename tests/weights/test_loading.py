@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from jax_client.weights.read.gguf import GgufReader, read_gguf
 from jax_client.weights.read.identity import fingerprint
 from jax_client.weights.read.load import load_params, read_config
 from jax_client.weights.read.source import EMBEDDED_MODEL, known_models, resolve
+from support.devices import with_devices
 from support.weight_files import FAMILIES, hf_tensors, write_gguf, write_hf
 from support.weights.loading import config, load, one_device
 
@@ -97,8 +97,9 @@ def test_eight_devices_hold_the_same_numbers(layout: str, tmp_path: Path) -> Non
     c = config("llama-untied")
     t = hf_tensors(c)
     path = write_hf(tmp_path / "m", c, t) if layout == "hf" else write_gguf(tmp_path / "m.gguf", c, t)
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run([sys.executable, "-c", SHARDED, path], env=env, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", SHARDED, path], env=with_devices(8), capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     whole = 2 * 32 * 2 * 96
     assert run.stdout.split("\n")[:3] == [f"8 {{{whole // 8}}}", f"8 {{{whole // 8}}}", f"8 {{{whole // 2}}}"]
