@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from support.archive import write_archive
+from support.command_line import write_archive
 from support.faults import fault_child
 from support.faults.fault_child import Calls
 
