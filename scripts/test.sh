@@ -39,6 +39,26 @@ rm -rf build/lib build/types
 cp pyproject.toml build/types/
 (cd build/types && pyright --pythonpath "$venv/bin/python" jax_client)
 
+# The other environments are made while the first tests run, which leave a core idle now and then. A quick look, not a
+# download: without a 3.12 and a 3.13 the first run stands.
+others=()
+if [ ${#select[@]} = 0 ]; then
+  for version in 3.12 3.13; do
+    if python_for "$version" >/dev/null; then others+=("$version"); fi
+  done
+fi
+prepare() {
+  local version other
+  for version in "${others[@]}"; do
+    other=$root/.venv-test-${version/./}
+    make_venv "$other" "$version"
+    install_model "$other"
+    install "$other" -e . "${tools[@]}" "pytest>=9" "pytest-xdist>=3.8" "hypothesis>=6"
+  done
+}
+prepare >build/prepare.log 2>&1 &
+preparing=$!
+
 # `pytest`, not `python -m pytest`: that would put the tree first on the path, with a jax_client without its models.
 # Two processes share the files; each alone would leave a core idle while it compiles. torch's threads are turned off:
 # two processes of them, each waiting in a loop for its own, take ten times as long.
@@ -46,22 +66,17 @@ export OMP_NUM_THREADS=1
 workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 pytest "${workers[@]}" "${select[@]}" "$@"
 
-# A quick look, not a download: without a 3.12 and a 3.13 the first run stands. How a process ends differs between them.
+wait "$preparing" || {
+  cat build/prepare.log >&2
+  exit 1
+}
+# How a process ends differs between versions of Python; what is computed, between those of jax and flax.
 ends=(runs/test_autosave runs/test_exit)
-computing=(engine/test_golden models/test_attention_kernels engine/test_sharding engine/test_sampler
-  checkpoint/test_checkpoint server/test_server)
-for version in 3.12 3.13; do
-  if [ ${#select[@]} = 0 ] && python_for "$version" >/dev/null; then
-    venv=$root/.venv-test-${version/./}
-    make_venv "$venv" "$version"
-    install_model "$venv"
-    install "$venv" -e . "${tools[@]}" "pytest>=9" "pytest-xdist>=3.8" "hypothesis>=6"
-    files=("${ends[@]}")
-    if [ "$version" = 3.12 ]; then
-      files+=("${computing[@]}")
-    fi
-    files=("${files[@]/#/tests/}")
-    files=("${files[@]/%/.py}")
-    "$venv/bin/pytest" "${workers[@]}" -m "not torch" "${files[@]}" "$@"
-  fi
+computing=(engine/test_golden engine/test_sharding engine/test_sampler checkpoint/test_checkpoint server/test_server)
+for version in "${others[@]}"; do
+  files=("${ends[@]}")
+  if [ "$version" = 3.12 ]; then files+=("${computing[@]}"); fi
+  files=("${files[@]/#/tests/}")
+  files=("${files[@]/%/.py}")
+  "$root/.venv-test-${version/./}/bin/pytest" "${workers[@]}" -m "not torch" "${files[@]}" "$@"
 done

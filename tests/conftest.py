@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,12 @@ if CACHE_MADE := "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # Compiling was half of the time of these tests, and they run what they compile a few times. Without LLVM's
-# optimizations, and with XLA's older code for fusions, it takes a third as long. With --full programs are compiled as
-# they are for users.
+# optimizations, and with the older code for fusions where XLA still has it, it takes a third as long. With --full
+# programs are compiled as they are for users.
 if "PYTEST_XDIST_WORKER" not in os.environ and "--full" not in sys.argv and "XLA_FLAGS" not in os.environ:
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    if metadata.version("jaxlib").startswith("0.10."):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 # Sessions of the SDK whose servers are gone complain as long as the process lives, in other tests' logs.
 for name in ("internal_client_holder", "telemetry"):

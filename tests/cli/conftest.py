@@ -14,10 +14,8 @@ from typing import Any
 import pytest
 
 from jax_client.cli import main
-from support.command_line import Result, fill
+from support.command_line import WITHOUT_TORCH, Result, fill
 from support.server.serving import write_model
-
-WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from jax_client.cli import main; sys.exit(main())"
 
 
 @pytest.fixture(scope="module")

@@ -183,6 +183,7 @@ def test_handlers_are_the_main_threads(autosaving: None) -> None:
 
 CHILD = """
 import os, signal, sys, threading, time
+sys.modules["torch"] = None  # the SDK would import it, for seconds
 import jax_client
 from jax_client import types
 from support.golden_cases import CASES, sequences

@@ -26,6 +26,7 @@ from support.weight_files import write_hf
 
 CHILD = """
 import hashlib, os, signal, sys
+sys.modules["torch"] = None  # the SDK would import it, for seconds
 import jax_client
 from jax_client import types
 from support.golden_cases import CASES, sequences

@@ -26,6 +26,7 @@ from jax_client.losses.registry import LOSSES
 from jax_client.server.state.server import Server
 from jax_client.server.wire.guard import SIGNED, Guard
 from support.calls import datum, rl
+from support.command_line import WITHOUT_TORCH
 from support.server.serving import ADAM, KEY, Running, config, data, write_model
 
 # The SDK's own HTTP stack and pydantic warn in ways that are not this package's to fix.
@@ -309,7 +310,7 @@ def test_a_small_body_does_not_become_a_large_one(running: Running, monkeypatch:
 
 
 def serve(home: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "import sys; from jax_client.cli import main; sys.exit(main())", "serve"]
+    command = [sys.executable, "-c", WITHOUT_TORCH, "serve"]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_CLIENT_HOME": str(home)}
     return subprocess.Popen([*command, "--port", "0", *more], env=env, stderr=subprocess.PIPE, text=True)
 

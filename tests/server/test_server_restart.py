@@ -27,6 +27,7 @@ from jax_client.server.state.ledger import RequestLedger
 from jax_client.server.state.request_log import FILE, RequestLog
 from jax_client.server.state.server import Server
 from jax_client.server.wire.answers import Answer
+from support.command_line import WITHOUT_TORCH
 from support.server.serving import ADAM, CASE, KEY, Between, Running, config, data, held_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -128,7 +129,7 @@ def test_a_killed_server_keeps_what_it_answered_and_says_what_is_lost(model: str
 
 
 def serve(home: Path, port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", "import sys; from jax_client.cli import main; sys.exit(main())", "serve"]
+    command = [sys.executable, "-c", WITHOUT_TORCH, "serve"]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_CLIENT_HOME": str(home)}
     server = subprocess.Popen([*command, "--port", str(port), "--dtype", "float32"], env=env)
     while True:

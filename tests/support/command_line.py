@@ -17,6 +17,8 @@ import numpy as np
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.values import AdapterState, CheckpointKey, LoraSpec
 
+# `python -c`: the command line; the SDK would import torch, for seconds.
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from jax_client.cli import main; sys.exit(main())"
 RUN, OTHER = "0b1c2d3e-aaaa:train:0", "0b1c2d3e-bbbb:train:0"
 GOOD, SAMPLER, LATER = (
     f"tinker://{RUN}/weights/good",
