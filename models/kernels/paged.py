@@ -17,14 +17,32 @@ from jax_client.models.layers import contract, from_bits, to_bits
 BLOCK = 2  # pages of one turn: 64 keys; one page or four took a CPU longer, and eight a prompt, too
 
 
-def write_tokens(pool_PKSH: jax.Array, new_RKH: jax.Array, page_R: jax.Array, place_R: jax.Array) -> jax.Array:
+def write_tokens(
+    k_PKSH: jax.Array, v_PKSH: jax.Array, k_RKH: jax.Array, v_RKH: jax.Array, page_R: jax.Array, place_R: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Return the pool with one token of each row stored at (page, place in the page)."""
-    return pool_PKSH.at[page_R, :, place_R].set(to_bits(new_RKH))
+    k_RKH, v_RKH = _storable(k_RKH, v_RKH)
+    at = page_R, slice(None), place_R
+    return k_PKSH.at[at].set(to_bits(k_RKH)), v_PKSH.at[at].set(to_bits(v_RKH))
 
 
-def write_pages(pool_PKSH: jax.Array, new_RTKH: jax.Array, page_R: jax.Array) -> jax.Array:
+def write_pages(
+    k_PKSH: jax.Array, v_PKSH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array, page_R: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Return the pool with a whole page of each row stored, T = S."""
-    return pool_PKSH.at[page_R].set(to_bits(jnp.swapaxes(new_RTKH, 1, 2)))
+    k_RKTH, v_RKTH = _storable(jnp.swapaxes(k_RTKH, 1, 2), jnp.swapaxes(v_RTKH, 1, 2))
+    return k_PKSH.at[page_R].set(to_bits(k_RKTH)), v_PKSH.at[page_R].set(to_bits(v_RKTH))
+
+
+def _storable(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return keys and values without a value that is not finite: its key becomes NaN.
+
+    A page's next row does not see what lies behind its own last token, of any adapter: it replaces the scores, but
+    gives the values weight 0, and 0 times NaN is NaN. The page's own row still sees the NaN, by the key.
+    """
+    finite = jnp.isfinite(v)
+    whole = jnp.all(finite, axis=-1, keepdims=True)
+    return jnp.where(whole, k, jnp.asarray(jnp.nan, k.dtype)), jnp.where(finite, v, jnp.asarray(0, v.dtype))
 
 
 def paged_attention(
@@ -39,7 +57,7 @@ def paged_attention(
 
     Args:
         q_RTKGH: float32 queries after norm and rotation.
-        k_PKSH, v_PKSH: the pool, in the matmul type or its bits.
+        k_PKSH, v_PKSH: the pool, in the matmul type or its bits; values are finite.
         table_Rn: int32 pages of each row, n a multiple of `BLOCK`; those past its end are not looked at.
         position_RT: int32 position of each query in its row; -1 sees nothing and gets an undefined, finite result.
         dtype: of the matmul operands.
@@ -55,7 +73,6 @@ def paged_attention(
     pieces = [a.reshape(-1, *a.shape[2:]) for a in (k_PKSH, v_PKSH)]
     q_RKXH = jnp.transpose(q_RTKGH, (0, 2, 3, 1, 4)).reshape(R, K, G * T, H)
     position_RX = jnp.tile(position_RT, (1, G))
-    last_R1 = jnp.max(position_RT, axis=1, keepdims=True)
     turns = jnp.max(position_RT) // size + 1
 
     def step(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -64,14 +81,11 @@ def paged_attention(
         piece_RKp = pages_Rp[:, None] * K + jnp.arange(K)[:, None]
         k_RKsH, v_RKsH = (from_bits(piece[piece_RKp]).reshape(R, K, size, H) for piece in pieces)
         s_RKXs = contract("RKXH,RKsH->RKXs", q_RKXH, k_RKsH, dtype) * H**-0.5
-        place_s = j * size + jnp.arange(size)
-        visible_RXs = place_s <= position_RX[..., None]
+        visible_RXs = j * size + jnp.arange(size) <= position_RX[..., None]
         s_RKXs = jnp.where(visible_RXs[:, None], s_RKXs, MASKED)
         new_m_RKX = jnp.maximum(m_RKX, softmax_shift(jnp.max(s_RKXs, axis=-1)))
         # Rounded before they are summed, as in `blockwise_forward`: there is why.
         p_RKXs, decay_RKX = jnp.exp(s_RKXs - new_m_RKX[..., None]).astype(dtype), jnp.exp(m_RKX - new_m_RKX)
-        # Behind a row's last token lies what earlier rows left, of any adapter: their NaN times weight 0 would be NaN.
-        v_RKsH = jnp.where((place_s <= last_R1)[:, None, :, None], v_RKsH, 0)
         pv_RKXH = contract("RKXs,RKsH->RKXH", p_RKXs, v_RKsH, dtype)
         l_RKX = l_RKX * decay_RKX + jnp.sum(p_RKXs, axis=-1, dtype=jnp.float32)
         return new_m_RKX, l_RKX, o_RKXH * decay_RKX[..., None] + pv_RKXH

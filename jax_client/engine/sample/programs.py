@@ -116,7 +116,7 @@ class SamplePrograms:
             table: jax.Array,
             position: jax.Array,
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            k_P, v_P = write_pages(k_P, k, page), write_pages(v_P, v, page)
+            k_P, v_P = write_pages(k_P, v_P, k, v, page)
             return paged_attention(q, k_P, v_P, table, position, self._dtype), k_P, v_P
 
         layer = self._layer(way, c, scale_MV, W, batch["page"], batch["table"], position_WtS)
@@ -216,8 +216,7 @@ class SamplePrograms:
                 position: jax.Array,
             ) -> tuple[jax.Array, jax.Array, jax.Array]:
                 page = jnp.take_along_axis(table, (position // PAGE)[:, None], axis=1)[:, 0]
-                k_P = write_tokens(k_P, k[:, 0], page, position % PAGE)
-                v_P = write_tokens(v_P, v[:, 0], page, position % PAGE)
+                k_P, v_P = write_tokens(k_P, v_P, k[:, 0], v[:, 0], page, position % PAGE)
                 return paged_attention(q, k_P, v_P, table, position[:, None], self._dtype), k_P, v_P
 
             layer = self._layer(way, c, flat["scale"], W, batch["table"], row["position"].reshape(W, R))
