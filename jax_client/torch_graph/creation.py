@@ -18,6 +18,7 @@ from jax_client.torch_graph.values import (
     dtype_or,
     fits,
     integers,
+    is_size,
     is_tensor,
     number,
     positional_or_named,
@@ -73,7 +74,11 @@ _constants("ones", 1)
 @OPERATIONS.add("torch.arange", stops=True)
 def arange(start: Value, end: Value = None, step: Value = 1, dtype: Value = None) -> jax.Array:
     """Count from start to end."""
-    first, last = (0, number(start)) if end is None else (number(start), number(end))
+    first, last = (0, start) if end is None else (start, end)
+    if is_size(first) and is_size(last) and is_size(step) and step == 1:
+        count = last - first
+        return (first + jax.lax.iota(INT, fits((max(0, count),))[0])).astype(dtype_or(dtype, INT))
+    first, last = number(first), number(last)
     by = number(step)
     if by == 0 or not all(map(math.isfinite, (first, last, by))):
         raise ValueError(f"a range from {first} to {last} in steps of {by}")

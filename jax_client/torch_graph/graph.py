@@ -18,7 +18,19 @@ import numpy as np
 
 from jax_client.errors import BadRequestError
 from jax_client.torch_graph.ops import OPERATIONS
-from jax_client.torch_graph.values import DTYPES, MAX_ELEMENTS, MAX_PARTS, Operation, Place, Value, is_tensor
+from jax_client.torch_graph.traced.bounds import INSTEAD
+from jax_client.torch_graph.values import (
+    DTYPES,
+    MAX_ELEMENTS,
+    MAX_PARTS,
+    Operation,
+    Place,
+    Value,
+    exceeds,
+    is_size,
+    is_tensor,
+    trace_node,
+)
 
 MAX_NODES = 1000
 MAX_INPUTS = 16
@@ -29,10 +41,6 @@ MAX_NESTING = 8
 MAX_TEXT = 128
 # Elements of all tensors of a loss together: 1 GiB of float32.
 MAX_TOTAL = 16 * MAX_ELEMENTS
-INSTEAD = (
-    "Write the loss as a function of (data, logprobs) and pass that to forward_backward_custom: it runs in your own "
-    "process, with any operation of torch."
-)
 
 _INPUT_NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
 _METRIC_NAME = re.compile(r"custom/[a-z0-9_./-]{1,64}:(sum|mean)")
@@ -96,13 +104,18 @@ class Graph:
     loss: str
     metrics: Mapping[str, str]
 
-    def function(self) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    def function(
+        self, between: Callable[[], None] = lambda: None
+    ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
         """Return `(logprobs, *inputs) -> (scalar loss, metrics)` over jax arrays.
 
         The function is pure and can be traced. It raises BadRequestError, which names the node, where shapes or types
         do not fit, a tensor would be too large, or the loss is not one float.
+
+        Args:
+            between: called before each node; what it raises ends the evaluation.
         """
-        return lambda *arrays: _evaluate(self, arrays)
+        return lambda *arrays: _evaluate(self, arrays, between)
 
 
 def read_graph(nodes: Sequence[object], inputs: Sequence[tuple[str, int]], name: str) -> Graph:
@@ -319,16 +332,20 @@ def _short(value: object) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def _evaluate(graph: Graph, arrays: Sequence[jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _evaluate(
+    graph: Graph, arrays: Sequence[jax.Array], between: Callable[[], None]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     values: dict[str, Value] = {entry.name: array for entry, array in zip(graph.inputs, arrays, strict=True)}
     total = 0
     for node in graph.nodes:
+        between()
+        trace_node(f"node {node.name!r} ({node.target})")
         try:
             args = [_resolved(arg, values) for arg in node.args]
             kwargs = {key: _resolved(arg, values) for key, arg in node.kwargs.items()}
             value = node.operation.call(*args, **kwargs)
             total += _measure(value)
-            if total > MAX_TOTAL:
+            if exceeds(total, MAX_TOTAL, "all tensors together have"):
                 raise ValueError(f"all tensors together have more than {MAX_TOTAL} elements")
         except Exception as error:
             # Whatever an operation is given, the caller learns which node it was.
@@ -366,15 +383,15 @@ def _resolved(arg: Argument, values: Mapping[str, Value]) -> Value:
 def _measure(value: Value) -> int:
     """Return the elements of a node's value. Raises ValueError for one that is too large, or of an unknown kind."""
     if is_tensor(value):
-        if value.size > MAX_ELEMENTS:
+        if exceeds(value.size, MAX_ELEMENTS):
             raise ValueError(f"the result has shape {list(value.shape)}; the limit is {MAX_ELEMENTS} elements")
         return value.size
     if isinstance(value, tuple):
-        if len(value) > MAX_PARTS or not all(is_tensor(part) or isinstance(part, int) for part in value):
+        if len(value) > MAX_PARTS or not all(is_tensor(part) or is_size(part) for part in value):
             raise ValueError(f"the result has {len(value)} parts, or parts that are no tensors or sizes")
         return sum(_measure(part) for part in value)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError("the result is an integer of more than 64 bits")
-    if not isinstance(value, bool | int | float | np.dtype | Place):
+    if not isinstance(value, bool | int | float | np.dtype | Place) and not is_size(value):
         raise ValueError(f"the result is {_short(value)}, which a loss cannot use")
     return 1

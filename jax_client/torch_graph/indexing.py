@@ -6,6 +6,8 @@ on values, and is refused: multiply by the mask, or take `torch.where`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +43,7 @@ def getitem(input: Value, index: Value) -> Value:
     axis = 0
     for item in items:
         axis += _check_item(item, x.shape[axis] if axis < x.ndim else 1, x.ndim - taken)
-    return x.at[items].get(mode="fill")
+    return x.at[items].get(mode="fill") if any(map(is_tensor, items)) else _taken(x, items)
 
 
 def _check_item(item: Value, size: int, skipped: int) -> int:
@@ -63,6 +65,33 @@ def _check_item(item: Value, size: int, skipped: int) -> int:
     elif not -size <= integer(item) < size:
         raise ValueError(f"index {item} is out of range for a dimension of size {size}")
     return 1
+
+
+def _taken(x: jax.Array, items: Sequence[Value]) -> jax.Array:
+    """Return the part at whole numbers, slices, new dimensions and an ellipsis, all known before the loss runs."""
+    skipped = x.ndim - sum(item is not None and item is not Ellipsis for item in items)
+    axis = 0
+    for item in items:
+        if item is None:
+            x = jnp.expand_dims(x, axis)
+        elif item is Ellipsis:
+            axis += skipped - 1
+        elif isinstance(item, slice):
+            first, last = _bound(item.start, x.shape[axis], 0), _bound(item.stop, x.shape[axis], x.shape[axis])
+            x = jax.lax.slice_in_dim(x, first, max(first, last), item.step or 1, axis)
+        else:
+            at = integer(item)
+            x = jax.lax.index_in_dim(x, at if at >= 0 else x.shape[axis] + at, axis, keepdims=False)
+            axis -= 1
+        axis += 1
+    return x
+
+
+def _bound(bound: Value, size: int, default: int) -> int:
+    if bound is None:
+        return default
+    at = integer(bound)
+    return min(at, size) if at >= 0 else max(at + size, 0)
 
 
 @OPERATIONS.add("torch.gather", ".gather")
@@ -90,7 +119,7 @@ def index_select(input: Value, dim: Value, index: Value) -> jax.Array:
 
 def _from_the_front(index: jax.Array, size: int) -> jax.Array:
     # torch refuses negative places here; numpy would count them from the end.
-    return jnp.where(index < 0, size, index)
+    return jnp.where(index < 0, jnp.asarray(size, index.dtype), index)
 
 
 @OPERATIONS.add("torch.select", ".select")

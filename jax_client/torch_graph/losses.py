@@ -109,7 +109,7 @@ def kl_div(input: Value, target: Value, reduction: str = "mean", log_target: boo
     x, t = _floats(input, target)
     loss = jnp.exp(t) * (t - x) if log_target else jax.scipy.special.xlogy(t, t) - t * x
     if reduction == "batchmean":
-        return jnp.sum(loss) / (x.shape[0] if x.ndim else 1)
+        return jnp.sum(loss) / jnp.asarray(x.shape[0] if x.ndim else 1, loss.dtype)
     return _reduced(loss, reduction)
 
 

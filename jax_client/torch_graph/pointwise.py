@@ -23,6 +23,7 @@ from jax_client.torch_graph.values import (
     cast,
     fits,
     floats,
+    is_size,
     is_tensor,
     number,
     result_dtype,
@@ -71,6 +72,10 @@ def _python_power(base: Number, exponent: Number) -> Number:
     return base**exponent
 
 
+# Of sizes these give sizes, also of such as depend on the length.
+_OF_SIZES = (operator.add, operator.sub, operator.mul, operator.mod, operator.floordiv)
+
+
 def _binary(
     names: tuple[str, ...],
     call: Callable[[jax.Array, jax.Array], jax.Array],
@@ -83,6 +88,8 @@ def _binary(
 
     def binary(input: Value, other: Value) -> Value:
         if not is_tensor(input) and not is_tensor(other):
+            if plain is not None and plain in _OF_SIZES and is_size(input) and is_size(other):
+                return plain(input, other)
             numbers = number(input), number(other)
             if plain is None:
                 raise ValueError("a tensor is needed, got two numbers")
@@ -161,6 +168,8 @@ def _scaled_sum(
 ) -> jax.Array | Number:
     scale = number(alpha)
     if not is_tensor(a) and not is_tensor(b):
+        if scale == 1 and is_size(a) and is_size(b):
+            return plain(a, b)
         return plain(number(a), scale * number(b))
     x, y = together(a, b)
     return call(x, y if scale == 1 else y * jnp.asarray(scale, y.dtype))
@@ -212,7 +221,7 @@ def operator_abs(a: Value) -> jax.Array | Number:
 
 
 def _operand(a: Value) -> jax.Array | Number:
-    return a if is_tensor(a) else number(a)
+    return a if is_tensor(a) or is_size(a) else number(a)
 
 
 @OPERATIONS.add("operator.invert", "torch.bitwise_not", ".bitwise_not", stops=True)
@@ -227,7 +236,7 @@ def where(condition: Value, input: Value, other: Value) -> jax.Array:
     (a, b), holds = together(input, other), tensor(condition)
     if holds.dtype != BOOL:
         raise ValueError(f"the condition has dtype {holds.dtype}; it must be bool, such as mask != 0")
-    fits(np.broadcast_shapes(holds.shape, a.shape, b.shape))
+    fits(jnp.broadcast_shapes(holds.shape, a.shape, b.shape))
     return jnp.where(holds, a, b)
 
 

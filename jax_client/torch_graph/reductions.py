@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -221,7 +222,32 @@ def _scan(name: str, call: Callable[..., jax.Array], prepare: Callable[[Value, V
 
 _scan("cumsum", jnp.cumsum, _summable)
 _scan("cumprod", jnp.cumprod, _summable)
-_scan("logcumsumexp", jax.lax.cumlogsumexp, lambda input, dtype: floats(cast(tensor(input), dtype)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _logcumsumexp(x: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.cumlogsumexp(x, axis=axis)
+
+
+def _logcumsumexp_pullback(axis: int, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array]:
+    # As torch's: two more scans, of the cotangents' logarithms. jax's own gradient is hundreds of equations.
+    x, y = saved
+    size, none = jnp.log(jnp.abs(g)), jnp.asarray(jnp.finfo(g.dtype).min, g.dtype)
+
+    def share(chosen: jax.Array) -> jax.Array:
+        scanned = jax.lax.cumlogsumexp(jnp.where(chosen, size, none) - y, axis=axis, reverse=True)
+        return jnp.exp(scanned + x)
+
+    return (share(g > 0) - share(g < 0),)
+
+
+def _logcumsumexp_forward(x: jax.Array, axis: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    y = jax.lax.cumlogsumexp(x, axis=axis)
+    return y, (x, y)
+
+
+_logcumsumexp.defvjp(_logcumsumexp_forward, _logcumsumexp_pullback)
+_scan("logcumsumexp", lambda x, axis: _logcumsumexp(x, axis), lambda input, dtype: floats(cast(tensor(input), dtype)))
 
 
 def _implicit(dim: Value, ndim: int) -> int:
@@ -294,4 +320,10 @@ def diff(input: Value, n: Value = 1, dim: Value = -1) -> jax.Array:
     times = integer(n)
     if not 0 <= times <= 16:
         raise ValueError(f"n is {times}; the limit is 16")
-    return jnp.diff(x, n=times, axis=dimension(dim, x.ndim))
+    axis = dimension(dim, x.ndim)
+    if x.dtype == BOOL or not x.ndim:
+        return jnp.diff(x, n=times, axis=axis)
+    for _ in range(times):
+        last = x.shape[axis]
+        x = jax.lax.slice_in_dim(x, min(1, last), last, axis=axis) - jax.lax.slice_in_dim(x, 0, max(0, last - 1), axis=axis)  # noqa: E501 # fmt: skip
+    return x

@@ -222,8 +222,20 @@ def roll(input: Value, shifts: Value, dims: Value = None) -> jax.Array:
     """Shift around."""
     x = tensor(input)
     if dims is None:
-        return jnp.roll(x, integer(shifts))
-    return jnp.roll(x, integers([shifts]), tuple(axis_of(d, x) for d in integers([dims])))
+        return _rolled(x.reshape(-1), integer(shifts), 0).reshape(x.shape)
+    for shift, dim in zip(integers([shifts]), integers([dims]), strict=True):
+        x = _rolled(x, shift, axis_of(dim, x))
+    return x
+
+
+def _rolled(x: jax.Array, shift: int, axis: int) -> jax.Array:
+    size = x.shape[axis]
+    if size == 0:
+        return x
+    by = shift if abs(shift) < size else shift % size
+    at = -by if by < 0 else size - by
+    parts = jax.lax.slice_in_dim(x, at, size, axis=axis), jax.lax.slice_in_dim(x, 0, at, axis=axis)
+    return jnp.concatenate(parts, axis)
 
 
 @OPERATIONS.add("torch.outer", ".outer")

@@ -1,20 +1,24 @@
 """Which values does an uploaded loss compute with, and what are torch's rules for their types, dimensions and sizes?
 
-Tensors are jax arrays, of the types in `DTYPES`. Sizes and settings, and numbers computed from them, are Python's. An
+Tensors are jax arrays, of the types in `DTYPES`. Sizes and settings, and numbers computed from them, are Python's.
+While a loss is traced for every length, a size may be an expression of the length (`jax.export.symbolic_shape`). An
 operation raises ValueError for arguments that it cannot compute; the graph adds which node it was.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from types import EllipsisType
-from typing import NamedTuple, TypeAlias, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "int64", "int32", "bool")}
 FLOAT, INT, BOOL = DTYPES["float32"], DTYPES["int64"], DTYPES["bool"]
@@ -92,9 +96,19 @@ def number(value: object) -> Number:
     return value
 
 
+def depends_on_length(value: Any) -> bool:
+    """Return whether this is an expression of a length that is not known yet."""
+    return is_symbolic_dim(value)
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Return whether this is a whole number that follows from shapes, an expression of the length among them."""
+    return (isinstance(value, int) and not isinstance(value, bool)) or depends_on_length(value)
+
+
 def integer(value: object) -> int:
     """Return a size, a place or a count that is known before the loss runs."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_size(value):
         raise ValueError(f"a whole number is needed that follows from shapes alone, got {type(value).__name__}")
     return value
 
@@ -113,9 +127,49 @@ def positional_or_named(each: Sequence[object], named: object) -> tuple[int, ...
     return integers(each if named is None else [named])
 
 
+@dataclass(kw_only=True, slots=True)
+class SizeChecks:
+    """What is checked once the length is known: of each expression of the length, where it came up and its limit.
+
+    Attributes:
+        where: what is being traced.
+    """
+
+    where: str = ""
+    limits: dict[object, tuple[str, int]] = field(default_factory=dict)
+
+
+_deferred: ContextVar[SizeChecks | None] = ContextVar("jax_client_size_checks", default=None)
+
+
+@contextmanager
+def deferred_checks() -> Iterator[SizeChecks]:
+    """Collect, in this thread, the checks of sizes that depend on the length."""
+    token = _deferred.set(checks := SizeChecks())
+    try:
+        yield checks
+    finally:
+        _deferred.reset(token)
+
+
+def trace_node(where: str) -> None:
+    """Note which node the sizes that are checked from now on belong to."""
+    if (checks := _deferred.get()) is not None:
+        checks.where = where
+
+
+def exceeds(elements: int, limit: int, noun: str = "a tensor of it has") -> bool:
+    """Return whether a number of elements is over a limit; for an expression of the length that is checked later."""
+    checks = _deferred.get()
+    if checks is not None and depends_on_length(elements):
+        checks.limits.setdefault(elements, (f"{checks.where} cannot be computed: {noun}", limit))
+        return False
+    return elements > limit
+
+
 def fits(shape: Sequence[int]) -> tuple[int, ...]:
     """Return a shape that a tensor may have. Raises ValueError beyond `MAX_ELEMENTS`."""
-    if any(size < 0 for size in shape) or math.prod(shape) > MAX_ELEMENTS:
+    if any(size < 0 for size in shape) or exceeds(math.prod(shape), MAX_ELEMENTS):
         raise ValueError(f"a tensor of shape {list(shape)[:8]} was asked for; the limit is {MAX_ELEMENTS} elements")
     return tuple(shape)
 
@@ -135,7 +189,11 @@ def result_dtype(*values: object) -> np.dtype:
     groups = (
         [t.dtype for t in tensors if t.ndim],
         [t.dtype for t in tensors if not t.ndim],
-        [kinds[type(value)] for value in values if type(value) in kinds],
+        [
+            INT if depends_on_length(value) else kinds[type(value)]
+            for value in values
+            if type(value) in kinds or depends_on_length(value)
+        ],
     )
     widest: np.dtype | None = None
     for group in groups:
@@ -152,8 +210,8 @@ def result_dtype(*values: object) -> np.dtype:
 def together(*values: object) -> list[jax.Array]:
     """Return numbers and tensors as tensors of one type, whose common shape is not too large."""
     dtype = result_dtype(*values)
-    operands = [value if is_tensor(value) else number(value) for value in values]
-    fits(np.broadcast_shapes(*(value.shape for value in operands if is_tensor(value))))
+    operands = [value if is_tensor(value) or depends_on_length(value) else number(value) for value in values]
+    fits(jnp.broadcast_shapes(*(value.shape for value in operands if is_tensor(value))))
     return [jnp.asarray(value, dtype) for value in operands]
 
 

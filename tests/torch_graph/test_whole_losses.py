@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
+from jax_client.torch_graph import program
 from jax_client.torch_graph.graph import read_graph
-from jax_client.torch_graph.program import GraphProgram
 from support.graphs.traced_losses import F, by_graph, by_torch, numbers, ppo, same, torch, wire
 
 pytestmark = pytest.mark.torch
@@ -47,14 +47,19 @@ def test_whole_losses_equal_torchs(seed: int) -> None:
 
 
 def test_one_program_per_shape_and_no_more_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_client.torch_graph.program.MOST_PROGRAMS", 2)
-    program = GraphProgram(read_graph(*wire(lambda logprobs: (logprobs.sum() ** 2, {}), {"p": 1}), "loss"))
-    batch = [numbers(i, (length,)) for i, length in enumerate((3, 5, 3, 4))]
+    cache = program._Cache()
+    monkeypatch.setattr(program, "MOST_PROGRAMS", 2)
+    monkeypatch.setattr(program, "_cache", cache)
+    monkeypatch.setattr(program, "BYTES_AT_ONCE", 0)
+    loss = program.GraphProgram(read_graph(*wire(lambda logprobs: (logprobs.sum() ** 2, {}), {"p": 1}), "loss"))
+    batch = [numbers(i, (length,)) for i, length in enumerate((3, 5, 3, 7, 20))]
     for _ in range(2):
-        for (p,), (loss, gradient, _) in zip(batch, program.evaluate(batch), strict=True):
-            assert loss == pytest.approx(float(p.sum()) ** 2, rel=1e-5)
+        found = loss.prepare(map(program.shapes_of, batch)).result(60).evaluate(batch)
+        for (p,), (value, gradient, _) in zip(batch, found, strict=True):
+            assert value == pytest.approx(float(p.sum()) ** 2, rel=1e-5)
             np.testing.assert_allclose(gradient, np.full(len(p), 2 * p.sum()), rtol=1e-5)
-    assert len(program._compiled) == 2
+    # Of 3, of up to 16 and of up to 32 tokens.
+    assert len(cache._programs) == 2
 
 
 def test_an_index_out_of_range_does_not_go_unseen() -> None:
@@ -73,7 +78,10 @@ def test_a_server_needs_no_torch() -> None:
         "from jax_client.server import app\nfrom jax_client.server.state import server\n"
         "from jax_client.server.wire import custom_losses\n"
         "about, arrays = json.load(sys.stdin)\n"
-        "loss = custom_losses.custom_loss(about).program.evaluate([[np.float32(a) for a in arrays]])[0]\n"
+        "from jax_client.torch_graph.program import shapes_of\n"
+        "arrays = [np.float32(a) for a in arrays]\n"
+        "programs = custom_losses.custom_loss(about).program.prepare([shapes_of(arrays)]).result(60)\n"
+        "loss = programs.evaluate([arrays])[0]\n"
         "print(json.dumps([loss[0], loss[1].tolist(), loss[2]]))"
     )
     sent = json.dumps([about, [a.tolist() for a in arrays]])

@@ -178,16 +178,21 @@ class Run:
     def forward_backward_graph(
         self, data: list[types.Datum], program: GraphProgram
     ) -> Future[types.ForwardBackwardOutput]:
-        """Run an uploaded loss, as `forward_backward_custom` runs the user's function."""
+        """Run an uploaded loss, as `forward_backward_custom` runs the user's function, once it is compiled."""
         examples = self._custom_data(data)
-        return self._custom(examples, GraphCall(program, data, examples).run, dict)
+        call = GraphCall(program, data, examples)
+        return self._custom(examples, call.run, dict, after=call.prepared)
 
     def _custom_data(self, data: object) -> list[TrainExample]:
         model = self._engine.model
         return checks.custom_data(data, vocab_size=model.vocab_size, max_context=model.max_context)
 
     def _custom(
-        self, examples: list[TrainExample], loss: CustomLoss, extra: Callable[[], Mapping[str, float]]
+        self,
+        examples: list[TrainExample],
+        loss: CustomLoss,
+        extra: Callable[[], Mapping[str, float]],
+        after: Future[A] | None = None,
     ) -> Future[types.ForwardBackwardOutput]:
         def guarded(logprobs: list[np.ndarray]) -> tuple[float, list[np.ndarray], dict[str, float]]:
             with self._inside_loss():
@@ -200,7 +205,15 @@ class Run:
 
         # The user gets their own metrics as they are, with NaN; what is recorded is finite.
         note = lambda metrics: self._checkpointer.observed.passed(convert.metrics(metrics))  # noqa: E731
-        source = self._request(lambda: self._engine.train_batch(self._lane, self._adapter, examples, guarded))
+
+        def start() -> Future[TrainResult]:
+            if after is not None:
+                after.result()  # raises why there is nothing to run
+            return self._engine.train_batch(self._lane, self._adapter, examples, guarded)
+
+        source = self._request(start, after=after)
+        if after is not None:
+            source.add_done_callback(lambda done: done.cancelled() and after.cancel())
         return self._answer(source, self._noting(show, note))
 
     @contextlib.contextmanager

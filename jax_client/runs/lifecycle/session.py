@@ -116,6 +116,7 @@ class Session:
         self._store: CheckpointStore | None = None
         self._checkpointers: weakref.WeakSet[RunCheckpointer] = weakref.WeakSet()
         self._at_close: list[Callable[[], None]] = []
+        self._when_closing: list[Callable[[], None]] = []
         self._disk: Workers | None = None
         self._resources = _Resources()
         weakref.finalize(self, _drop, self._resources).atexit = False
@@ -210,6 +211,14 @@ class Session:
         with self._lock:
             self._at_close.append(function)
 
+    def when_closing(self, function: Callable[[], None]) -> None:
+        """Call `function` as soon as the session is being closed, before its requests are finished."""
+        with self._lock:
+            if self._closed is None:
+                self._when_closing.append(function)
+                return
+        function()
+
     def track(self, future: Future[T]) -> Future[T]:
         """Count a request as in flight until it is done; closing waits for it."""
         with self._lock:
@@ -294,7 +303,13 @@ class Session:
             if self._closing is not None:
                 return self._closing
             when = time.strftime("%Y-%m-%d %H:%M:%S")
-            self._closed = f"{status} at {when}" + (f": {detail}" if detail else "")
+            self._closed = self._closed or f"{status} at {when}" + (f": {detail}" if detail else "")
+            functions, self._when_closing = self._when_closing, []
+        for function in functions:
+            function()
+        with self._lock:
+            if self._closing is not None:
+                return self._closing
             pending = list(self._in_flight)
             if not pending and not self._resources.model_refs:
                 self._closing = settled(None)

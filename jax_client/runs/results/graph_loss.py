@@ -1,6 +1,7 @@
 """How does an uploaded loss see a batch, and what does it report?
 
-`GraphCall` checks and copies the inputs of one call; its `run` is the engine's custom loss.
+`GraphCall` checks and copies the inputs of one call, and has its programs compiled; its `run` is the engine's custom
+loss.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from jax_client.values import TrainExample
 class GraphCall:
     """One call of an uploaded loss: what it reads of the batch, checked and copied.
 
+    Attributes:
+        prepared: done when the loss can be run; it fails with a BadRequestError if it cannot be computed for the batch.
+            Cancelling it ends the compiles that nothing else waits for.
+
     Args:
         program: the loss.
         data: the batch.
         sequences: the same, as the engine takes it.
 
     Raises:
-        BadRequestError: a datum lacks an input or has it in another rank, or the loss cannot be computed for its shape.
+        BadRequestError: a datum lacks an input or has it in another rank.
         BadTypeError: an input is of a type that is no number.
     """
 
@@ -39,8 +44,10 @@ class GraphCall:
             if sequence.targets.ndim != logprobs.rank:
                 raise self._wrong_rank(i, "target_tokens", sequence.targets.shape, logprobs)
             self._inputs.append([self._input(datum, i, entry) for entry in others])
-        for sequence, inputs in zip(sequences, self._inputs, strict=True):
-            program.check(shapes_of([np.empty(sequence.targets.shape, np.float32), *inputs]))
+        self.prepared = program.prepare(
+            shapes_of([np.empty(sequence.targets.shape, np.float32), *inputs])
+            for sequence, inputs in zip(sequences, self._inputs, strict=True)
+        )
 
     def _input(self, datum: types.Datum, i: int, entry: Input) -> np.ndarray:
         if entry.name not in datum.loss_fn_inputs:
@@ -74,7 +81,9 @@ class GraphCall:
         Raises:
             RequestFailedError: the loss or a gradient is not finite.
         """
-        found = self._program.evaluate([[p, *inputs] for p, inputs in zip(logprobs, self._inputs, strict=True)])
+        found = self.prepared.result().evaluate(
+            [[p, *inputs] for p, inputs in zip(logprobs, self._inputs, strict=True)]
+        )
         for i, (loss, gradient, _) in enumerate(found):
             _check_finite(i, loss, gradient)
         gradients = [gradient for _, gradient, _ in found]

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from jax_client.runs.lifecycle.base_models import BaseModel, BaseModels
+from jax_client.torch_graph.traced import compile_queue
 
 if TYPE_CHECKING:
     from jax_client.engine.protocol import Engine, Health
@@ -40,10 +41,12 @@ class Watchdog:
         for model, health in checked:
             self._report(model, health)
         shown = [{"model": model.source.name, **health} for model, health in checked]
+        losses = compile_queue.shared.running()
         if not ill:
-            return JSONResponse({"status": "ok", "engines": shown})
+            return JSONResponse({"status": "ok", "engines": shown, "losses": losses})
         # The only 5xx status of the server: the SDK does not send health checks.
-        return JSONResponse({"status": "; ".join(_sentence(*each) for each in ill), "engines": shown}, 503)
+        status = "; ".join(_sentence(*each) for each in ill)
+        return JSONResponse({"status": status, "engines": shown, "losses": losses}, 503)
 
     def _report(self, model: BaseModel, health: Health) -> None:
         """Log all stacks when an engine is ill, once until it has recovered."""

@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -18,6 +17,7 @@ from jax_client.runs.lifecycle.base_models import BaseModels
 from jax_client.runs.results import run_metrics
 from jax_client.server.ops import families
 from jax_client.server.ops.prometheus import CONTENT_TYPE, render
+from jax_client.server.wire.pools import run_work
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -30,7 +30,7 @@ def list_runs(state_dir: Path) -> Handler:
 
     async def handler(request: Request) -> Response:
         limit, offset = _number(request, "limit", 100, 1, MOST_ROWS), _number(request, "offset", 0, 0, 2**31)
-        runs = await run_in_threadpool(store.runs)
+        runs = await run_work(store.runs)
         live = {run.run_id for run in run_metrics.live()}
         shown = [run | {"live": run["run"] in live} for run in runs[offset : offset + limit]]
         return JSONResponse({"runs": shown, "total": len(runs)})
@@ -50,9 +50,9 @@ def read_run(state_dir: Path) -> Handler:
         run, since = request.path_params["run"], _cursor(request)
         most, limit = _number(request, "points", 0, 2, MOST_ROWS), _number(request, "limit", 1_000, 1, MOST_ROWS)
         if most:
-            rows = await run_in_threadpool(store.overview, run, since, most=most)
+            rows = await run_work(store.overview, run, since, most=most)
         else:
-            rows = await run_in_threadpool(store.read, run, since, limit=limit)
+            rows = await run_work(store.read, run, since, limit=limit)
         if since == Cursor() == rows.cursor:
             raise NotFoundError(f"nothing was recorded of a run {run!r}; metrics/runs lists those that have points.")
         return JSONResponse(
@@ -77,7 +77,7 @@ def list_engines(models: BaseModels) -> Handler:
         return [monitor.describe() | {"health": monitor.health()} for monitor in monitors]
 
     async def handler(request: Request) -> Response:
-        return JSONResponse({"engines": await run_in_threadpool(describe)})
+        return JSONResponse({"engines": await run_work(describe)})
 
     return handler
 
@@ -86,7 +86,7 @@ def show_metrics(models: BaseModels) -> Handler:
     """Return the handler of GET /metrics, which Prometheus reads."""
 
     async def handler(request: Request) -> Response:
-        text = await run_in_threadpool(lambda: render(families.all_families(models)))
+        text = await run_work(lambda: render(families.all_families(models)))
         return Response(text, media_type=CONTENT_TYPE)
 
     return handler

@@ -12,7 +12,6 @@ import time
 from datetime import UTC, datetime
 from urllib.parse import quote
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -22,6 +21,7 @@ from jax_client.runs.listings import Listings
 from jax_client.runs.paths import external_path
 from jax_client.server.routes.handler import API, looked_up, route
 from jax_client.server.wire.guard import SIGNED
+from jax_client.server.wire.pools import run_work
 from jax_client.values import CheckpointKey
 
 SECONDS = 3600
@@ -70,7 +70,7 @@ class Downloads:
         if time.monotonic() >= int(expires):
             return _refused("this link has expired; ask for new ones with get_external_weights_urls.")
         # It answers Range headers, so that a download that was cut off continues.
-        path = await run_in_threadpool(self._listings.exported_file, key, names["file"])
+        path = await run_work(self._listings.exported_file, key, names["file"])
         return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
     def _query(self, key: CheckpointKey, file: str, expires: int) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import pydantic
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -28,6 +27,7 @@ from jax_client.server.wire.bodies import (
     read_body,
     read_json,
 )
+from jax_client.server.wire.pools import run_cheap, run_work
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +85,22 @@ def _status(error: JaxClientError) -> int:
     return 400
 
 
-def parsed(model: type[Model], answer: Callable[[Model], Shown], limit: int = SMALL_LIMIT) -> Handler:
-    """Return the handler that reads a JSON body as `model` and shows `answer(request)`, computed on a thread."""
+def parsed(
+    model: type[Model], answer: Callable[[Model], Shown], limit: int = SMALL_LIMIT, *, cheap: bool = False
+) -> Handler:
+    """Return the handler that reads a JSON body as `model` and shows `answer(request)`, computed on a thread.
+
+    Args:
+        model: of the body.
+        answer: waits for nothing but the disk.
+        limit: of the body, bytes.
+        cheap: whether it takes milliseconds; others never hold such a call up.
+    """
+    run = run_cheap if cheap else run_work
 
     async def handler(request: Request) -> Response:
         asked, _ = await read_json(request, model, limit=limit)
-        return show(await run_in_threadpool(answer, asked))
+        return show(await run(answer, asked))
 
     return handler
 
@@ -109,19 +119,20 @@ def looked_up(answer: Callable[[Request], Shown]) -> Handler:
     """Return the handler of a request without a body, which shows `answer(request)`, computed on a thread."""
 
     async def handler(request: Request) -> Response:
-        return show(await run_in_threadpool(answer, request))
+        return show(await run_work(answer, request))
 
     return handler
 
 
-def with_object(answer: Callable[[Request, dict[str, Any]], Shown]) -> Handler:
-    """Return the handler that reads a JSON object and shows `answer(request, object)`, computed on a thread."""
+def with_object(answer: Callable[[Request, dict[str, Any]], Shown], *, cheap: bool = False) -> Handler:
+    """Return the handler that reads a JSON object and shows `answer(request, object)`; see `parsed`."""
+    run = run_cheap if cheap else run_work
 
     async def handler(request: Request) -> Response:
         fields = parse_json(await read_body(request, SMALL_LIMIT))
         if not isinstance(fields, dict):
             raise BadRequestError("the body is no JSON object.")
-        return show(await run_in_threadpool(answer, request, fields))
+        return show(await run(answer, request, fields))
 
     return handler
 

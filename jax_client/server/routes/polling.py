@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from concurrent.futures import Future
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -19,6 +18,7 @@ from jax_client.server.state.server import Server
 from jax_client.server.wire import answers
 from jax_client.server.wire.answers import Answer
 from jax_client.server.wire.bodies import read_json
+from jax_client.server.wire.pools import run_cheap
 
 # How long one poll waits. The SDK's own limit is 45 s.
 POLL_SECONDS = 30.0
@@ -31,10 +31,10 @@ def retrieve_route(server: Server) -> Route:
         asked, _ = await read_json(request, FutureRetrieveRequest, limit=SMALL_LIMIT)
         pending = server.ledger.in_memory(asked.request_id)
         if pending is None:
-            pending = await run_in_threadpool(_find, server, asked.request_id)
+            pending = await run_cheap(_find, server, asked.request_id)
         answer = await _polled(server, request, pending)
         if answer is None:
-            reason = await run_in_threadpool(server.waiting_reason, pending)
+            reason = await run_cheap(server.waiting_reason, pending)
             if not pending.answer.done():
                 state = "active" if reason is None else "paused_capacity"
                 return JSONResponse({"queue_state": state, "queue_state_reason": reason or "in progress"}, 408)
@@ -47,7 +47,7 @@ def retrieve_route(server: Server) -> Route:
 def future_routes(server: Server) -> list[Route]:
     """Return the other routes."""
     cancel = lambda asked: server.ledger.get(asked.request_id).cancel()  # noqa: E731
-    return [route("POST", "/cancel_future", parsed(FutureRetrieveRequest, cancel))]
+    return [route("POST", "/cancel_future", parsed(FutureRetrieveRequest, cancel, cheap=True))]
 
 
 def _find(server: Server, request_id: str) -> PendingRequest:

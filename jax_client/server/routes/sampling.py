@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -15,6 +14,7 @@ from jax_client.server.routes.handler import digest, parsed, route, show
 from jax_client.server.state.server import Server
 from jax_client.server.wire.admission import MAX_SAMPLES, Load
 from jax_client.server.wire.bodies import SMALL, read_json
+from jax_client.server.wire.pools import run_work
 
 
 def sample_route(server: Server) -> Route:
@@ -29,7 +29,7 @@ def sample_route(server: Server) -> Route:
             if len(body) <= SMALL and server.sampling.is_immediate(asked.sampling_session_id):
                 pending = server.sampling.sample(asked, key)
             else:
-                pending = await run_in_threadpool(server.sampling.sample, asked, key)
+                pending = await run_work(server.sampling.sample, asked, key)
             load.keep(pending.request_id, pending.answer, samples)
             server.orphans.seen(pending)
             server.orphans.watch(asyncio.get_running_loop().call_later)
@@ -46,7 +46,7 @@ def sampling_routes(server: Server) -> list[Route]:
     async def get_sampler(request: Request) -> Response:
         sampler_id = request.path_params["sampler"]
         # Awaited, not waited for on a thread: it may load for minutes.
-        sampler = await asyncio.wrap_future(await run_in_threadpool(sampling.sampler, sampler_id))
+        sampler = await asyncio.wrap_future(await run_work(sampling.sampler, sampler_id))
         info = sampler.session.samplers[sampler_id]
         return show(
             types.GetSamplerResponse(sampler_id=sampler_id, base_model=info.base_model, model_path=info.model_path)

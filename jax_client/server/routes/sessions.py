@@ -33,8 +33,8 @@ def session_routes(server: Server) -> list[Route]:
     return [
         route("POST", "/client/config", unparsed(lambda: CLIENT_CONFIG)),
         route("POST", "/client/dynamic_config", unparsed(lambda: DYNAMIC_CONFIG)),
-        route("POST", "/create_session", parsed(types.CreateSessionRequest, server.create_session)),
-        route("POST", "/session_heartbeat", parsed(SessionHeartbeatRequest, heartbeat)),
+        route("POST", "/create_session", parsed(types.CreateSessionRequest, server.create_session, cheap=True)),
+        route("POST", "/session_heartbeat", parsed(SessionHeartbeatRequest, heartbeat, cheap=True)),
         route("POST", "/telemetry", unparsed(lambda: {"status": "accepted"})),
-        route("POST", "/sessions/{session}/finish", with_object(finish)),
+        route("POST", "/sessions/{session}/finish", with_object(finish, cheap=True)),
     ]

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
 import pydantic
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tinker import types
 
 from jax_client.errors import BadRequestError
-from jax_client.server.routes.handler import Handler, digest, parsed, route
+from jax_client.server.routes.handler import SMALL_LIMIT, Handler, digest, route, show
 from jax_client.server.state.pending import PendingRequest
 from jax_client.server.state.server import Server
 from jax_client.server.wire import protocol
 from jax_client.server.wire.admission import Load
-from jax_client.server.wire.bodies import MAX_JSON_BYTES, parse, read_body
+from jax_client.server.wire.bodies import MAX_JSON_BYTES, parse, read_body, read_json
 from jax_client.server.wire.custom_losses import MAX_GRAPH_BYTES
+from jax_client.server.wire.pools import run_work
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
@@ -30,7 +31,7 @@ def forward_backward_route(server: Server) -> Route:
     async def handler(request: Request) -> Response:
         with Load(server.admission) as load:
             body = await read_body(request, load=load)
-            pending, model_id = await run_in_threadpool(accept, request, body)
+            pending, model_id = await run_work(accept, request, body)
             load.keep(pending.request_id, pending.answer)
         return JSONResponse({"request_id": pending.request_id, "model_id": model_id})
 
@@ -60,7 +61,7 @@ def training_routes(server: Server) -> list[Route]:
             _accepting(server, types.SaveWeightsExternalRequest, training.save_weights_external),
         ),
         route("POST", "/create_custom_loss", _create_custom_loss(server)),
-        route("POST", "/get_info", parsed(types.GetInfoRequest, lambda r: training.run(r.model_id).info())),
+        route("POST", "/get_info", _get_info(server)),
     ]
 
 
@@ -70,7 +71,7 @@ def _accepting(server: Server, model: type[Model], accept: Callable[[Model, byte
     async def handler(request: Request) -> Response:
         with Load(server.admission) as load:
             body = await read_body(request, MAX_JSON_BYTES, load)
-            model_id, pending = await run_in_threadpool(read, request, body)
+            model_id, pending = await run_work(read, request, body)
             load.keep(pending.request_id, pending.answer)
         return JSONResponse({"request_id": pending.request_id, "model_id": model_id})
 
@@ -86,11 +87,21 @@ def _accepting(server: Server, model: type[Model], accept: Callable[[Model, byte
     return handler
 
 
+def _get_info(server: Server) -> Handler:
+    async def handler(request: Request) -> Response:
+        asked, _ = await read_json(request, types.GetInfoRequest, limit=SMALL_LIMIT)
+        # Awaited, not waited for on a thread: the model may load for minutes.
+        run = await asyncio.wrap_future(await run_work(server.training.run, asked.model_id))
+        return show(run.info())
+
+    return handler
+
+
 def _create_custom_loss(server: Server) -> Handler:
     async def handler(request: Request) -> Response:
         with Load(server.admission) as load:
             body = await read_body(request, MAX_GRAPH_BYTES, load)
-            pending = await run_in_threadpool(accept, request, body)
+            pending = await run_work(accept, request, body)
             load.keep(pending.request_id, pending.answer)
         return JSONResponse({"request_id": pending.request_id})
 

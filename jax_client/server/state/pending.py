@@ -36,6 +36,7 @@ class PendingRequest:
         kind: "sample" is idempotent, "train" is not.
         answer: what the client will get; a failure is an answer too.
         begun: whether the work was started.
+        waits_for: `f() -> what the work waits for`, in words, None while it waits for nothing.
         polls_waiting, polls_begun: of the client's polls for the answer, how many wait, and how many there have been.
     """
 
@@ -44,9 +45,11 @@ class PendingRequest:
     kind: Kind
     answer: Future[Answer] = field(default_factory=Future)
     begun: bool = False
+    waits_for: Callable[[], str | None] | None = None
     polls_waiting: int = 0
     polls_begun: int = 0
     _settled: bool = False
+    _cancelled: bool = False
     _work: Future[Any] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -56,16 +59,22 @@ class PendingRequest:
         Args:
             start: `start() -> future of a response`; an exception that it raises settles the request.
         """
+        with self._lock:
+            if self._settled:
+                return
+            self.begun = True
+        # Without the lock: it may take long, and who cancels or asks does not wait for it.
         try:
-            with self._lock:
-                if self._settled:
-                    return
-                self.begun = True
-                self._work = work = start()
+            work = start()
         except BaseException as error:
             self.settle(answers.failure(error))
-        else:
-            work.add_done_callback(self._encode)
+            return
+        with self._lock:
+            self._work = work
+            cancelled = self._cancelled
+        work.add_done_callback(self._encode)
+        if cancelled:
+            work.cancel()
 
     def _encode(self, done: Future[Any]) -> None:
         try:
@@ -89,8 +98,9 @@ class PendingRequest:
             answer: what a client is told that asks nevertheless; None says that the request was cancelled.
         """
         with self._lock:
-            work = self._work
-        if work is None or answer is not None:
+            self._cancelled, work = True, self._work
+            starting = self.begun and work is None
+        if (work is None and not starting) or answer is not None:
             self.settle(answer or answers.refusal("the request was cancelled.", "user"))
         if work is not None:
             work.cancel()
@@ -100,7 +110,7 @@ class PendingRequest:
 
         The work's future and the callbacks on the answer would keep the run or the sampler in memory.
         """
-        self.answer, self._work = settled(self.answer.result()), None
+        self.answer, self._work, self.waits_for = settled(self.answer.result()), None, None
 
 
 class RequestQueue:
@@ -117,8 +127,8 @@ class RequestQueue:
         self.next_number = next_number
         self._waiting: dict[int, tuple[PendingRequest, Start]] = {}
         self._newest_arrival = time.monotonic()
-        # Reentrant: a request may end, and its client's next one arrive, inside of `begin`.
-        self._lock = threading.RLock()
+        self._beginning = False
+        self._lock = threading.Lock()
 
     def submit(self, number: int, request: PendingRequest, start: Start) -> None:
         """Begin the request when every smaller number has begun.
@@ -131,49 +141,66 @@ class RequestQueue:
             start: as `PendingRequest.begin` takes it; a request whose `start` raises has had its turn.
         """
         with self._lock:
-            if number < self.next_number:
-                request.settle(
-                    answers.refusal(
-                        f"request {request.request_id} was not carried out: it came after request "
-                        f"{self.next_number - 1} of this model had been given up for it. Go on from a checkpoint with "
-                        "a new client.",
-                        "user",
-                    )
-                )
-                return
-            self._waiting[number] = request, start
-            self._newest_arrival = time.monotonic()
-            while self.next_number in self._waiting:
-                ready, start_ready = self._waiting.pop(self.next_number)
+            late = self.next_number - 1 if number < self.next_number else None
+            if late is None:
+                self._waiting[number] = request, start
+                self._newest_arrival = time.monotonic()
+                if self._beginning:
+                    return
+                self._beginning = True
+        if late is None:
+            self._begin_in_order()
+            return
+        request.settle(
+            answers.refusal(
+                f"request {request.request_id} was not carried out: it came after request {late} of this model had "
+                "been given up for it. Go on from a checkpoint with a new client.",
+                "user",
+            )
+        )
+
+    def _begin_in_order(self) -> None:
+        """Begin the requests whose number has come, on the one thread that does this now; the others do not wait."""
+        while True:
+            with self._lock:
+                ready = self._waiting.pop(self.next_number, None)
+                if ready is None:
+                    self._beginning = False
+                    return
                 self.next_number += 1
-                ready.begin(start_ready)
+            request, start = ready
+            request.begin(start)
 
     def missing(self) -> str | None:
         """Return the missing numbers that the queue waits for, such as "3" or "3 to 5"; None if it waits for none."""
         with self._lock:
-            if not self._waiting:
-                return None
-            first = min(self._waiting)
-            return str(self.next_number) if first == self.next_number + 1 else f"{self.next_number} to {first - 1}"
+            return self._missing()
+
+    def _missing(self) -> str | None:
+        if not self._waiting or self._beginning:
+            return None
+        first = min(self._waiting)
+        return str(self.next_number) if first == self.next_number + 1 else f"{self.next_number} to {first - 1}"
 
     def give_up(self) -> None:
         """Fail the requests that have waited GAP_SECONDS for a missing number, and skip that number."""
         with self._lock:
-            missing = self.missing()
+            missing = self._missing()
             if missing is None or time.monotonic() - self._newest_arrival < GAP_SECONDS:
                 return
-            for number in sorted(self._waiting):
-                late, _ = self._waiting.pop(number)
-                late.settle(
-                    answers.failure(
-                        RequestFailedError(
-                            f"request {late.request_id} was not carried out: number {missing} of this model did "
-                            f"not come within {GAP_SECONDS:g} s. Go on from a checkpoint with a new client.",
-                            category="user",
-                        )
+            late = [request for _, (request, _) in sorted(self._waiting.items())]
+            self.next_number = max(self._waiting) + 1
+            self._waiting.clear()
+        for request in late:
+            request.settle(
+                answers.failure(
+                    RequestFailedError(
+                        f"request {request.request_id} was not carried out: number {missing} of this model did not "
+                        f"come within {GAP_SECONDS:g} s. Go on from a checkpoint with a new client.",
+                        category="user",
                     )
                 )
-                self.next_number = number + 1
+            )
 
 
 class ModelQueues:

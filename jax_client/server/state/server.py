@@ -99,6 +99,8 @@ class Server:
             missing = queue.missing()
             if missing is not None:
                 return f"request {missing} of this model has not come"
+        if request.waits_for is not None and (loss := request.waits_for()) is not None:
+            return loss
         served = samplers.in_memory(owner) if model_id is None else models.in_memory(model_id)
         if served is None:
             return None
@@ -126,6 +128,8 @@ class Server:
             seconds: limit in seconds; what is not saved by then is lost, as if the server had been killed.
         """
         deadline = time.monotonic() + seconds
+        for loss in self.live.losses.values():  # what waits for one to be compiled has not changed its model
+            loss.program.close()
         # Most of the time is for the work that runs; saving takes its share of it too.
         self.ledger.finish(0.6 * seconds)
         self.live.close(deadline)

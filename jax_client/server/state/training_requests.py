@@ -12,14 +12,16 @@ from tinker import types
 
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError
 from jax_client.runs import checks
-from jax_client.runs.lifecycle.futures import settled, then
+from jax_client.runs.lifecycle.futures import then
 from jax_client.runs.lifecycle.run import Run, create_run, resume_run
 from jax_client.runs.lifecycle.session import Session
 from jax_client.runs.paths import training_path
 from jax_client.server.state.ledger import RequestLedger
 from jax_client.server.state.live_objects import LiveObjects, new_sampler_id
 from jax_client.server.state.pending import PendingRequest, Start
+from jax_client.server.state.tables import Fields
 from jax_client.server.wire import custom_losses, protocol
+from jax_client.server.wire.custom_losses import CustomLoss
 from jax_client.torch_graph.program import GraphProgram
 
 
@@ -100,8 +102,8 @@ class TrainingRequests:
             pending.begin(lambda: then(made, response))
         return pending
 
-    def run(self, model_id: str) -> Run:
-        """Return the run of a model that was made; waits for it if it was evicted.
+    def run(self, model_id: str) -> Future[Run]:
+        """Return the run of a model that was made; the future is done when it is loaded, if it was evicted.
 
         Raises:
             NotFoundError: there is no such model, it is not made yet, or it could not be made.
@@ -109,24 +111,29 @@ class TrainingRequests:
         evictable = self._live.model(model_id).evictable
         if evictable.state in ("loading", "failed"):
             raise NotFoundError(f"model {model_id!r} is not there yet, or could not be made; await its creation.")
-        return evictable.pin().result()
+        return evictable.pin()
 
     def forward_backward(self, message: protocol.ForwardBackwardRequest, digest: bytes) -> PendingRequest:
         """Compute logprobs and the loss, with the gradient unless the request is forward only."""
 
+        losses: list[GraphProgram] = []
+
         def work(run: Run) -> Future[Any]:
             data, config = protocol.read_datums(message), protocol.loss_config(message)
             if message.loss_fn == "custom" and not message.forward_only:
-                return run.forward_backward_graph(data, self._custom_loss(run.session.session_id, config))
+                losses.append(self._custom_loss(run.session, config))
+                return run.forward_backward_graph(data, losses[0])
             call = run.forward if message.forward_only else run.forward_backward
             return call(data, message.loss_fn, config)
 
-        return self._on_model(message.model_id, message.seq_id, digest, work)
+        waits_for = lambda: losses[0].progress() if losses else None  # noqa: E731
+        return self._on_model(message.model_id, message.seq_id, digest, work, waits_for)
 
     def create_custom_loss(self, request: types.CreateCustomLossRequest, digest: bytes) -> PendingRequest:
-        """Take an uploaded loss. Raises BadRequestError for a graph that is refused."""
+        """Take an uploaded loss and trace it. Raises BadRequestError for a graph that is refused."""
         session_id = request.session_id
-        self._live.session(session_id).check_open()
+        session = self._live.session(session_id)
+        session.check_open()
         loss_id, fields = custom_losses.loss_id(request), custom_losses.fields(request)
         loss = custom_losses.custom_loss(fields)
         others = [key for key, each in self._live.losses.items() if each.session_id == session_id and key != loss_id]
@@ -139,12 +146,20 @@ class TrainingRequests:
         if new:
             self._live.losses.put(loss_id, loss)
             self._live.losses.record(loss_id, fields)
-            pending.begin(lambda: settled(types.CreateCustomLossResponse(loss_id=loss_id)))
+            session.when_closing(loss.program.close)
+            pending.waits_for = loss.program.progress
+            pending.begin(lambda: then(loss.program.trace(), lambda _: types.CreateCustomLossResponse(loss_id=loss_id)))
         return pending
 
-    def _custom_loss(self, session_id: str, config: Mapping[str, float | str] | None) -> GraphProgram:
-        loss_id = custom_losses.requested_loss_id(session_id, config)
-        return self._live.losses.get(loss_id, custom_losses.custom_loss).program
+    def _custom_loss(self, session: Session, config: Mapping[str, float | str] | None) -> GraphProgram:
+        loss_id = custom_losses.requested_loss_id(session.session_id, config)
+
+        def remake(fields: Fields) -> CustomLoss:
+            loss = custom_losses.custom_loss(fields)
+            session.when_closing(loss.program.close)
+            return loss
+
+        return self._live.losses.get(loss_id, remake).program
 
     def optim_step(self, request: types.OptimStepRequest, digest: bytes) -> PendingRequest:
         """Take an optimizer step."""
@@ -182,7 +197,12 @@ class TrainingRequests:
         return self._on_model(request.model_id, request.seq_id, digest, work)
 
     def _on_model(
-        self, model_id: str | None, number: int | None, digest: bytes, work: Callable[[Run], Future[Any]]
+        self,
+        model_id: str | None,
+        number: int | None,
+        digest: bytes,
+        work: Callable[[Run], Future[Any]],
+        waits_for: Callable[[], str | None] | None = None,
     ) -> PendingRequest:
         if model_id is None or number is None or number < 1:
             raise BadRequestError(f"model_id is {model_id!r} and seq_id {number!r}; give both, seq_id from 1 on.")
@@ -193,6 +213,7 @@ class TrainingRequests:
         model, queue = self._live.model(model_id), self._ledger.queues.of(model_id)
         pending, new = self._ledger.accept(f"{model_id}:{number}", digest, "train")
         if new:
+            pending.waits_for = waits_for
             # The queue gets the request when the model is live, and begins it when its number has come.
             made = model.evictable.pin(pending.answer)
             start: Start = lambda: work(made.result())  # noqa: E731

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import numpy as np
 import pydantic
 import zstandard
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
 from jax_client.errors import BadRequestError, JaxClientError
 from jax_client.server.wire.admission import BusyError, Load
+from jax_client.server.wire.pools import run_work
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
@@ -107,7 +107,7 @@ async def read_json(
     body = await read_body(request, limit, load)
     if len(body) <= SMALL:
         return parse(body, model), body
-    return await run_in_threadpool(parse, body, model), body
+    return await run_work(parse, body, model), body
 
 
 def parse(body: bytes, model: type[Model]) -> Model:

@@ -62,7 +62,8 @@ def custom_loss(fields: Mapping[str, Any]) -> CustomLoss:
         BadRequestError: the graph is refused; the message names the node and says what to do.
     """
     graph = read_graph(fields["nodes"], [(name, rank) for name, rank in fields["inputs"]], fields["name"])
-    return CustomLoss(session_id=fields["session_id"], program=GraphProgram(graph))
+    session_id = fields["session_id"]
+    return CustomLoss(session_id=session_id, program=GraphProgram(graph, owner=session_id))
 
 
 def requested_loss_id(session_id: str, config: Mapping[str, float | str] | None) -> str:

@@ -34,8 +34,7 @@ def by_torch(fn: Any, arrays: list[np.ndarray]) -> tuple[float, np.ndarray, dict
 
 def by_graph(nodes: Any, inputs: Any, arrays: list[np.ndarray]) -> tuple[float, np.ndarray, dict[str, float]]:
     program = GraphProgram(read_graph(nodes, inputs, "loss"))
-    program.check(shapes_of(arrays))
-    (found,) = program.evaluate([arrays])
+    (found,) = program.prepare([shapes_of(arrays)]).result(300).evaluate([arrays])
     return found
 
 

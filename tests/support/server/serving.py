@@ -117,12 +117,13 @@ def config(state_dir: Path, **more: Any) -> jax_client.EngineConfig:
     return jax_client.EngineConfig(**settings, state_dir=state_dir, autosave_minutes=None, **more)
 
 
-def forward_backward_body(model_id: str, number: int, datums: list[types.Datum]) -> bytes:
-    """The SDK's own encoding of one chunk."""
+def forward_backward_body(model_id: str, number: int, datums: list[types.Datum], loss_id: str | None = None) -> bytes:
+    """The SDK's own encoding of one chunk, for the cross entropy or an uploaded loss."""
+    loss: dict[str, Any] = {"loss_fn": "cross_entropy"}
+    if loss_id is not None:
+        loss = {"loss_fn": "custom", "loss_fn_config": {"loss_id": loss_id}}
     asked = ForwardBackwardRequest(
-        model_id=model_id,
-        seq_id=number,
-        forward_backward_input=ForwardBackwardInput(data=datums, loss_fn="cross_entropy"),
+        model_id=model_id, seq_id=number, forward_backward_input=ForwardBackwardInput(data=datums, **loss)
     )
     return forward_backward_request_to_proto(asked).SerializeToString()
 
