@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sqlite3
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -22,6 +23,9 @@ T = TypeVar("T")
 # Beside the file: what is not yet in it, and an index of that, which SQLite makes anew. Then the rollback mode's.
 LOG = "-wal"
 OTHERS = ("-shm", "-journal")
+MAX_LOG_BYTES = 16 * 2**20
+# SQLite's number for auto_vacuum = INCREMENTAL.
+INCREMENTAL = 2
 
 
 class OtherVersionError(sqlite3.DatabaseError):
@@ -38,6 +42,8 @@ class SqliteFile:
         synchronous: "NORMAL" may lose the last seconds at a loss of power, "FULL" does not; the file is whole.
         unused: what follows when the file cannot be used, for the log.
         quiet: log that at level INFO, because nothing is lost by it.
+        shrinks: give space of deleted rows back to the disk, where `reclaim` is called. A file that was made without it
+            is rewritten when it is opened, once.
         damaged: the suffix of a damaged file that `use` sets aside; None deletes the file.
     """
 
@@ -50,6 +56,7 @@ class SqliteFile:
         synchronous: Literal["NORMAL", "FULL"] = "NORMAL",
         unused: str = "nothing is remembered",
         quiet: bool = False,
+        shrinks: bool = False,
         damaged: str | None = None,
     ) -> None:
         self.path = path
@@ -58,8 +65,10 @@ class SqliteFile:
         self._synchronous = synchronous
         self._unused = unused
         self._level = logging.INFO if quiet else logging.WARNING
+        self._shrinks = shrinks
         self._damaged = damaged
         self._reported: str | None = None
+        self._rewritten = False
 
     def open(self) -> sqlite3.Connection:
         """Return a connection without implicit transactions, after the file is migrated; the caller closes it.
@@ -71,6 +80,8 @@ class SqliteFile:
         # Used by one thread at a time; another one may close it.
         database = sqlite3.connect(self.path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False)
         try:
+            database.execute("PRAGMA schema_version")  # makes the file
+            self._make_private()
             self._migrate(database)
         except BaseException:
             database.close()
@@ -151,9 +162,23 @@ class SqliteFile:
             self._reported = text
             logger.log(level, "%s", text)
 
+    def _make_private(self) -> None:
+        """Let no other user read the file; SQLite gives its mode to the log and the index beside it."""
+        # By its name: SQLite loses its locks where the process opens and closes the file itself.
+        for suffix in ("", LOG, *OTHERS):
+            with contextlib.suppress(OSError):  # not there, or another user's
+                path = self._beside(suffix)
+                if stat.S_IMODE(path.stat().st_mode) & 0o077:
+                    path.chmod(0o600)
+
     def _migrate(self, database: sqlite3.Connection) -> None:
+        version = self._version(database)
         database.execute(f"PRAGMA synchronous = {self._synchronous}")
-        if self._version(database) == len(self._migrations):
+        # Without a limit the log keeps the size of the largest transaction.
+        database.execute(f"PRAGMA journal_size_limit = {MAX_LOG_BYTES}")
+        if self._shrinks:
+            self._let_it_shrink(database)
+        if version == len(self._migrations):
             return
         with contextlib.suppress(sqlite3.OperationalError):  # another process is about to do the same
             database.execute("PRAGMA journal_mode = WAL")
@@ -163,6 +188,19 @@ class SqliteFile:
                 for statement in filter(str.strip, migration.split(";")):
                     database.execute(statement)
             database.execute(f"PRAGMA user_version = {len(self._migrations)}")
+
+    def _let_it_shrink(self, database: sqlite3.Connection) -> None:
+        """Have SQLite keep the places of free pages, so that they can be given back."""
+        (kept,) = database.execute("PRAGMA auto_vacuum").fetchone()
+        if kept == INCREMENTAL:
+            return
+        (pages,) = database.execute("PRAGMA page_count").fetchone()
+        database.execute(f"PRAGMA auto_vacuum = {INCREMENTAL}")
+        if pages and not self._rewritten:
+            # Where another process holds it, or there is no room for a copy, it works as before until the next start.
+            self._rewritten = True
+            with contextlib.suppress(sqlite3.OperationalError):
+                database.execute("VACUUM")
 
     def _version(self, database: sqlite3.Connection) -> int:
         (version,) = database.execute("PRAGMA user_version").fetchone()
@@ -174,6 +212,22 @@ class SqliteFile:
 def is_damage(error: sqlite3.Error) -> bool:
     """Return whether an error means that the file is of no use: SQLite says what may pass as OperationalError."""
     return isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+
+
+def used_bytes(database: sqlite3.Connection) -> int:
+    """Return how many bytes of a file hold something."""
+    pages, free, size = (
+        database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+    )
+    return (pages - free) * size
+
+
+def reclaim(database: sqlite3.Connection) -> None:
+    """Give the space of deleted rows back to the disk, outside of a transaction; only of a file that `shrinks`."""
+    # As a script: it frees a page with each step, and a statement without columns gets one step.
+    database.executescript("PRAGMA incremental_vacuum")
+    # Without waiting for readers: the next one gets further.
+    database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
 @contextlib.contextmanager

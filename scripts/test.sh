@@ -27,7 +27,7 @@ PATH=$venv/bin:$PATH
 
 if [ "${1:-}" = --faults ]; then
   exec pytest --faults -k "not short" tests/checkpoint/test_{faults,fault_refusals,concurrent_stores,damage}.py \
-    tests/server/test_server_fuzz.py "${@:2}"
+    tests/server/test_server_fuzz.py tests/server/limits/test_journal_size.py "${@:2}"
 fi
 
 ruff check .

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from jax_client.cli import stages
-from jax_client.cli.serve import listen, opened, save, url, uvicorn_server
+from jax_client.cli.serve import listen, opened, private_files, save, url, uvicorn_server
 from jax_client.cli.server_options import server_options
 from jax_client.cli.settings import print_settings, read_settings
 from jax_client.host.proxies import bypassing
@@ -88,8 +88,8 @@ def run_program(ctx: click.Context, program: list[str]) -> None:
     if shutil.which(program[0]) is None:
         _refuse(program[0], "there is no such program, or it is not executable", NOT_FOUND)
     key = f"tml-{secrets.token_urlsafe(32)}"
-    with opened(settings, _TAKEN, remembers=False) as server:
-        child = _Child()
+    with private_files() as umask, opened(settings, _TAKEN, remembers=False) as server:
+        child = _Child(umask)
         try:
             with _served(server, key) as address:
                 stages.say(f"ready: running {program[0]} with TINKER_BASE_URL={address}")
@@ -121,9 +121,14 @@ def _served(server: Server, key: str) -> Iterator[str]:
 
 
 class _Child:
-    """The program, and the signals that arrived while it ran; each is passed on to it."""
+    """The program, and the signals that arrived while it ran; each is passed on to it.
 
-    def __init__(self) -> None:
+    Args:
+        umask: of the program, -1 for this process's own.
+    """
+
+    def __init__(self, umask: int = -1) -> None:
+        self._umask = umask
         self._process: subprocess.Popen[bytes] | None = None
         self._received: list[int] = []
 
@@ -140,7 +145,7 @@ class _Child:
         before = {number: signal.signal(number, self._handle) for number in heard}
         try:
             try:
-                self._process = subprocess.Popen(program, env=environment)
+                self._process = subprocess.Popen(program, env=environment, umask=self._umask)
             except OSError as error:
                 _refuse(program[0], error.strerror or str(error), NOT_EXECUTABLE)
             for number in list(self._received):

@@ -50,7 +50,7 @@ def serve(ctx: click.Context, **_: object) -> None:
         raise click.UsageError(f"--host {host} lets other machines in; give an --api-key too.")
     listening = listen(host, settings.port)
     address = listening.getsockname()[:2]
-    with opened(settings, "stop that one, or give another --state-dir", remembers=True) as server:
+    with private_files(), opened(settings, "stop that one, or give another --state-dir", remembers=True) as server:
         from jax_client.server.app import build_app
 
         own = () if host in LOOPBACK else (socket.gethostname(), socket.getfqdn())
@@ -70,6 +70,16 @@ def _exceptions(host: str) -> str:
 
 
 @contextlib.contextmanager
+def private_files() -> Iterator[int]:
+    """Make every file for this user only until the body ends; yield the umask of before, for other programs."""
+    before = os.umask(0o077)
+    try:
+        yield before
+    finally:
+        os.umask(before)
+
+
+@contextlib.contextmanager
 def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterator[Server]:
     """Lock the state directory, make the server, and load its models.
 
@@ -79,13 +89,16 @@ def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterato
         remembers: whether its clients may continue with the next server on this directory.
 
     Raises:
-        click.ClickException: another process has locked it, or it cannot be written.
+        click.ClickException: another process has locked it, it cannot be written, or others may read it and it is not
+            the package's own.
     """
     # Imported here: --help and --show-config need none of it.
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from jax_client.checkpoint.disk import files, run_lock
+    from jax_client.errors import UnsupportedError
     from jax_client.host import disk
+    from jax_client.server.model_names import ModelNames
     from jax_client.server.state.request_log import RequestLog
     from jax_client.server.state.server import Server
 
@@ -93,13 +106,18 @@ def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterato
     disable_progress_bars()
     try:
         files.make_directories(settings.home, settings.home)
+        if (mode := files.make_private(settings.home, _is_state)) is not None:
+            stages.say(f"{settings.home} had mode {mode:04o}; now it and its files are this user's only")
         claim = run_lock.acquire(settings.home)
     except run_lock.RunLockedError as error:
         raise click.ClickException(f"{settings.home} is served by {error}; {advice}.") from None
+    except UnsupportedError as error:
+        raise click.ClickException(f"--state-dir: {error}.") from None
     except OSError as error:
         raise click.ClickException(f"nothing can be saved: {error}. {disk.advice(error, settings.home)}") from None
     try:
-        server = Server(settings.engine, settings.aliases, RequestLog(settings.home) if remembers else None)
+        names = ModelNames(settings.aliases, settings.models, settings.models_dirs)
+        server = Server(settings.engine, names, RequestLog(settings.home) if remembers else None)
         stages.say(f"state directory: {settings.home}")
         for name, other in settings.engine.map_loss.items():
             stages.say(f"warning: {name} is computed as {other}, which is another loss (--map-loss {name}={other})")
@@ -108,6 +126,12 @@ def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterato
         yield server
     finally:
         claim.release()
+
+
+def _is_state(name: str) -> bool:
+    """Return whether this package makes an entry of such a name in a state directory."""
+    own = ("runs", "server.", "metrics.sqlite", "catalogue.sqlite", ".owner", ".lock", ".tmp-")
+    return name.startswith(own)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -156,7 +180,7 @@ def save(server: Server, *, hurried: bool) -> None:
 
 
 def _load(server: Server, name: str, settings: ServerSettings) -> None:
-    start, meant = time.monotonic(), server.model_name(name)
+    start, meant = time.monotonic(), server.names.alias(name)
     loading = server.live.own.base_model(meant)
 
     def progress_text() -> str:

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
+
+from jax_client.errors import BadRequestError
+from jax_client.host.places import expand
 
 
 class Listed(click.ParamType):
@@ -27,6 +31,22 @@ class Name(Listed):
 
 class Length(Listed, click.IntRange):
     """A number of tokens."""
+
+
+class Folder(Listed):
+    """A directory that is there."""
+
+    name = "directory"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Check the path, or fail as wrong usage."""
+        try:
+            path = expand(str(value), "--models-dir")
+        except BadRequestError as error:
+            self.fail(str(error), param, ctx)
+        if not path.is_dir():
+            self.fail(f"{str(path)!r} is no directory; make it, or name one that is there.", param, ctx)
+        return path
 
 
 class Pair(Listed):

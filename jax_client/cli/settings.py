@@ -32,6 +32,8 @@ class ServerSettings:
         models: loaded at the start.
         aliases: names of models that stand for others.
         host, port, allow_hosts, api_key: who may talk to it; a private server has none of its own.
+        models_dirs: below which clients may name models by their paths; None for a private server, whose program could
+            read the files itself.
         warmup: lengths of sequences for which training is compiled at the start, for adapters of `warmup_rank`.
         engine: the settings of its engines; `state_dir` is absolute.
     """
@@ -42,6 +44,7 @@ class ServerSettings:
     port: int = 0
     allow_hosts: tuple[str, ...] = ()
     api_key: str | None = field(default=None, repr=False)
+    models_dirs: tuple[Path, ...] | None = None
     warmup: tuple[int, ...]
     warmup_rank: int
     engine: EngineConfig
@@ -73,11 +76,16 @@ def read_settings(ctx: click.Context) -> ServerSettings:
         models=tuple(dict.fromkeys(params["model"])),
         aliases=_pairs(ctx, "alias"),
         allow_hosts=params.get("allow_host", ()),
+        models_dirs=_models_dirs(params.get("models_dir")),
         warmup=params["warmup"],
         warmup_rank=params["warmup_rank"],
         engine=replace(engine, state_dir=home),
         **public,
     )
+
+
+def _models_dirs(given: tuple[Path, ...] | None) -> tuple[Path, ...] | None:
+    return None if given is None else tuple(expand(each, "--models-dir").absolute() for each in given)
 
 
 def _pairs(ctx: click.Context, option: str) -> dict[str, str]:

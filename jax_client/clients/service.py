@@ -103,8 +103,8 @@ class ServiceClient(StaysInProcess):
             logger.info("api_key and default_headers_overrides are not used in-process; they belong to base_url.")
         info = SessionInfo(
             user_metadata=checks.user_metadata_or_none(user_metadata),
-            project_id=project_id or os.environ.get("TINKER_PROJECT_ID") or None,
-            display_name=display_name,
+            project_id=checks.text_or_none("project_id", project_id or os.environ.get("TINKER_PROJECT_ID") or None),
+            display_name=checks.text_or_none("display_name", display_name),
         )
         self._session = Session(config, info, models=_models)
         self._process = os.getpid()

@@ -5,7 +5,7 @@ nothing here raises for its sake: see `sqlite_file`.
 
 A series, the points of one run and kind, has a bounded number of rows. Where there are too many, every second one goes,
 of those that are left from before every second one again, and so on: the whole run stays visible at one density, with
-its first point and its newest ones in full.
+its first point and its newest ones in full. All runs together have a limit, too: the run whose points are oldest goes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import contextlib
 import json
 import math
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from jax_client.sqlite_file import SqliteFile, transaction
+from jax_client.sqlite_file import SqliteFile, reclaim, transaction, used_bytes
 from jax_client.values import JsonObject
 
 T = TypeVar("T")
@@ -34,6 +34,10 @@ BUSY_SECONDS = 5.0
 MAX_POINTS = 10_000
 NEWEST = 1_000
 MAX_EVENTS = 2_000
+# Of the file; a look at its size after this number of points.
+MAX_BYTES = 1_000 * 2**20
+_LEFT = 0.9
+_LOOK_EVERY = 500
 # Of one point or event: a user's own metrics may have any names.
 MAX_KEYS = 256
 MAX_TEXT = 200
@@ -129,8 +133,15 @@ class MetricsStore:
 
     def __init__(self, path: Path) -> None:
         self._file = SqliteFile(
-            path, _MIGRATIONS, busy_seconds=BUSY_SECONDS, unused="metrics are not recorded", damaged=DAMAGED
+            path,
+            _MIGRATIONS,
+            busy_seconds=BUSY_SECONDS,
+            unused="metrics are not recorded",
+            shrinks=True,
+            damaged=DAMAGED,
         )
+        # The first look is at once: a file may have become too large before.
+        self._until_look = 0
 
     def add(self, points: Iterable[Point] = (), events: Iterable[Event] = ()) -> bool:
         """Write points and events, and thin out what has become too much; say whether they are in the file."""
@@ -147,6 +158,10 @@ class MetricsStore:
                     _thin(database, run, kind)
                 for run in {event.run for event in new_events}:
                     _forget_old_events(database, run)
+            self._until_look -= len(new_points) + len(new_events)
+            if self._until_look <= 0:
+                self._until_look = _LOOK_EVERY
+                _forget_old_runs(database, {each.run for each in (*new_points, *new_events)})
             return True
 
         return self._file.use(work, False)
@@ -240,6 +255,37 @@ def _forget_old_events(database: sqlite3.Connection, run: str) -> None:
         "(SELECT id FROM events WHERE run = ? ORDER BY id DESC LIMIT 1 OFFSET ?)",
         (run, run, MAX_EVENTS),
     )
+
+
+def _forget_old_runs(database: sqlite3.Connection, current: Collection[str]) -> None:
+    """Delete whole runs, the longest silent first, while the file is too large; then points of the current ones."""
+    if used_bytes(database) <= MAX_BYTES:
+        return
+    marks = ",".join("?" * len(current))
+    query = (
+        "SELECT run FROM (SELECT run, MAX(points.id) AS newest FROM series "
+        "LEFT JOIN points ON points.series = series.id GROUP BY run) "
+        f"WHERE run NOT IN ({marks}) ORDER BY newest"
+    )
+    for (run,) in database.execute(query, tuple(current)).fetchall():
+        if used_bytes(database) <= _LEFT * MAX_BYTES:
+            break
+        with transaction(database):
+            database.execute("DELETE FROM points WHERE series IN (SELECT id FROM series WHERE run = ?)", (run,))
+            database.execute("DELETE FROM series WHERE run = ?", (run,))
+            database.execute("DELETE FROM events WHERE run = ?", (run,))
+    while used_bytes(database) > _LEFT * MAX_BYTES:
+        found = database.execute("SELECT id, rows FROM series ORDER BY rows DESC LIMIT 1").fetchone()
+        if found is None or found[1] < 2:
+            break
+        series, rows = found
+        with transaction(database):
+            gone = database.execute(
+                "DELETE FROM points WHERE id IN (SELECT id FROM points WHERE series = ? ORDER BY id LIMIT ?)",
+                (series, rows // 2),
+            ).rowcount
+            database.execute("UPDATE series SET rows = rows - ? WHERE id = ?", (max(gone, 1), series))
+    reclaim(database)
 
 
 _SELECT_POINTS = (

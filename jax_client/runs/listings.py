@@ -15,7 +15,8 @@ from typing import Any
 
 from tinker import types
 
-from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, UnsupportedError
+from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, UnsupportedError, shown
+from jax_client.runs import checks
 from jax_client.runs.lifecycle.session import Session, live_sessions
 from jax_client.runs.results import api_records
 from jax_client.values import CheckpointKey
@@ -121,6 +122,7 @@ class Listings:
 
     def assign_project(self, session_id: str, project_id: str) -> None:
         """Put every run of a session, and those that it will make, into a project. Raises NotFoundError."""
+        project_id = checks.text_or_none("project_id", project_id) or ""
         runs, live = self._session_runs(session_id)
         if live is not None:
             live.info = replace(live.info, project_id=project_id)
@@ -151,7 +153,7 @@ class Listings:
                 return types.GetSamplerResponse(
                     sampler_id=sampler_id, base_model=info.base_model, model_path=info.model_path
                 )
-        raise NotFoundError(f"there is no sampler {sampler_id!r} in this process; make one again from its path.")
+        raise NotFoundError(f"there is no sampler {shown(sampler_id)} in this process; make one again from its path.")
 
     def _runs(self) -> list[tuple[str, dict[str, Any]]]:
         return sorted(self._session.store.runs(), key=lambda item: item[1]["created"], reverse=True)
@@ -159,9 +161,11 @@ class Listings:
     def _session_runs(self, session_id: str) -> tuple[list[tuple[str, dict[str, Any]]], Session | None]:
         """Return a session's runs, and the session itself if it lives in this process. Raises NotFoundError."""
         runs = [(run, fields) for run, fields in self._runs() if fields["session_id"] == session_id]
-        live = self._live().get(session_id)
+        live = live_sessions.get(session_id)
+        if live is not None and live.state_dir != self._session.state_dir:
+            live = None
         if live is None and not runs:
-            raise NotFoundError(f"there is no session {session_id!r}; list_sessions() lists them.")
+            raise NotFoundError(f"there is no session {shown(session_id)}; list_sessions() lists them.")
         return runs, live
 
     def _checkpoints(self, run_id: str | None) -> list[types.Checkpoint]:
@@ -170,7 +174,9 @@ class Listings:
 
     def _live(self) -> dict[str, Session]:
         state_dir = self._session.state_dir
-        return {key: session for key, session in live_sessions.items() if session.state_dir == state_dir}
+        # A list first: sessions begin on other threads meanwhile.
+        live = [session for reference in live_sessions.valuerefs() if (session := reference()) is not None]
+        return {session.session_id: session for session in live if session.state_dir == state_dir}
 
 
 def check_page(limit: object, offset: object) -> None:
@@ -185,7 +191,7 @@ def destination_project(project_id: str | None) -> str:
     project = project_id or os.environ.get("TINKER_PROJECT_ID")
     if not project:
         raise BadRequestError("copy_weights: give destination_project_id, or set TINKER_PROJECT_ID.")
-    return project
+    return checks.text_or_none("destination_project_id", project) or ""
 
 
 def not_served(method: str) -> UnsupportedError:

@@ -28,7 +28,7 @@ def build_app(server: Server, *, api_key: str | None = None, hosts: Iterable[str
         api_key: the key that every request must carry, None for none.
         hosts: the names under which the server may be called.
     """
-    return Guard(Starlette(routes=routes(server)), api_key=api_key, hosts=hosts)
+    return Guard(Starlette(routes=routes(server)), api_key=api_key, hosts=hosts, account=lambda: server.account)
 
 
 def routes(server: Server) -> list[Route]:

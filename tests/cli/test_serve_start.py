@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from jax_client.checkpoint.disk import run_lock
-from jax_client.cli import stages
+from jax_client.cli import run_command, stages
+from jax_client.cli.serve import private_files
 from jax_client.config import EngineConfig
 from jax_client.engine import monitor
 from jax_client.runs.lifecycle import base_models
@@ -37,9 +39,50 @@ def test_a_state_directory_has_one_server(cli, tmp_path):
         claim.release()
 
 
+def test_a_state_directory_is_closed_to_others_or_refused(cli, tmp_path):
+    home = tmp_path / "home"
+    (home / "runs" / "r").mkdir(parents=True)
+    (home / "runs" / "r" / "run.json").write_text("{}")
+    (home / "runs" / "r" / "program").touch(0o755)
+    (home / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").touch(0o644)
+    for path in (home, home / "runs", home / "runs" / "r"):
+        path.chmod(0o755)
+    arguments = ("--state-dir", home, "serve", "--port", "0")
+    error = cli(*arguments).error(1)
+    assert "mode 0755" in error and "'link'" in error and f"chmod 700 {home}" in error
+    assert stat.S_IMODE(home.stat().st_mode) == 0o755, "nothing was changed"
+    (home / "link").rename(home / "runs" / "link")
+    claim = run_lock.acquire(home)
+    try:
+        assert "had mode 0755; now it and its files are this user's only" in cli(*arguments).err
+    finally:
+        claim.release()
+    modes = {path.relative_to(home).as_posix(): stat.S_IMODE(path.lstat().st_mode) for path in home.rglob("*")}
+    assert {modes[name] for name in ("runs", "runs/r", "runs/r/program")} == {0o700} and modes[
+        "runs/r/run.json"
+    ] == 0o600
+    assert stat.S_IMODE((tmp_path / "elsewhere").stat().st_mode) == 0o644, "a link is not followed"
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+def test_a_server_makes_files_for_its_user_only_and_its_program_does_not(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with private_files() as umask:
+            (tmp_path / "state").touch()
+            run_command._Child(umask).run(["touch", str(tmp_path / "program's")], dict(os.environ))
+        (tmp_path / "after").touch()
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {"state": 0o600, "program's": 0o644, "after": 0o644}
+
+
 def test_names_of_one_model_share_one_copy(model, tmp_path):
     from tinker import types
 
+    from jax_client.server.model_names import ModelNames
     from jax_client.server.state.server import Server
 
     opened = []
@@ -49,7 +92,7 @@ def test_names_of_one_model_share_one_copy(model, tmp_path):
     config = EngineConfig(
         dtype="float32", state_dir=tmp_path / "home", precompile=False, compilation_cache_dir="", record_metrics=False
     )
-    server = Server(config, {"Some/Model": model}, base_models=base_models.BaseModels(loader))
+    server = Server(config, ModelNames({"Some/Model": model}), base_models=base_models.BaseModels(loader))
     try:
         for number, name in enumerate(("Some/Model", model, str(link), os.path.relpath(model))):
             about = types.CreateSessionRequest(tags=[], user_metadata=None, sdk_version="0.38")

@@ -127,3 +127,24 @@ def test_two_processes_write_one_file(tmp_path: Path) -> None:
     assert len(kept.read("shared").points) == 200
     for name in "ab":
         assert [p.step for p in kept.read(name).points] == list(range(100))
+
+
+def test_all_runs_together_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MAX_BYTES", 200_000)
+    monkeypatch.setattr(store, "_LOOK_EVERY", 100)
+    kept = MetricsStore(tmp_path / FILE_NAME)
+    for run in range(12):
+        for start in range(0, 500, 50):
+            kept.add(
+                [point(f"run{run}", step=i, loss=0.123456789) for i in range(start, start + 50)], [event(f"run{run}")]
+            )
+    found = {run["run"] for run in kept.runs()}
+    assert found == {f"run{i}" for i in range(12 - len(found), 12)}, "the newest runs, whole"
+    assert 2 <= len(found) < 12 and all(run["points"] == 500 for run in kept.runs())
+    assert not kept.read("run0").points and not kept.read("run0").events
+    assert (tmp_path / FILE_NAME).stat().st_size < 300_000, "the space is given back"
+    for start in range(0, 20_000, 500):
+        kept.add([point("long", step=i, loss=0.123456789) for i in range(start, start + 500)])
+    assert {run["run"]: run["step"] for run in kept.runs()}["long"] == 19_999
+    assert kept.read("long", limit=10_000).points[-1].step == 19_999
+    assert (tmp_path / FILE_NAME).stat().st_size < 300_000, "also where one run is all there is"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jax_client.sqlite_file import LOG, OtherVersionError, SqliteFile, is_damage, transaction
+from jax_client.sqlite_file import LOG, OtherVersionError, SqliteFile, is_damage, reclaim, transaction, used_bytes
 
 FIRST = "CREATE TABLE items (name TEXT NOT NULL);"
 SECOND = "ALTER TABLE items ADD COLUMN size INTEGER; INSERT INTO items VALUES ('second', 2);"
@@ -122,3 +124,37 @@ def test_a_transaction_writes_all_or_nothing(tmp_path: Path) -> None:
         with transaction(database):
             database.execute("INSERT INTO items VALUES ('b')")
     assert names(file) == ["b"]
+
+
+def test_a_file_is_for_its_user_only(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        add(file_at(tmp_path / "new"), "a")
+        (tmp_path / "old").touch(0o644)
+        with contextlib.closing(file_at(tmp_path / "old").open()) as database:
+            database.execute("INSERT INTO items (name) VALUES ('b')")
+            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    finally:
+        os.umask(before)
+    assert set(modes) == {"new", "old", "old-wal", "old-shm"} and set(modes.values()) == {0o600}
+
+
+def test_a_file_that_shrinks_gives_space_back(tmp_path: Path) -> None:
+    with contextlib.closing(file_at(tmp_path / "f", shrinks=True).open()) as database:
+        with transaction(database):
+            database.executemany("INSERT INTO items (name) VALUES (?)", [("x" * 3_000,)] * 1_000)
+        full = used_bytes(database)
+        database.execute("DELETE FROM items WHERE rowid > 100")
+        assert used_bytes(database) < full / 5
+        reclaim(database)
+    assert (tmp_path / "f").stat().st_size < full / 5
+
+
+def test_a_file_without_room_for_a_copy_works_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(file_at(tmp_path / "f"), "old")
+    with contextlib.closing(sqlite3.connect(tmp_path / "f")) as holder:
+        holder.execute("BEGIN")
+        holder.execute("SELECT * FROM items").fetchall()
+        shrinking = file_at(tmp_path / "f", shrinks=True, busy_seconds=0.1)
+        assert names(shrinking) == ["old"] and add(shrinking, "new")
+    assert names(file_at(tmp_path / "f", shrinks=True)) == ["old", "new"]

@@ -120,7 +120,7 @@ def test_a_client_that_never_reads_its_answer_is_dropped(
     start: Any, monkeypatch: pytest.MonkeyPatch, pieces: int, loop: str
 ) -> None:
     """Of an answer in one piece, which lies in the server's memory, and of one that comes piece by piece, as a file."""
-    monkeypatch.setattr(connections, "SEND_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "READ_SECONDS", 0.5)
     monkeypatch.setattr(serving, "http_server", partial(connections.http_server, loop=loop))
     begun = 0
 
@@ -151,8 +151,8 @@ def test_a_client_that_never_reads_its_answer_is_dropped(
 
 def test_a_client_that_reads_slowly_keeps_its_connection(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each period brings progress, and the answer is whole, though the client never takes all that is there."""
-    monkeypatch.setattr(connections, "SEND_SECONDS", 0.4)
-    monkeypatch.setattr(connections, "SEND_BYTES", 1)
+    monkeypatch.setattr(connections, "READ_SECONDS", 0.4)
+    monkeypatch.setattr(connections, "LEAST_READ", 1)
 
     async def act(served: Any, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % LARGE)]})
@@ -183,7 +183,16 @@ def test_names_in_paths_are_only_looked_up(start: Any, of: str) -> None:
 def test_pages_are_numbers_in_range(start: Any) -> None:
     with raw(start()) as http:
         for path in ("training_runs", "checkpoints", "sessions"):
-            for query in ("limit=-1", "limit=1000000000000", "limit=a", "offset=-1", "limit=1e3", "offset=٣", "limit="):
+            for query in (
+                "limit=-1",
+                "limit=1000000000000",
+                "limit=a",
+                "offset=-1",
+                "limit=1e3",
+                "offset=٣",
+                "limit=",
+                "limit=--5",
+            ):
                 answer = http.get(f"/{path}?{query}")
                 assert answer.status_code == 400 and query.split("=")[0] in answer.text, (path, query, answer.text)
         assert http.get("/training_runs?limit=5&offset=3").status_code == 200

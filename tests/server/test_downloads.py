@@ -16,6 +16,7 @@ import tinker
 
 from jax_client.cli import main
 from jax_client.errors import RequestFailedError
+from jax_client.server.model_names import ModelNames
 from jax_client.server.routes import downloads
 from jax_client.server.state.server import Server
 from support.server.serving import ADAM, KEY, Running, config, data, write_model
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     model = write_model(tmp_path_factory.mktemp("model"))
-    found = Running(Server(config(tmp_path_factory.mktemp("state")), {"Some/Model": model}))
+    found = Running(Server(config(tmp_path_factory.mktemp("state")), ModelNames({"Some/Model": model})))
     yield found
     found.stop()
 

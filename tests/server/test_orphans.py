@@ -61,7 +61,7 @@ def test_a_closed_connection_cancels_what_it_waited_for(start: Any, loaded: Any,
     assert loaded[0].log.count("generate") == 1, "those that waited never begin"
     with raw(running) as http:
         assert poll(http, requests[1]).status_code == 410, "a client that lives after all sends it again"
-    assert running.server.admission.samples == 0
+    assert running.server.account.used("samples") == 0
 
 
 def test_a_client_that_polls_again_loses_nothing(start: Any, loaded: Any, monkeypatch: Any) -> None:

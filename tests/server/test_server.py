@@ -23,7 +23,9 @@ import jax_client
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.cli import main
 from jax_client.losses.registry import LOSSES
+from jax_client.server.model_names import ModelNames
 from jax_client.server.state.server import Server
+from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.guard import SIGNED, Guard
 from support.calls import datum, rl
 from support.command_line import WITHOUT_TORCH
@@ -40,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Running]:
-    found = Running(Server(config(tmp_path_factory.mktemp("state")), {"Some/Alias": model}))
+    found = Running(Server(config(tmp_path_factory.mktemp("state")), ModelNames({"Some/Alias": model})))
     yield found
     found.stop()
 
@@ -240,7 +242,7 @@ def test_a_host_is_known_however_its_name_is_written() -> None:
         await JSONResponse({})(scope, receive, send)
 
     async def status(host: str) -> int:
-        transport = httpx.ASGITransport(Guard(answer, api_key=None, hosts=["DGX-A100", "127.0.0.1"]))
+        transport = httpx.ASGITransport(Guard(answer, api_key=None, hosts=["DGX-A100", "127.0.0.1"], account=Account))
         async with httpx.AsyncClient(transport=transport, base_url="http://any:8000") as client:
             return (await client.get("/", headers={"Host": host})).status_code
 
@@ -299,10 +301,9 @@ def test_bodies_that_are_no_requests(running: Running, content: bytes, headers: 
 def test_a_small_body_does_not_become_a_large_one(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     import zstandard
 
-    from jax_client.server.routes import training
+    from jax_client.server.wire import bodies
 
-    original = training.read_body
-    monkeypatch.setattr(training, "read_body", lambda request, load: original(request, 2**20, load))
+    monkeypatch.setattr(bodies, "MAX_BYTES", 2**20)
     bomb = zstandard.ZstdCompressor().compress(b"\0" * 2**28)
     headers = {"X-API-Key": KEY, "Content-Encoding": "zstd"}
     answer = httpx.post(f"{running.url}/api/v1/forward_backward", content=bomb, headers=headers, timeout=30)

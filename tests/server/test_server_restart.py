@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,7 +132,9 @@ def test_a_killed_server_keeps_what_it_answered_and_says_what_is_lost(model: str
 def serve(home: Path, port: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", WITHOUT_TORCH, "serve"]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_CLIENT_HOME": str(home)}
-    server = subprocess.Popen([*command, "--port", str(port), "--dtype", "float32"], env=env)
+    # Tests name the model by its path, which they made in a temporary directory.
+    own = ["--models-dir", tempfile.gettempdir()]
+    server = subprocess.Popen([*command, "--port", str(port), "--dtype", "float32", *own], env=env)
     while True:
         try:
             httpx.get(f"http://127.0.0.1:{port}/api/v1/get_server_capabilities")
@@ -337,7 +340,7 @@ def test_a_clock_that_jumps_over_a_restart_forgets_no_session(tmp_path: Path, mo
 
 def test_old_answers_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jax_client.server.state.request_log.MAX_ANSWERS", 10)
-    monkeypatch.setattr("jax_client.server.state.request_log._PRUNE_EVERY", 5)
+    monkeypatch.setattr("jax_client.server.state.request_log._MORE_ANSWERS", 5)
     monkeypatch.setattr("jax_client.server.state.ledger.MAX_ANSWERS", 3)
     log = RequestLog(tmp_path)
     ledger = RequestLedger(log)
@@ -375,7 +378,7 @@ def test_the_memory_of_a_client_that_is_gone_is_given_to_the_next(
     service = tinker.ServiceClient(base_url=running.url, api_key=KEY)
     with pytest.raises(tinker.RequestFailedError, match="too little memory"):
         service.create_lora_training_client(model, 4, 2).result()
-    running.server.live._signs[session_id] = 0.0  # no sign of life for long
+    running.server.live._use._signs[session_id] = 0.0  # no sign of life for long
     monkeypatch.setattr(running.server.live.model(gone.model_id).evictable, "_last_used", 0.0)
     step(service.create_lora_training_client(model, 4, 3).result())
     assert len(failures) == 2

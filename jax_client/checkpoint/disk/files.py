@@ -13,7 +13,8 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jax_client.errors import RequestFailedError, UnsupportedError
@@ -42,6 +43,41 @@ def make_directories(path: Path, root: Path) -> None:
             # What lies above the root may be another user's, and closed.
             with contextlib.suppress(PermissionError):
                 fsync(directory.parent)
+
+
+def make_private(directory: Path, known: Callable[[str], bool]) -> int | None:
+    """Let no other user read a directory, or what is in it; return the wider mode that it had, None for none.
+
+    Args:
+        directory: one that is there.
+        known: `known(name) -> bool` of an entry that this package makes. A directory with others is for other uses too.
+
+    Raises:
+        UnsupportedError: it belongs to another user, or has unknown entries; nothing was changed.
+    """
+    status = os.stat(directory)
+    mode = stat.S_IMODE(status.st_mode)
+    if not mode & 0o077:
+        return None
+    name = f"{directory} has mode {mode:04o}, so that other users may read it,"
+    if status.st_uid != os.geteuid():
+        raise UnsupportedError(f"{name} and belongs to another user; name a directory of your own, or one that is new.")
+    unknown = sorted(entry for entry in os.listdir(directory) if not known(entry))
+    if unknown:
+        raise UnsupportedError(
+            f"{name} and holds more than this package's files ({len(unknown)} entries, such as {unknown[0]!r}); name a "
+            f"directory that is new, or close this one with chmod 700 {directory}"
+        )
+    os.chmod(directory, 0o700)
+    for parent, folders, names in os.walk(directory):
+        for entry in (*folders, *names):
+            path = os.path.join(parent, entry)
+            # It may go while others are looked at; a link has no mode of its own.
+            with contextlib.suppress(OSError):
+                found = os.lstat(path)
+                if not stat.S_ISLNK(found.st_mode) and found.st_mode & 0o077:
+                    os.chmod(path, stat.S_IMODE(found.st_mode) & 0o700)
+    return mode
 
 
 def fsync(path: Path) -> None:

@@ -21,6 +21,9 @@ MAX_LORA_SEED = 2**32 - 1
 MAX_METADATA_BYTES = 64 * 1024
 # Closer to 1, float32 rounds to 1, and Adam's bias correction divides by 0.
 MAX_BETA = 0.9999999
+# Of a name for people: display_name, project_id, a tag.
+MAX_TEXT = 1_000
+MAX_TAGS = 100
 MIN_TTL_SECONDS = 3600
 MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
 
@@ -113,6 +116,36 @@ def user_metadata(value: object) -> dict[str, str]:
             "Keep large texts in a file and put its name here."
         )
     return dict(value)
+
+
+def text_or_none(field: str, value: object, most: int = MAX_TEXT) -> str | None:
+    """Return a short text of the user's; None stays None.
+
+    Raises:
+        BadTypeError: it is no text.
+        BadRequestError: it has more than `most` characters, or is not encodable.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise BadTypeError(f"{field} is {shown(value)} ({type(value).__name__}); give a str, or None.")
+    if len(value) > most:
+        raise BadRequestError(
+            f"{field} has {len(value):,} characters, the limit is {most:,}; shorten it, or use user_metadata for the "
+            "rest."
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRequestError(f"{field} is not valid Unicode ({error.reason}); remove lone surrogates.") from None
+    return value
+
+
+def tags(values: Sequence[object]) -> list[str]:
+    """Return the tags of a session. Raises BadRequestError for more than MAX_TAGS, and as `text_or_none`."""
+    if len(values) > MAX_TAGS:
+        raise BadRequestError(f"tags has {len(values):,} entries, the limit is {MAX_TAGS}; give fewer.")
+    return [text for i, value in enumerate(values) if (text := text_or_none(f"tags[{i}]", value)) is not None]
 
 
 def refuse_optimizer(optimizer: object) -> None:

@@ -159,7 +159,15 @@ class Session:
             config, models = self.config, self.models
             loading = background(lambda: models.acquire(name, config), "load")
             resources.model_refs[name] = loading
-            return loading
+
+        def forget_failed(done: Future[ModelRef]) -> None:
+            with resources.lock:
+                if done.exception() is not None and resources.model_refs.get(name) is done:
+                    del resources.model_refs[name]
+
+        # Outside of the lock: a load may have ended already. A name that means nothing is not remembered.
+        loading.add_done_callback(forget_failed)
+        return loading
 
     def same_base_model(self, model_ref: ModelRef) -> Future[ModelRef]:
         """Return the future of the base model that `model_ref` was made for, loaded again if it was released.

@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError
 from jax_client.runs.lifecycle.session import SessionClosedError
-from jax_client.server.wire.admission import RETRY_SECONDS, BusyError
+from jax_client.server.wire.accounts import RETRY_SECONDS, BusyError
 from jax_client.server.wire.bodies import (
     EncodingError,
     StalledError,
@@ -55,6 +55,8 @@ def with_errors(handler: Handler) -> Handler:
         except HTTPException:
             raise
         except JaxClientError as error:
+            # Futures on its way still hold the error, and its frames the body: they would wait for the collector.
+            error.__traceback__ = None
             return JSONResponse({"detail": str(error)}, _status(error), _headers(error))
         except Exception:
             logger.exception("%s %s failed", request.method, request.url.path)
@@ -147,4 +149,6 @@ def show(value: Shown) -> Response:
 
 def digest(request: Request, body: bytes) -> bytes:
     """Return the hash of a request's path and body, which tells a repetition from another request."""
-    return hashlib.sha256(request.scope["path"].encode() + b"\0" + body).digest()
+    found = hashlib.sha256(request.scope["path"].encode() + b"\0")
+    found.update(body)
+    return found.digest()

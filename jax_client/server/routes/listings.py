@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any, NoReturn
 
@@ -14,7 +15,6 @@ from jax_client.errors import BadRequestError
 from jax_client.runs import checks
 from jax_client.runs.listings import Listings, check_page, destination_project, not_served
 from jax_client.server.routes.handler import looked_up, parsed, route, unparsed, with_object
-from jax_client.server.wire.bodies import MAX_JSON_BYTES
 from jax_client.values import CheckpointKey
 
 # What only a hosted service has, by the method that asks for it.
@@ -25,6 +25,8 @@ _REFUSED = {
     ("GET", "/billing/usage/events"): "get_billing_usage",
     ("GET", "/billing/usage/checkpoints/current"): "get_current_checkpoint_storage_usage",
 }
+# Entries of a listing's page.
+MAX_PAGE = 10_000
 _CHECKPOINT = "/training_runs/{run}/checkpoints/{kind}/{name}"
 
 
@@ -69,7 +71,7 @@ def _checkpoint_routes(listings: Listings) -> list[Route]:
     return [
         route("GET", "/checkpoints", looked_up(lambda r: listings.all_checkpoints(*_page(r, 100)))),
         route("POST", "/weights_info", with_object(info)),
-        route("POST", "/copy_weights", parsed(CopyWeightsRequest, copy, MAX_JSON_BYTES)),
+        route("POST", "/copy_weights", parsed(CopyWeightsRequest, copy)),
         route("DELETE", _CHECKPOINT, looked_up(lambda r: listings.delete(_key(r)))),
         route("POST", f"{_CHECKPOINT}/publish", looked_up(lambda r: listings.set_public(_key(r), True))),
         route("DELETE", f"{_CHECKPOINT}/publish", looked_up(lambda r: listings.set_public(_key(r), False))),
@@ -103,6 +105,10 @@ def _key(request: Request) -> CheckpointKey:
 def _page(request: Request, default_limit: int) -> tuple[int, int]:
     limit, offset = _number(request, "limit", default_limit), _number(request, "offset", 0)
     check_page(limit, offset)
+    if limit > MAX_PAGE:
+        raise BadRequestError(
+            f"limit is {limit:,}; a page has at most {MAX_PAGE:,} entries, offset gives the next ones."
+        )
     return limit, offset
 
 
@@ -110,6 +116,6 @@ def _number(request: Request, name: str, default: int) -> int:
     text = request.query_params.get(name)
     if text is None:
         return default
-    if not (text.lstrip("-").isascii() and text.lstrip("-").isdigit() and len(text) < 12):
+    if not re.fullmatch(r"-?[0-9]{1,11}", text):
         raise BadRequestError(f"{name} is {text[:40]!r}; give a number.")
     return int(text)

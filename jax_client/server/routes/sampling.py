@@ -12,7 +12,7 @@ from tinker.types import JoinSamplingSessionRequest
 
 from jax_client.server.routes.handler import digest, parsed, route, show
 from jax_client.server.state.server import Server
-from jax_client.server.wire.admission import MAX_SAMPLES, Load
+from jax_client.server.wire.admission import load_of
 from jax_client.server.wire.bodies import SMALL, read_json
 from jax_client.server.wire.pools import run_work
 
@@ -21,18 +21,18 @@ def sample_route(server: Server) -> Route:
     """Return the route of sampling requests."""
 
     async def handler(request: Request) -> Response:
-        with Load(server.admission) as load:
-            asked, body = await read_json(request, types.SampleRequest, load)
-            samples = min(max(asked.num_samples, 1), MAX_SAMPLES)
-            server.admission.check_samples(samples)
-            key = digest(request, body)
-            if len(body) <= SMALL and server.sampling.is_immediate(asked.sampling_session_id):
-                pending = server.sampling.sample(asked, key)
-            else:
-                pending = await run_work(server.sampling.sample, asked, key)
-            load.keep(pending.request_id, pending.answer, samples)
-            server.orphans.seen(pending)
-            server.orphans.watch(asyncio.get_running_loop().call_later)
+        load = load_of(request)
+        asked, body = await read_json(request, types.SampleRequest)
+        samples = min(max(asked.num_samples, 1), load.account.limit("samples"))
+        load.take(sampling_requests=1, samples=samples)
+        key = digest(request, body)
+        if len(body) <= SMALL and server.sampling.is_immediate(asked.sampling_session_id):
+            pending = server.sampling.sample(asked, key)
+        else:
+            pending = await run_work(server.sampling.sample, asked, key)
+        load.keep(pending.request_id, pending.answer)
+        server.orphans.seen(pending)
+        server.orphans.watch(asyncio.get_running_loop().call_later)
         names = [f"{pending.request_id}:{i}" for i in range(samples)]
         return JSONResponse({"request_id": pending.request_id, "sample_sequence_ids": names})
 

@@ -14,6 +14,8 @@ from jax_client.server.state.server import Server
 
 # What this server can do beyond the least that the SDK expects of one.
 CLIENT_CONFIG = ClientConfigResponse(sample_join_sampling_session=True, custom_loss_server_side=True)
+# Of what a client says of its session's end.
+MAX_DETAIL = 1_000
 DYNAMIC_CONFIG = ClientDynamicConfigResponse(sample_cancel_enabled=True)
 
 
@@ -27,7 +29,9 @@ def session_routes(server: Server) -> list[Route]:
     def finish(request: Request, fields: dict[str, Any]) -> dict[str, Any]:
         reason, detail = fields.get("reason") or {}, fields.get("detail")
         status = reason.get("type", "success") if isinstance(reason, dict) else "success"
-        server.finish_session(request.path_params["session"], str(status), None if detail is None else str(detail))
+        # A program's last exception may be of any length; every refusal of the ended session repeats this.
+        text = None if detail is None else str(detail)[:MAX_DETAIL]
+        server.finish_session(request.path_params["session"], str(status), text)
         return {}
 
     return [

@@ -17,8 +17,8 @@ from jax_client.server.routes.handler import SMALL_LIMIT, Handler, digest, route
 from jax_client.server.state.pending import PendingRequest
 from jax_client.server.state.server import Server
 from jax_client.server.wire import protocol
-from jax_client.server.wire.admission import Load
-from jax_client.server.wire.bodies import MAX_JSON_BYTES, parse, read_body, read_json
+from jax_client.server.wire.admission import load_of
+from jax_client.server.wire.bodies import parse, read_body, read_json
 from jax_client.server.wire.custom_losses import MAX_GRAPH_BYTES
 from jax_client.server.wire.pools import run_work
 
@@ -29,10 +29,11 @@ def forward_backward_route(server: Server) -> Route:
     """Return the route of forward and backward passes, the one whose bodies are protobuf."""
 
     async def handler(request: Request) -> Response:
-        with Load(server.admission) as load:
-            body = await read_body(request, load=load)
-            pending, model_id = await run_work(accept, request, body)
-            load.keep(pending.request_id, pending.answer)
+        load = load_of(request)
+        body = await read_body(request)
+        load.take(training_requests=1)
+        pending, model_id = await run_work(accept, request, body)
+        load.keep(pending.request_id, pending.answer)
         return JSONResponse({"request_id": pending.request_id, "model_id": model_id})
 
     def accept(request: Request, body: bytes) -> tuple[PendingRequest, str]:
@@ -69,10 +70,11 @@ def _accepting(server: Server, model: type[Model], accept: Callable[[Model, byte
     """Return the handler that reads a JSON body as `model` and gives the id of `accept(request, digest)`."""
 
     async def handler(request: Request) -> Response:
-        with Load(server.admission) as load:
-            body = await read_body(request, MAX_JSON_BYTES, load)
-            model_id, pending = await run_work(read, request, body)
-            load.keep(pending.request_id, pending.answer)
+        load = load_of(request)
+        body = await read_body(request, SMALL_LIMIT)
+        load.take(training_requests=1)
+        model_id, pending = await run_work(read, request, body)
+        load.keep(pending.request_id, pending.answer)
         return JSONResponse({"request_id": pending.request_id, "model_id": model_id})
 
     def read(request: Request, body: bytes) -> tuple[str | None, PendingRequest]:
@@ -81,7 +83,9 @@ def _accepting(server: Server, model: type[Model], accept: Callable[[Model, byte
             found = parse(body, model)
             return getattr(found, "model_id", None), accept(found, key)
         except BadRequestError as error:
-            server.training.refuse(body, key, error)
+            refused = server.training.refuse(body, key, error)
+            if refused is not None:
+                load_of(request).keep(refused.request_id, refused.answer)
             raise
 
     return handler
@@ -99,10 +103,11 @@ def _get_info(server: Server) -> Handler:
 
 def _create_custom_loss(server: Server) -> Handler:
     async def handler(request: Request) -> Response:
-        with Load(server.admission) as load:
-            body = await read_body(request, MAX_GRAPH_BYTES, load)
-            pending = await run_work(accept, request, body)
-            load.keep(pending.request_id, pending.answer)
+        load = load_of(request)
+        body = await read_body(request, MAX_GRAPH_BYTES)
+        load.take(training_requests=1)
+        pending = await run_work(accept, request, body)
+        load.keep(pending.request_id, pending.answer)
         return JSONResponse({"request_id": pending.request_id})
 
     def accept(request: Request, body: bytes) -> PendingRequest:

@@ -164,12 +164,14 @@ class Served(Generic[R]):
         evictable: the run or the sampler itself.
         base_model: the base model's name in the session; None if only the checkpoint tells it.
         ephemeral: whether this is a sampler of weights that were never saved; newer ones push it out.
+        remakable: whether this is a sampler that its record makes again.
     """
 
     session_id: str
     evictable: Evictable[R]
     base_model: str | None
     ephemeral: bool = False
+    remakable: bool = False
 
     @property
     def base_model_name(self) -> str | None:

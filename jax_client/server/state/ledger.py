@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import wait
 
-from jax_client.errors import BadRequestError, NotFoundError
+from jax_client.errors import BadRequestError, NotFoundError, shown
 from jax_client.server.state.pending import Kind, ModelQueues, PendingRequest
 from jax_client.server.state.request_log import Entry, RequestLog
 from jax_client.server.wire import answers
@@ -20,6 +20,8 @@ from jax_client.server.wire.answers import Answer
 # Answers in memory, for clients that ask late, or again after a lost answer; older answers are in the log.
 MAX_ANSWER_BYTES = 64 * 2**20
 MAX_ANSWERS = 20_000
+# Characters of a request's id: its session's, its model's or sampler's, and its number.
+MAX_ID = 200
 
 
 class RequestLedger:
@@ -47,8 +49,13 @@ class RequestLedger:
         """Return the request of an id, and whether it is new.
 
         Raises:
-            BadRequestError: another request had this id.
+            BadRequestError: another request had this id, or it is too long.
         """
+        if len(request_id) > MAX_ID:
+            raise BadRequestError(
+                f"request {shown(request_id)} has an id of {len(request_id):,} characters, the limit is {MAX_ID}; "
+                "number requests from 1 on."
+            )
         request = PendingRequest(request_id, digest, kind)
         with self._lock:
             known = self._unanswered.get(request_id) or self._answered.get(request_id)
@@ -86,7 +93,7 @@ class RequestLedger:
         request = self.in_memory(request_id) or self._from_log(request_id)
         if request is None:
             raise NotFoundError(
-                f"request {request_id!r} is unknown or expired; the newest answers are kept. Send it again."
+                f"request {shown(request_id)} is unknown or expired; the newest answers are kept. Send it again."
             )
         return request
 

@@ -23,14 +23,23 @@ from jax_client.runs.lifecycle.sampler_handle import SamplerHandle, base_sampler
 from jax_client.runs.lifecycle.session import Session, SessionInfo, Status
 from jax_client.runs.paths import sampler_path
 from jax_client.runs.results import api_records
+from jax_client.server.session_use import SessionUse, size
 from jax_client.server.state.evictable import Evictable, Served
 from jax_client.server.state.eviction import IN_MEMORY, Eviction
 from jax_client.server.state.pending import ModelQueues
 from jax_client.server.state.tables import Fields, Records, Table
+from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.custom_losses import CustomLoss
 from jax_client.values import CheckpointKey
 
 logger = logging.getLogger(__name__)
+
+# Where there are too many sessions, one is ended that holds nothing and gives no sign of life; the SDK gives one every
+# ten seconds. One that holds samplers, which can be made again, may be silent for longer; one with a model stays.
+IDLE_SECONDS = 15.0
+SILENT_SECONDS = 120.0
+# Samplers in memory; the longest unused are made again from their records.
+MAX_SAMPLERS = 4_096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +67,7 @@ class LiveObjects:
         config: engine settings of every session.
         records: what the next server will know.
         queues: the queue of every model, whose place in the order is part of a model's record.
+        account: what counts the sessions and what they keep; None bounds them by default.
         clients: objects of this process's clients, None for a server of other processes only.
         base_models: where base models are loaded; None shares those of the process.
     """
@@ -67,6 +77,7 @@ class LiveObjects:
         config: EngineConfig,
         records: Records,
         queues: ModelQueues,
+        account: Account | None = None,
         clients: ClientObjects | None = None,
         base_models: BaseModels | None = None,
     ) -> None:
@@ -80,19 +91,28 @@ class LiveObjects:
         self._queues = queues
         self._clients = clients
         self._closing = False
-        # The monotonic time of each session's last sign of life.
-        self._signs: dict[str, float] = {}
+        self._use = SessionUse(account or Account(), self._end_idle_session)
+        self._at_forget: list[Callable[[str], None]] = []
         self._eviction = Eviction(
-            self.own, self.sessions, self.models, self.samplers, self.last_sign, self._end_and_wait
+            self.own, self.sessions, self.models, self.samplers, self._use.last_sign, self._end_and_wait
         )
 
     # Sessions
 
     def add_session(self, info: SessionInfo) -> Session:
-        """Begin a session."""
+        """Begin a session.
+
+        Raises:
+            BusyError: there are too many, and none that could be ended.
+        """
+        fields = info.to_json()
+        counted = {"sessions": 1, "record_bytes": size(fields)}
+        self._use.take(**counted)
         session = Session(self.config, info, models=self.own.models)
+        self._use.keep(session.session_id, counted)
         self.sessions.add(session.session_id, session)
-        self.sessions.record(session.session_id, info.to_json())
+        self.sessions.record(session.session_id, fields)
+        self.note_sign(session.session_id)
         return session
 
     def session(self, session_id: str) -> Session:
@@ -107,19 +127,48 @@ class LiveObjects:
             return session
 
         def remake(fields: Fields) -> Session:
-            return Session(self.config, SessionInfo.from_json(fields), session_id, models=self.own.models)
+            made = Session(self.config, SessionInfo.from_json(fields), session_id, models=self.own.models)
+            # What it keeps is in the records of an earlier server, and is counted as it is used.
+            self._use.keep(session_id, {"sessions": 1, "record_bytes": size(fields)}, taken=False)
+            return made
 
         session = self.sessions.get(session_id, remake)
         self.note_sign(session_id)
         return session
 
     def note_sign(self, session_id: str) -> None:
-        """Note a sign of life of a session's client."""
-        self._signs[session_id] = time.monotonic()
+        """Note a sign of life of a session's client; of one that is not known, nothing is noted."""
+        clients = self._clients
+        known = self.sessions.in_memory(session_id) or (clients is not None and clients.sessions.get(session_id))
+        if known and not known.closed:
+            self._use.note_sign(session_id)
 
     def last_sign(self, session_id: str) -> float:
         """Return the monotonic time of the last sign of life of a session's client, 0 for none."""
-        return self._signs.get(session_id, 0.0)
+        return self._use.last_sign(session_id)
+
+    def check_room(self) -> None:
+        """Raise BusyError unless there is room for one model more."""
+        self._use.check(records=1, loads=1)
+
+    def at_forget(self, function: Callable[[str], None]) -> None:
+        """Call `function(session_id)` when a session is forgotten."""
+        self._at_forget.append(function)
+
+    def _end_idle_session(self) -> bool:
+        """End the session whose client has been silent for the longest, if it keeps nothing that is lost with it."""
+        holding = {model.session_id for model in self.models.values()}
+        sampling = {sampler.session_id for sampler in self.samplers.values()}
+        for session_id, seconds in self._use.silent(IDLE_SECONDS):
+            if session_id in holding or (session_id in sampling and seconds < SILENT_SECONDS):
+                continue
+            session = self.sessions.in_memory(session_id)
+            if session is not None:
+                detail = f"its client was silent for {seconds:.0f} s, and others had no room"
+                self.end_session(session_id, session, "interrupted", detail)
+                self.forget_session(session_id)
+                return True
+        return False
 
     def end_session(self, session_id: str, session: Session, status: Status, detail: str | None) -> Future[None]:
         """End a session; its runs are saved and its memory is freed in the background."""
@@ -137,18 +186,26 @@ class LiveObjects:
 
     def forget_session(self, session_id: str) -> None:
         """Forget the models, samplers and losses of an ended session; its answers stay."""
-        self._signs.pop(session_id, None)
+        known, oldest = self._use.forget(session_id)
+        # The client is told that the session is closed; what it said of the session is not needed for that.
+        if known and (session := self.sessions.in_memory(session_id)) is not None:
+            session.info = SessionInfo()
+        if oldest is not None:
+            self.sessions.remove(oldest)
         for table in (self.models, self.samplers, self.losses):
             for key, each in table.items():
                 if each.session_id == session_id:
                     table.remove(key)
         self._queues.forget(session_id)
         self._records.forget_session(session_id)
+        for function in self._at_forget:
+            function(session_id)
 
     # Models
 
     def add_model(self, run_id: str, session_id: str, base_model: str | None, make: Callable[[], Run]) -> Served[Run]:
-        """Add a model that `make() -> run` loads when it is pinned."""
+        """Add a model that `make() -> run` loads when it is pinned; `check_room` was asked before."""
+        self._use.keep(session_id, {"records": 1, "record_bytes": size(run_id)}, taken=False)
         model = self._model(run_id, session_id, base_model, make)
         self.models.put(run_id, model)
         self._record_unsaved(run_id, session_id)
@@ -237,9 +294,32 @@ class LiveObjects:
         if self.samplers.in_memory(sampler_id) is not None:
             return
         fields: Fields = {"session_id": session_id, "base_model": base_model, "model_path": model_path}
-        sampler = self.samplers.add(sampler_id, self._remade_sampler(sampler_id, fields))
-        self.samplers.record(sampler_id, fields)
-        sampler.evictable.pin()
+        made = self._remade_sampler(sampler_id, fields)
+        counted = {"records": 1, "record_bytes": size(fields)}
+        self._use.take(**counted)
+        self._use.keep(session_id, counted)
+        loaded = self._use.take_load()
+        try:
+            sampler = self.samplers.add(sampler_id, made)
+            self.samplers.record(sampler_id, fields)
+            sampler.evictable.pin().add_done_callback(loaded)
+        except BaseException as error:
+            loaded(error)
+            raise
+        self._drop_unused_samplers()
+
+    def _drop_unused_samplers(self) -> None:
+        """Drop the samplers that were not used for the longest; they are made again when they are asked for."""
+        too_many = len(self.samplers) - MAX_SAMPLERS
+        if too_many <= 0:
+            return
+        unused = [
+            (each.evictable.last_used, key)
+            for key, each in self.samplers.items()
+            if each.remakable and not each.evictable.pinned and each.evictable.state != "loading"
+        ]
+        for _, key in sorted(unused)[: too_many + MAX_SAMPLERS // 16]:
+            self.samplers.remove(key)
 
     def add_run_sampler(self, sampler_id: str, run: Run, made: Future[SamplerHandle], *, ephemeral: bool) -> None:
         """Add a sampler of a run's weights in memory, as the newest of its session.
@@ -251,9 +331,16 @@ class LiveObjects:
             ephemeral: whether the sampler has weights of its own, which newer samplers push out.
         """
         session_id = run.session.session_id
+        if not ephemeral:
+            counted = {"records": 1, "record_bytes": size(sampler_id)}
+            self._use.take(**counted)
+            self._use.keep(session_id, counted)
         self._add_newest(sampler_id, session_id, made, run.model_ref.name, ephemeral=ephemeral)
         self.samplers.record(sampler_id, {"session_id": session_id, "of": run.run_id})
         self._eviction.evict_superseded(session_id)
+        oldest = self._use.note_unsaved(session_id, sampler_id) if ephemeral else None
+        if oldest is not None and self.samplers.in_memory(oldest) is None:
+            self.samplers.forget_record(oldest)
 
     def adopt(self, sampler: SamplerHandle) -> None:
         """Serve a sampler of this process's own client, as the newest of its session."""
@@ -307,7 +394,7 @@ class LiveObjects:
             base_model = api_records.base_model(session.store.record(path).metadata)
             make = lambda: checkpoint_sampler(session, path, sampler_id=sampler_id)  # noqa: E731
         evictable = Evictable(lambda: self._eviction.make_fit(make), SamplerHandle.park, "sampler")
-        return Served(session_id=session.session_id, evictable=evictable, base_model=base_model)
+        return Served(session_id=session.session_id, evictable=evictable, base_model=base_model, remakable=True)
 
     def close(self, deadline: float) -> None:
         """Save every model and end every session.

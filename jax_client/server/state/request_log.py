@@ -13,6 +13,7 @@ import logging
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +25,23 @@ from jax_client.host.disk import advice
 from jax_client.process import Step
 from jax_client.server.state.pending import Kind
 from jax_client.server.wire.answers import Answer
-from jax_client.sqlite_file import SqliteFile, is_damage, transaction
+from jax_client.sqlite_file import SqliteFile, is_damage, reclaim, transaction, used_bytes
 from jax_client.threads import BatchWriter
 
 logger = logging.getLogger(__name__)
 
 FILE = "server.sqlite"
 BUSY_SECONDS = 10.0
-# The newest answers are kept, as many as fit.
+# The newest answers are kept, as many as fit into a file of this size.
 MAX_ANSWERS = 50_000
 MAX_BYTES = 512 * 2**20
-_PRUNE_EVERY = 1_000
+# What is left where there is too much, and the bytes of answers between two looks, and of one transaction.
+_LEFT = 0.9
+_LOOK_EVERY = 16 * 2**20
+_MORE_ANSWERS = 5_000
+# Records of sessions, models and samplers; those of the sessions that were written to last are kept.
+MAX_RECORDS = 200_000
+MAX_RECORD_BYTES = 64 * 2**20
 # A session that nobody ended, such as one whose client was killed.
 FORGOTTEN_SECONDS = 30 * 24 * 3600.0
 _BATCH = 512
@@ -53,6 +60,23 @@ _ANSWERED = """
 INSERT INTO promises (id, digest, kind, body, media_type, status, failed) VALUES (?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (id) DO UPDATE SET
     body = excluded.body, media_type = excluded.media_type, status = excluded.status, failed = excluded.failed
+"""
+
+_DELETE_OLDEST = (
+    "DELETE FROM promises WHERE number IN "
+    "(SELECT number FROM promises WHERE body IS NOT NULL ORDER BY number LIMIT ?) RETURNING id"
+)
+# Whole sessions, whose ids have 36 characters, and begin the ids of all that belongs to them.
+_OLD_RECORDS = """
+DELETE FROM things WHERE substr(id, 1, 36) IN (
+    SELECT session FROM (
+        SELECT session, sum(rows) OVER newest AS rows, sum(bytes) OVER newest AS bytes FROM (
+            SELECT substr(id, 1, 36) AS session, max(written) AS last, count(*) AS rows,
+                sum(length(about) + 200) AS bytes
+            FROM things GROUP BY substr(id, 1, 36)
+        ) WINDOW newest AS (ORDER BY last DESC, session)
+    ) WHERE rows > ? OR bytes > ?
+)
 """
 
 
@@ -78,11 +102,12 @@ class RequestLog:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._file = SqliteFile(directory / FILE, (_SCHEMA,), busy_seconds=BUSY_SECONDS)
+        self._file = SqliteFile(directory / FILE, (_SCHEMA,), busy_seconds=BUSY_SECONDS, shrinks=True)
         self._ahead: dict[str, Entry] = {}
         self._lock = threading.Lock()
         self._failed = False
-        self._answers = 0
+        # Of the thread that writes: the bytes of answers since the last look at the size of the file.
+        self._unseen = 0
         with contextlib.closing(_open_or_set_aside(self._file)) as connection:
             # Nearly every request is new: it costs no look at the file.
             self._ids = {row[0] for row in connection.execute("SELECT id FROM promises")}
@@ -104,6 +129,10 @@ class RequestLog:
         """Return what was kept, None if nothing."""
         row = self._read("SELECT about FROM things WHERE kind = ? AND id = ?", (kind, key))
         return None if row is None else json.loads(row[0])
+
+    def forget(self, kind: str, key: str) -> None:
+        """Forget one record, soon."""
+        self._later(lambda c: c.execute("DELETE FROM things WHERE kind = ? AND id = ?", (kind, key)))
 
     def forget_session(self, session_id: str) -> None:
         """Forget a session and what belongs to it; answers stay until newer ones need the room."""
@@ -135,11 +164,7 @@ class RequestLog:
 
         def write(connection: sqlite3.Connection) -> None:
             connection.execute(_ANSWERED, row)
-            self._answers += 1
-            if self._answers % _PRUNE_EVERY == 0:
-                pruned = _prune(connection)
-                with self._lock:
-                    self._ids.difference_update(pruned)
+            self._unseen += len(answer.body)
 
         self._later(write, lambda: self._settled(request_id, entry))
 
@@ -178,6 +203,8 @@ class RequestLog:
         try:
             if connection is None:
                 connection = self._reading.connection = self._file.open()
+                # Of each thread that reads, KiB.
+                connection.execute("PRAGMA cache_size = -128")
                 self._readers.append(connection)
             return connection.execute(query, values).fetchall()
         except sqlite3.Error as error:
@@ -195,9 +222,14 @@ class RequestLog:
         try:
             if self._writing is None:
                 self._writing = self._file.open()
-            with transaction(self._writing):
-                for write, _ in writes:
-                    write(self._writing)
+            waiting = deque(writes)
+            while waiting:
+                with transaction(self._writing):
+                    # Not all at once: a transaction is in the log beside the file, until it is whole.
+                    while waiting and self._unseen <= _LOOK_EVERY:
+                        waiting.popleft()[0](self._writing)
+                if self._unseen > _LOOK_EVERY or len(self._ids) > MAX_ANSWERS + _MORE_ANSWERS:
+                    self._prune(self._writing)
         except sqlite3.Error as error:
             self._report(error)
             # A disk that takes nothing must not fill the memory.
@@ -206,6 +238,12 @@ class RequestLog:
         for _, then in writes:
             if then is not None:
                 then()
+
+    def _prune(self, connection: sqlite3.Connection) -> None:
+        pruned = prune(connection)
+        with self._lock:
+            self._ids.difference_update(pruned)
+            self._unseen = 0
 
     def _report(self, error: sqlite3.Error) -> None:
         if not self._failed:
@@ -242,18 +280,34 @@ def _opened(file: SqliteFile) -> sqlite3.Connection:
             connection.execute(f"DELETE FROM things WHERE written < {last} - ?", (time.time(), FORGOTTEN_SECONDS))
             newest = "(SELECT max(number) FROM promises)"
             connection.execute(f"DELETE FROM promises WHERE body IS NULL AND number < {newest} - ?", (MAX_ANSWERS,))
+            connection.execute(_OLD_RECORDS, (MAX_RECORDS, MAX_RECORD_BYTES))
+        prune(connection)
+        reclaim(connection)
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-def _prune(connection: sqlite3.Connection) -> list[str]:
-    """Delete the oldest answers beyond the limits and return their ids; requests without an answer stay."""
-    found = connection.execute(
-        "DELETE FROM promises WHERE body IS NOT NULL AND number IN (SELECT number FROM (SELECT number, "
-        "sum(length(body)) OVER w AS bytes, row_number() OVER w AS place FROM promises WHERE body IS NOT NULL "
-        "WINDOW w AS (ORDER BY number DESC)) WHERE bytes > ? OR place > ?) RETURNING id",
-        (MAX_BYTES, MAX_ANSWERS),
-    )
-    return [row[0] for row in found.fetchall()]
+def prune(connection: sqlite3.Connection) -> list[str]:
+    """Delete the oldest answers beyond the limits and return their ids; requests without an answer stay.
+
+    Outside of a transaction. The size is that of the file's pages, which small answers do not fill.
+    """
+    pruned: list[str] = []
+    (rows,) = connection.execute("SELECT count(*) FROM promises WHERE body IS NOT NULL").fetchone()
+    if rows > MAX_ANSWERS:
+        with transaction(connection):
+            found = connection.execute(_DELETE_OLDEST, (rows - MAX_ANSWERS,)).fetchall()
+        pruned += [row[0] for row in found]
+    if used_bytes(connection) > MAX_BYTES:
+        while used_bytes(connection) > _LEFT * MAX_BYTES:
+            (rows,) = connection.execute("SELECT count(*) FROM promises WHERE body IS NOT NULL").fetchone()
+            with transaction(connection):
+                found = connection.execute(_DELETE_OLDEST, (-(-rows // 20),)).fetchall()
+            if not found:
+                break
+            pruned += [row[0] for row in found]
+    if pruned:
+        reclaim(connection)
+    return pruned

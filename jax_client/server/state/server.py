@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 from tinker import types
 
@@ -15,6 +14,7 @@ from jax_client.runs import checks
 from jax_client.runs.lifecycle.base_models import BaseModels
 from jax_client.runs.lifecycle.session import SessionInfo
 from jax_client.runs.listings import Listings
+from jax_client.server.model_names import ModelNames
 from jax_client.server.state.ledger import RequestLedger
 from jax_client.server.state.live_objects import ClientObjects, LiveObjects
 from jax_client.server.state.orphans import Orphans
@@ -24,7 +24,7 @@ from jax_client.server.state.sampling_requests import SamplingRequests
 from jax_client.server.state.tables import Records
 from jax_client.server.state.training_requests import TrainingRequests
 from jax_client.server.wire import answers
-from jax_client.server.wire.admission import AdmissionLimits
+from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.answers import Answer
 
 
@@ -38,11 +38,11 @@ class Server:
         sampling: what turns sampling requests into calls of samplers.
         orphans: what cancels the samples of clients that are gone.
         listings: the runs and checkpoints on disk.
-        admission: how much may wait at once.
+        account: what the clients have in use, each kind within its quota.
 
     Args:
         config: engine settings of every session.
-        aliases: names of base models that stand for others.
+        names: which names of base models clients may send; None takes every one, paths of any file included.
         log: keeps requests, answers and records over a restart; None keeps them in memory.
         clients: objects of this process's clients, which are served too.
         base_models: where base models are loaded; None shares those of the process.
@@ -51,32 +51,31 @@ class Server:
     def __init__(
         self,
         config: EngineConfig,
-        aliases: Mapping[str, str] | None = None,
+        names: ModelNames | None = None,
         log: RequestLog | None = None,
         clients: ClientObjects | None = None,
         *,
         base_models: BaseModels | None = None,
     ) -> None:
         self.config = config
-        self._aliases = dict(aliases or {})
+        self.names = names or ModelNames()
         records = Records(log)
         self.ledger = RequestLedger(log, self._lost_answer)
-        self.live = LiveObjects(config, records, self.ledger.queues, clients, base_models)
-        self.training = TrainingRequests(self.live, self.ledger, self.model_name)
-        self.sampling = SamplingRequests(self.live, self.ledger, records, self.model_name)
+        self.account = Account(relieve=self.ledger.queues.give_up)
+        self.live = LiveObjects(config, records, self.ledger.queues, self.account, clients, base_models)
+        self.training = TrainingRequests(self.live, self.ledger, self.names.meaning)
+        self.sampling = SamplingRequests(self.live, self.ledger, records, self.names.meaning)
         self.listings = Listings(self.live.own)
         self.orphans = Orphans(self.live, self.ledger)
-        self.admission = AdmissionLimits(self.ledger.queues.give_up)
-
-    def model_name(self, name: str) -> str:
-        """Return the base model that a name stands for."""
-        return self._aliases.get(name, name)
 
     def create_session(self, request: types.CreateSessionRequest) -> types.CreateSessionResponse:
         """Begin a session."""
-        user_metadata = checks.user_metadata_or_none(request.user_metadata)
+        checks.tags(request.tags)
+        checks.text_or_none("sdk_version", request.sdk_version)
         info = SessionInfo(
-            user_metadata=user_metadata, project_id=request.project_id, display_name=request.display_name
+            user_metadata=checks.user_metadata_or_none(request.user_metadata),
+            project_id=checks.text_or_none("project_id", request.project_id),
+            display_name=checks.text_or_none("display_name", request.display_name),
         )
         return types.CreateSessionResponse(session_id=self.live.add_session(info).session_id)
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from jax_client.errors import NotFoundError
+from jax_client.errors import NotFoundError, shown
 from jax_client.server.state.request_log import RequestLog
 
 T = TypeVar("T")
@@ -18,14 +18,17 @@ Fields = dict[str, Any]
 
 
 class Records:
-    """What the next server needs to know of objects: fields by kind and id. Without a log nothing is kept.
+    """What makes objects again: fields by kind and id, for this server, and in a log for the next one. Thread-safe.
 
     Args:
-        log: the file that the records are kept in.
+        log: the file that the records are kept in; None keeps them in memory.
     """
 
     def __init__(self, log: RequestLog | None) -> None:
         self._log = log
+        # By session, whose id begins the id of all that belongs to it.
+        self._memory: dict[str, dict[tuple[str, str], Fields]] = {}
+        self._lock = threading.Lock()
 
     @property
     def kept(self) -> bool:
@@ -36,15 +39,32 @@ class Records:
         """Keep a record; when this returns, a killed server does not lose it."""
         if self._log is not None:
             self._log.put(kind, key, fields)
+            return
+        with self._lock:
+            self._memory.setdefault(key.partition(":")[0], {})[kind, key] = fields
 
     def get(self, kind: str, key: str) -> Fields | None:
         """Return a record, None if there is none."""
-        return None if self._log is None else self._log.get(kind, key)
+        if self._log is not None:
+            return self._log.get(kind, key)
+        with self._lock:
+            return self._memory.get(key.partition(":")[0], {}).get((kind, key))
+
+    def forget(self, kind: str, key: str) -> None:
+        """Forget one record."""
+        if self._log is not None:
+            self._log.forget(kind, key)
+            return
+        with self._lock:
+            self._memory.get(key.partition(":")[0], {}).pop((kind, key), None)
 
     def forget_session(self, session_id: str) -> None:
         """Forget a session and what belongs to it."""
         if self._log is not None:
             self._log.forget_session(session_id)
+            return
+        with self._lock:
+            self._memory.pop(session_id, None)
 
 
 class Table(Generic[T]):
@@ -83,7 +103,7 @@ class Table(Generic[T]):
             return known
         fields = self._records.get(self._kind, key)
         if fields is None:
-            raise NotFoundError(f"there is no {self._kind} {key!r} on this server{self._advice}")
+            raise NotFoundError(f"there is no {self._kind} {shown(key)} on this server{self._advice}")
         return self.add(key, remake(fields))
 
     def add(self, key: str, new: T) -> T:
@@ -100,6 +120,13 @@ class Table(Generic[T]):
     def record(self, key: str, fields: Fields) -> None:
         """Keep what the next server makes the object from."""
         self._records.put(self._kind, key, fields)
+
+    def forget_record(self, key: str) -> None:
+        """Forget what the next server would make the object from."""
+        self._records.forget(self._kind, key)
+
+    def __len__(self) -> int:
+        return len(self._objects)
 
     def remove(self, key: str) -> None:
         """Remove an object from memory."""

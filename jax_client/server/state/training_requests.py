@@ -95,6 +95,8 @@ class TrainingRequests:
         make: Callable[[], Run],
         response: Callable[[Run], types.CreateModelResponse | types.LoadWeightsResponse],
     ) -> PendingRequest:
+        if self._ledger.find(run_id, digest) is None:
+            self._live.check_room()
         pending, new = self._ledger.accept(run_id, digest, "train")
         if new:
             model = self._live.add_model(run_id, session.session_id, base_model, make)
@@ -220,12 +222,16 @@ class TrainingRequests:
             made.add_done_callback(lambda _: queue.submit(number, pending, start))
         return pending
 
-    def refuse(self, body: bytes, digest: bytes, error: JaxClientError) -> None:
-        """Use up the number of a request that is refused for its form: the model's next requests would wait for it."""
+    def refuse(self, body: bytes, digest: bytes, error: JaxClientError) -> PendingRequest | None:
+        """Use up the number of a request that is refused for its form: the model's next requests would wait for it.
+
+        Returns:
+            What waits until the number is used up, None where there is no such number.
+        """
         try:
             parsed = json.loads(body)
         except (ValueError, RecursionError):
-            return
+            return None
         model_id, number = (
             (parsed.get(key) for key in ("model_id", "seq_id")) if isinstance(parsed, dict) else (None, None)
         )
@@ -235,4 +241,5 @@ class TrainingRequests:
                 raise error
 
             with contextlib.suppress(JaxClientError):
-                self._on_model(model_id, number, digest, work)
+                return self._on_model(model_id, number, digest, work)
+        return None

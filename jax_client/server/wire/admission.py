@@ -1,139 +1,130 @@
-"""How much may wait at once? `AdmissionLimits` counts bodies and samples, and refuses what is more with status 429.
+"""Which part of its key's account does one request use? `Load` counts it from the first byte of the body on.
 
-The SDK then waits and sends the same request: a sampling request for as long as it takes, others for five minutes. So a
-burst costs its client time, and never a request, the server's memory, or other clients' answers.
+The guard opens a load for every request and closes it with the response, so no route can forget to count. What a
+request keeps until its answer, `Load.keep` leaves counted.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, MutableMapping
 from concurrent.futures import Future
+from typing import Any
 
-from jax_client.errors import JaxClientError
+from starlette.requests import Request
+
+from jax_client.server.wire.accounts import Account, BusyError
 from jax_client.server.wire.answers import Answer
 
-# The bytes of bodies that are being read, and of those whose requests have no answer yet.
-MAX_BYTES = 2**30
-# Sampling requests without an answer, and the samples that they ask for. The engine refuses 65,536 waiting samples for
-# good, so the limit here is lower.
-MAX_REQUESTS = 10_000
-MAX_SAMPLES = 60_000
-RETRY_SECONDS = 1
-
-
-class BusyError(JaxClientError):
-    """A request is over the limits now; the client may send it again."""
-
-
-class AdmissionLimits:
-    """Counts the bytes, sampling requests and samples that wait. Thread-safe.
-
-    Attributes:
-        bytes, requests, samples: the counts.
-
-    Args:
-        relieve: `relieve()` is called at the limit of bytes; it ends requests that wait for nothing.
-        max_bytes, max_requests, max_samples: the limits.
-    """
-
-    def __init__(
-        self,
-        relieve: Callable[[], None] = lambda: None,
-        *,
-        max_bytes: int | None = None,
-        max_requests: int | None = None,
-        max_samples: int | None = None,
-    ) -> None:
-        self._relieve = relieve
-        self._max_bytes = MAX_BYTES if max_bytes is None else max_bytes
-        self._max_requests = MAX_REQUESTS if max_requests is None else max_requests
-        self._max_samples = MAX_SAMPLES if max_samples is None else max_samples
-        self.bytes = 0
-        self.requests = 0
-        self.samples = 0
-        self._counted: set[str] = set()
-        self._lock = threading.Lock()
-
-    def check_samples(self, samples: int) -> None:
-        """Check that a sampling request is within the limits. Raises BusyError."""
-        if self.requests >= self._max_requests or (self.samples and self.samples + samples > self._max_samples):
-            raise BusyError(
-                f"{self.requests} sampling requests with {self.samples} samples wait already, the limits are "
-                f"{self._max_requests} and {self._max_samples}; send it again in {RETRY_SECONDS} s."
-            )
-
-    def grow(self, size: int) -> None:
-        """Count bytes of a body. Raises BusyError."""
-        if self._grew(size):
-            return
-        self._relieve()
-        if not self._grew(size):
-            raise BusyError(
-                f"{self.bytes / 1e6:.0f} MB of requests wait, the limit is {self._max_bytes / 1e6:.0f} MB; send "
-                "it again. A single call that is larger never fits: send less data with each."
-            )
-
-    def _grew(self, size: int) -> bool:
-        with self._lock:
-            if self.bytes + size > self._max_bytes:
-                return False
-            self.bytes += size
-            return True
-
-    def shrink(self, size: int) -> None:
-        """Uncount bytes."""
-        with self._lock:
-            self.bytes -= size
-
-    def keep(self, request_id: str, size: int, samples: int, answer: Future[Answer]) -> bool:
-        """Count a request until it is answered; False if it was counted already, as the first of two repetitions."""
-        with self._lock:
-            if request_id in self._counted:
-                return False
-            self._counted.add(request_id)
-            if samples:
-                self.requests += 1
-                self.samples += samples
-
-        def free(_: Future[Answer]) -> None:
-            with self._lock:
-                self._counted.discard(request_id)
-                self.bytes -= size
-                if samples:
-                    self.requests -= 1
-                    self.samples -= samples
-
-        answer.add_done_callback(free)
-        return True
+# Where there is no room for others, a body is dropped that takes longer than this to arrive. Only then: without
+# pressure a slow client is let finish.
+LATE_SECONDS = 10.0
+LEAST_BYTES_PER_SECOND = 2**20
+# The part of the room for arriving bodies that is kept for small ones: sessions, polls and samples fit beside uploads.
+SMALL_BODY = 64 * 2**10
+RESERVED = 4
+_SCOPE_KEY = "jax_client.load"
 
 
 class Load:
-    """The bytes of one request, counted from the first one. As a context, it uncounts them unless `keep` was called.
+    """What one request has counted in an account. As a context, it uncounts what is not kept.
+
+    Attributes:
+        account: where it counts.
 
     Args:
-        limits: where the bytes are counted.
+        account: where it counts.
     """
 
-    def __init__(self, limits: AdmissionLimits) -> None:
-        self._limits = limits
+    def __init__(self, account: Account) -> None:
+        self.account = account
+        self._stop: Callable[[], object] | None = None
+        self._taken: Counter[str] = Counter()
         self._size = 0
+        self._started = time.monotonic()
+
+    def reading(self, stop: Callable[[], object] | None) -> None:
+        """Note that the body is being read, and `stop()` ends that; None where it is not, or not any more."""
+        self._stop = stop
+        if stop is None:
+            self.account.arriving.discard(self)
+        else:
+            self.account.arriving.add(self)
 
     def grow(self, size: int) -> None:
         """Count a piece of the body. Raises BusyError."""
-        self._limits.grow(size)
         self._size += size
+        if self._size > SMALL_BODY:
+            limit = self.account.limit("arriving_bytes")
+            if self.account.used("arriving_bytes") + size > limit - limit // RESERVED:
+                for body in list(self.account.arriving):
+                    body.drop_if_late()
+                if self.account.used("arriving_bytes") + size > limit - limit // RESERVED:
+                    raise BusyError(
+                        f"bodies of {self.account.used('arriving_bytes') / 1e6:.0f} MB arrive already, the limit for "
+                        f"large ones is {(limit - limit // RESERVED) / 1e6:.0f} MB; send it again in 1 s."
+                    )
+            self.account.take(bytes=size, arriving_bytes=size)
+        else:
+            # A poll or a sign of life is read however much work waits; what is work itself has to `take`.
+            self.account.take(arriving_bytes=size)
+            self.account.add(bytes=size)
+        self._taken.update({"bytes": size, "arriving_bytes": size})
 
-    def keep(self, request_id: str, answer: Future[Answer], samples: int = 0) -> None:
-        """Keep the bytes counted until the request is answered."""
-        if self._limits.keep(request_id, self._size, samples, answer):
-            self._size = 0
+    def take(self, **amounts: int) -> None:
+        """Count amounts of some kinds until the request ends or is answered.
+
+        Raises:
+            BusyError: one is over its quota, or the bodies that wait are.
+        """
+        self.account.take(bytes=0, **amounts)
+        self._taken.update(amounts)
+
+    def shrink(self, size: int) -> None:
+        """Uncount a part of the body that is no longer in memory."""
+        self.account.give(bytes=size, arriving_bytes=size)
+        self._taken.subtract({"bytes": size, "arriving_bytes": size})
+
+    def arrived(self) -> None:
+        """Note that the body is whole."""
+        self.account.give(arriving_bytes=self._taken.pop("arriving_bytes", 0))
+
+    def drop(self) -> None:
+        """Uncount the body: its pieces are no longer in memory."""
+        for kind in ("bytes", "arriving_bytes"):
+            self.account.give(**{kind: self._taken.pop(kind, 0)})
+
+    def drop_if_late(self) -> None:
+        """Stop reading the body if it takes longer than its size explains."""
+        age = time.monotonic() - self._started
+        if self._stop is not None and age > LATE_SECONDS + self._size / LEAST_BYTES_PER_SECOND:
+            self._stop()
+            self.drop()
+
+    def keep(self, request_id: str, answer: Future[Answer]) -> None:
+        """Keep what is counted until the request is answered."""
+        self.arrived()
+        if self.account.count_until(request_id, answer, dict(self._taken)):
+            self._taken.clear()
 
     def __enter__(self) -> Load:
         """Return the load."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Uncount the bytes that are not kept."""
-        if self._size:
-            self._limits.shrink(self._size)
+        """Uncount what is not kept."""
+        self.account.give(**self._taken)
+        self._taken.clear()
+
+    def attach(self, scope: MutableMapping[str, Any]) -> None:
+        """Make this the load of a request."""
+        scope[_SCOPE_KEY] = self
+
+
+def load_of(request: Request) -> Load:
+    """Return the load of a request, which the guard has opened."""
+    found = request.scope[_SCOPE_KEY]
+    if not isinstance(found, Load):
+        raise TypeError("the request did not come through the guard")
+    return found

@@ -1,68 +1,130 @@
 """Who may talk to the server? `Guard` checks key, host and origin in front of every route, also of the health check.
 
 A web page can make a browser send requests to a loopback port. So the server answers under listed names only, and
-refuses requests that come from other sites' pages.
+refuses requests of pages that it did not serve itself, those of another port of this machine included.
 """
 
 from __future__ import annotations
 
-import functools
 import hmac
-from collections.abc import Iterable
-from urllib.parse import urlsplit
+import re
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from jax_client.errors import shown
+from jax_client.server.wire.accounts import Account
+from jax_client.server.wire.admission import Load
+
 KEY_HEADER = b"x-api-key"
 # Paths below it carry a signature in place of the key.
 SIGNED = "/api/v1/downloads/"
+# What decides who is let in; a second one could mean another thing to what is in front of the server.
+ONCE = (b"host", b"origin", b"sec-fetch-site", KEY_HEADER)
+# A name, an IPv4 address, or an IPv6 address in brackets; then a port.
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::([0-9]{1,5}))?")
+_PORTS = {"http": 80, "https": 443}
+# What a browser says of a request: of a page of this very server, or of the user, who typed the address.
+_OWN_SITES = (b"same-origin", b"none")
+
+_Headers: TypeAlias = dict[bytes, bytes]
+_Refusal: TypeAlias = tuple[int, str]
 
 
 class Guard:
-    """ASGI middleware that checks key, host and origin before it reads anything else.
+    """ASGI middleware that checks key, host and origin before it reads anything else, and counts what follows.
 
     Args:
         app: the application behind it.
         api_key: the key that every request must carry, None for none.
         hosts: names and addresses under which the server may be called, without ports.
+        account: `account() -> Account` of the clients that the key lets in.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, hosts: Iterable[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, api_key: str | None, hosts: Iterable[str], account: Callable[[], Account]
+    ) -> None:
         self._app = app
         self._api_key = None if api_key is None else api_key.encode()
-        self._hosts = frozenset(host.lower() for host in hosts)  # as `urlsplit` gives them
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._account = account
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(scope) if scope["type"] == "http" else (403, "only HTTP is served")
+        refusal = self._refusal(scope) if scope["type"] == "http" else (403, "only HTTP is served.")
         if refusal is None:
-            await self._app(scope, receive, send)
+            with Load(self._account()) as load:
+                load.attach(scope)
+                await self._app(scope, receive, send)
             return
         status, detail = refusal
         await JSONResponse({"detail": detail}, status)(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        headers = dict(scope["headers"])
-        host = headers.get(b"host", b"").decode("latin-1")
+    def _refusal(self, scope: Scope) -> _Refusal | None:
+        headers: _Headers = {}
+        for name, value in scope["headers"]:
+            if name in ONCE and name in headers:
+                return 400, f"the header {name.decode()} is there twice; send it once."
+            headers[name] = value
         # A Unix socket has no name to rebind.
-        if scope.get("server", ("", 0))[1] is not None and _name(f"//{host}") not in self._hosts:
-            return 403, "this server is not called by that name; see --allow-host."
-        origin = headers.get(b"origin")
-        if origin is not None and _name(origin.decode("latin-1")) not in self._hosts:
-            return 403, "requests from web pages of other sites are refused."
-        keyed = self._api_key is not None and not scope["path"].startswith(SIGNED)
-        if keyed and not hmac.compare_digest(headers.get(KEY_HEADER, b""), self._api_key or b""):
+        named = scope.get("server", ("", 0))[1] is not None
+        return (
+            self._host_refusal(headers, named=named)
+            or _page_refusal(headers, scope)
+            or self._key_refusal(headers, scope)
+        )
+
+    def _host_refusal(self, headers: _Headers, *, named: bool) -> _Refusal | None:
+        if not named:
+            return None
+        host = headers.get(b"host", b"")
+        place = _place(host, 80)
+        if place is None:
+            return 400, f"the header host is {_text(host)}; send the name or address of this server, and its port."
+        if place[0] not in self._hosts:
+            return 403, f"this server is not called {_text(host)}; start it with --allow-host, or use another name."
+        return None
+
+    def _key_refusal(self, headers: _Headers, scope: Scope) -> _Refusal | None:
+        if self._api_key is None or scope["path"].startswith(SIGNED):
+            return None
+        if not hmac.compare_digest(headers.get(KEY_HEADER, b""), self._api_key):
             return 401, "the X-API-Key header is missing or wrong; set TINKER_API_KEY."
         return None
 
 
-@functools.lru_cache(maxsize=64)
-def _name(url: str) -> str | None:
-    try:
-        return urlsplit(url).hostname
-    except ValueError:
+def _page_refusal(headers: _Headers, scope: Scope) -> _Refusal | None:
+    """Refuse requests of pages that this server did not serve: its origin is its scheme, its name and its port."""
+    site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
+    if site is not None and site not in _OWN_SITES:
+        return (
+            403,
+            f"requests from web pages of other sites are refused (sec-fetch-site is {_text(site)}); use the SDK.",
+        )
+    if origin is None:
         return None
+    scheme, separator, host = origin.partition(b"://")
+    own = scope.get("scheme", "http")
+    port = _PORTS.get(own, 80)
+    known = _place(headers.get(b"host", b""), port)
+    if not separator or scheme != own.encode() or known is None or _place(host, port) != known:
+        return 403, f"requests from web pages of other sites are refused (origin is {_text(origin)}); use the SDK."
+    return None
+
+
+def _place(host: bytes, default_port: int) -> tuple[str, int] | None:
+    """Return the name, in small letters, and the port of a Host header; None if it is none."""
+    found = _HOST.fullmatch(host)
+    if found is None:
+        return None
+    port = default_port if found[2] is None else int(found[2])
+    return (found[1].decode().lower().strip("[]"), port) if port <= 65535 else None
+
+
+def _text(value: bytes) -> str:
+    return shown(value.decode("latin-1")[:100])

@@ -92,4 +92,5 @@ def received(connection: socket.socket) -> bytes:
 
 def in_use(running: Running) -> tuple[int, int, int, int]:
     state = running.http.server_state
-    return len(state.tasks), len(state.connections), running.server.admission.bytes, running.server.admission.requests
+    used = running.server.account.used
+    return len(state.tasks), len(state.connections), used("bytes"), used("sampling_requests")
