@@ -101,7 +101,7 @@ def test_names_of_one_model_share_one_copy(model, tmp_path):
                 session_id=session, model_seq_id=0, base_model=name, lora_config=types.LoraConfig(rank=4)
             )
             server.training.create_model(request, bytes([number])).answer.result(60)
-            assert server.training.run(f"{session}:train:0").model_ref.model.engine is not None
+            assert server.training.run(f"{session}:train:0").result().model_ref.model.engine is not None
         assert len(opened) == 1
     finally:
         server.close(30)

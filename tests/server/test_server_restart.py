@@ -284,6 +284,11 @@ def test_clients_that_join_a_sampler_get_numbers_of_their_own(model: str, tmp_pa
     first.close(60)
     second = Server(config(tmp_path), log=RequestLog(tmp_path))
     assert [*numbers, second.sampling.join_sampling_session(sampler_id)] == [1, 2, 3, 4]
+    second.live.forget_session(made.session_id)
+    made = second.create_session(types.CreateSessionRequest(tags=[], user_metadata=None, sdk_version="0.38"))
+    asked = asked.model_copy(update={"session_id": made.session_id})
+    other = second.sampling.create_sampling_session(asked).sampling_session_id
+    assert second.sampling.join_sampling_session(other) == 5, "answers outlive a session, and no number is given twice"
     second.close(60)
 
 

@@ -92,7 +92,6 @@ class LiveObjects:
         self._clients = clients
         self._closing = False
         self._use = SessionUse(account or Account(), self._end_idle_session)
-        self._at_forget: list[Callable[[str], None]] = []
         self._eviction = Eviction(
             self.own, self.sessions, self.models, self.samplers, self._use.last_sign, self._end_and_wait
         )
@@ -151,10 +150,6 @@ class LiveObjects:
         """Raise BusyError unless there is room for one model more."""
         self._use.check(records=1, loads=1)
 
-    def at_forget(self, function: Callable[[str], None]) -> None:
-        """Call `function(session_id)` when a session is forgotten."""
-        self._at_forget.append(function)
-
     def _end_idle_session(self) -> bool:
         """End the session whose client has been silent for the longest, if it keeps nothing that is lost with it."""
         holding = {model.session_id for model in self.models.values()}
@@ -198,8 +193,6 @@ class LiveObjects:
                     table.remove(key)
         self._queues.forget(session_id)
         self._records.forget_session(session_id)
-        for function in self._at_forget:
-            function(session_id)
 
     # Models
 

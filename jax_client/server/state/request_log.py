@@ -66,14 +66,15 @@ _DELETE_OLDEST = (
     "DELETE FROM promises WHERE number IN "
     "(SELECT number FROM promises WHERE body IS NOT NULL ORDER BY number LIMIT ?) RETURNING id"
 )
-# Whole sessions, whose ids have 36 characters, and begin the ids of all that belongs to them.
+# Whole sessions, whose ids have 36 characters, and begin the ids of all that belongs to them. What has the id `all` is
+# of no session, and stays.
 _OLD_RECORDS = """
 DELETE FROM things WHERE substr(id, 1, 36) IN (
     SELECT session FROM (
         SELECT session, sum(rows) OVER newest AS rows, sum(bytes) OVER newest AS bytes FROM (
             SELECT substr(id, 1, 36) AS session, max(written) AS last, count(*) AS rows,
                 sum(length(about) + 200) AS bytes
-            FROM things GROUP BY substr(id, 1, 36)
+            FROM things WHERE id != 'all' GROUP BY substr(id, 1, 36)
         ) WINDOW newest AS (ORDER BY last DESC, session)
     ) WHERE rows > ? OR bytes > ?
 )
@@ -277,7 +278,8 @@ def _opened(file: SqliteFile) -> sqlite3.Connection:
         with transaction(connection):
             # Not by a clock alone, which may have jumped ahead: what was written last tells how old the rest is.
             last = "(SELECT min(max(written), ?) FROM things)"
-            connection.execute(f"DELETE FROM things WHERE written < {last} - ?", (time.time(), FORGOTTEN_SECONDS))
+            old = f"written < {last} - ? AND id != 'all'"
+            connection.execute(f"DELETE FROM things WHERE {old}", (time.time(), FORGOTTEN_SECONDS))
             newest = "(SELECT max(number) FROM promises)"
             connection.execute(f"DELETE FROM promises WHERE body IS NULL AND number < {newest} - ?", (MAX_ANSWERS,))
             connection.execute(_OLD_RECORDS, (MAX_RECORDS, MAX_RECORD_BYTES))

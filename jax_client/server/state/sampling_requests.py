@@ -33,11 +33,10 @@ class SamplingRequests:
         self._ledger = ledger
         self._records = records
         self._model_name = model_name
-        # How many clients joined each sampler, as long as its session is known: a number given twice would lead a new
-        # client to the answers of an old one.
-        self._joined: dict[str, dict[str, int]] = {}
+        # How many clients joined samplers, of whatever session and server on this directory: a number given twice would
+        # lead a new client to the answers of an old one.
+        self._joined: int = (records.get("clones", "all") or {"count": 0})["count"]
         self._lock = threading.Lock()
-        live.at_forget(self._forget_joined)
 
     def create_sampling_session(
         self, request: types.CreateSamplingSessionRequest
@@ -52,19 +51,13 @@ class SamplingRequests:
 
     def join_sampling_session(self, sampler_id: str) -> int:
         """Return a number that no other client of this sampler has."""
-        session_id = self._live.sampler(sampler_id).session_id
+        self._live.sampler(sampler_id)
+        # Earlier versions counted those of each sampler.
+        earlier = (self._records.get("clones", sampler_id) or {"count": 0})["count"]
         with self._lock:
-            of_session = self._joined.setdefault(session_id, {})
-            joined = of_session.get(sampler_id)
-            if joined is None:
-                joined = (self._records.get("clones", sampler_id) or {"count": 0})["count"]
-            of_session[sampler_id] = joined + 1
-            self._records.put("clones", sampler_id, {"count": joined + 1})
-        return joined + 1
-
-    def _forget_joined(self, session_id: str) -> None:
-        with self._lock:
-            self._joined.pop(session_id, None)
+            self._joined = joined = max(self._joined, earlier) + 1
+            self._records.put("clones", "all", {"count": joined})
+        return joined
 
     def sampler(self, sampler_id: str) -> Future[SamplerHandle]:
         """Return the future of a sampler, loading it if need be. Raises NotFoundError."""
