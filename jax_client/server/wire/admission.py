@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from jax_client.server.wire.accounts import Account, BusyError
+from jax_client.server.wire.accounts import RETRY_SECONDS, Account, BusyError
 from jax_client.server.wire.answers import Answer
 
 # Where there is no room for others, a body is dropped that takes longer than this to arrive. Only then: without
@@ -56,21 +56,27 @@ class Load:
         """Count a piece of the body. Raises BusyError."""
         self._size += size
         if self._size > SMALL_BODY:
-            limit = self.account.limit("arriving_bytes")
-            if self.account.used("arriving_bytes") + size > limit - limit // RESERVED:
-                for body in list(self.account.arriving):
-                    body.drop_if_late()
-                if self.account.used("arriving_bytes") + size > limit - limit // RESERVED:
-                    raise BusyError(
-                        f"bodies of {self.account.used('arriving_bytes') / 1e6:.0f} MB arrive already, the limit for "
-                        f"large ones is {(limit - limit // RESERVED) / 1e6:.0f} MB; send it again in 1 s."
-                    )
+            self._check_room(size)
             self.account.take(bytes=size, arriving_bytes=size)
         else:
             # A poll or a sign of life is read however much work waits; what is work itself has to `take`.
             self.account.take(arriving_bytes=size)
             self.account.add(bytes=size)
         self._taken.update({"bytes": size, "arriving_bytes": size})
+
+    def _check_room(self, size: int) -> None:
+        """Check that a large body's piece leaves the room for small ones. Raises BusyError."""
+        limit = self.account.limit("arriving_bytes")
+        most = limit - limit // RESERVED
+        if self.account.used("arriving_bytes") + size <= most:
+            return
+        for body in list(self.account.arriving):
+            body.drop_if_late()
+        if (used := self.account.used("arriving_bytes")) + size > most:
+            raise BusyError(
+                f"bodies of {used / 1e6:.0f} MB arrive already, the limit for large ones is {most / 1e6:.0f} MB; send "
+                f"it again in {RETRY_SECONDS} s."
+            )
 
     def take(self, **amounts: int) -> None:
         """Count amounts of some kinds until the request ends or is answered.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,13 +18,11 @@ import zstandard
 from starlette.requests import ClientDisconnect, Request
 
 from jax_client.errors import BadRequestError, JaxClientError
-from jax_client.host.memory import give_back
 from jax_client.server.wire.accounts import BusyError
 from jax_client.server.wire.admission import Load, load_of
-from jax_client.threads import Workers
+from jax_client.server.wire.pools import run_on_body
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
-T = TypeVar("T")
 
 # A chunk of the SDK's has 5 MB before compression; one datum may be larger.
 MAX_BYTES = 64 * 2**20
@@ -38,8 +35,6 @@ MAX_CONTAINERS = 2**17
 STALL_SECONDS = 30.0
 # The size up to which parsing a body on the event loop is cheaper than handing it to another thread.
 SMALL = 16 * 2**10
-# A larger one is decompressed and parsed alone.
-MEDIUM = 2**20
 # Of what is decompressed in order to count it.
 PIECE = 2**20
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -82,7 +77,7 @@ async def read_body(request: Request, limit: int | None = None) -> bytes:
         decompress = partial(_decompressed, sent, limit, load)
         size = _content_size(sent)
         # The size that a frame claims is what its decompression allocates.
-        body = decompress() if 0 <= size <= SMALL else await _gated(size, decompress)
+        body = decompress() if 0 <= size <= SMALL else await run_on_body(size, decompress)
         load.shrink(len(sent))
     load.arrived()
     return body
@@ -159,24 +154,6 @@ def _decompressed(frame: bytes, limit: int, load: Load) -> bytes:
         raise BadRequestError("the body is no zstd frame.") from None
 
 
-# Few threads of their own: each has a heap, which keeps the size of the largest body.
-_small, _large = Workers("jax_client-bodies", 2), Workers("jax_client-large-bodies", 1)
-
-
-async def _gated(size: int, work: Callable[[], T]) -> T:
-    """Do work on a body of `size` bytes, -1 for unknown, on another thread, few at a time and large ones alone."""
-    if 0 <= size <= MEDIUM:
-        return await asyncio.wrap_future(_small.submit(work))
-
-    def large() -> T:
-        try:
-            return work()
-        finally:
-            give_back()
-
-    return await asyncio.wrap_future(_large.submit(large))
-
-
 async def read_json(request: Request, model: type[Model], *, limit: int | None = None) -> tuple[Model, bytes]:
     """Read a JSON body of at most `limit` bytes, None for MAX_JSON_BYTES, as one of the SDK's request types.
 
@@ -190,7 +167,7 @@ async def read_json(request: Request, model: type[Model], *, limit: int | None =
     body = await read_body(request, MAX_JSON_BYTES if limit is None else limit)
     if len(body) <= SMALL:
         return parse(body, model), body
-    return await _gated(len(body), partial(parse, body, model)), body
+    return await run_on_body(len(body), partial(parse, body, model)), body
 
 
 def parse(body: bytes, model: type[Model]) -> Model:

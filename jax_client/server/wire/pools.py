@@ -1,6 +1,6 @@
-"""On which threads does the server do what would stop its event loop? On two pools: one of work, one of cheap calls.
+"""On which threads does the server do what would stop its event loop? On pools for work, for cheap calls, for bodies.
 
-A call of either pool computes or reads the disk, and then ends: what waits for a turn, a model or a compile is awaited
+A call of any pool computes or reads the disk, and then ends: what waits for a turn, a model or a compile is awaited
 by its future and holds no thread. So a pool may be busy, but it is never filled by waiting.
 """
 
@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from jax_client.host.memory import give_back
 from jax_client.threads import Workers
 
 P = ParamSpec("P")
@@ -17,8 +18,12 @@ T = TypeVar("T")
 
 # Sessions, signs of life, polls, cancellations.
 _cheap = Workers("jax_client-calls", 32)
-# Bodies to parse, data to check, files to read.
+# Data to check, files to read.
 _work = Workers("jax_client-requests", 16)
+# Few: each thread has a heap, which keeps the size of the largest body.
+_small_bodies, _large_bodies = Workers("jax_client-bodies", 2), Workers("jax_client-large-bodies", 1)
+# The size up to which a body is a small one.
+MEDIUM = 2**20
 
 
 async def run_cheap(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -29,3 +34,17 @@ async def run_cheap(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
 async def run_work(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Run a function that may compute, or read the disk, for longer on a thread; return its result."""
     return await asyncio.wrap_future(_work.submit(function, *args, **kwargs))
+
+
+async def run_on_body(size: int, work: Callable[[], T]) -> T:
+    """Run work on a body of `size` bytes, -1 for unknown, on a thread, few at a time and large ones alone."""
+    if 0 <= size <= MEDIUM:
+        return await asyncio.wrap_future(_small_bodies.submit(work))
+
+    def large() -> T:
+        try:
+            return work()
+        finally:
+            give_back()
+
+    return await asyncio.wrap_future(_large_bodies.submit(large))
