@@ -25,14 +25,16 @@ import numpy as np
 
 from jax_client import process
 from jax_client.errors import BadRequestError, RequestFailedError
+from jax_client.host.memory import give_back
 from jax_client.sharding import Device
 from jax_client.torch_graph.graph import Graph
 from jax_client.torch_graph.traced import bounds, compile_queue, padding
 from jax_client.torch_graph.traced.compile_queue import CompileQueue, Job
 from jax_client.torch_graph.traced.padding import Padded, Pattern, Shapes
 
-# Programs kept in the process, of all losses; what is needed again after this number of others is compiled again.
-MOST_PROGRAMS = 1024
+# Of the programs kept in the process, of all losses together: what is needed again after so many others is compiled
+# again. An equation takes about 14 KB of the process's memory.
+MOST_EQUATIONS = 64_000
 # Kept of each loss: how the shapes of its inputs depend on the length.
 MOST_PATTERNS = 64
 # Of the programs that run at the same time, temporaries and outputs together.
@@ -55,12 +57,14 @@ class _Program:
         shapes: of the arrays.
         lengths: names of the lengths that are inputs, none where the shapes are exact.
         bytes: temporaries and outputs.
+        equations: as `bounds` counts them.
     """
 
     shapes: Shapes
     lengths: tuple[str, ...]
     compiled: jax.stages.Compiled
     bytes: int
+    equations: int
 
     def launch(self, arrays: Sequence[np.ndarray]) -> Any:
         """Return ((loss, metrics), padded gradient), which are still being computed."""
@@ -133,8 +137,9 @@ class _Cache:
     def put(self, owner: GraphProgram, key: Hashable, program: _Program) -> None:
         with self._lock:
             self._programs[owner, key] = program
-            while len(self._programs) > MOST_PROGRAMS:
-                self._programs.popitem(last=False)
+            total = sum(each.equations for each in self._programs.values())
+            while total > MOST_EQUATIONS and len(self._programs) > 1:
+                total -= self._programs.popitem(last=False)[1].equations
 
     def forget(self, owner: GraphProgram) -> None:
         with self._lock:
@@ -304,16 +309,17 @@ class GraphProgram:
     ) -> _Program:
         with _host() as device:
             traced = make(job)
-            bounds.check(traced.jaxpr.jaxpr, self.graph.name, padded=bool(lengths))
+            equations = bounds.check(traced.jaxpr.jaxpr, self.graph.name, padded=bool(lengths))
             job.check()
             options = _CPU_OPTIONS if device.platform == "cpu" else {}
             with process.not_waited_for():
                 compiled = traced.lower().compile(compiler_options=options)
+            give_back()
         arrays = compiled.in_avals[0][1:] if lengths else compiled.in_avals[0]
         shapes = tuple((tuple(aval.shape), aval.dtype.name) for aval in arrays)
         size = compiled.memory_analysis()
         total = 0 if size is None else size.temp_size_in_bytes + size.output_size_in_bytes
-        program = _Program(shapes=shapes, lengths=lengths, compiled=compiled, bytes=total)
+        program = _Program(shapes=shapes, lengths=lengths, compiled=compiled, bytes=total, equations=equations)
         if not self._closed:
             _cache.put(self, key, program)
         return program

@@ -48,18 +48,22 @@ def test_whole_losses_equal_torchs(seed: int) -> None:
 
 def test_one_program_per_shape_and_no_more_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = program._Cache()
-    monkeypatch.setattr(program, "MOST_PROGRAMS", 2)
     monkeypatch.setattr(program, "_cache", cache)
     monkeypatch.setattr(program, "BYTES_AT_ONCE", 0)
     loss = program.GraphProgram(read_graph(*wire(lambda logprobs: (logprobs.sum() ** 2, {}), {"p": 1}), "loss"))
     batch = [numbers(i, (length,)) for i, length in enumerate((3, 5, 3, 7, 20))]
+    loss.prepare(map(program.shapes_of, batch)).result(60)
+    sizes = [each.equations for each in cache._programs.values()]
+    assert len(sizes) == 3 and min(sizes) > 1  # of 3, of up to 16 and of up to 32 tokens
+    monkeypatch.setattr(program, "MOST_EQUATIONS", sum(sizes) - 1)
     for _ in range(2):
         found = loss.prepare(map(program.shapes_of, batch)).result(60).evaluate(batch)
         for (p,), (value, gradient, _) in zip(batch, found, strict=True):
             assert value == pytest.approx(float(p.sum()) ** 2, rel=1e-5)
             np.testing.assert_allclose(gradient, np.full(len(p), 2 * p.sum()), rtol=1e-5)
-    # Of 3, of up to 16 and of up to 32 tokens.
-    assert len(cache._programs) == 2
+        loss.prepare([program.shapes_of(numbers(1, (70,)))]).result(60)
+        assert 1 < len(cache._programs) < 4
+        assert sum(each.equations for each in cache._programs.values()) < sum(sizes)
 
 
 def test_an_index_out_of_range_does_not_go_unseen() -> None:

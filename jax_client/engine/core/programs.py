@@ -7,12 +7,10 @@ on several threads run side by side; those in the background wait for as long as
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import logging
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -28,6 +26,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jax_client import process
 from jax_client.errors import RequestFailedError
+from jax_client.host.memory import give_back
 from jax_client.host.places import expand, needs_home
 
 logger = logging.getLogger(__name__)
@@ -284,13 +283,7 @@ def _runs(running: _Compile, entry: _Entry) -> Iterator[None]:
         with _changed:
             _running.discard(running)
             _changed.notify_all()
-        _return_freed_memory()
-
-
-def _return_freed_memory() -> None:
-    """Return freed memory from the C library to the system: compiles leave hundreds of MiB."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+        give_back()
 
 
 def waited_for_s(log: list[CompileRecord]) -> float:

@@ -30,8 +30,8 @@ class LimitError(BadRequestError):
     """A loss is too large a program."""
 
 
-def check(jaxpr: Any, name: str, *, padded: bool = False) -> None:
-    """Check a traced loss.
+def check(jaxpr: Any, name: str, *, padded: bool = False) -> int:
+    """Check a traced loss, and return its equations.
 
     Args:
         jaxpr: of the loss, or of the loss with its gradient.
@@ -63,6 +63,7 @@ def check(jaxpr: Any, name: str, *, padded: bool = False) -> None:
                 f"loss {name} is too large to be compiled: with its gradient it has {found:,} {noun}; the limit is "
                 f"{limit:,}. Use fewer of them, or shorter sequences. {INSTEAD}"
             )
+    return equations
 
 
 def _weight(equation: Any, elements: list[Any]) -> int:
