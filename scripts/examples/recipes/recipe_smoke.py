@@ -56,7 +56,7 @@ RECIPES: dict[str, Recipe] = {
     "rl_loop": Recipe(
         module="rl_loop",
         metric="reward/total",
-        options={"batch_size": 2, "group_size": 4, "max_tokens": 48},
+        options={"batch_size": 4, "group_size": 16, "max_tokens": 64},
         model=ALIAS,
         minimal=True,
     ),
@@ -113,8 +113,10 @@ RECIPES: dict[str, Recipe] = {
     "rubric": Recipe(
         module="rubric.train",
         metric=REWARD,
+        # Each answer is graded with up to 2,048 tokens, which SmolLM2 does not end by itself.
         options={
-            "groups_per_batch": 2,
+            "groups_per_batch": 1,
+            "train_group_size": 2,
             "grader_llm_name": MODEL,
             "grader_renderer_name": RENDERER,
         },
