@@ -34,7 +34,7 @@ from jax_client.engine.core.requests import (
     LossSpec,
     TrainResult,
 )
-from jax_client.engine.core.turns import Lane, Task
+from jax_client.engine.core.turns import NO_OWNER, Lane, Task
 from jax_client.engine.monitor import EngineMonitor
 from jax_client.engine.sample.loop import SamplingLoop
 from jax_client.engine.train import packing, step_range
@@ -115,7 +115,6 @@ class Engine:
             background=self._background,
         )
         self._dispatcher = Dispatcher("jax_client")
-        self._sampling_lane = Lane(sampling=True)
         self.monitor = EngineMonitor(
             source=source,
             model=self.model,
@@ -143,9 +142,9 @@ class Engine:
         )
         process.run_exit_steps_before_others()
 
-    def open_lane(self) -> Lane:
-        """Return a queue for one client: its requests run in order, lanes take turns."""
-        return Lane()
+    def open_lane(self, owner: str = NO_OWNER) -> Lane:
+        """Return a queue for one client: its requests run in order, owners share the device, lanes take turns."""
+        return Lane(owner)
 
     def submit(self, lane: Lane, task: Task[T], trained: Adapter | None = None) -> Future[T]:
         """Carry out a task on the thread that launches programs; `trained` is the adapter of a training task."""
@@ -283,7 +282,7 @@ class Engine:
         self._asked.set()
         future, start = self.sampler.enqueue(snapshot, request)
         if start:
-            self.submit(self._sampling_lane, self.sampler.serve()).add_done_callback(self.sampler.stopped)
+            self.submit(self.sampler.lane, self.sampler.serve()).add_done_callback(self.sampler.stopped)
         return future
 
     def logits(

@@ -92,6 +92,7 @@ class EngineMonitor:
             },
             "sampling": sampling,
             "training": asdict(self.trainer.total),
+            "owner_seconds": self.dispatcher.device_s(),
         }
 
     def compiled(self, since: int = 0) -> list[CompileRecord]:

@@ -55,11 +55,13 @@ class Usage(TypedDict):
         memory_bytes: by kind, all devices together; "available" is what one device may still allocate.
         sampling: the cache and what was sampled, as `SamplingLoop.describe` names it.
         training: the sums of all training, as `accounting.Work` names them.
+        owner_seconds: that the turns of each owner have taken, "" for what has no owner.
     """
 
     memory_bytes: dict[str, int]
     sampling: dict[str, float]
     training: dict[str, float]
+    owner_seconds: dict[str, float]
 
 
 class Monitor(Protocol):
@@ -105,8 +107,8 @@ class Engine(Protocol):
         """What the engine says about itself."""
         ...
 
-    def open_lane(self) -> Lane:
-        """Return a queue for one client."""
+    def open_lane(self, owner: str = "") -> Lane:
+        """Return a queue for one client of an owner. Owners share the device equally."""
         ...
 
     def open_adapter(self, lane: Lane, start: LoraSpec | AdapterState) -> Future[Adapter]:

@@ -272,7 +272,7 @@ def test_cancelling_frees_the_rows(engine: Engine) -> None:
     before = sampling()["decode_blocks"]
     send(engine, max_tokens=4).result()
     assert sampling()["decode_blocks"] - before <= 3, "one block in flight, and those of four tokens"
-    assert engine._dispatcher.submit(engine._sampling_lane, after()).result()  # when nothing is left to serve
+    assert engine._dispatcher.submit(engine.sampler.lane, after()).result()  # when nothing is left to serve
     assert [sampling()[name] for name in ("rows_running", "rows_waiting", "pages_used")] == [0, 0, 0]
 
 

@@ -78,7 +78,7 @@ class FakeMonitor:
         rows, prompt = ("rows_running", "rows_waiting"), ("prompt_tokens", "prompt_tokens_cached")
         names: list[str] = [*rows, *prompt, "sampled_tokens", "decode_rows", "decode_slots"]
         counts = dict.fromkeys(names, 0.0)
-        return {"memory_bytes": memory, "sampling": counts, "training": {}}
+        return {"memory_bytes": memory, "sampling": counts, "training": {}, "owner_seconds": {}}
 
     def health(self) -> Health:
         return {"state": "idle", "waiting": 0, "stalled_seconds": 0.0, "compiling": []}
@@ -106,8 +106,8 @@ class FakeEngine:
         self._device.shutdown(wait=True)
         self.closed.set()
 
-    def open_lane(self) -> Lane:
-        return Lane()
+    def open_lane(self, owner: str = "") -> Lane:
+        return Lane(owner)
 
     def _run(self, name: str, work: Callable[[], T]) -> Future[T]:
         def job() -> T:

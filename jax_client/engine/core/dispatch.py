@@ -103,6 +103,10 @@ class Dispatcher:
         alive = self.thread.is_alive() and self._death is None
         return Liveness(alive=alive, closed=self._close_called, waiting=waiting, stalled_s=stalled_s)
 
+    def device_s(self) -> dict[str, float]:
+        """Return the seconds that each owner's turns have taken so far; never waits."""
+        return self._turns.device_s()
+
     def close(self) -> None:
         """Stop after the step in hand; tasks that have not finished fail."""
         self._close_called = True

@@ -69,6 +69,7 @@ class GenerationRequest:
         targets_TK: int32 (T - 1, K), ids to score at the prompt positions after the first; -1 asks for nothing.
         alternatives: tokens to draw at each prompt position after the first, at the request's temperature; 0 is off.
         score_last: report logprobs and likeliest tokens of the last `score_last` prompt tokens; None reports all.
+        owner: whose request it is. Owners share the device equally, and no prefixes.
     """
 
     tokens_T: np.ndarray
@@ -86,6 +87,7 @@ class GenerationRequest:
     targets_TK: np.ndarray | None = None
     alternatives: int = 0
     score_last: int | None = None
+    owner: str = ""
 
     @property
     def scores_prompt(self) -> bool:

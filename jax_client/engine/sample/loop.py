@@ -28,7 +28,7 @@ from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.device_errors import is_out_of_memory, named_error
 from jax_client.engine.core.programs import CompileRecord
 from jax_client.engine.core.requests import GenerationRequest, GenerationResult
-from jax_client.engine.core.turns import Task
+from jax_client.engine.core.turns import Lane, Task
 from jax_client.engine.sample.batches import Batches
 from jax_client.engine.sample.pages import PAGE
 from jax_client.engine.sample.programs import BLOCK_STEPS, Pool, SamplePrograms, sampling_params
@@ -88,7 +88,11 @@ class Counts:
 
 
 class SamplingLoop:
-    """Runs sampling requests with the engine's weights."""
+    """Runs sampling requests with the engine's weights.
+
+    Attributes:
+        lane: where `serve` runs; the owners of its rows share its turns.
+    """
 
     def __init__(
         self,
@@ -101,6 +105,7 @@ class SamplingLoop:
         memory_fraction: float,
         background: Workers | None = None,
     ):
+        self.lane = Lane(sampling=True)
         self._params = sampling_params(params)
         self._model = model
         self._mesh = mesh
@@ -198,7 +203,7 @@ class SamplingLoop:
         """
         if (schedule := self._schedule) is None:
             return False
-        self._returned = deque(schedule.placed) + schedule.waiting
+        self._returned = deque([*schedule.placed, *schedule.waiting])
         self._pool = self._schedule = None
         return True
 
@@ -330,7 +335,7 @@ class SamplingLoop:
         )
         returned, self._returned = self._returned, deque()
         refused = {row.job for row in returned if _refused(row.job, schedule)}
-        schedule.waiting += [row for row in returned if row.job not in refused]
+        schedule.waiting.extend(row for row in returned if row.job not in refused)
         self._any_cancelled = True  # some of these may have been
         return schedule
 
@@ -355,6 +360,7 @@ class SamplingLoop:
         snapshot, tiles = schedule.next_tiles(size)
         loras = () if snapshot is None else (snapshot.weights,)
         batch = self._batches.put(self._batches.of_tiles(tiles, size, snapshot))
+        self.lane.shares = schedule.shares(tile.row for way in tiles for tile in way)
         self._pool, scores = self._programs.prefill(self._params, loras, self._take_pool(), batch)
         for tile in (tile for way in tiles for tile in way):
             tile.launched = True
@@ -372,6 +378,7 @@ class SamplingLoop:
         R = self._sized.rows(versions, self._pool, [n for n in self._sizes.rows if n >= max(map(len, rows))])
         loras = tuple(snapshot.weights for snapshot in versions)
         batch = self._batches.put(self._batches.of_rows(rows, R, versions) | {"steps": self._steps(R)})
+        self.lane.shares = schedule.shares(row for way in rows for row in way)
         self._pool, out = self._programs.decode(self._params, loras, self._take_pool(), batch)
         for row in (row for way in rows for row in way):
             schedule.copied(row)

@@ -1,15 +1,15 @@
 """Which pages of the key/value cache hold what? Allocation, shared prefixes, and eviction.
 
 A page holds the keys and values of `PAGE` successive tokens. A published page stays after its last user and is found by
-its contents: the weights' number, then page by page the tokens from the start. So a prompt that begins as an earlier
-one did is not computed again. Nothing here touches a device.
+its contents: its owner and the weights' number, then page by page the tokens from the start. So a prompt that begins as
+an earlier one of its owner did is not computed again. Nothing here touches a device.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +49,7 @@ class Pages:
         self._page_of: dict[_Key, tuple[int, int]] = {}  # to (page, node)
         self._key_of: dict[int, _Key] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # published pages without users, the longest unused first
-        self._roots: dict[int, int] = {}
+        self._roots: dict[Hashable, int] = {}
         self._nodes = itertools.count()
 
     @property
@@ -66,15 +66,15 @@ class Pages:
         """Whether more than one row uses a page."""
         return self._users[page] > 1
 
-    def find(self, version: int, tokens_T: np.ndarray) -> Prefix:
+    def find(self, of: Hashable, tokens_T: np.ndarray) -> Prefix:
         """Return the longest known beginning of a prompt, page by page; its last page may be a partial one that ends
         exactly where the prompt does. The pages gain a user.
 
         Args:
-            version: of the weights.
+            of: whose prompt it is and of which weights, as one name.
             tokens_T: int32, the prompt.
         """
-        node, pages, at = self.root(version), [], 0
+        node, pages, at = self.root(of), [], 0
         while at < len(tokens_T) and (known := self._page_of.get((node, tokens_T[at : at + PAGE].tobytes()))):
             pages.append(known[0])
             at += PAGE
@@ -89,7 +89,7 @@ class Pages:
         Where the same was published before, that page stays the known one.
 
         Args:
-            node: of the full page before it, or of the version (`Prefix.node`).
+            node: of the full page before it, or the root (`Prefix.node`).
             tokens_S: int32, at most `PAGE` of them.
         """
         key = (node, tokens_S.tobytes())
@@ -103,11 +103,11 @@ class Pages:
         if (key := self._key_of.pop(page, None)) is not None:
             del self._page_of[key]
 
-    def root(self, version: int) -> int:
-        """Return the node of a version, before its first page."""
-        if version not in self._roots:
-            self._roots[version] = next(self._nodes)
-        return self._roots[version]
+    def root(self, of: Hashable) -> int:
+        """Return the node of an owner and weights, before the first page."""
+        if of not in self._roots:
+            self._roots[of] = next(self._nodes)
+        return self._roots[of]
 
     def take(self, count: int) -> list[int] | None:
         """Return pages with one user each, evicting those unused the longest; None if there are too few."""

@@ -42,9 +42,14 @@ class Job:
         return bool(self.rows) and not self.request.draws_in_prefill
 
     @property
-    def version(self) -> int:
-        """Which weights the pages of this job's rows belong to."""
-        return 0 if self.snapshot is None else self.snapshot.number
+    def owner(self) -> str:
+        """Whose request it is."""
+        return self.request.owner
+
+    @property
+    def pages_of(self) -> tuple[str, int]:
+        """Whose pages this job's rows read and leave, and of which weights: no owner learns of another's prompts."""
+        return self.owner, 0 if self.snapshot is None else self.snapshot.number
 
     def finish(self, row: Row) -> None:
         """Note that a row is done; complete the request with its last one."""
@@ -186,6 +191,11 @@ class Row:
     logprobs: list[np.ndarray] = field(default_factory=list)
     tops: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     stop_reason: Literal["stop", "length"] | None = None
+
+    @property
+    def owner(self) -> str:
+        """Whose row it is."""
+        return self.job.request.owner
 
     @property
     def length(self) -> int:
