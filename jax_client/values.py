@@ -1,4 +1,4 @@
-"""Which plain values do several floors pass on? Adapters, examples, and the keys that `tinker://` paths spell.
+"""Which plain values do several floors pass on? Adapters, examples, owners, and keys that `tinker://` paths spell.
 
 All are frozen records of numpy arrays, scalars and names. `CheckpointKey` alone parses and prints the text
 `tinker://RUN/KIND/NAME`.
@@ -107,6 +107,23 @@ class CheckpointKey:
     def of_run(cls, run_id: str, checkpoint_id: str) -> CheckpointKey:
         """Parse a checkpoint's KIND/NAME beside its run. Raises as `parse` does."""
         return cls.parse(f"{_SCHEME}{run_id}/{checkpoint_id}")
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who owns runs and checkpoints where a server has several keys. None in its place is who may use all of them.
+
+    Attributes:
+        name: of the key; it is recorded with whatever its clients write.
+        admin: whether it also has what no owner is recorded of, as a process without keys writes it.
+    """
+
+    name: str
+    admin: bool = False
+
+    def has(self, recorded: object) -> bool:
+        """Return whether something is the owner's, of which this name is recorded, None for no name."""
+        return self.admin if recorded is None else recorded == self.name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

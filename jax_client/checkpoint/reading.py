@@ -86,12 +86,12 @@ class CheckpointReader:
         except OSError as error:  # such as another user's run; the others are no worse for it
             logger.warning("the checkpoints of run %s could not be listed: %s", run_id, first_line(error))
 
-    def not_found(self, key: CheckpointKey) -> NotFoundError:
-        """Return the error that says which checkpoints there are instead."""
-        places = children(run_directory(self._runs, key.run_id) / key.kind)
+    def not_found(self, key: CheckpointKey, *, others: bool = True) -> NotFoundError:
+        """Return the error that says which checkpoints there are instead, if it may name `others`."""
+        places = children(run_directory(self._runs, key.run_id) / key.kind) if others else []
         names = [path.name for path in places if newest_version(path)]
-        others = f"of this kind it has {', '.join(names)}" if names else "it has none of this kind"
-        return NotFoundError(f"run {key.run_id!r} has no checkpoint {key.checkpoint_id} under {self._runs}; {others}.")
+        found = f"of this kind it has {', '.join(names)}" if names else "it has none of this kind"
+        return NotFoundError(f"run {key.run_id!r} has no checkpoint {key.checkpoint_id} under {self._runs}; {found}.")
 
     def _restored(self, directory: Path, key: CheckpointKey) -> Path | None:
         """Bring a checkpoint back from the mirror; None if it has none."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from jax_client.checkpoint import arrays as array_files
 from jax_client.checkpoint import manifest, tags
@@ -23,17 +23,18 @@ from jax_client.checkpoint.disk.names import checkpoint_directory, newest_versio
 from jax_client.checkpoint.disk.sealed import DamagedError
 from jax_client.checkpoint.index_cache import Row, stamp
 from jax_client.checkpoint.manifest import Manifest
-from jax_client.checkpoint.reading import CheckpointReader, read_manifest
+from jax_client.checkpoint.reading import read_manifest
 from jax_client.checkpoint.record import Record
-from jax_client.checkpoint.state_directory import StateDirectory
+from jax_client.checkpoint.state_directory import OWNER, StateDirectory
 from jax_client.checkpoint.tags import Tags
 from jax_client.checkpoint.writing import CheckpointWriter, Draft, Fill
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError, UnsupportedError, first_line
 from jax_client.host.disk import advice
-from jax_client.values import AdapterState, CheckpointKey, JsonObject
+from jax_client.values import AdapterState, CheckpointKey, JsonObject, Owner
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 EXPORT_DIRECTORY = "files"
 
 # Named here, because inside the class `list` is a method.
@@ -47,14 +48,15 @@ class CheckpointStore(StateDirectory):
     Args:
         state_dir: made when something is first saved.
         mirror: an fsspec URL where every checkpoint is copied after its commit, and found again when it is gone here.
+        owner: whose checkpoints there are; those of others are as if they were not there, but that public ones can be
+            read. None is for all.
 
     Raises:
         BadRequestError: the mirror's URL cannot be opened.
     """
 
-    def __init__(self, state_dir: Path, mirror: str | None = None) -> None:
-        super().__init__(state_dir, mirror)
-        self._reader = CheckpointReader(self._runs, self._mirror)
+    def __init__(self, state_dir: Path, mirror: str | None = None, owner: Owner | None = None) -> None:
+        super().__init__(state_dir, mirror, owner)
         self._writer = CheckpointWriter(self._runs, self._mirror)
 
     def save(
@@ -77,7 +79,7 @@ class CheckpointStore(StateDirectory):
         arrays = array_files.group_arrays(state)
         shapes = {name: array.shape for name, array in arrays.items()}
         draft = Draft(
-            manifest=_manifest(key, state, metadata, shapes),
+            manifest=_manifest(key, state, self._labelled(metadata), shapes),
             fill=lambda directory: array_files.write(directory / array_files.DIRECTORY, arrays),
             size_bytes=array_files.size_bytes(arrays),
             overwrite=overwrite,
@@ -114,7 +116,7 @@ class CheckpointStore(StateDirectory):
             write(directory / EXPORT_DIRECTORY)
 
         _check_export(key)
-        found = _manifest(key, state, metadata, {})
+        found = _manifest(key, state, self._labelled(metadata), {})
         return self._writer.commit(Draft(manifest=found, fill=fill, size_bytes=size_bytes, ttl_seconds=ttl_seconds))
 
     def copy(self, key: CheckpointKey, *, to_run: str, ttl_seconds: float | None = None) -> Record:
@@ -134,11 +136,27 @@ class CheckpointStore(StateDirectory):
                 # What was linked, and not the source, whose name another process may have taken over meanwhile.
                 manifest.verify(directory, found)
 
-            copied = replace(found, key=replace(key, run_id=to_run))
+            metadata = self._labelled(found.metadata)
+            copied = replace(found, key=replace(key, run_id=to_run), metadata=metadata)
             size = found.size_bytes
             return self._writer.commit(Draft(manifest=copied, fill=fill, size_bytes=size, ttl_seconds=ttl_seconds))
 
+        return self._read(key, work)
+
+    def _read(self, key: CheckpointKey, work: Callable[[Path], T]) -> T:
+        """Return `work(version)`, as the reader does, for a checkpoint that may be read."""
+        if not self.has_run(key.run_id) and not self._is_public(key):
+            raise self._reader.not_found(key, others=False)
         return self._reader.read(key, work)
+
+    def _is_public(self, key: CheckpointKey) -> bool:
+        version = newest_version(checkpoint_directory(self._runs, key))
+        return version is not None and tags.read_or_none_set(version).public
+
+    def _check_own(self, key: CheckpointKey) -> None:
+        """Raise NotFoundError for a checkpoint that is another owner's, public or not."""
+        if not self.has_run(key.run_id):
+            raise self._reader.not_found(key, others=False)
 
     def load(self, key: CheckpointKey) -> tuple[AdapterState, Record]:
         """Read a checkpoint after comparing every file with its hash.
@@ -166,16 +184,11 @@ class CheckpointStore(StateDirectory):
             tag = tags.read_or_none_set(version)
             return array_files.ungroup_arrays(restored, found.spec, found.step), Record.of(found, tag)
 
-        return self._reader.read(key, read)
+        return self._read(key, read)
 
     def record(self, key: CheckpointKey) -> Record:
         """Return what is known of a checkpoint; its arrays are not looked at. Raises as `load` does."""
-
-        def read(version: Path) -> Record:
-            found = read_manifest(version, key)
-            return Record.of(found, tags.read_or_none_set(version))
-
-        return self._reader.read(key, read)
+        return self._read(key, lambda version: _record(version, key))
 
     def verify(self, key: CheckpointKey) -> Record:
         """Compare every file of a checkpoint with its hash, without reading arrays. Raises as `load` does."""
@@ -188,7 +201,7 @@ class CheckpointStore(StateDirectory):
             except DamagedError as error:
                 return Record.of(found, Tags()), str(error)
 
-        record, problem = self._reader.read(key, check)
+        record, problem = self._read(key, check)
         if problem:
             raise RequestFailedError(
                 f"{key.in_words} can be loaded, but {problem}. Until its lifetime or "
@@ -205,7 +218,7 @@ class CheckpointStore(StateDirectory):
             manifest.verify(version, found)
             return {file.removeprefix(f"{EXPORT_DIRECTORY}/"): version / file for file in found.files}
 
-        return self._reader.read(key, check)
+        return self._read(key, check)
 
     def exported_file(self, key: CheckpointKey, name: str) -> Path:
         """Return where the file `name` of an export lies, as the manifest says; it is not read. Raises as `load` does.
@@ -221,14 +234,26 @@ class CheckpointStore(StateDirectory):
                 raise NotFoundError(f"{key.in_words} has no file {name!r}.")
             return version / file
 
-        return self._reader.read(key, find)
+        return self._read(key, find)
 
     def exists(self, key: CheckpointKey) -> bool:
         """Return whether a checkpoint of this name is on this disk."""
         return newest_version(checkpoint_directory(self._runs, key)) is not None
 
     def list(self, run_id: str | None = None) -> Records:
-        """Return the checkpoints of a run, or of all, oldest first; one with a damaged manifest is logged instead."""
+        """Return the checkpoints of a run, or of all, oldest first; one with a damaged manifest is logged instead.
+
+        With an owner, its own.
+        """
+        records, owner = self._all_records(run_id), self._owner
+        if owner is None:
+            return records
+        if run_id is not None:
+            return records if self.has_run(run_id) else []
+        named = {each: owner.has(metadata.get(OWNER)) for each, metadata in self._all_runs()}
+        return [each for each in records if named.get(each.run_id, owner.has(each.metadata.get(OWNER)))]
+
+    def _all_records(self, run_id: str | None = None) -> Records:
         ids = run_ids(self._runs) if run_id is None else [run_id]
         keys, stamps = {}, {}
         for key, version in (found for one in ids for found in self._reader.newest_versions(one)):
@@ -237,7 +262,8 @@ class CheckpointStore(StateDirectory):
 
         def read(row: Row) -> JsonObject | None:
             try:
-                return self.record(keys[row]).to_json()
+                key = keys[row]
+                return self._reader.read(key, lambda version: _record(version, key)).to_json()
             except (NotFoundError, UnsupportedError, RequestFailedError) as error:
                 logger.warning("%s", error)
                 return None
@@ -260,6 +286,7 @@ class CheckpointStore(StateDirectory):
         return self._set_tags(key, lambda tag: replace(tag, public=public))
 
     def _set_tags(self, key: CheckpointKey, change: Callable[[Tags], Tags]) -> Record:
+        self._check_own(key)
         self.record(key)
         directory = checkpoint_directory(self._runs, key)
         try:
@@ -283,6 +310,7 @@ class CheckpointStore(StateDirectory):
             NotFoundError: there is none of this name.
             RequestFailedError: the disk failed.
         """
+        self._check_own(key)
         directory = checkpoint_directory(self._runs, key)
         if newest_version(directory) is None:
             raise self._reader.not_found(key)
@@ -300,7 +328,7 @@ class CheckpointStore(StateDirectory):
 
     def sweep_expired(self) -> None:
         """Delete the checkpoints whose deadline has passed for certain (see `clock`) and that no process is reading."""
-        for record in self.list():
+        for record in self._all_records():
             if record.expires_at is None:
                 continue
             directory = checkpoint_directory(self._runs, record.key)
@@ -318,6 +346,10 @@ class CheckpointStore(StateDirectory):
         self._index.forget_all()
         self.runs()
         return len(self.list())
+
+
+def _record(version: Path, key: CheckpointKey) -> Record:
+    return Record.of(read_manifest(version, key), tags.read_or_none_set(version))
 
 
 def _check_export(key: CheckpointKey) -> None:

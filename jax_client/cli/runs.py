@@ -22,6 +22,7 @@ class RunEntry(TypedDict):
     Attributes:
         steps: of the checkpoint with most.
         created, last_saved: UTC, ISO 8601.
+        key: the name of the server's key whose run it is.
         owner: the process that has it open, only in `info`.
     """
 
@@ -30,6 +31,7 @@ class RunEntry(TypedDict):
     rank: int | None
     created: str | None
     steps: int
+    key: str | None
     checkpoints: int
     size_bytes: int
     last_checkpoint: str | None
@@ -85,6 +87,7 @@ def info(home: Path, run_id: str, as_json: bool) -> None:
         "checkpoints": f"{entry['checkpoints']}, {output.human_size(entry['size_bytes'])}",
         "last checkpoint": output.shown(entry["last_checkpoint"]),
         "saved": output.human_time(entry["last_saved"]),
+        "key": output.shown(entry["key"]),
         "open in": "no process" if owner is None else f"process {owner.pid} on {output.shown(owner.host)}",
     }
     fields |= {output.shown(key): output.shown(value) for key, value in (entry["user_metadata"] or {}).items()}
@@ -134,4 +137,5 @@ def _as_json(run_id: str, described: Mapping[str, Any], records: list[Record]) -
         "last_checkpoint": str(last.key) if last else None,
         "last_saved": output.iso_time(last.created if last else None),
         "user_metadata": described.get("user_metadata"),
+        "key": metadata.get("owner"),
     }

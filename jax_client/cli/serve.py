@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from jax_client.cli import stages
+from jax_client.cli.keys.key_file import read_key_file
 from jax_client.cli.server_options import server_options
 from jax_client.cli.settings import ServerSettings, print_settings, read_settings
 from jax_client.host.proxies import bypassing, through_proxy
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from jax_client.engine.protocol import Engine
+    from jax_client.server.keyed import KeyedServers
     from jax_client.server.state.server import Server
+    from jax_client.server.wire.keys import Key
 
 # The longest that saving may take where a person waits, who can press Ctrl-C.
 PATIENT_SECONDS = 600.0
@@ -51,23 +54,41 @@ def serve(ctx: click.Context, **_: object) -> None:
         return
     sys.setswitchinterval(SWITCH_SECONDS)
     host = settings.host
-    if host not in LOOPBACK and settings.api_key is None:
-        raise click.UsageError(f"--host {host} lets other machines in; give an --api-key too.")
+    if host not in LOOPBACK and settings.api_key is None and settings.api_key_file is None:
+        raise click.UsageError(f"--host {host} lets other machines in; give an --api-key too, or an --api-key-file.")
+    keys = None if settings.api_key_file is None else read_key_file(settings.api_key_file)
     listening = listen(host, settings.port)
     address = listening.getsockname()[:2]
-    with private_files(), opened(settings, "stop that one, or give another --state-dir", remembers=True) as server:
-        from jax_client.server.app import build_app
-
+    taken = "stop that one, or give another --state-dir"
+    with private_files(), opened(settings, taken, remembers=keys is None) as host_server:
         own = () if host in LOOPBACK else (socket.gethostname(), socket.getfqdn())
-        names = {host, *settings.allow_hosts, *LOOPBACK, *own}
-        app = build_app(server, api_key=settings.api_key, hosts=names)
+        server, app = _guarded(host_server, keys, settings, {host, *settings.allow_hosts, *LOOPBACK, *own})
         if proxies := through_proxy(os.environ, address[0]):
             stages.say(f"{' and '.join(proxies)} set: clients on this machine need {_exceptions(address[0])}")
-        key = "the key you gave" if settings.api_key else "tml-any"
+        key = "the key you gave" if settings.api_key else f"one of {len(keys)} keys" if keys else "tml-any"
         number = _run(app, listening, f"ready: TINKER_BASE_URL={url(*address)} TINKER_API_KEY={key}")
         save(server, hurried=number in (signal.SIGTERM, signal.SIGHUP))
     if number is not None:
         raise click.exceptions.Exit(128 + number)
+
+
+def _guarded(
+    server: Server, keys: list[Key] | None, settings: ServerSettings, hosts: set[str]
+) -> tuple[Server | KeyedServers, ASGIApp]:
+    """Return what answers, one server or one for each key, and its application."""
+    from jax_client.server.app import build_app, build_keyed_app
+    from jax_client.server.keyed import KeyedServers
+    from jax_client.server.state.request_log import RequestLog
+
+    if keys is None:
+        return server, build_app(server, api_key=settings.api_key, hosts=hosts)
+    servers = KeyedServers(server, keys, lambda name: RequestLog(settings.home, name, len(keys)))
+    shown = ", ".join(key.owner.name + (" (admin)" if key.owner.admin else "") for key in keys)
+    stages.say(f"keys: {shown}")
+    without = sum("owner" not in fields for _, fields in server.live.own.store.runs())
+    if without and not any(key.owner.admin for key in keys):
+        stages.say(f"{without} runs were made without keys; a key that is marked admin in the file would have them")
+    return servers, build_keyed_app(servers, hosts=hosts)
 
 
 def _exceptions(host: str) -> str:
@@ -171,7 +192,7 @@ def uvicorn_server(app: ASGIApp) -> uvicorn.Server:
     return http_server(app)
 
 
-def save(server: Server, *, hurried: bool) -> None:
+def save(server: Server | KeyedServers, *, hurried: bool) -> None:
     """End every session: unsaved steps are saved, and the line that resumes from them is printed.
 
     Args:

@@ -60,6 +60,12 @@ PUBLIC = (
         help="Below it clients may name models by their paths; else only hub names and the models of --model.",
     ),
     _option("api-key", Key(), metavar="KEY", help="What clients send as TINKER_API_KEY; must begin with tml-."),
+    _option(
+        "api-key-file",
+        click.Path(path_type=Path),
+        metavar="FILE",
+        help="Several keys in place of one, each with runs of its own; 'jax_client key' makes them.",
+    ),
 )
 SHARED = (
     _option("model", Name(), multiple=True, metavar="NAME", help="Load this model at the start; others on demand."),

@@ -31,7 +31,7 @@ class ServerSettings:
     Attributes:
         models: loaded at the start.
         aliases: names of models that stand for others.
-        host, port, allow_hosts, api_key: who may talk to it; a private server has none of its own.
+        host, port, allow_hosts, api_key, api_key_file: who may talk to it; a private server has none of its own.
         models_dirs: below which clients may name models by their paths; None for a private server, whose program could
             read the files itself.
         warmup: lengths of sequences for which training is compiled at the start, for adapters of `warmup_rank`.
@@ -44,6 +44,7 @@ class ServerSettings:
     port: int = 0
     allow_hosts: tuple[str, ...] = ()
     api_key: str | None = field(default=None, repr=False)
+    api_key_file: Path | None = None
     models_dirs: tuple[Path, ...] | None = None
     warmup: tuple[int, ...]
     warmup_rank: int
@@ -76,12 +77,20 @@ def read_settings(ctx: click.Context) -> ServerSettings:
         models=tuple(dict.fromkeys(params["model"])),
         aliases=_pairs(ctx, "alias"),
         allow_hosts=params.get("allow_host", ()),
+        api_key_file=_api_key_file(ctx),
         models_dirs=_models_dirs(params.get("models_dir")),
         warmup=params["warmup"],
         warmup_rank=params["warmup_rank"],
         engine=replace(engine, state_dir=home),
         **public,
     )
+
+
+def _api_key_file(ctx: click.Context) -> Path | None:
+    path = ctx.params.get("api_key_file")
+    if path is not None and ctx.params["api_key"] is not None:
+        raise click.UsageError("--api-key and --api-key-file are both given; give one. The file has every key.", ctx)
+    return None if path is None else expand(path, "--api-key-file").absolute()
 
 
 def _models_dirs(given: tuple[Path, ...] | None) -> tuple[Path, ...] | None:

@@ -19,7 +19,7 @@ from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, Un
 from jax_client.runs import checks
 from jax_client.runs.lifecycle.session import Session, live_sessions
 from jax_client.runs.results import api_records
-from jax_client.values import CheckpointKey
+from jax_client.values import CheckpointKey, Owner
 from jax_client.weights.read.source import known_models, local_models, resolve
 
 # Methods of the SDK's RestClient that only a hosted service can answer, each with the reason. The SDK answers `whoami`
@@ -35,14 +35,19 @@ NOT_SERVED = {
 
 
 class Listings:
-    """The records of a state directory.
+    """The records of a state directory; with an owner, its own.
 
     Args:
-        session: a session with that state directory.
+        session: a session with that state directory, and that owner.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
+
+    @property
+    def owner(self) -> Owner | None:
+        """Whose records these are, None for all."""
+        return self._session.owner
 
     def capabilities(self) -> types.GetServerCapabilitiesResponse:
         """Return the models that are known on this machine; others load by their hub name."""
@@ -61,6 +66,14 @@ class Listings:
         store = self._session.store
         page = [api_records.training_run(run, fields, store.list(run)) for run, fields in runs[offset:][:limit]]
         return types.TrainingRunsResponse(training_runs=page, cursor=_cursor(limit, offset, len(runs)))
+
+    def has_run(self, run_id: str) -> bool:
+        """Return whether a run is not another owner's."""
+        return self._session.store.has_run(run_id)
+
+    def run_ids(self) -> set[str] | None:
+        """Return the runs of the owner, None where there is no owner, for all."""
+        return None if self._session.owner is None else {run for run, _ in self._session.store.runs()}
 
     def checkpoints(self, run_id: str) -> types.CheckpointsListResponse:
         """Return the checkpoints of a run, the newest first. Raises NotFoundError."""
@@ -126,8 +139,8 @@ class Listings:
         runs, live = self._session_runs(session_id)
         if live is not None:
             live.info = replace(live.info, project_id=project_id)
-        for run, fields in runs:
-            self._session.store.put_run(run, {**fields, "project_id": project_id})
+        for run, _ in runs:
+            self._session.store.change_run(run, project_id=project_id)
 
     def session(self, session_id: str) -> types.GetSessionResponse:
         """Return a session's runs, and its samplers if it lives in this process. Raises NotFoundError."""
@@ -162,7 +175,7 @@ class Listings:
         """Return a session's runs, and the session itself if it lives in this process. Raises NotFoundError."""
         runs = [(run, fields) for run, fields in self._runs() if fields["session_id"] == session_id]
         live = live_sessions.get(session_id)
-        if live is not None and live.state_dir != self._session.state_dir:
+        if live is not None and not self._shows(live):
             live = None
         if live is None and not runs:
             raise NotFoundError(f"there is no session {shown(session_id)}; list_sessions() lists them.")
@@ -173,10 +186,15 @@ class Listings:
         return [api_records.checkpoint(record) for record in records]
 
     def _live(self) -> dict[str, Session]:
-        state_dir = self._session.state_dir
         # A list first: sessions begin on other threads meanwhile.
         live = [session for reference in live_sessions.valuerefs() if (session := reference()) is not None]
-        return {session.session_id: session for session in live if session.state_dir == state_dir}
+        return {session.session_id: session for session in live if self._shows(session)}
+
+    def _shows(self, session: Session) -> bool:
+        """Return whether a session of this process has the same state directory, and is not another owner's."""
+        owner = self._session.owner
+        recorded = None if session.owner is None else session.owner.name
+        return session.state_dir == self._session.state_dir and (owner is None or owner.has(recorded))
 
 
 def check_page(limit: object, offset: object) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from jax_client.server.keyed import KeyedServers
 from jax_client.server.ops import metrics
 from jax_client.server.ops.health import Watchdog
 from jax_client.server.routes.downloads import Downloads
@@ -17,7 +18,9 @@ from jax_client.server.routes.sampling import sample_route, sampling_routes
 from jax_client.server.routes.sessions import session_routes
 from jax_client.server.routes.training import forward_backward_route, training_routes
 from jax_client.server.state.server import Server
-from jax_client.server.wire.guard import Guard
+from jax_client.server.wire import keys
+from jax_client.server.wire.accounts import Account
+from jax_client.server.wire.guard import Entry, Guard
 
 
 def build_app(server: Server, *, api_key: str | None = None, hosts: Iterable[str] = ()) -> Guard:
@@ -31,8 +34,40 @@ def build_app(server: Server, *, api_key: str | None = None, hosts: Iterable[str
     return Guard(Starlette(routes=routes(server)), api_key=api_key, hosts=hosts, account=lambda: server.account)
 
 
-def routes(server: Server) -> list[Route]:
-    """Return every route, the most frequent ones first: the router tries them in this order."""
+def build_keyed_app(servers: KeyedServers, *, hosts: Iterable[str] = ()) -> Guard:
+    """Return the ASGI application of the servers of several keys.
+
+    Args:
+        servers: what answers, each the clients of its key.
+        hosts: the names under which they may be called.
+    """
+    links, accounts = Downloads(servers.host.listings), servers.accounts
+    entries: dict[bytes, Entry] = {}
+    for key in servers.keys:
+        server = servers.by_name[key.owner.name]
+        seen = accounts if key.owner.admin else {key.owner.name: server.account}
+        own = Downloads(server.listings, links.secret)
+        entries[key.digest] = Entry(Starlette(routes=routes(server, own, seen)), server.account)
+    return Guard(
+        # A signed link needs no key, and its file is looked for without one.
+        Starlette(routes=links.routes()),
+        api_key=None,
+        hosts=hosts,
+        account=lambda: servers.whole,
+        by_key=lambda key: entries.get(keys.digest(key)),
+    )
+
+
+def routes(
+    server: Server, links: Downloads | None = None, accounts: Mapping[str, Account] | None = None
+) -> list[Route]:
+    """Return every route, the most frequent ones first: the router tries them in this order.
+
+    Args:
+        server: what answers.
+        links: to the files of exports; None makes them anew.
+        accounts: those that its clients may see, by the names of the keys; None without keys.
+    """
     return [
         retrieve_route(server),
         sample_route(server),
@@ -42,19 +77,21 @@ def routes(server: Server) -> list[Route]:
         *future_routes(server),
         *session_routes(server),
         *listing_routes(server.listings),
-        *Downloads(server.listings).routes(),
-        *_operations(server),
+        *(links or Downloads(server.listings)).routes(),
+        *_operations(server, accounts or {}),
     ]
 
 
-def _operations(server: Server) -> list[Route]:
-    own = server.live.own
-    watchdog, models, state_dir = Watchdog(own.models), own.models, own.state_dir
+def _operations(server: Server, accounts: Mapping[str, Account]) -> list[Route]:
+    own, owner = server.live.own, server.owner
+    whole = owner is None or owner.admin
+    watchdog, models, state_dir = Watchdog(own.models, whole=whole), own.models, own.state_dir
+    is_own = None if whole else lambda run_id: server.live.models.in_memory(run_id) is not None
     return [
         route("GET", "/healthz", watchdog.check),
         Route("/healthz", with_errors(watchdog.check), methods=["GET"]),
-        Route("/metrics", with_errors(metrics.show_metrics(models)), methods=["GET"]),
-        route("GET", "/metrics/engines", metrics.list_engines(models)),
-        route("GET", "/metrics/runs", metrics.list_runs(state_dir)),
-        route("GET", "/metrics/runs/{run}", metrics.read_run(state_dir)),
+        Route("/metrics", with_errors(metrics.show_metrics(models, accounts, is_own)), methods=["GET"]),
+        route("GET", "/metrics/engines", metrics.list_engines(models, whole=whole)),
+        route("GET", "/metrics/runs", metrics.list_runs(state_dir, server.listings)),
+        route("GET", "/metrics/runs/{run}", metrics.read_run(state_dir, server.listings)),
     ]

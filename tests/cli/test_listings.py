@@ -25,7 +25,7 @@ def test_runs_are_listed_newest_first(cli, home):
     assert oldest["last_checkpoint"] == SAMPLER and oldest["user_metadata"] == {"note": "first\ttry"}
     assert set(newest) == {
         "run_id", "base_model", "rank", "created", "steps", "checkpoints", "size_bytes", "last_checkpoint",
-        "last_saved", "user_metadata",
+        "last_saved", "user_metadata", "key",
     }  # fmt: skip
     assert cli("runs", "list", "--limit", "1", "--json").json == [newest]
     assert "1 of 2 runs" in cli("runs", "list", "--limit", "1").err

@@ -14,7 +14,7 @@ from jax_client.engine.core.requests import AdamSettings
 from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
 from jax_client.runs.checks.numbers import FLOAT32_LARGEST, FLOAT32_SMALLEST, flag, integer, real, shown
 from jax_client.runs.sdk import OptimParamsBase
-from jax_client.values import MAX_LORA_RANK, NAME_FORM, LoraSpec, is_name
+from jax_client.values import MAX_LORA_RANK, NAME_FORM, LoraSpec, Owner, is_name
 
 # Random keys are made of 32 bits; a larger seed would start like a smaller one.
 MAX_LORA_SEED = 2**32 - 1
@@ -166,6 +166,15 @@ def refuse_optimizer(optimizer: object) -> None:
         f"optimizer is {shown(optimizer)} ({type(optimizer).__name__}); give None or AdamOptimizerConfig(). "
         "The learning rate belongs to optim_step(AdamParams(...))."
     )
+
+
+def refuse_access_token(token: object, owner: Owner | None) -> None:
+    """Raise BadRequestError for a token of other weights, where owners are told apart: it would open nothing."""
+    if token is not None and owner is not None:
+        raise BadRequestError(
+            "weights_access_token opens nothing on this server. Ask the owner of the checkpoint to publish it "
+            "(publish_checkpoint_from_tinker_path), then every key can load and copy it; leave the token out."
+        )
 
 
 def adam_settings(optim_params: object, adam_params: object) -> AdamSettings:

@@ -353,7 +353,7 @@ def create_run(
 ) -> Run:
     """Load the base model if need be and make a fresh adapter; waits for both."""
     model_ref = session.base_model(base_model).result()
-    lane = model_ref.model.engine.open_lane()
+    lane = model_ref.model.engine.open_lane(session.owner_name)
     adapter = model_ref.model.engine.open_adapter(lane, spec).result()
     return _open(session, run_id, model_ref, lane, adapter, spec, user_metadata, step=0)
 
@@ -389,7 +389,7 @@ def resume_run(
         state = replace(state, step=0, mu=None, nu=None)
     if user_metadata is None:
         user_metadata = _user_metadata(session, path.run_id)
-    lane = model_ref.model.engine.open_lane()
+    lane = model_ref.model.engine.open_lane(session.owner_name)
     adapter = model_ref.model.engine.open_adapter(lane, state).result()
     spec = api_records.saved_spec(record)
     return _open(session, run_id, model_ref, lane, adapter, spec, user_metadata, step=state.step, source=path)

@@ -155,6 +155,8 @@ class SamplerHandle:
         )
 
     def _answer(self, request: GenerationRequest, show: Callable[[GenerationResult], T]) -> Future[T]:
+        if self.session.owner is not None:
+            request = replace(request, owner=self.session.owner_name)
         source = self._engine.generate(self._published.newest(), request)
         return self.session.track(then(source, show, owner=self))
 
@@ -181,5 +183,5 @@ def _loaded(
     session: Session, model_ref: ModelRef, state: AdapterState, *, model_path: str | None, sampler_id: str | None
 ) -> SamplerHandle:
     engine = model_ref.model.engine
-    snapshot = engine.snapshot(engine.open_lane(), state).result()
+    snapshot = engine.snapshot(engine.open_lane(session.owner_name), state).result()
     return SamplerHandle(session, model_ref, WeightsFeed(snapshot), model_path=model_path, sampler_id=sampler_id)

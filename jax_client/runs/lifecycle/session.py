@@ -24,7 +24,7 @@ from jax_client.runs.lifecycle.futures import background, link, settled, then
 from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
 from jax_client.runs.results import run_metrics
 from jax_client.threads import Workers
-from jax_client.values import JsonObject
+from jax_client.values import JsonObject, Owner
 
 if TYPE_CHECKING:
     from jax_client.engine.protocol import Description
@@ -91,6 +91,7 @@ class Session:
         info: what the user said about the session.
         session_id: of a session that is continued; None makes a new one.
         models: where base models are loaded; None shares those of the process.
+        owner: whose session it is; None may use every run and checkpoint.
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class Session:
         session_id: str | None = None,
         *,
         models: BaseModels | None = None,
+        owner: Owner | None = None,
     ) -> None:
+        self.owner = owner
         self.config = config or EngineConfig()
         self.info = info or SessionInfo()
         self.session_id = session_id or str(uuid.uuid4())
@@ -123,6 +126,11 @@ class Session:
         live_sessions[self.session_id] = self
 
     @property
+    def owner_name(self) -> str:
+        """Who pays for what the session does on the device, "" for no one."""
+        return "" if self.owner is None else self.owner.name
+
+    @property
     def state_dir(self) -> Path:
         """Where this session's checkpoints live."""
         return state_dir(self.config)
@@ -132,7 +140,8 @@ class Session:
         """The checkpoints in `state_dir`, opened on first use."""
         with self._lock:
             if self._store is None:
-                self._store = CheckpointStore(self.state_dir, self.config.mirror or default_mirror())
+                mirror = self.config.mirror or default_mirror()
+                self._store = CheckpointStore(self.state_dir, mirror, self.owner)
                 self._store.sweep_expired()
             return self._store
 

@@ -1,16 +1,18 @@
-"""Which values does Prometheus read? Those of engines, of runs, and of the writer of metrics, as families."""
+"""Which values does Prometheus read? Those of engines, runs, keys, and of the writer of metrics, as families."""
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from jax_client.runs.lifecycle.base_models import BaseModels
 from jax_client.runs.results import run_metrics
 from jax_client.runs.results.run_metrics import MetricsWriter, RunMetrics
 from jax_client.server.ops.prometheus import Family
+from jax_client.server.wire.accounts import Account, Quota
 
 if TYPE_CHECKING:
     from jax_client.engine.core.programs import CompileRecord
@@ -58,15 +60,65 @@ _SAMPLING = {
 }
 
 
-def all_families(models: BaseModels) -> list[Family]:
-    """Return the families of the loaded engines, of the live runs, and of the writer of metrics."""
+# What a key's clients have sent and got, by the names of `Account.totals`.
+_OF_KEYS = {
+    "requests": "Requests that were let in.",
+    "refused": "Requests that were refused with status 429.",
+    "trained_tokens": "Tokens trained on.",
+    "samples": "Samples drawn.",
+    "sampled_tokens": "Tokens drawn.",
+}
+
+
+def all_families(models: BaseModels, accounts: Mapping[str, Account] = MappingProxyType({})) -> list[Family]:
+    """Return the families of the loaded engines, of the live runs, of accounts by name, and of the metrics' writer."""
+    named = _named(models)
+    runs, keys = _of_runs(run_metrics.live()), _of_keys(accounts, named)
+    return [*_of_engines(named), *runs, *keys, *_of_writer(run_metrics.shared)]
+
+
+def own_families(models: BaseModels, accounts: Mapping[str, Account], is_own: Callable[[str], bool]) -> list[Family]:
+    """Return the families of accounts by name, and of the live runs of which `is_own(run_id)` is true."""
+    runs = [run for run in run_metrics.live() if is_own(run.run_id)]
+    return [*_of_runs(runs), *_of_keys(accounts, _named(models))]
+
+
+def _named(models: BaseModels) -> list[tuple[str, Engine]]:
     named: list[tuple[str, Engine]] = []
     for model in models.loaded():
         name, taken = model.source.name, {name for name, _ in named}
         # One model with two settings has two engines, and no two values have the same labels.
         names = itertools.chain([name], (f"{name}#{i}" for i in itertools.count(2)))
         named.append((next(each for each in names if each not in taken), model.engine))
-    return [*_of_engines(named), *_of_runs(run_metrics.live()), *_of_writer(run_metrics.shared)]
+    return named
+
+
+def _of_keys(accounts: Mapping[str, Account], named: list[tuple[str, Engine]]) -> Iterable[Family]:
+    if not accounts:
+        return
+    for total, description in _OF_KEYS.items():
+        values = [({"key": name}, account.totals[total]) for name, account in accounts.items()]
+        yield Family(name=f"key_{total}_total", kind="counter", description=description, values=values)
+    seconds = [(model, engine.monitor.usage()["owner_seconds"]) for model, engine in named]
+    yield Family(
+        name="key_device_seconds_total",
+        kind="counter",
+        description="Time of the engine's turns; owners in one turn of sampling share it by their rows.",
+        values=[
+            ({"key": name, "model": model}, used[name]) for model, used in seconds for name in accounts if name in used
+        ],
+    )
+    for name, description in (("in_use", "What is in use now, by kind."), ("limit", "The most that may be in use.")):
+        yield Family(
+            name=f"key_{name}",
+            kind="gauge",
+            description=description,
+            values=[
+                ({"key": key, "kind": kind}, account.used(kind) if name == "in_use" else account.limit(kind))
+                for key, account in accounts.items()
+                for kind in Quota.__slots__
+            ],
+        )
 
 
 def _of_engines(named: list[tuple[str, Engine]]) -> Iterable[Family]:

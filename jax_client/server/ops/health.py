@@ -28,10 +28,12 @@ class Watchdog:
 
     Args:
         models: whose engines are checked.
+        whole: whether the answer shows the engines, and what is compiled, or only whether they are well.
     """
 
-    def __init__(self, models: BaseModels) -> None:
+    def __init__(self, models: BaseModels, *, whole: bool = True) -> None:
         self._models = models
+        self._whole = whole
         self._reported: weakref.WeakSet[Engine] = weakref.WeakSet()
 
     async def check(self, request: Request) -> Response:
@@ -40,13 +42,13 @@ class Watchdog:
         ill = [(model, health) for model, health in checked if health["state"] in _ILL]
         for model, health in checked:
             self._report(model, health)
-        shown = [{"model": model.source.name, **health} for model, health in checked]
-        losses = compile_queue.shared.running()
+        engines = [{"model": model.source.name, **health} for model, health in checked]
+        shown = {"engines": engines, "losses": compile_queue.shared.running()} if self._whole else {}
         if not ill:
-            return JSONResponse({"status": "ok", "engines": shown, "losses": losses})
+            return JSONResponse({"status": "ok", **shown})
         # The only 5xx status of the server: the SDK does not send health checks.
         status = "; ".join(_sentence(*each) for each in ill)
-        return JSONResponse({"status": status, "engines": shown, "losses": losses}, 503)
+        return JSONResponse({"status": status, **shown}, 503)
 
     def _report(self, model: BaseModel, health: Health) -> None:
         """Log all stacks when an engine is ill, once until it has recovered."""

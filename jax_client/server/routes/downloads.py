@@ -30,13 +30,17 @@ SECONDS = 3600
 class Downloads:
     """The links of one server.
 
+    Attributes:
+        secret: what the links are signed with.
+
     Args:
         listings: where the exports are.
+        secret: of other links, which sign for the same files; None makes one.
     """
 
-    def __init__(self, listings: Listings) -> None:
+    def __init__(self, listings: Listings, secret: bytes | None = None) -> None:
         self._listings = listings
-        self._secret = secrets.token_bytes(32)
+        self.secret = secret or secrets.token_bytes(32)
 
     def routes(self) -> list[Route]:
         """Return the route that makes links and the one that answers them."""
@@ -78,7 +82,7 @@ class Downloads:
 
     def _signature(self, key: CheckpointKey, file: str, expires: str) -> bytes:
         text = "\n".join((str(key), file, expires)).encode("utf-8", "surrogatepass")
-        return hmac.new(self._secret, text, hashlib.sha256).hexdigest().encode()
+        return hmac.new(self.secret, text, hashlib.sha256).hexdigest().encode()
 
 
 def _path(key: CheckpointKey, file: str) -> str:

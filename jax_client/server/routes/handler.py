@@ -19,6 +19,7 @@ from starlette.routing import Route
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError
 from jax_client.runs.lifecycle.session import SessionClosedError
 from jax_client.server.wire.accounts import RETRY_SECONDS, BusyError
+from jax_client.server.wire.admission import load_of
 from jax_client.server.wire.bodies import (
     EncodingError,
     StalledError,
@@ -57,6 +58,8 @@ def with_errors(handler: Handler) -> Handler:
         except JaxClientError as error:
             # Futures on its way still hold the error, and its frames the body: they would wait for the collector.
             error.__traceback__ = None
+            if isinstance(error, BusyError):
+                load_of(request).account.note(refused=1)
             return JSONResponse({"detail": str(error)}, _status(error), _headers(error))
         except Exception:
             logger.exception("%s %s failed", request.method, request.url.path)

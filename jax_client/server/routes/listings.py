@@ -62,6 +62,7 @@ def _checkpoint_routes(listings: Listings) -> list[Route]:
 
     def copy(asked: CopyWeightsRequest) -> dict[str, str]:
         project = destination_project(asked.destination_project_id)
+        checks.refuse_access_token(asked.weights_access_token, listings.owner)
         source, ttl = CheckpointKey.parse(asked.source_path), checks.ttl(asked.ttl_seconds)
         return {"tinker_path": listings.copy(source, project, ttl)}
 

@@ -36,6 +36,8 @@ class Eviction:
         sessions, models, samplers: the objects that are in memory.
         last_sign: `last_sign(session_id) -> monotonic time` of the client's last sign of life.
         end_session: `end_session(session_id, detail)` ends a session and waits for that.
+        peers: those of the servers on the same devices, to which this one is added. What is not found here is freed
+            there.
     """
 
     def __init__(
@@ -46,7 +48,10 @@ class Eviction:
         samplers: Table[Served[SamplerHandle]],
         last_sign: Callable[[str], float],
         end_session: Callable[[str, str], None],
+        peers: list[Eviction],
     ) -> None:
+        self._peers = peers
+        peers.append(self)
         self._own = own
         self._sessions = sessions
         self._models = models
@@ -70,12 +75,18 @@ class Eviction:
                 gc.collect()
 
     def _free_something(self) -> bool:
+        order = [self, *(peer for peer in self._peers if peer is not self)]
+        steps = (Eviction._evict_idle, Eviction._release_base_models, Eviction._end_silent_sessions)
+        return any(step(each) for step in steps for each in order)
+
+    def _evict_idle(self) -> bool:
+        """Evict what was not used for the longest, if that is long enough; return whether there was anything."""
         idle = [(since, evictable) for evictable in self._evictables() if (since := evictable.idle_since()) is not None]
         for since, evictable in sorted(idle, key=lambda each: each[0]):
             if time.monotonic() - since >= IDLE_SECONDS and evictable.evict():
                 self._release_base_models()
                 return True
-        return self._release_base_models() or self._end_silent_sessions()
+        return False
 
     def _evictables(self) -> list[Evictable[Run] | Evictable[SamplerHandle]]:
         return [

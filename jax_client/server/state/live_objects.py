@@ -30,7 +30,7 @@ from jax_client.server.state.pending import ModelQueues
 from jax_client.server.state.tables import Fields, Records, Table
 from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.custom_losses import CustomLoss
-from jax_client.values import CheckpointKey
+from jax_client.values import CheckpointKey, Owner
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ class LiveObjects:
         account: what counts the sessions and what they keep; None bounds them by default.
         clients: objects of this process's clients, None for a server of other processes only.
         base_models: where base models are loaded; None shares those of the process.
+        owner: whose objects these are; None is for all clients.
+        peers: the evictions of all servers on the same devices.
     """
 
     def __init__(
@@ -80,9 +82,11 @@ class LiveObjects:
         account: Account | None = None,
         clients: ClientObjects | None = None,
         base_models: BaseModels | None = None,
+        owner: Owner | None = None,
+        peers: list[Eviction] | None = None,
     ) -> None:
         self.config = config
-        self.own = Session(config, models=base_models)
+        self.own = Session(config, models=base_models, owner=owner)
         self.sessions: Table[Session] = Table("session", records, "; make a new ServiceClient.")
         self.models: Table[Served[Run]] = Table("model", records, ". Make one, or go on from a checkpoint of its run.")
         self.samplers: Table[Served[SamplerHandle]] = Table("sampler", records, "; make one again.")
@@ -93,7 +97,13 @@ class LiveObjects:
         self._closing = False
         self._use = SessionUse(account or Account(), self._end_idle_session)
         self._eviction = Eviction(
-            self.own, self.sessions, self.models, self.samplers, self._use.last_sign, self._end_and_wait
+            self.own,
+            self.sessions,
+            self.models,
+            self.samplers,
+            self._use.last_sign,
+            self._end_and_wait,
+            [] if peers is None else peers,
         )
 
     # Sessions
@@ -107,7 +117,7 @@ class LiveObjects:
         fields = info.to_json()
         counted = {"sessions": 1, "record_bytes": size(fields)}
         self._use.take(**counted)
-        session = Session(self.config, info, models=self.own.models)
+        session = Session(self.config, info, models=self.own.models, owner=self.own.owner)
         self._use.keep(session.session_id, counted)
         self.sessions.add(session.session_id, session)
         self.sessions.record(session.session_id, fields)
@@ -126,7 +136,8 @@ class LiveObjects:
             return session
 
         def remake(fields: Fields) -> Session:
-            made = Session(self.config, SessionInfo.from_json(fields), session_id, models=self.own.models)
+            info = SessionInfo.from_json(fields)
+            made = Session(self.config, info, session_id, models=self.own.models, owner=self.own.owner)
             # What it keeps is in the records of an earlier server, and is counted as it is used.
             self._use.keep(session_id, {"sessions": 1, "record_bytes": size(fields)}, taken=False)
             return made

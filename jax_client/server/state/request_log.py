@@ -31,6 +31,8 @@ from jax_client.threads import BatchWriter
 logger = logging.getLogger(__name__)
 
 FILE = "server.sqlite"
+# Names of keys have no dot.
+FILE_OF_KEY = "server.{}.sqlite"
 BUSY_SECONDS = 10.0
 # The newest answers are kept, as many as fit into a file of this size.
 MAX_ANSWERS = 50_000
@@ -100,16 +102,20 @@ class RequestLog:
 
     Args:
         directory: the state directory.
+        key: the name of the key whose requests these are, which have a file of their own; None without keys.
+        parts: of how many files this is one: all together have the limits of one.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._file = SqliteFile(directory / FILE, (_SCHEMA,), busy_seconds=BUSY_SECONDS, shrinks=True)
+    def __init__(self, directory: Path, key: str | None = None, parts: int = 1) -> None:
+        place = directory / (FILE if key is None else FILE_OF_KEY.format(key))
+        self._parts = parts
+        self._file = SqliteFile(place, (_SCHEMA,), busy_seconds=BUSY_SECONDS, shrinks=True)
         self._ahead: dict[str, Entry] = {}
         self._lock = threading.Lock()
         self._failed = False
         # Of the thread that writes: the bytes of answers since the last look at the size of the file.
         self._unseen = 0
-        with contextlib.closing(_open_or_set_aside(self._file)) as connection:
+        with contextlib.closing(_open_or_set_aside(self._file, parts)) as connection:
             # Nearly every request is new: it costs no look at the file.
             self._ids = {row[0] for row in connection.execute("SELECT id FROM promises")}
         self._reading = threading.local()
@@ -229,7 +235,7 @@ class RequestLog:
                     # Not all at once: a transaction is in the log beside the file, until it is whole.
                     while waiting and self._unseen <= _LOOK_EVERY:
                         waiting.popleft()[0](self._writing)
-                if self._unseen > _LOOK_EVERY or len(self._ids) > MAX_ANSWERS + _MORE_ANSWERS:
+                if self._unseen > _LOOK_EVERY or len(self._ids) > most_answers(self._parts) + _MORE_ANSWERS:
                     self._prune(self._writing)
         except sqlite3.Error as error:
             self._report(error)
@@ -241,7 +247,7 @@ class RequestLog:
                 then()
 
     def _prune(self, connection: sqlite3.Connection) -> None:
-        pruned = prune(connection)
+        pruned = prune(connection, self._parts)
         with self._lock:
             self._ids.difference_update(pruned)
             self._unseen = 0
@@ -253,9 +259,9 @@ class RequestLog:
             logger.warning("%s: %s; %s. %s", self._file.path, error, lost, advice(error, self._file.path))
 
 
-def _open_or_set_aside(file: SqliteFile) -> sqlite3.Connection:
+def _open_or_set_aside(file: SqliteFile, parts: int) -> sqlite3.Connection:
     try:
-        return _opened(file)
+        return _opened(file, parts)
     except sqlite3.DatabaseError as error:
         if not is_damage(error):
             # A full disk, a lock: what is in the file is not lost.
@@ -265,10 +271,10 @@ def _open_or_set_aside(file: SqliteFile) -> sqlite3.Connection:
             ) from error
         aside = file.set_aside(f"{file.path.stem}.damaged-{int(time.time())}")
         logger.warning("%s is damaged (%s); it is now %s, and old promises are forgotten", file.path, error, aside.name)
-        return _opened(file)
+        return _opened(file, parts)
 
 
-def _opened(file: SqliteFile) -> sqlite3.Connection:
+def _opened(file: SqliteFile, parts: int) -> sqlite3.Connection:
     """Return a connection to a file that is whole from end to end, without the rows that are not needed any more."""
     connection = file.open()
     try:
@@ -281,9 +287,10 @@ def _opened(file: SqliteFile) -> sqlite3.Connection:
             old = f"written < {last} - ? AND id != 'all'"
             connection.execute(f"DELETE FROM things WHERE {old}", (time.time(), FORGOTTEN_SECONDS))
             newest = "(SELECT max(number) FROM promises)"
-            connection.execute(f"DELETE FROM promises WHERE body IS NULL AND number < {newest} - ?", (MAX_ANSWERS,))
-            connection.execute(_OLD_RECORDS, (MAX_RECORDS, MAX_RECORD_BYTES))
-        prune(connection)
+            lost = f"DELETE FROM promises WHERE body IS NULL AND number < {newest} - ?"
+            connection.execute(lost, (most_answers(parts),))
+            connection.execute(_OLD_RECORDS, (MAX_RECORDS // parts, MAX_RECORD_BYTES // parts))
+        prune(connection, parts)
         reclaim(connection)
     except BaseException:
         connection.close()
@@ -291,19 +298,24 @@ def _opened(file: SqliteFile) -> sqlite3.Connection:
     return connection
 
 
-def prune(connection: sqlite3.Connection) -> list[str]:
+def most_answers(parts: int) -> int:
+    """Return how many answers one of `parts` files keeps."""
+    return max(1, MAX_ANSWERS // parts)
+
+
+def prune(connection: sqlite3.Connection, parts: int = 1) -> list[str]:
     """Delete the oldest answers beyond the limits and return their ids; requests without an answer stay.
 
     Outside of a transaction. The size is that of the file's pages, which small answers do not fill.
     """
     pruned: list[str] = []
     (rows,) = connection.execute("SELECT count(*) FROM promises WHERE body IS NOT NULL").fetchone()
-    if rows > MAX_ANSWERS:
+    if rows > (most := most_answers(parts)):
         with transaction(connection):
-            found = connection.execute(_DELETE_OLDEST, (rows - MAX_ANSWERS,)).fetchall()
+            found = connection.execute(_DELETE_OLDEST, (rows - most,)).fetchall()
         pruned += [row[0] for row in found]
-    if used_bytes(connection) > MAX_BYTES:
-        while used_bytes(connection) > _LEFT * MAX_BYTES:
+    if used_bytes(connection) > MAX_BYTES // parts:
+        while used_bytes(connection) > _LEFT * (MAX_BYTES // parts):
             (rows,) = connection.execute("SELECT count(*) FROM promises WHERE body IS NOT NULL").fetchone()
             with transaction(connection):
                 found = connection.execute(_DELETE_OLDEST, (-(-rows // 20),)).fetchall()

@@ -14,6 +14,7 @@ from jax_client.server.state.ledger import RequestLedger
 from jax_client.server.state.live_objects import LiveObjects, new_sampler_id
 from jax_client.server.state.pending import PendingRequest
 from jax_client.server.state.tables import Records
+from jax_client.server.wire.accounts import Account
 
 
 class SamplingRequests:
@@ -24,12 +25,19 @@ class SamplingRequests:
         ledger: where the requests are.
         records: what the next server will know.
         model_name: `model_name(name) -> name` of the base model that an alias stands for.
+        account: where samples and their tokens are noted.
     """
 
     def __init__(
-        self, live: LiveObjects, ledger: RequestLedger, records: Records, model_name: Callable[[str], str]
+        self,
+        live: LiveObjects,
+        ledger: RequestLedger,
+        records: Records,
+        model_name: Callable[[str], str],
+        account: Account,
     ) -> None:
         self._live = live
+        self._account = account
         self._ledger = ledger
         self._records = records
         self._model_name = model_name
@@ -75,7 +83,7 @@ class SamplingRequests:
 
         def start(sampler: SamplerHandle) -> Future[types.SampleResponse]:
             targets = _targets(request)
-            return sampler.sample(
+            sampled = sampler.sample(
                 request.prompt,
                 request.num_samples,
                 request.sampling_params,
@@ -86,10 +94,18 @@ class SamplingRequests:
                 target_prompt_logprobs=targets,
                 prompt_alt_tokens_k=request.prompt_alt_tokens_k,
             )
+            sampled.add_done_callback(self._note)
+            return sampled
 
         made = served.evictable.pin(pending.answer)
         made.add_done_callback(lambda done: pending.begin(lambda: start(done.result())))
         return pending
+
+    def _note(self, sampled: Future[types.SampleResponse]) -> None:
+        if not sampled.cancelled() and sampled.exception() is None:
+            sequences = sampled.result().sequences
+            tokens = sum(0 if each.tokens_np is None else len(each.tokens_np) for each in sequences)
+            self._account.note(samples=len(sequences), sampled_tokens=tokens)
 
     def is_immediate(self, sampler_id: str | None) -> bool:
         """Return whether `sample` waits for nothing, neither the disk nor a model that loads."""

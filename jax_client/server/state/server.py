@@ -15,6 +15,7 @@ from jax_client.runs.lifecycle.base_models import BaseModels
 from jax_client.runs.lifecycle.session import SessionInfo
 from jax_client.runs.listings import Listings
 from jax_client.server.model_names import ModelNames
+from jax_client.server.state.eviction import Eviction
 from jax_client.server.state.ledger import RequestLedger
 from jax_client.server.state.live_objects import ClientObjects, LiveObjects
 from jax_client.server.state.orphans import Orphans
@@ -26,6 +27,7 @@ from jax_client.server.state.training_requests import TrainingRequests
 from jax_client.server.wire import answers
 from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.answers import Answer
+from jax_client.values import Owner
 
 
 class Server:
@@ -39,6 +41,7 @@ class Server:
         orphans: what cancels the samples of clients that are gone.
         listings: the runs and checkpoints on disk.
         account: what the clients have in use, each kind within its quota.
+        owner: whose server it is, where each key has one; None is for all clients.
 
     Args:
         config: engine settings of every session.
@@ -46,6 +49,9 @@ class Server:
         log: keeps requests, answers and records over a restart; None keeps them in memory.
         clients: objects of this process's clients, which are served too.
         base_models: where base models are loaded; None shares those of the process.
+        owner: whose runs and checkpoints its clients have; None is for all.
+        account: what counts the clients' use; None makes one.
+        peers: the evictions of all servers on the same devices.
     """
 
     def __init__(
@@ -56,15 +62,21 @@ class Server:
         clients: ClientObjects | None = None,
         *,
         base_models: BaseModels | None = None,
+        owner: Owner | None = None,
+        account: Account | None = None,
+        peers: list[Eviction] | None = None,
     ) -> None:
         self.config = config
+        self.owner = owner
         self.names = names or ModelNames()
         records = Records(log)
         self.ledger = RequestLedger(log, self._lost_answer)
-        self.account = Account(relieve=self.ledger.queues.give_up)
-        self.live = LiveObjects(config, records, self.ledger.queues, self.account, clients, base_models)
-        self.training = TrainingRequests(self.live, self.ledger, self.names.meaning)
-        self.sampling = SamplingRequests(self.live, self.ledger, records, self.names.meaning)
+        self.account = account or Account()
+        self.account.relieve = self.ledger.queues.give_up
+        queues = self.ledger.queues
+        self.live = LiveObjects(config, records, queues, self.account, clients, base_models, owner, peers)
+        self.training = TrainingRequests(self.live, self.ledger, self.names.meaning, self.account)
+        self.sampling = SamplingRequests(self.live, self.ledger, records, self.names.meaning, self.account)
         self.listings = Listings(self.live.own)
         self.orphans = Orphans(self.live, self.ledger)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from tinker import types
 
@@ -21,8 +21,11 @@ from jax_client.server.state.live_objects import LiveObjects, new_sampler_id
 from jax_client.server.state.pending import PendingRequest, Start
 from jax_client.server.state.tables import Fields
 from jax_client.server.wire import custom_losses, protocol
+from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.custom_losses import CustomLoss
 from jax_client.torch_graph.program import GraphProgram
+
+T = TypeVar("T")
 
 
 class TrainingRequests:
@@ -34,10 +37,14 @@ class TrainingRequests:
         live: where the models are.
         ledger: where the requests are.
         model_name: `model_name(name) -> name` of the base model that an alias stands for.
+        account: where the tokens that were trained on are noted.
     """
 
-    def __init__(self, live: LiveObjects, ledger: RequestLedger, model_name: Callable[[str], str]) -> None:
+    def __init__(
+        self, live: LiveObjects, ledger: RequestLedger, model_name: Callable[[str], str], account: Account
+    ) -> None:
         self._live = live
+        self._account = account
         self._ledger = ledger
         self._model_name = model_name
 
@@ -63,6 +70,7 @@ class TrainingRequests:
     def load_weights(self, request: types.LoadWeightsRequest, digest: bytes) -> PendingRequest:
         """Load a checkpoint into a model, or make a model from one."""
         method = "load_state_with_optimizer" if request.optimizer else "load_state"
+        checks.refuse_access_token(request.weights_access_token, self._live.own.owner)
         if request.session_id is None or request.model_seq_id is None:
             return self._on_model(
                 request.model_id,
@@ -124,12 +132,24 @@ class TrainingRequests:
             data, config = protocol.read_datums(message), protocol.loss_config(message)
             if message.loss_fn == "custom" and not message.forward_only:
                 losses.append(self._custom_loss(run.session, config))
-                return run.forward_backward_graph(data, losses[0])
-            call = run.forward if message.forward_only else run.forward_backward
-            return call(data, message.loss_fn, config)
+                return self._noting(run.forward_backward_graph(data, losses[0]), data)
+            if message.forward_only:
+                return run.forward(data, message.loss_fn, config)
+            return self._noting(run.forward_backward(data, message.loss_fn, config), data)
 
         waits_for = lambda: losses[0].progress() if losses else None  # noqa: E731
         return self._on_model(message.model_id, message.seq_id, digest, work, waits_for)
+
+    def _noting(self, done: Future[T], data: Sequence[types.Datum]) -> Future[T]:
+        """Return a future, after whose success the tokens of its data count as trained on."""
+        tokens = sum(datum.model_input.length for datum in data)
+
+        def note(done: Future[T]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self._account.note(trained_tokens=tokens)
+
+        done.add_done_callback(note)
+        return done
 
     def create_custom_loss(self, request: types.CreateCustomLossRequest, digest: bytes) -> PendingRequest:
         """Take an uploaded loss and trace it. Raises BadRequestError for a graph that is refused."""
@@ -137,7 +157,7 @@ class TrainingRequests:
         session = self._live.session(session_id)
         session.check_open()
         loss_id, fields = custom_losses.loss_id(request), custom_losses.fields(request)
-        loss = custom_losses.custom_loss(fields)
+        loss = custom_losses.custom_loss(fields, session.owner_name)
         others = [key for key, each in self._live.losses.items() if each.session_id == session_id and key != loss_id]
         if len(others) >= custom_losses.MAX_LOSSES:
             raise BadRequestError(
@@ -157,7 +177,7 @@ class TrainingRequests:
         loss_id = custom_losses.requested_loss_id(session.session_id, config)
 
         def remake(fields: Fields) -> CustomLoss:
-            loss = custom_losses.custom_loss(fields)
+            loss = custom_losses.custom_loss(fields, session.owner_name)
             session.when_closing(loss.program.close)
             return loss
 

@@ -9,6 +9,7 @@ and never a request, the server's memory, or other clients' answers.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -84,7 +85,9 @@ class Account:
         self._quota: dict[str, int] = asdict(quota or Quota())
         self._used = dict.fromkeys(self._quota, 0)
         self._whole = whole
-        self._relieve = relieve
+        self.relieve = relieve
+        # What its clients have sent and got so far, for the operator.
+        self.totals: Counter[str] = Counter()
         # Of requests that are counted until they are answered: the first of two repetitions counts.
         self.counted: set[str] = set()
         self.arriving: set[Arriving] = set()
@@ -93,6 +96,11 @@ class Account:
     def used(self, kind: str) -> int:
         """Return how much of one kind, a field of `Quota`, is in use."""
         return self._used[kind]
+
+    def note(self, **amounts: int) -> None:
+        """Add to the totals of what its clients have sent and got."""
+        with self._lock:
+            self.totals.update(amounts)
 
     def limit(self, kind: str) -> int:
         """Return the quota of one kind."""
@@ -108,7 +116,7 @@ class Account:
         if refused is not None and {"bytes", "arriving_bytes", "training_requests"} & set(amounts):
             for body in list(self.arriving):
                 body.drop_if_late()
-            self._relieve()
+            self.relieve()
             refused = self._refused(amounts)
         if refused is not None:
             raise BusyError(refused)

@@ -55,15 +55,19 @@ def fields(request: types.CreateCustomLossRequest) -> dict[str, Any]:
     return {"session_id": request.session_id, "name": request.name, "inputs": inputs, "nodes": nodes}
 
 
-def custom_loss(fields: Mapping[str, Any]) -> CustomLoss:
+def custom_loss(fields: Mapping[str, Any], owner: str = "") -> CustomLoss:
     """Check an uploaded graph and make its program.
+
+    Args:
+        fields: as `fields` returns them.
+        owner: whose turns its compiles take; "" for its session's.
 
     Raises:
         BadRequestError: the graph is refused; the message names the node and says what to do.
     """
     graph = read_graph(fields["nodes"], [(name, rank) for name, rank in fields["inputs"]], fields["name"])
     session_id = fields["session_id"]
-    return CustomLoss(session_id=session_id, program=GraphProgram(graph, owner=session_id))
+    return CustomLoss(session_id=session_id, program=GraphProgram(graph, owner=owner or session_id))
 
 
 def requested_loss_id(session_id: str, config: Mapping[str, float | str] | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from starlette.responses import JSONResponse
@@ -33,39 +34,57 @@ _Headers: TypeAlias = dict[bytes, bytes]
 _Refusal: TypeAlias = tuple[int, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a key opens: an application, and the account of its clients."""
+
+    app: ASGIApp
+    account: Account
+
+
 class Guard:
     """ASGI middleware that checks key, host and origin before it reads anything else, and counts what follows.
 
     Args:
-        app: the application behind it.
+        app: the application behind it; with several keys, the one that answers signed links.
         api_key: the key that every request must carry, None for none.
         hosts: names and addresses under which the server may be called, without ports.
         account: `account() -> Account` of the clients that the key lets in.
+        by_key: with several keys, `by_key(key) -> Entry` of a request that carries it, None for a wrong one.
     """
 
     def __init__(
-        self, app: ASGIApp, *, api_key: str | None, hosts: Iterable[str], account: Callable[[], Account]
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        hosts: Iterable[str],
+        account: Callable[[], Account],
+        by_key: Callable[[bytes], Entry | None] | None = None,
     ) -> None:
         self._app = app
         self._api_key = None if api_key is None else api_key.encode()
         self._hosts = frozenset(host.lower() for host in hosts)
         self._account = account
+        self._by_key = by_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(scope) if scope["type"] == "http" else (403, "only HTTP is served.")
-        if refusal is None:
-            with Load(self._account()) as load:
+        found = self.check(scope) if scope["type"] == "http" else (403, "only HTTP is served.")
+        if isinstance(found, Entry):
+            found.account.note(requests=1)
+            with Load(found.account) as load:
                 load.attach(scope)
-                await self._app(scope, receive, send)
+                await found.app(scope, receive, send)
             return
-        status, detail = refusal
+        status, detail = found
         await JSONResponse({"detail": detail}, status)(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> _Refusal | None:
+    def check(self, scope: Scope) -> Entry | _Refusal:
+        """Return what is behind the guard for a request, or status and words of why it is not let in."""
         headers: _Headers = {}
         for name, value in scope["headers"]:
             if name in ONCE and name in headers:
@@ -76,7 +95,8 @@ class Guard:
         return (
             self._host_refusal(headers, named=named)
             or _page_refusal(headers, scope)
-            or self._key_refusal(headers, scope)
+            or self._behind(headers.get(KEY_HEADER), signed=scope["path"].startswith(SIGNED))
+            or (401, "the X-API-Key header is missing or wrong; set TINKER_API_KEY.")
         )
 
     def _host_refusal(self, headers: _Headers, *, named: bool) -> _Refusal | None:
@@ -90,12 +110,13 @@ class Guard:
             return 403, f"this server is not called {_text(host)}; start it with --allow-host, or use another name."
         return None
 
-    def _key_refusal(self, headers: _Headers, scope: Scope) -> _Refusal | None:
-        if self._api_key is None or scope["path"].startswith(SIGNED):
+    def _behind(self, key: bytes | None, *, signed: bool) -> Entry | None:
+        """Return what is behind a key, None for a wrong one."""
+        if self._by_key is not None and not signed:
+            return None if key is None else self._by_key(key)
+        if self._api_key is not None and not signed and not hmac.compare_digest(key or b"", self._api_key):
             return None
-        if not hmac.compare_digest(headers.get(KEY_HEADER, b""), self._api_key):
-            return 401, "the X-API-Key header is missing or wrong; set TINKER_API_KEY."
-        return None
+        return Entry(self._app, self._account())
 
 
 def _page_refusal(headers: _Headers, scope: Scope) -> _Refusal | None:
