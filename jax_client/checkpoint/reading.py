@@ -44,8 +44,13 @@ class CheckpointReader:
         self._runs = runs
         self._mirror = mirror
 
-    def read(self, key: CheckpointKey, work: Callable[[Path], T]) -> T:
+    def read(self, key: CheckpointKey, work: Callable[[Path], T], *, others: bool = True) -> T:
         """Return `work(version)` for the directory of the checkpoint's newest version.
+
+        Args:
+            key: of the checkpoint.
+            work: `work(version) -> T`; may be called again where another version took this one's place.
+            others: whether errors may name other checkpoints of the run.
 
         Raises:
             NotFoundError: there is none of this name, here or in the mirror.
@@ -56,7 +61,7 @@ class CheckpointReader:
         while True:
             version = newest_version(directory) or self._restored(directory, key)
             if version is None:
-                raise self.not_found(key)
+                raise self.not_found(key, others=others)
             identity = _identity(version)
             try:
                 found = work(version)
@@ -69,10 +74,7 @@ class CheckpointReader:
                 # An overwrite or delete by another thread or process takes files away under a reader.
                 if newest_version(directory) != version or _identity(version) != identity:
                     continue
-                good = self._newest_good(key)
-                advice = (
-                    f"The newest good checkpoint of this run is {good}." if good else "This run has no other good one."
-                )
+                advice = self._advice(key) if others else "Ask whoever saved it for another one."
                 raise RequestFailedError(f"{key.in_words} cannot be loaded: {first_line(error)}. {advice}") from error
 
     def newest_versions(self, run_id: str) -> Iterator[tuple[CheckpointKey, Path]]:
@@ -123,6 +125,10 @@ class CheckpointReader:
                     os.rmdir(place)
         logger.info("%s was brought back from %s", key.in_words, self._mirror.url)
         return directory / "000001"
+
+    def _advice(self, key: CheckpointKey) -> str:
+        good = self._newest_good(key)
+        return f"The newest good checkpoint of this run is {good}." if good else "This run has no other good one."
 
     def _newest_good(self, key: CheckpointKey) -> str | None:
         """Return KIND/NAME of the newest undamaged checkpoint of a run besides one."""

@@ -143,11 +143,15 @@ class CheckpointStore(StateDirectory):
 
         return self._read(key, work)
 
-    def _read(self, key: CheckpointKey, work: Callable[[Path], T]) -> T:
-        """Return `work(version)`, as the reader does, for a checkpoint that may be read."""
-        if not self.has_run(key.run_id) and not self._is_public(key):
+    def _read(self, key: CheckpointKey, work: Callable[[Path], T], *, others: bool = True) -> T:
+        """Return `work(version)`, as the reader does, for a checkpoint that may be read.
+
+        Without `others`, and of another owner's run, no error names the run's other checkpoints.
+        """
+        own = self.has_run(key.run_id)
+        if not own and not self._is_public(key):
             raise self._reader.not_found(key, others=False)
-        return self._reader.read(key, work)
+        return self._reader.read(key, work, others=own and others)
 
     def _is_public(self, key: CheckpointKey) -> bool:
         version = newest_version(checkpoint_directory(self._runs, key))
@@ -234,7 +238,8 @@ class CheckpointStore(StateDirectory):
                 raise NotFoundError(f"{key.in_words} has no file {name!r}.")
             return version / file
 
-        return self._read(key, find)
+        # Whoever has a link to the export asks for it, without a key.
+        return self._read(key, find, others=False)
 
     def exists(self, key: CheckpointKey) -> bool:
         """Return whether a checkpoint of this name is on this disk."""

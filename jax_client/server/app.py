@@ -93,5 +93,5 @@ def _operations(server: Server, accounts: Mapping[str, Account]) -> list[Route]:
         Route("/metrics", with_errors(metrics.show_metrics(models, accounts, is_own)), methods=["GET"]),
         route("GET", "/metrics/engines", metrics.list_engines(models, whole=whole)),
         route("GET", "/metrics/runs", metrics.list_runs(state_dir, server.listings)),
-        route("GET", "/metrics/runs/{run}", metrics.read_run(state_dir, server.listings)),
+        route("GET", "/metrics/runs/{run}", metrics.read_run(state_dir, server.listings, whole=whole)),
     ]

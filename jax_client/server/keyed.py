@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from jax_client.server.state.eviction import Eviction
 from jax_client.server.state.request_log import RequestLog
 from jax_client.server.state.server import Server
 from jax_client.server.wire import keys
@@ -39,7 +38,6 @@ class KeyedServers:
         self.host = host
         self.keys = tuple(keys_)
         self.whole = Account(keys.whole(keys_))
-        peers: list[Eviction] = []
         self.by_name: Mapping[str, Server] = {
             key.owner.name: Server(
                 host.config,
@@ -48,7 +46,8 @@ class KeyedServers:
                 base_models=host.live.own.models,
                 owner=key.owner,
                 account=Account(key.quota, self.whole),
-                peers=peers,
+                # The host's is among them: it holds the operator's models, which leave memory too when it is needed.
+                peers=host.live.peers,
             )
             for key in keys_
         }

@@ -211,7 +211,8 @@ class GraphProgram:
             return None
         begun = next((job for job in jobs if job.began is not None), None)
         if begun is None:
-            return f"loss {self.graph.name} waits for other losses: {self._queue.waiting()} are to be compiled"
+            # Not how many: they may be other owners'.
+            return f"loss {self.graph.name} waits for other losses to be compiled"
         return f"{begun.stage} loss {begun.loss} ({begun.shapes})"
 
     def close(self) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+
+import pytest
 
 from jax_client.server.wire import keys
 
@@ -37,3 +40,19 @@ def test_a_server_closes_the_file_to_others_and_names_what_is_wrong(cli, tmp_pat
     assert refused.code == 1 and "is no file" in refused.err
     refused = cli("serve", "--host", "0.0.0.0", "--port", 0, "--state-dir", home)
     assert refused.code == 2 and "--api-key-file" in refused.err
+
+
+def test_a_file_that_another_user_owns_is_refused(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is closed now, its owner may write a key into it before the next start."""
+    file, home = tmp_path / "keys", tmp_path / "home"
+    file.write_text("vision nothing\n")
+    file.chmod(0o600)
+    other = 12_345
+    if os.geteuid() == 0:
+        os.chown(file, other, -1)
+    else:
+        other = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: other + 1)
+    refused = cli("serve", "--state-dir", home, "--port", 0, "--api-key-file", file)
+    assert refused.code == 1 and not home.exists()
+    assert all(word in refused.err for word in (str(file), f"user {other}", "copy it", "chown"))

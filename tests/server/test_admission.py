@@ -45,16 +45,18 @@ def test_a_full_queue_costs_time_and_no_request(start: Any, loaded: Any) -> None
     assert running.server.account.used("sampling_requests") == running.server.account.used("samples") == 0
 
 
-def test_samples_count_too_and_one_large_request_always_fits(start: Any, loaded: Any) -> None:
+def test_samples_count_too_and_no_request_asks_for_more_than_may_wait(start: Any, loaded: Any) -> None:
     running = start()
     running.server.account = Account(Quota(samples=100))
     connect(running).create_sampling_client(base_model=MODEL).sample(PROMPT, 1, PARAMS).result(LIMIT)
     loaded[0].gate.clear()
     with raw(running) as http:
-        for number, samples, status in ((1, 500, 200), (2, 1, 429)):
+        for number, samples, status in ((1, 101, 400), (1, 100, 200), (2, 1, 429), (1, 100, 429)):
             body = sample_body(running, 10**6 + number, num_samples=samples)
-            assert http.post("/asample", json=body).status_code == status
-        assert http.post("/asample", json=sample_body(running, 10**6 + 1, num_samples=500)).status_code in (200, 429)
+            answer = http.post("/asample", json=body)
+            assert answer.status_code == status
+            assert samples <= 100 or "num_samples is 101" in answer.json()["detail"]
+        assert running.server.account.used("samples") == 100 == loaded[0].requests[-1].num_samples
         for samples in (0, -1, 10**9):
             running.server.account = Account()
             body = sample_body(running, 10**7 + samples, num_samples=samples)

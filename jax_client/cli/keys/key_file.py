@@ -20,8 +20,8 @@ def read_key_file(path: Path) -> list[Key]:
     """Return the keys of a file.
 
     Raises:
-        click.ClickException: it is no file of keys, or cannot be read; others may write or read it, and it is not this
-            user's to close.
+        click.ClickException: it is no file of keys, or cannot be read; it is another user's, root's excepted; others
+            may write or read it, and it is not this user's to close.
     """
     from jax_client.server.wire.keys import read_keys
 
@@ -42,6 +42,12 @@ def _make_private(path: Path) -> None:
     mode = stat.S_IMODE(status.st_mode)
     if not stat.S_ISREG(status.st_mode):
         raise click.ClickException(f"--api-key-file: {path} is no file; name one with a line for each key.")
+    if status.st_uid not in (0, os.geteuid()):
+        # Closed to others or not: its owner may let in anyone.
+        raise click.ClickException(
+            f"--api-key-file: {path} belongs to user {status.st_uid}, who may change it at any time; copy it to a file "
+            f"of your own, or run chown {os.geteuid()} {path}."
+        )
     if not mode & 0o077:
         return
     try:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # Engine states that make a health check fail.
 _ILL = ("stuck", "dead")
+# For those who are not shown which model it is, nor how much of all keys' work waits.
+_ILL_SENTENCE = "an engine of this server is stuck or dead; tell the operator, whose log says more"
 
 
 class Watchdog:
@@ -47,7 +49,7 @@ class Watchdog:
         if not ill:
             return JSONResponse({"status": "ok", **shown})
         # The only 5xx status of the server: the SDK does not send health checks.
-        status = "; ".join(_sentence(*each) for each in ill)
+        status = "; ".join(_sentence(*each) for each in ill) if self._whole else _ILL_SENTENCE
         return JSONResponse({"status": status, **shown}, 503)
 
     def _report(self, model: BaseModel, health: Health) -> None:

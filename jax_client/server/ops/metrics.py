@@ -24,6 +24,8 @@ from jax_client.server.wire.pools import run_work
 Handler = Callable[[Request], Awaitable[Response]]
 
 MOST_ROWS = 10_000
+# Points and events of these kinds are an engine's, of all its runs together.
+_OF_ENGINES = ("device", "compile")
 
 
 def list_runs(state_dir: Path, listings: Listings) -> Handler:
@@ -50,31 +52,32 @@ def _shown_runs(store: MetricsStore, listings: Listings) -> list[dict[str, Any]]
     return runs if own is None else [run for run in runs if run["run"] in own]
 
 
-def read_run(state_dir: Path, listings: Listings) -> Handler:
+def read_run(state_dir: Path, listings: Listings, *, whole: bool = True) -> Handler:
     """Return the handler of GET metrics/runs/RUN: points and events after `since`; arguments as of `list_runs`.
 
     The query's `limit` bounds each of the two. With `points=N` the answer spans the whole run, with every kind thinned
-    out to N rows.
+    out to N rows. Without `whole`, what the run's engine does is left out: it is of all keys together.
     """
     store = MetricsStore(state_dir / FILE_NAME)
 
     async def handler(request: Request) -> Response:
         run, since = request.path_params["run"], _cursor(request)
         most, limit = _number(request, "points", 0, 2, MOST_ROWS), _number(request, "limit", 1_000, 1, MOST_ROWS)
-        if not await run_work(listings.has_run, run):
-            rows = Found(cursor=since)
-        elif most:
+        rows = Found(cursor=since)
+        known = await run_work(listings.has_run, run)
+        if known and most:
             rows = await run_work(store.overview, run, since, most=most)
-        else:
+        elif known:
             rows = await run_work(store.read, run, since, limit=limit)
-        if since == Cursor() == rows.cursor:
+        if not known or since == Cursor() == rows.cursor:
             raise NotFoundError(f"nothing was recorded of a run {run!r}; metrics/runs lists those that have points.")
+        left_out = () if whole else _OF_ENGINES
         return JSONResponse(
             {
                 "run": run,
                 "live": any(each.run_id == run for each in run_metrics.live()),
-                "points": [_shown(point) for point in rows.points],
-                "events": [_shown(event) for event in rows.events],
+                "points": [_shown(point) for point in rows.points if point.kind not in left_out],
+                "events": [_shown(event) for event in rows.events if event.kind not in left_out],
                 "next": f"{rows.cursor.point}-{rows.cursor.event}",
                 "more": rows.more,
             }

@@ -19,7 +19,7 @@ from tinker import types
 
 from jax_client.runs.listings import Listings
 from jax_client.runs.paths import external_path
-from jax_client.server.routes.handler import API, looked_up, route
+from jax_client.server.routes.handler import API, checked_files, route, show
 from jax_client.server.wire.guard import SIGNED
 from jax_client.server.wire.pools import run_work
 from jax_client.values import CheckpointKey
@@ -46,9 +46,12 @@ class Downloads:
         """Return the route that makes links and the one that answers them."""
         make = "/training_runs/{run}/checkpoints/{kind}/{name}/external_weights_urls"
         return [
-            route("GET", make, looked_up(self._links)),
+            route("GET", make, self._make),
             route("GET", f"{SIGNED.removeprefix(API)}{{run}}/{{name}}/{{file:path}}", self._file),
         ]
+
+    async def _make(self, request: Request) -> Response:
+        return show(await checked_files(request, lambda: self._links(request)))
 
     def _links(self, request: Request) -> types.ExternalWeightsUrlsResponse:
         names = request.path_params

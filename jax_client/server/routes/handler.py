@@ -28,7 +28,7 @@ from jax_client.server.wire.bodies import (
     read_body,
     read_json,
 )
-from jax_client.server.wire.pools import run_cheap, run_work
+from jax_client.server.wire.pools import run_cheap, run_on_files, run_work
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ API = "/api/v1"
 SMALL_LIMIT = 2**20
 
 Handler = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 # What a handler can show: one of the SDK's responses, plain JSON, or nothing.
 Shown = pydantic.BaseModel | dict[str, Any] | None
@@ -127,6 +128,12 @@ def looked_up(answer: Callable[[Request], Shown]) -> Handler:
         return show(await run_work(answer, request))
 
     return handler
+
+
+async def checked_files(request: Request, work: Callable[[], T]) -> T:
+    """Return the result of `work()`, which reads every byte of a checkpoint and counts meanwhile. Raises BusyError."""
+    load_of(request).take(file_checks=1)
+    return await run_on_files(work)
 
 
 def with_object(answer: Callable[[Request, dict[str, Any]], Shown], *, cheap: bool = False) -> Handler:

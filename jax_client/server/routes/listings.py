@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from tinker import types
 from tinker.types import CopyWeightsRequest
@@ -14,7 +15,16 @@ from tinker.types import CopyWeightsRequest
 from jax_client.errors import BadRequestError
 from jax_client.runs import checks
 from jax_client.runs.listings import Listings, check_page, destination_project, not_served
-from jax_client.server.routes.handler import looked_up, parsed, route, unparsed, with_object
+from jax_client.server.routes.handler import (
+    SMALL_LIMIT,
+    checked_files,
+    looked_up,
+    route,
+    show,
+    unparsed,
+    with_object,
+)
+from jax_client.server.wire.bodies import read_json
 from jax_client.values import CheckpointKey
 
 # What only a hosted service has, by the method that asks for it.
@@ -60,11 +70,12 @@ def _checkpoint_routes(listings: Listings) -> list[Route]:
     def info(request: Request, fields: dict[str, Any]) -> types.WeightsInfoResponse:
         return listings.weights_info(CheckpointKey.parse(fields.get("tinker_path")))
 
-    def copy(asked: CopyWeightsRequest) -> dict[str, str]:
+    async def copy(request: Request) -> Response:
+        asked, _ = await read_json(request, CopyWeightsRequest, limit=SMALL_LIMIT)
         project = destination_project(asked.destination_project_id)
         checks.refuse_access_token(asked.weights_access_token, listings.owner)
         source, ttl = CheckpointKey.parse(asked.source_path), checks.ttl(asked.ttl_seconds)
-        return {"tinker_path": listings.copy(source, project, ttl)}
+        return show({"tinker_path": await checked_files(request, lambda: listings.copy(source, project, ttl))})
 
     def set_ttl(request: Request, fields: dict[str, Any]) -> None:
         listings.set_ttl(_key(request), checks.ttl(fields.get("ttl_seconds")))
@@ -72,7 +83,7 @@ def _checkpoint_routes(listings: Listings) -> list[Route]:
     return [
         route("GET", "/checkpoints", looked_up(lambda r: listings.all_checkpoints(*_page(r, 100)))),
         route("POST", "/weights_info", with_object(info)),
-        route("POST", "/copy_weights", parsed(CopyWeightsRequest, copy)),
+        route("POST", "/copy_weights", copy),
         route("DELETE", _CHECKPOINT, looked_up(lambda r: listings.delete(_key(r)))),
         route("POST", f"{_CHECKPOINT}/publish", looked_up(lambda r: listings.set_public(_key(r), True))),
         route("DELETE", f"{_CHECKPOINT}/publish", looked_up(lambda r: listings.set_public(_key(r), False))),

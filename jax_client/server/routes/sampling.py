@@ -10,8 +10,11 @@ from starlette.routing import Route
 from tinker import types
 from tinker.types import JoinSamplingSessionRequest
 
+from jax_client.errors import BadRequestError
+from jax_client.runs.checks.sampling import MAX_SAMPLES
 from jax_client.server.routes.handler import digest, parsed, route, show
 from jax_client.server.state.server import Server
+from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.admission import load_of
 from jax_client.server.wire.bodies import SMALL, read_json
 from jax_client.server.wire.pools import run_work
@@ -23,7 +26,7 @@ def sample_route(server: Server) -> Route:
     async def handler(request: Request) -> Response:
         load = load_of(request)
         asked, body = await read_json(request, types.SampleRequest)
-        samples = min(max(asked.num_samples, 1), load.account.limit("samples"))
+        samples = _counted_samples(asked.num_samples, load.account)
         load.take(sampling_requests=1, samples=samples)
         key = digest(request, body)
         if len(body) <= SMALL and server.sampling.is_immediate(asked.sampling_session_id):
@@ -68,3 +71,16 @@ def sampling_routes(server: Server) -> list[Route]:
         ),
         route("GET", "/samplers/{sampler:path}", get_sampler),
     ]
+
+
+def _counted_samples(num_samples: int, account: Account) -> int:
+    """Return how many samples a request counts as. Raises BadRequestError for more than its key may ever have."""
+    # Any other number is refused where the request begins, with the words of an in-process client.
+    samples = num_samples if 1 <= num_samples <= MAX_SAMPLES else 1
+    most = account.limit("samples")
+    if samples > most:
+        raise BadRequestError(
+            f"num_samples is {samples:,}; the clients of this key may have {most:,} samples at once. Call sample "
+            "several times, or ask the operator for more samples in the line of this key."
+        )
+    return samples

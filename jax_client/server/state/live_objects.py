@@ -62,6 +62,7 @@ class LiveObjects:
         config: engine settings of every session.
         own: the session of the server itself.
         sessions, models, samplers, losses: the objects in memory, by their ids.
+        peers: the evictions of all servers on the same devices, this one's among them.
 
     Args:
         config: engine settings of every session.
@@ -71,7 +72,7 @@ class LiveObjects:
         clients: objects of this process's clients, None for a server of other processes only.
         base_models: where base models are loaded; None shares those of the process.
         owner: whose objects these are; None is for all clients.
-        peers: the evictions of all servers on the same devices.
+        peers: those of other servers on the same devices, to which this one's is added; None is for no others.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class LiveObjects:
         self._queues = queues
         self._clients = clients
         self._closing = False
+        self.peers = [] if peers is None else peers
         self._use = SessionUse(account or Account(), self._end_idle_session)
         self._eviction = Eviction(
             self.own,
@@ -103,7 +105,7 @@ class LiveObjects:
             self.samplers,
             self._use.last_sign,
             self._end_and_wait,
-            [] if peers is None else peers,
+            self.peers,
         )
 
     # Sessions

@@ -31,10 +31,12 @@ class Quota:
         bytes: of bodies that are being read, and of those whose requests have no answer yet.
         arriving_bytes: of bodies that are being read or decompressed; they hold no work yet.
         sampling_requests: without an answer.
-        samples: that these requests ask for. The engine refuses 65,536 waiting samples for good, so this is lower.
+        samples: that these requests ask for, also the most for one of them. The engine refuses 65,536 waiting samples
+            for good, so this is lower.
         training_requests: without an answer.
         polls: that wait for an answer.
         loads: of samplers and models that have not ended.
+        file_checks: comparisons of all files of a checkpoint with their hashes, for links to an export or a copy.
         sessions: that are open.
         records: that these sessions keep, one for each model and each sampler.
         record_bytes: of the records, and of what clients say of their sessions.
@@ -47,6 +49,7 @@ class Quota:
     training_requests: int = 10_000
     polls: int = 8_192
     loads: int = 128
+    file_checks: int = 8
     sessions: int = 2_048
     records: int = 200_000
     record_bytes: int = 16 * 2**20
@@ -59,6 +62,9 @@ _ADVICE = {
     "records": "Close the ServiceClients that are not used any more, or make fewer samplers in each.",
     "record_bytes": "Close the ServiceClients that are not used any more, or give them less metadata.",
 }
+
+
+_WHOLE_BUSY = f"the clients of all keys together are at a limit of this server; send it again in {RETRY_SECONDS} s."
 
 
 class Arriving(Protocol):
@@ -125,7 +131,8 @@ class Account:
                 self._whole.take(**amounts)
             except BusyError:
                 self._uncount(amounts)
-                raise
+                # Not the message, which has the numbers of all keys.
+                raise BusyError(_WHOLE_BUSY) from None
 
     def add(self, **amounts: int) -> None:
         """Count amounts, whatever the quota: what is in memory is counted."""
@@ -151,8 +158,7 @@ class Account:
         with self._lock:
             for kind, amount in amounts.items():
                 used, limit = self._used[kind], self._quota[kind]
-                # However many samples one request asks for, it fits where it is the only one.
-                if used + amount > limit and not (kind == "samples" and not used):
+                if used + amount > limit:
                     return _message(kind, used, limit)
             for kind, amount in amounts.items():
                 self._used[kind] += amount

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ DEFAULTS: Mapping[str, int] = asdict(Quota())
 # With many keys each has at least this part of a limit: one for the largest body, a fourth or a tenth for ordinary use.
 _MOST_PARTS = {"arriving_bytes": 1, "bytes": 4}
 _MOST_PARTS_OF_OTHERS = 10
+# Control characters, and Unicode's separators of lines and paragraphs.
+_CONTROL = ("Cc", "Zl", "Zp")
 _ADVICE = "'jax_client key NAME' makes a key and prints its line"
 
 
@@ -66,6 +69,7 @@ def line_of(name: str, key: str, options: Sequence[str] = ()) -> str:
         BadRequestError: the name or an option has another form.
     """
     line = " ".join((name, HASH + digest(key.encode()).hex(), *options))
+    _refuse_control_characters(line, "the line")
     _parsed(line, "the line")
     return line
 
@@ -87,7 +91,9 @@ def read_keys(path: Path) -> list[Key]:
         line = data.count(b"\n", 0, error.start) + 1
         raise BadRequestError(f"{path}, line {line} is no UTF-8 text; {_ADVICE}.") from None
     lines: dict[int, _Line] = {}
-    for number, content in enumerate(text.splitlines(), 1):
+    # Not splitlines, which also breaks where editors show no new line: the rest of a comment would be a key.
+    for number, content in enumerate(text.split("\n"), 1):
+        _refuse_control_characters(content.removesuffix("\r"), f"{path}, line {number}")
         words = content.partition("#")[0]
         if words.strip():
             lines[number] = _parsed(words, f"{path}, line {number}")
@@ -120,6 +126,15 @@ def _part(keys: int) -> dict[str, int]:
     # All samples together may not pass what an engine takes, which refuses more for good.
     parts["samples"] = keys
     return {field: max(1, default // parts[field]) for field, default in DEFAULTS.items()}
+
+
+def _refuse_control_characters(text: str, where: str) -> None:
+    for i, character in enumerate(text):
+        if character != "\t" and unicodedata.category(character) in _CONTROL:
+            raise BadRequestError(
+                f"{where}: character {i + 1} is {character!r}, which does not show; take it out, and look whether the "
+                "line says what it should."
+            )
 
 
 def _parsed(text: str, where: str) -> _Line:

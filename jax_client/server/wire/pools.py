@@ -1,4 +1,4 @@
-"""On which threads does the server do what would stop its event loop? On pools for work, for cheap calls, for bodies.
+"""On which threads does the server do what would stop its event loop? Cheap calls, work, files and bodies have pools.
 
 A call of any pool computes or reads the disk, and then ends: what waits for a turn, a model or a compile is awaited
 by its future and holds no thread. So a pool may be busy, but it is never filled by waiting.
@@ -20,6 +20,8 @@ T = TypeVar("T")
 _cheap = Workers("jax_client-calls", 32)
 # Data to check, files to read.
 _work = Workers("jax_client-requests", 16)
+# Every byte of a checkpoint to compare with its hash: listings do not wait behind it, nor does it take all cores.
+_files = Workers("jax_client-file-checks", 2)
 # Few: each thread has a heap, which keeps the size of the largest body.
 _small_bodies, _large_bodies = Workers("jax_client-bodies", 2), Workers("jax_client-large-bodies", 1)
 # The size up to which a body is a small one.
@@ -34,6 +36,11 @@ async def run_cheap(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
 async def run_work(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Run a function that may compute, or read the disk, for longer on a thread; return its result."""
     return await asyncio.wrap_future(_work.submit(function, *args, **kwargs))
+
+
+async def run_on_files(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run a function that reads every byte of a checkpoint on a thread; return its result."""
+    return await asyncio.wrap_future(_files.submit(function, *args, **kwargs))
 
 
 async def run_on_body(size: int, work: Callable[[], T]) -> T:

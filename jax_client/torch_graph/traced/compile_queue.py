@@ -99,11 +99,6 @@ class CompileQueue:
             for job in jobs
         ]
 
-    def waiting(self) -> int:
-        """Return how many jobs have not begun."""
-        with self._lock:
-            return sum(not job.future.done() for jobs in self._waiting.values() for job in jobs)
-
     def _work(self) -> None:
         while (job := self._take()) is not None:
             complete(job.future, lambda job=job: job.work(job))

@@ -179,7 +179,11 @@ TABLE: dict[tuple[str, str], list[Case]] = {
     ("GET", f"{API}/sessions/{{session}}"): got("/sessions/{session}"),
     ("PUT", f"{API}/sessions/{{session}}/project"): got("/sessions/{session}/project", {"project_id": "p"}),
     ("GET", f"{API}/metrics/runs"): LISTS,
-    ("GET", f"{API}/metrics/runs/{{run}}"): [*got("/metrics/runs/{run}"), *got("/metrics/runs/{run}?points=9")],
+    ("GET", f"{API}/metrics/runs/{{run}}"): [
+        *got("/metrics/runs/{run}"),
+        *got("/metrics/runs/{run}?points=9"),
+        *got("/metrics/runs/{run}?since=1-1"),
+    ],
     ("GET", f"{API}/metrics/engines"): LISTS,
     ("GET", f"{API}/healthz"): LISTS,
     ("GET", "/healthz"): LISTS,

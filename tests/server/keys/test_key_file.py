@@ -54,6 +54,27 @@ def test_a_wrong_line_is_refused_by_its_number_field_and_value(tmp_path: Path, c
     assert all(word in str(refused.value) for word in [str(file), *words]), refused.value
 
 
+@pytest.mark.parametrize("hidden", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x85", "\r", "\x00", "\x1b"])
+def test_no_comment_hides_a_key(tmp_path: Path, hidden: str) -> None:
+    """These break no line, or not for every reader, so no editor shows what is behind them as a line."""
+    file = tmp_path / "keys"
+    file.write_bytes(f"audio {OTHER}\nvision {HASH} # the team{hidden}evil {HASH} admin\n".encode())
+    with pytest.raises(BadRequestError) as refused:
+        keys.read_keys(file)
+    assert all(
+        word in str(refused.value)
+        for word in ("line 2", f"character {len(f'vision {HASH} # the team') + 1}", repr(hidden))
+    )
+    with pytest.raises(BadRequestError, match="the line: character"):
+        keys.line_of("vision", keys.new_key(), [f"sessions=1{hidden}admin"])
+
+
+def test_lines_may_end_as_windows_writes_them(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(f"vision\t{HASH}\r\n\r\n# é – 日本\r\naudio {OTHER}\r\n".encode())
+    assert [key.owner.name for key in keys.read_keys(file)] == ["vision", "audio"]
+
+
 def test_what_may_be_a_key_is_not_repeated(tmp_path: Path) -> None:
     """Someone who writes the key itself in place of its hash does not find it in a log."""
     file = tmp_path / "keys"

@@ -147,6 +147,30 @@ def test_a_published_checkpoint_can_be_read_by_every_key_and_changed_by_its_own(
         assert team.call("b", "POST", f"{API}/load_weights", token).status == 400
 
 
+def test_errors_of_what_others_may_read_name_nothing_else_of_its_run(tmp_path: Path) -> None:
+    """A damaged checkpoint, and a link whose export is gone, tell their own key alone what else there is."""
+    with team_on(tmp_path / "state") as team:
+        its = belongings(team, "a", DATA)
+        names = {"save_weights": "mine-alone", "save_weights_external": "mine-too"}
+        for name, path in names.items():
+            team.done("a", name, {"model_id": its.model, "seq_id": its.number, "path": path})
+            its.number += 1
+        place = f"{API}/training_runs/{its.model}/checkpoints"
+        assert team.call("a", "POST", f"{place}/weights/a/publish").status == 204
+        (manifest,) = (tmp_path / "state").glob("runs/*/weights/a/*/manifest.json")
+        manifest.write_bytes(b"{" + manifest.read_bytes())
+        asked = {"tinker_path": its.paths["weights"]}
+        told = {who: team.call(who, "POST", f"{API}/weights_info", asked) for who in "ab"}
+        assert "weights/mine-alone" in told["a"].json["detail"]
+        assert told["b"].status == 400 and "cannot be loaded" in told["b"].json["detail"]
+        assert "mine-alone" not in told["b"].json["detail"] and "Ask whoever" in told["b"].json["detail"]
+
+        url = team.call("a", "GET", f"{place}/external_weights/a/external_weights_urls").json["urls"]["f"]
+        assert team.call("a", "DELETE", f"{place}/external_weights/a").status == 204
+        gone = team.call("no key", "GET", url.removeprefix("http://127.0.0.1"))
+        assert gone.status == 404 and "mine-too" not in gone.json["detail"]
+
+
 def test_links_to_an_export_need_no_key_and_only_its_key_gets_them(tmp_path: Path) -> None:
     with team_on(tmp_path / "state") as team:
         its = belongings(team, "a", DATA)
@@ -204,6 +228,22 @@ def test_memory_that_one_key_needs_is_freed_where_another_is_idle(
         # It comes back when its own client asks for it.
         assert team.call("b", "POST", f"{API}/get_info", {"model_id": its["b"]}).status == 200
         assert state() == ["evicted", "live"]
+
+
+def test_the_operators_models_leave_memory_that_a_key_needs(tmp_path: Path) -> None:
+    from jax_client.errors import DoesNotFitError
+
+    with team_on(tmp_path / "state") as team:
+        host = team.servers.host
+        host.live.own.base_model(MODEL).result(60)
+        (engine,) = team.models.opened
+
+        def make() -> str:
+            if not engine.closed.is_set():
+                raise DoesNotFitError("no room")
+            return "fits"
+
+        assert team.servers.by_name["b"].live._eviction.make_fit(make) == "fits"
 
 
 def test_the_sdk_trains_with_its_key_and_finds_nothing_of_another(tmp_path: Path) -> None:

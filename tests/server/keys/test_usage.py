@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import httpx
 import pytest
 
-from support.fake_engine import DATA
-from support.server.serving import API
-from support.server.two_keys import Belongings, Team, belongings
+from jax_client.metrics.store import FILE_NAME, Event, MetricsStore
+from jax_client.runs.listings import Listings
+from jax_client.runs.results import run_metrics
+from support.fake_engine import DATA, MODEL
+from support.server.served_fake import LIMIT, wait_for
+from support.server.serving import API, Running
+from support.server.two_keys import PROMPT, Belongings, Team, belongings, session_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -68,6 +76,101 @@ def test_a_key_sees_its_own_figures_and_an_admin_all(team: Team, figures: dict[s
     assert {"engines", "losses"} < team.call("ops", "GET", "/healthz").json.keys()
     assert team.call("a", "GET", f"{API}/metrics/engines").status == 403
     assert team.call("ops", "GET", f"{API}/metrics/engines").status == 200
+
+
+def test_the_metrics_of_a_run_show_what_its_engine_does_to_an_admin_alone(team: Team) -> None:
+    """The engine works for all keys."""
+    for who, shown in (("a", False), ("ops", True)):
+        its = belongings(team, who, DATA)
+        step = {"model_id": its.model, "seq_id": its.number, "adam_params": {"learning_rate": 0.1}}
+        team.done(who, "optim_step", step)
+        run_metrics.shared.flush()
+        store = MetricsStore(team.state_dir / FILE_NAME)
+        assert store.add(events=[Event(run=its.model, kind="compile", step=1, time=1.0, details={"shapes": "1x8"})])
+        for query in ("?", "?points=9&"):
+            found = team.call(who, "GET", f"{API}/metrics/runs/{its.model}{query}").json
+            kinds = {each["kind"] for each in found["points"]}, {each["kind"] for each in found["events"]}
+            assert {"step"} < kinds[0] if shown else kinds[0] == {"step"}
+            assert ("device" in kinds[0], "compile" in kinds[1]) == (shown, shown) and {"start", "save"} <= kinds[1]
+        # Whoever follows the run page by page comes to its end all the same.
+        since, seen, more = "0-0", [], True
+        while more:
+            page = team.call(who, "GET", f"{API}/metrics/runs/{its.model}?limit=1&since={since}").json
+            seen += [each["kind"] for each in page["points"] + page["events"]]
+            assert since != page["next"]
+            since, more = page["next"], page["more"]
+        assert sorted(seen) == sorted(each["kind"] for each in found["points"] + found["events"])
+
+
+def test_an_ill_engine_is_named_to_an_admin_alone(
+    team: Team, figures: dict[str, Belongings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (engine,) = team.models.opened
+    ill = {"state": "stuck", "waiting": 17, "stalled_seconds": 400.0, "compiling": []}
+    monkeypatch.setattr(engine.monitor, "health", lambda: ill)
+    told = {who: team.call(who, "GET", "/healthz") for who in ("a", "ops")}
+    assert [each.status for each in told.values()] == [503, 503]
+    assert "17 requests" in told["ops"].json["status"] and MODEL in told["ops"].json["status"]
+    assert told["a"].json.keys() == {"status"} and "stuck or dead" in told["a"].json["status"]
+    assert "17" not in told["a"].json["status"] and MODEL not in told["a"].json["status"]
+
+
+def test_every_sample_counts_and_one_call_asks_for_no_more_than_its_key_may_have(tmp_path: Path) -> None:
+    team = Team(tmp_path / "state", {f"k{i}": () for i in range(10)})
+    try:
+        session = session_of(team, "k0")
+        asked = {"session_id": session, "sampling_session_seq_id": 0, "base_model": MODEL}
+        sampler = team.post("k0", "create_sampling_session", asked)["sampling_session_id"]
+        body = {"sampling_session_id": sampler, "prompt": PROMPT, "sampling_params": {"max_tokens": 4}}
+        refused = team.call("k0", "POST", f"{API}/asample", body | {"seq_id": 0, "num_samples": 6_001})
+        assert refused.status == 400
+        assert all(word in refused.json["detail"] for word in ("num_samples is 6,001", "6,000", "several times"))
+        team.answer_of("k0", team.post("k0", "asample", body | {"seq_id": 1})["request_id"])
+        (engine,) = team.models.opened
+        engine.gate.clear()
+        taken = team.post("k0", "asample", body | {"seq_id": 2, "num_samples": 6_000})
+        assert len(taken["sample_sequence_ids"]) == 6_000 == team.servers.whole.used("samples")
+        busy = team.call("k0", "POST", f"{API}/asample", body | {"seq_id": 3})
+        assert busy.status == 429 and "6,000 samples already" in busy.json["detail"]
+        engine.gate.set()
+        team.answer_of("k0", taken["request_id"])
+        assert [request.num_samples for request in engine.requests] == [1, 6_000]
+        assert not team.servers.whole.used("samples")
+    finally:
+        team.models.opened[0].gate.set()
+        team.close()
+
+
+def test_links_and_copies_of_one_key_hold_up_no_listing_of_another(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    its, limit = belongings(team, "a", DATA), team.servers.accounts["a"].limit("file_checks")
+    gate = threading.Event()
+    for method in ("exported_files", "copy"):
+        work = getattr(Listings, method)
+
+        def held(*args: Any, work: Any = work) -> Any:
+            assert gate.wait(LIMIT)
+            return work(*args)
+
+        monkeypatch.setattr(Listings, method, held)
+    running = Running(team.servers.host, between=lambda _: team.app)
+    links = f"/training_runs/{its.model}/checkpoints/external_weights/a/external_weights_urls"
+    copy = {"source_path": its.paths["weights"], "destination_project_id": "p"}
+
+    def asked(who: str, path: str, body: Any = None) -> int:
+        headers, method = {"X-API-Key": team.secrets[who]}, "GET" if body is None else "POST"
+        return httpx.request(method, running.url + API + path, json=body, headers=headers, timeout=20).status_code
+
+    with ThreadPoolExecutor(40) as pool:
+        try:
+            sent = [pool.submit(asked, "a", *each) for each in [(links,), ("/copy_weights", copy)] * 20]
+            wait_for(lambda: sum(each.done() for each in sent) == len(sent) - limit)
+            assert asked("b", "/training_runs") == 200
+            assert {each.result() for each in sent if each.done()} == {429}
+        finally:
+            gate.set()
+    assert sorted({each.result() for each in sent}) == [200, 429]
+    assert asked("a", links) == 200 and not team.servers.whole.used("file_checks")
+    running.stop()
 
 
 def test_a_limit_of_one_key_is_no_other_keys(team: Team) -> None:

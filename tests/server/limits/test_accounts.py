@@ -42,8 +42,9 @@ def test_an_account_takes_all_or_nothing_and_belongs_to_a_whole() -> None:
         first.take(sessions=1, records=1)
     second.take(sessions=1, records=5)
     for refused in ({"sessions": 1}, {"records": 1}):
-        with pytest.raises(BusyError):
+        with pytest.raises(BusyError, match="the clients of all keys together are at a limit") as told:
             second.take(**refused)
+        assert "3" not in str(told.value) and "10" not in str(told.value), "what others have is theirs to know"
     assert (second.used("sessions"), second.used("records")) == (1, 5) and whole.used("records") == 10
     first.give(sessions=2)
     second.take(sessions=1)
@@ -53,6 +54,18 @@ def test_an_account_takes_all_or_nothing_and_belongs_to_a_whole() -> None:
     assert not second.count_until("id", answer, {"sessions": 1}), "a repetition counts once"
     answer.set_result(None)
     assert second.used("sessions") == 1 == whole.used("sessions")
+
+
+def test_a_request_for_many_samples_fits_nowhere_beyond_the_limit() -> None:
+    whole = Account(Quota(samples=100))
+    keys = [Account(Quota(samples=80), whole) for _ in range(2)]
+    keys[0].take(samples=80)
+    with pytest.raises(BusyError, match="all keys together"):
+        keys[1].take(samples=21)
+    keys[1].take(samples=20)
+    with pytest.raises(BusyError, match="20 samples already, the limit is 80"):
+        keys[1].take(samples=80)
+    assert whole.used("samples") == 100
 
 
 @pytest.mark.parametrize(

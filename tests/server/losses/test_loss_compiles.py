@@ -16,6 +16,7 @@ from jax_client.torch_graph.program import GraphProgram
 from jax_client.torch_graph.traced import compile_queue
 from support import fake_engine
 from support.fake_engine import ADAM, DATA, MODEL, PARAMS, PROMPT
+from support.graphs import graph_nodes
 from support.graphs.graph_nodes import LP, P_IN, call, output, ref
 from support.server import served_fake
 from support.server.served_fake import LIMIT, connect, poll, raw, wait_for
@@ -174,3 +175,25 @@ def test_a_loss_that_is_a_large_program_is_refused_when_it_is_created(
         assert words in answer.text and "forward_backward_custom" in answer.text
         refused = answered(http, with_loss(http, f"{session}:train:0", 1, f"{session}:loss:0"))
         assert words in refused.text
+
+
+def test_what_a_loss_waits_for_tells_nothing_of_other_owners() -> None:
+    queue, gate = compile_queue.CompileQueue(2), threading.Event()
+    graph = graph_nodes.read(P_IN, call("total", "sum", LP, op="call_method"), output(ref("total")))
+    program = GraphProgram(graph, "mine", queue)
+
+    def occupy(owner: str) -> None:
+        work = lambda _: gate.wait(LIMIT)  # noqa: E731
+        queue.submit(compile_queue.Job(owner=owner, loss="large", shapes="", stage="compiling", work=work))
+
+    try:
+        occupy("mine")
+        wait_for(lambda: len(queue.running()) == 1)
+        traced = program.trace()
+        alone = program.progress()
+        for _ in range(7):
+            occupy("another")
+        assert alone == program.progress() == "loss 'mine' waits for other losses to be compiled"
+    finally:
+        gate.set()
+    assert traced.result(LIMIT) is None
