@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -212,6 +213,47 @@ class Workers:
     def _restart(self) -> None:
         self._jobs.restart()
         self._register()
+
+
+class InTurn:
+    """A pool whose jobs have owners: each time that a thread is free, it runs one of the next owner's. Thread-safe.
+
+    However many jobs one owner has, those of the others wait for one of them each.
+
+    Args:
+        name, most, ready: as of `Workers`.
+    """
+
+    def __init__(self, name: str, most: int, *, ready: int = 0) -> None:
+        self._workers = Workers(name, most, ready=ready)
+        self._begin()
+        process.register(f"{name} queue", "jobs by owner", owner=self, after_fork=InTurn._begin)
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: OrderedDict[str, deque[tuple[Future[Any], Callable[[], object]]]] = OrderedDict()
+
+    def submit(self, owner: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run a function on a thread of the pool, after what its owner gave before. Returns and raises as `Workers`."""
+        future: Future[T] = Future()
+        with self._lock:
+            self._jobs.setdefault(owner, deque()).append((future, partial(function, *args, **kwargs)))
+        self._workers.submit(self._run_next)
+        return future
+
+    def close(self) -> None:
+        """Take no more jobs; end the threads after those so far, without waiting."""
+        self._workers.close(wait=False)
+        process.unregister(self)
+
+    def _run_next(self) -> None:
+        # One call for each job, though not for which: it is chosen now.
+        with self._lock:
+            owner, jobs = self._jobs.popitem(last=False)
+            job = jobs.popleft()
+            if jobs:  # behind the other owners
+                self._jobs[owner] = jobs
+        complete(*job)
 
 
 class LoopExecutor(ThreadPoolExecutor):

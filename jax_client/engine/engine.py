@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +40,13 @@ from jax_client.engine.train import packing, step_range
 from jax_client.engine.train.logits import full_logits
 from jax_client.engine.train.packing import Plan
 from jax_client.engine.train.programs import NO_ADAPTER
-from jax_client.engine.train.trainer import Trainer
+from jax_client.engine.train.trainer import Packed, Trainer
 from jax_client.errors import RequestFailedError
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import param_specs
 from jax_client.process import Step
 from jax_client.sharding import check_mesh_divides, make_mesh, put_whole
-from jax_client.threads import Workers
+from jax_client.threads import InTurn, Workers
 from jax_client.values import AdapterState, LoraSpec, TrainExample
 from jax_client.weights.read.load import load_params, read_config
 from jax_client.weights.read.source import ModelSource
@@ -57,6 +56,8 @@ T = TypeVar("T")
 MAX_SKIPPED_IN_A_ROW = 10
 # How long an engine waits for a request, whose programs it should compile, before it compiles those of large ones.
 IDLE_S = 2.0
+# Threads that lay out calls. Each takes Python's lock from the thread that launches.
+PACKERS = 2
 # Of `Work.rates`, what the metrics of optim_step show of the step.
 STEP_RATES = ("tokens_per_second", "padding_waste", "host_share", "matmul_fraction", "limit_fraction")
 STEP_SUMS = {
@@ -115,6 +116,7 @@ class Engine:
             background=self._background,
         )
         self._dispatcher = Dispatcher("jax_client")
+        self._packers = InTurn("jax_client-pack", PACKERS, ready=1)
         self.monitor = EngineMonitor(
             source=source,
             model=self.model,
@@ -192,17 +194,14 @@ class Engine:
         self, lane: Lane, adapter: Adapter | None, examples: list[TrainExample], loss: LossSpec
     ) -> Future[TrainResult]:
         """Return the logprobs and the loss with an adapter, or with the base model for None; no gradient."""
-        self._asked.set()
-        prepared = self._elsewhere(self.trainer.prepare, examples, loss)
+        prepared = self._pack(lane, examples, loss)
         return self.submit(lane, self.trainer.score_task(adapter, examples, loss, prepared))
 
     def train_batch(
         self, lane: Lane, adapter: Adapter, examples: list[TrainExample], loss: LossSpec | CustomLoss
     ) -> Future[TrainResult]:
         """Add the gradient of the summed loss, built in or on the host, to the adapter's accumulated gradient."""
-        self._asked.set()
-        built_in = loss if isinstance(loss, LossSpec) else None
-        prepared = self._elsewhere(self.trainer.prepare, examples, built_in, adapter.spec)
+        prepared = self._pack(lane, examples, loss if isinstance(loss, LossSpec) else None, adapter.spec)
         if isinstance(loss, LossSpec):
             task = self.trainer.train_task(adapter, examples, loss, prepared)
         else:
@@ -258,7 +257,9 @@ class Engine:
         self, lane: Lane | None, source: Adapter | AdapterState, *, optimizer: bool = False
     ) -> Future[Snapshot]:
         """Return weights to sample from or to save: an adapter's as of this place in its lane, or a saved state's."""
-        if lane is None and isinstance(source, Adapter):
+        if lane is None:
+            if not isinstance(source, Adapter):
+                raise ValueError("snapshot: a saved state is put on the device in a lane; give that of its client.")
             now: Future[Snapshot] = Future()
             now.set_result(adapters.snapshot_of(source, optimizer))
             return now
@@ -271,7 +272,7 @@ class Engine:
             yield partial(jax.block_until_ready, weights)
             return Snapshot(spec=source.spec, weights=weights, step=source.step)
 
-        return self.submit(lane or Lane(), task())
+        return self.submit(lane, task())
 
     def generate(self, snapshot: Snapshot | None, request: GenerationRequest) -> Future[GenerationResult]:
         """Sample from, or score, a prompt with a snapshot's weights, or the base model's for None.
@@ -283,10 +284,12 @@ class Engine:
         future, start = self.sampler.enqueue(snapshot, request)
         if start:
             self.submit(self.sampler.lane, self.sampler.serve()).add_done_callback(self.sampler.stopped)
+        else:
+            self._dispatcher.follow(self.sampler.lane)
         return future
 
     def logits(
-        self, tokens_T: np.ndarray, state: AdapterState | None, model: ModelSource | None = None
+        self, lane: Lane, tokens_T: np.ndarray, state: AdapterState | None, model: ModelSource | None = None
     ) -> Future[np.ndarray]:
         """Score a short text over the whole vocabulary, float32 (T, V), if need be with another model's weights."""
 
@@ -308,7 +311,7 @@ class Engine:
             )
             return (yield partial(jax.device_get, logits_TV))
 
-        return self.submit(Lane(), task())
+        return self.submit(lane, task())
 
     def warmup(self, spec: LoraSpec, lengths: list[int], targets_per_position: int) -> Future[list[CompileRecord]]:
         """Compile what train_batch over sequences of these lengths, and optim_step, will need; return what was new."""
@@ -321,12 +324,13 @@ class Engine:
             self._precompile(spec, examples, targets_per_position, "warmup")
             return [record for record in self._log[before:] if record.cause == "warmup"]
 
-        return self._elsewhere(work)
+        return self._dispatcher.workers.submit(work)
 
     def close(self) -> None:
         """Stop the engine's threads; requests that have not finished fail."""
         self._dispatcher.close()
         self._drop_compiles()
+        self._packers.close()
         self.trainer.close()
         self.sampler.fail_waiting(RequestFailedError("the engine was closed before this request was carried out."))
         process.unregister(self)
@@ -377,8 +381,11 @@ class Engine:
             self.sampler.release_cache,
         )
 
-    def _elsewhere(self, fn: Callable[..., T], *args: object) -> Future[T]:
-        return self._dispatcher.workers.submit(fn, *args)
+    def _pack(self, lane: Lane, *arguments: Any) -> Future[Packed]:
+        """Lay out a call while the device is busy with others."""
+        self._dispatcher.check_open()
+        self._asked.set()
+        return self._packers.submit(lane.owner, self.trainer.prepare, *arguments)
 
     def _supervised(self, lane: Lane, task: Task[T], trained: Adapter | None) -> Task[T]:
         """Run a task: note at its first turn how long a training task waited for it, and name the device's errors."""

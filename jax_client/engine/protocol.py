@@ -154,7 +154,8 @@ class Engine(Protocol):
         An adapter's arrays are immutable: nothing is copied, and the lane continues at once.
 
         Args:
-            lane: None takes an adapter as it is now, whatever is queued, in this call and from any thread.
+            lane: None takes an adapter as it is now, whatever is queued, in this call and from any thread; a state
+                needs one.
             source: the adapter or the state.
             optimizer: keep Adam's moments of the adapter too.
         """
@@ -168,11 +169,12 @@ class Engine(Protocol):
         ...
 
     def logits(
-        self, tokens_T: np.ndarray, state: AdapterState | None, model: ModelSource | None = None
+        self, lane: Lane, tokens_T: np.ndarray, state: AdapterState | None, model: ModelSource | None = None
     ) -> Future[np.ndarray]:
         """Score a short text over the whole vocabulary, float32 (T, V).
 
         Args:
+            lane: of the client who pays for it.
             tokens_T: int32.
             state: an adapter to put on the device for this; None for none.
             model: of other weights, which are loaded beside the engine's own for this.

@@ -65,6 +65,28 @@ def same(a: GenerationResult, b: GenerationResult, atol: float = 1e-5) -> None:
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=atol)
 
 
+def test_a_request_names_its_owner_when_it_comes(engine: Engine) -> None:
+    """So that it waits for no longer than its owner has to, whoever sampled before."""
+    send(engine, owner="before").result()
+    begun, gate = Future[None](), Future[None]()
+
+    def hold() -> Any:
+        begun.set_result(None)
+        gate.result(60)
+        return
+        yield
+
+    held = engine.submit(engine.open_lane(), hold())
+    begun.result(60)
+    answers = [send(engine, owner="b")]
+    assert engine.sampler.lane.shares == {"b": 0.0} and engine.sampler.lane.due == {"b"}
+    answers.append(send(engine, owner="c"))
+    assert engine._dispatcher._turns.lanes[engine.sampler.lane] == ("b", "c")
+    gate.set_result(None)
+    for future in (held, *answers):
+        future.result()
+
+
 def test_a_mixed_load_gives_what_each_request_gets_alone(engine: Engine, snapshots: list[Any]) -> None:
     """Lengths, versions, settings and stops are random; whatever comes, a few programs serve it."""
     rng = np.random.default_rng(0)
@@ -195,7 +217,7 @@ def test_a_cache_that_comes_back_smaller_refuses_what_it_cannot_hold(
 ) -> None:
     """And goes on with the rest; it grows again when it is idle and there is memory."""
     long, short = {"max_tokens": 450, "seed": 2}, {"max_tokens": 250, "seed": 3}
-    extend, fitting = sampler_module._extend, type(tight.sampler)._fitting_pages
+    extend, fitting = sampler_module.extend, type(tight.sampler)._fitting_pages
 
     def release() -> Any:
         monkeypatch.setattr(tight.sampler, "_fitting_pages", lambda there: 10)
@@ -203,11 +225,11 @@ def test_a_cache_that_comes_back_smaller_refuses_what_it_cannot_hold(
         yield
 
     def extend_once_without_cache(*args: Any) -> None:
-        monkeypatch.setattr(sampler_module, "_extend", extend)
+        monkeypatch.setattr(sampler_module, "extend", extend)
         assert tight._dispatcher.submit(tight.open_lane(), release()).result()
         extend(*args)
 
-    monkeypatch.setattr(sampler_module, "_extend", extend_once_without_cache)
+    monkeypatch.setattr(sampler_module, "extend", extend_once_without_cache)
     futures = [send(tight, **long), send(tight, **short)]
     with pytest.raises(RequestFailedError, match="490 tokens together, but the memory that is left holds 320"):
         futures[0].result(timeout=60)
@@ -236,7 +258,7 @@ def test_an_answered_request_keeps_no_weights(engine: Engine) -> None:
 def test_the_cache_can_go_while_rows_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes after every third block, before what the block drew has been looked at."""
     requests = [{"tokens_T": prompt(60, i), "max_tokens": 150, "seed": i, "num_samples": 2} for i in range(4)]
-    extend, blocks, released = sampler_module._extend, itertools.count(), []
+    extend, blocks, released = sampler_module.extend, itertools.count(), []
 
     def release() -> Any:
         return engine.sampler.release_cache()
@@ -247,7 +269,7 @@ def test_the_cache_can_go_while_rows_run(engine: Engine, monkeypatch: pytest.Mon
             released.append(engine._dispatcher.submit(engine.open_lane(), release()).result())
         extend(*args)
 
-    monkeypatch.setattr(sampler_module, "_extend", extend_without_cache)
+    monkeypatch.setattr(sampler_module, "extend", extend_without_cache)
     futures = [send(engine, **r) for r in requests]
     for future in futures:
         future.result()

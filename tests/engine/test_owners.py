@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import time
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import Future
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from jax_client.engine.core.dispatch import Dispatcher
 from jax_client.engine.core.requests import GenerationRequest
-from jax_client.engine.core.turns import Lane, Turns
+from jax_client.engine.core.turns import RECENT_S, Lane, Turns
 from jax_client.engine.sample.pages import PAGE
 from jax_client.engine.sample.rows import Job
 from jax_client.engine.sample.schedule import Schedule
+from jax_client.engine.train.results import Results
+from jax_client.threads import InTurn
 
 
-def simulate(turn_s: dict[Lane, float], until: float, starts: dict[Lane, float] | None = None) -> Counter[str]:
+def simulate(
+    turn_s: dict[Lane, float],
+    until: float,
+    starts: dict[Lane, float] | None = None,
+    *,
+    pipelined: Collection[Lane] = (),
+) -> Counter[str]:
     """Return the seconds of the device that each owner has used; lanes come when they start, and stay.
 
     A clock without a machine: what a turn launches takes the device one after the other, and its lane is ready for the
-    next turn when that has ended.
+    next turn when that has ended. A pipelined lane waits for its launch before the last one, unless owners share.
     """
     turns, used, order = Turns(), Counter[str](), itertools.count()
+    unawaited: dict[Lane, list[float]] = {lane: [] for lane in pipelined}
     now = free_at = 0.0
     events = [(at, next(order), lane, "start") for lane, at in (dict.fromkeys(turn_s, 0.0) | (starts or {})).items()]
     heapq.heapify(events)
@@ -42,7 +54,11 @@ def simulate(turn_s: dict[Lane, float], until: float, starts: dict[Lane, float] 
         free_at = max(now, free_at) + turn_s[lane]
         for owner, share in lane.shares.items():
             used[owner] += turn_s[lane] * share
-        heapq.heappush(events, (free_at, next(order), lane, "end"))
+        end = free_at
+        if lane in unawaited and not turns.shared():
+            unawaited[lane].append(free_at)
+            end = max(now + 1e-4, unawaited[lane].pop(0) if len(unawaited[lane]) > 1 else 0.0)
+        heapq.heappush(events, (end, next(order), lane, "end"))
     return used
 
 
@@ -56,6 +72,112 @@ def test_an_owner_of_twenty_lanes_gets_no_more_than_one_of_one() -> None:
 def test_the_length_of_a_turn_gives_no_more(turns: tuple[float, float]) -> None:
     used = simulate({**{Lane("many"): turns[0] for _ in range(5)}, Lane("one"): turns[1]}, until=60)
     assert used["one"] / used["many"] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("sampling", [True, False])
+def test_what_is_launched_without_waiting_is_paid_by_who_launched_it(sampling: bool) -> None:
+    training = [Lane("many") for _ in range(8)]
+    used = simulate({**dict.fromkeys(training, 1.0), Lane("one", sampling=sampling): 0.1}, 600, pipelined=training)
+    assert used["one"] / used["many"] == pytest.approx(1, abs=0.05)
+
+
+def test_an_owner_shares_until_a_moment_after_the_others_work_has_ended() -> None:
+    turns, ours, other = Turns(), Lane("a"), Lane("b")
+    turns.enter(ours)
+    assert not turns.shared(), "as without keys"
+    turns.enter(other)
+    assert turns.shared()
+    turns.leave(other)
+    assert turns.shared(), "its next request may come at once"
+    turns.make_ready(ours, 0.0)
+    turns.take(0.0)
+    turns.charge(ours, RECENT_S + 1)
+    assert not turns.shared()
+
+
+class Array:
+    """What a program returns that runs until it is waited for."""
+
+    def __init__(self, waited: list[Array]) -> None:
+        self.waited = waited
+
+    def block_until_ready(self) -> Array:
+        self.waited.append(self)
+        return self
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        return np.zeros(1)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_micro_batches_are_waited_for_within_their_turns_where_owners_share(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jax_client.engine.train.packing.unpack", lambda *_: None)
+    dispatcher, begun, gate = Dispatcher("test"), Future[None](), Future[None]()
+    waited: list[Array] = []
+    arrays = [Array(waited) for _ in range(3)]
+    seen = []
+
+    def other() -> Any:
+        begun.set_result(None)
+        yield gate.result
+
+    def train() -> Any:
+        results = Results([])
+        for array in arrays:
+            batch: Any = SimpleNamespace(plan=None)
+            yield from results.add(batch, cast(Any, array), {}, running=[array])
+            seen.append(list(waited))
+
+    held = dispatcher.submit(Lane("b" if shared else "a"), other())
+    begun.result(30)
+    dispatcher.submit(Lane("a"), train()).result(30)
+    assert seen == ([arrays[:1], arrays[:2], arrays] if shared else [[], [], []])
+    gate.set_result(None)
+    held.result(30)
+    dispatcher.close()
+
+
+def test_who_samples_does_not_pay_what_those_owe_who_sampled_before() -> None:
+    turns, ahead, trains, sampling = Turns(), Lane("ahead"), Lane("trains"), Lane(sampling=True)
+    for lane in (ahead, trains):
+        turns.enter(lane)
+        turns.make_ready(lane, 0.0)
+    assert turns.take(0.0)[0] is ahead
+    turns.charge(ahead, 100.0)
+    turns.make_ready(ahead, 100.0)
+    sampling.shares = {"ahead": 1.0}
+    turns.enter(sampling)
+    turns.make_ready(sampling, 100.0)
+    assert turns.take(100.0)[0] is trains
+    assert turns.take(100.0)[0] is None, "the sampling lane is held back with its owner"
+    sampling.expect("comes")
+    assert turns.follow(sampling)
+    assert turns.take(100.0)[0] is sampling
+    turns.charge(sampling, 101.0)
+    sampling.shares, sampling.due = {"comes": 0.0, "ahead": 1.0}, ()
+    turns.make_ready(sampling, 101.0)
+    assert turns.take(101.0)[0] is None, "an owner whom no turn can serve does not let the others go first"
+
+
+def test_a_turn_is_chosen_as_fast_for_many_lanes_as_for_few() -> None:
+    def take_s(lanes_each: int) -> float:
+        turns = Turns()
+        for owner in "abcdefghij":
+            lanes = [Lane(owner) for _ in range(lanes_each)]
+            for lane in lanes:
+                turns.enter(lane)
+            for lane in lanes[: len(lanes) * 2 // 3]:
+                turns.make_ready(lane, 0.0)
+        took = []
+        for now in range(1, 20):
+            began = time.thread_time()
+            assert turns.take(float(now))[0] is not None
+            took.append(time.thread_time() - began)
+        return min(took)
+
+    assert take_s(150) < 5 * take_s(3) + 1e-4
 
 
 def test_training_and_sampling_of_one_owner_count_together() -> None:
@@ -101,6 +223,33 @@ def test_the_dispatcher_tells_what_each_owner_has_used() -> None:
     used = dispatcher.device_s()
     dispatcher.close()
     assert set(used) == {"a", "b"} and min(used.values()) > 0
+
+
+def test_packing_of_one_owner_neither_delays_another_nor_takes_the_threads_that_wait_for_the_device() -> None:
+    packers, gate, order = InTurn("test-pack", 1, ready=1), Future[None](), list[str]()
+    first = packers.submit("many", gate.result)
+    packed = [packers.submit("many", order.append, "many") for _ in range(100)]
+    packed.append(packers.submit("one", order.append, "one"))
+    dispatcher = Dispatcher("test")
+
+    def train() -> Any:
+        yield packed[-1]
+        return "trained"
+
+    def sample() -> Any:
+        return (yield lambda: "sampled")
+
+    training = [dispatcher.submit(Lane("many"), train()) for _ in range(100)]
+    assert dispatcher.submit(Lane("one", sampling=True), sample()).result(30) == "sampled"
+    assert not any(future.done() for future in training)
+    gate.set_result(None)
+    assert {future.result(30) for future in training} == {"trained"}
+    for future in (first, *packed):
+        future.result(30)
+    assert order.index("one") <= 1
+    assert not dispatcher.device_s()["many"], "who waits for packing uses no device"
+    dispatcher.close()
+    packers.close()
 
 
 # The rows of samples, on a machine of eight rows.

@@ -206,7 +206,7 @@ class FakeEngine:
         return self._run("generate", work)
 
     def logits(
-        self, tokens_T: np.ndarray, state: AdapterState | None, model: ModelSource | None = None
+        self, lane: Lane, tokens_T: np.ndarray, state: AdapterState | None, model: ModelSource | None = None
     ) -> Future[np.ndarray]:
         weight = 0.0 if state is None else state.weights["w.A"][0]
         return self._run("logits", lambda: np.full((len(tokens_T), self.model.vocab_size), weight, np.float32))

@@ -66,8 +66,9 @@ def test_bfloat16_stays_within_its_tolerance(engine_of: Callable[[str], Engine],
     state = random_state(engine, SPEC)
     out = directory(tmp_path)
     write_merged(out, engine.source, engine.model, state)
-    check = check_export(engine, state, out)
+    check = check_export(engine, state, out, "key")
     assert 1e-4 < check.difference < check.tolerance / 2
+    assert engine.monitor.usage()["owner_seconds"]["key"] > 0, "who exports pays for the check"
     with pytest.raises(RequestFailedError, match="computes something else"):
         check_export(engine, None, out)
 

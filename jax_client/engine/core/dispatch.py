@@ -2,7 +2,8 @@
 
 Two threads that launch programs with collectives can deadlock, so nothing else launches. A task is a generator that
 runs on this thread and yields: a callable, to have it run elsewhere and be resumed with its result (waiting for the
-device, packing, the user's loss function), or None, to let the other lanes go first.
+device, the user's loss function); a future, to be resumed with its result, for which no owner is charged (packing);
+None, to let the other lanes go first; or `Unawaited`, one of these beside programs that still run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jax_client import process
-from jax_client.engine.core.turns import Lane, Queued, Task, Turns
+from jax_client.engine.core.turns import Lane, Queued, Request, Task, Turns, Unawaited
 from jax_client.errors import RequestFailedError
 from jax_client.process import Step
 from jax_client.threads import Workers, start_thread
@@ -85,6 +86,12 @@ class Dispatcher:
                 self._turns.enter(lane)
                 self._make_ready(lane)
         return future
+
+    def follow(self, lane: Lane) -> None:
+        """Take note of the owners that a lane has now, other than at the end of its turn."""
+        with self._turn:
+            if self._turns.follow(lane):
+                self._turn.notify()  # the thread may hold the lane back for what another owner has used
 
     def check_open(self) -> None:
         """Raise RequestFailedError after `close`, and after the thread has died; not while the process ends."""
@@ -180,7 +187,7 @@ class Dispatcher:
         value, error = lane.resume
         lane.resume = (None, None)
         try:
-            request = task.send(value) if error is None else task.throw(error)
+            request: Request = task.send(value) if error is None else task.throw(error)
         except StopIteration as stop:
             self._leave(lane)
             future.set_result(stop.value)
@@ -192,14 +199,20 @@ class Dispatcher:
             return
         finally:
             del value, error  # an error that came back would keep this frame, and this frame it
+        if isinstance(request, Unawaited):
+            with self._turn:
+                request = request.after_wait if self._turns.shared() else request.request
         if request is None:
             with self._turn:
                 self._turns.charge(lane, time.perf_counter())
                 self._make_ready(lane)
-            return
-        self.workers.submit(self._elsewhere, lane, request)
+        elif isinstance(request, Future):
+            # No thread waits: those of `workers` are for what keeps the device busy.
+            request.add_done_callback(lambda done: self._resume_with(lane, done.result, charged=False))
+        else:
+            self.workers.submit(self._resume_with, lane, request, charged=True)
 
-    def _elsewhere(self, lane: Lane, request: Callable[[], object]) -> None:
+    def _resume_with(self, lane: Lane, request: Callable[[], object], *, charged: bool) -> None:
         resume: tuple[object, BaseException | None]
         try:
             resume = (request(), None)
@@ -207,7 +220,8 @@ class Dispatcher:
             resume = (None, error)
         self._moved_at = time.monotonic()
         with self._turn:
-            self._turns.charge(lane, time.perf_counter())
+            if charged:
+                self._turns.charge(lane, time.perf_counter())
             lane.resume = resume
             del resume  # as above
             if not self._closed:

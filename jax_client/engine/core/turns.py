@@ -2,24 +2,53 @@
 
 Owners who have work share the time equally, however many lanes each has; without keys there is one owner. Within an
 owner, training and sampling get half of the time each, and the lanes of a kind go round robin. A lane that samples for
-several owners counts as each of them by its part. An owner or a kind that is ahead is held back while another one's
-work is in flight, however long a turn of either takes. Only bookkeeping: the caller has the lock, the threads and the
-clock.
+several owners goes when the first of them would, and each pays its part. An owner or a kind that is ahead is held back
+while another one's work is in flight, however long a turn of either takes. Only bookkeeping: the caller has the lock,
+the threads and the clock.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-# What a task yields is described in `dispatch`; it is sent the result of what it yielded, hence Any.
-Task = Generator[Callable[[], object] | None, Any, T]
 # The owner of whatever has none.
 NO_OWNER = ""
+# For how long an owner whose work has ended counts among those who share: it may send more at once.
+RECENT_S = 10.0
+# What is less than this is no time: sums of the same turns in another order differ by it.
+LEAST_S = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Unawaited:
+    """What a task yields that leaves programs running: `request`, as a task without them would yield it.
+
+    While owners share the device, `wait` is called before: else the turn would end before its work, and who waits for
+    the device next would pay for it.
+
+    Attributes:
+        request: `f() -> result`, or None.
+        wait: `f()` returns when the programs have ended, or raises what they did.
+    """
+
+    request: Callable[[], object] | None
+    wait: Callable[[], object]
+
+    def after_wait(self) -> object:
+        """Wait for the programs, then return the result of the request."""
+        self.wait()
+        return None if self.request is None else self.request()
+
+
+# What a task yields is described in `dispatch`; it is sent the result of what it yielded, hence Any.
+Request = Callable[[], object] | Future[Any] | Unawaited | None
+Task = Generator[Request, Any, T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +75,7 @@ class _Owner(_Use):
     training: _Use = field(default_factory=_Use)
     sampling: _Use = field(default_factory=_Use)
     device_s: float = 0.0
+    left_at: float = -math.inf
 
     def kinds(self, *, sampling: bool) -> tuple[_Use, _Use]:
         """Return one kind and the other one."""
@@ -58,6 +88,7 @@ class Lane:
     Attributes:
         shares: by owner, which part of its present turn each one pays. The owners of all that waits in it are named,
             those with no part in this turn too.
+        due: of those without a part, whom the next turn can serve.
 
     Args:
         owner: whose lane it is.
@@ -65,7 +96,9 @@ class Lane:
     """
 
     def __init__(self, owner: str = NO_OWNER, *, sampling: bool = False) -> None:
+        self.owner = owner
         self.shares: Mapping[str, float] = {owner: 1.0}
+        self.due: Collection[str] = ()
         self.sampling = sampling
         self.ready_at = 0.0
         self.turn_began = 0.0
@@ -78,9 +111,28 @@ class Lane:
         """Seconds that the head task was ready before its present turn began."""
         return self.turn_began - self.ready_at
 
+    def expect(self, owner: str) -> None:
+        """Name an owner whom the next turn can serve. The mappings are replaced: other threads read them."""
+        if owner not in self.shares:
+            self.shares = {**self.shares, owner: 0.0}
+        if owner not in self.due:
+            self.due = {*self.due, owner}
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Lanes of one kind that serve the same owners: the ready ones, and those in flight; the first came first."""
+
+    owners: tuple[str, ...]
+    sampling: bool
+    ready: dict[Lane, None] = field(default_factory=dict)
+    in_flight: dict[Lane, None] = field(default_factory=dict)
+
 
 class Turns:
     """The lanes that have tasks, those of them that are ready, and what each owner has used. Times are seconds.
+
+    A turn is chosen among groups of lanes, of which there are about two for each owner, however many lanes there are.
 
     Attributes:
         lanes: that have tasks, each with its owners.
@@ -88,29 +140,43 @@ class Turns:
 
     def __init__(self) -> None:
         self.lanes: dict[Lane, tuple[str, ...]] = {}
-        self._ready: deque[Lane] = deque()
+        self._groups: dict[tuple[tuple[str, ...], bool], _Group] = {}
+        self._group_of: dict[Lane, _Group] = {}
         self._owners: dict[str, _Owner] = {}
         self._last_end = 0.0
 
     def enter(self, lane: Lane) -> None:
         """Add a lane that has its first task."""
-        self.lanes[lane] = tuple(lane.shares)
+        shares = lane.shares or {lane.owner: 1.0}
+        self.lanes[lane] = tuple(shares)
         for name in self.lanes[lane]:
             self._join(name, sampling=lane.sampling)
+        group = self._group(lane, shares)
+        group.in_flight[lane] = None
+        self._group_of[lane] = group
 
     def leave(self, lane: Lane) -> None:
         """Remove a lane that has no task left."""
         for name in self.lanes.pop(lane):
             self._part(name, sampling=lane.sampling)
+        self._remove(lane, self._group_of.pop(lane))
+
+    def follow(self, lane: Lane) -> bool:
+        """Take note of the owners that a lane has now; return whether that changes whose turn it may be."""
+        return lane in self.lanes and bool(lane.shares) and self._follow(lane, lane.shares)
 
     def make_ready(self, lane: Lane, now: float) -> None:
         """Queue a lane whose head task can run."""
+        self.follow(lane)
         lane.ready_at = now
-        self._ready.append(lane)
+        group = self._group_of[lane]
+        group.in_flight.pop(lane, None)
+        group.ready[lane] = None
 
     def forget_ready(self) -> None:
         """Give no more turns to the lanes that are ready."""
-        self._ready.clear()
+        for group in self._groups.values():
+            group.ready.clear()
 
     def take(self, now: float) -> tuple[Lane | None, float | None]:
         """Give the next lane its turn; return it, or None and the seconds for which all that are ready are held back.
@@ -119,21 +185,27 @@ class Turns:
         is not held for longer than that, from when the other's turn began: what the other waits for may be on the host,
         or even for a lane of this one.
         """
-        ready = set(self._ready)
-        in_flight = [lane for lane in self.lanes if lane not in ready]
-        # Without keys all owners are one, and ahead of no one.
-        used_s = self._used_s(in_flight) if len(self._owners) > 1 else dict.fromkeys(self.lanes, 0.0)
-        others = in_flight if len(self._owners) > 1 else []
-        busy = {(self.lanes[lane], lane.sampling) for lane in in_flight}
+        used_s = self._used_s()
+        of_group = {key: min(used_s[name] for name in group.owners) for key, group in self._groups.items()}
+        # Of each group the turn that began last: the others are behind it.
+        flying = [
+            (next(reversed(group.in_flight)).turn_began, of_group[key])
+            for key, group in self._groups.items()
+            if group.in_flight
+        ]
+        ready = []
+        for key, group in self._groups.items():
+            if group.ready:
+                lane = next(iter(group.ready))
+                # Where the first of several owners is level with one who has a lane of its own, the others decide.
+                mean_s, kind_s = self._means_s(lane, group, used_s)
+                ready.append((of_group[key], mean_s, kind_s, lane.ready_at, len(ready), lane, group))
         waits = []
-        for lane in sorted(self._ready, key=lambda lane: (used_s[lane], self._kind_s(lane))):
-            wait_s = max((other.turn_began + used_s[lane] - used_s[other] - now for other in others), default=0.0)
-            if len(self.lanes[lane]) == 1 and (self.lanes[lane], not lane.sampling) in busy:
-                kind, other = self._owners[self.lanes[lane][0]].kinds(sampling=lane.sampling)
-                if (ahead_s := kind.used_s - other.used_s) > 0:
-                    wait_s = max(wait_s, lane.ready_at + ahead_s - now)
-            if wait_s <= 0:
-                self._ready.remove(lane)
+        for own_s, _, _, _, _, lane, group in sorted(ready):
+            wait_s = max((began - now + (own_s - other_s) for began, other_s in flying), default=0.0)
+            if (wait_s := max(wait_s, self._kind_wait_s(lane, group, now))) <= LEAST_S:
+                del group.ready[lane]
+                group.in_flight[lane] = None
                 lane.turn_began = now
                 return lane, None
             waits.append(wait_s)
@@ -141,29 +213,59 @@ class Turns:
 
     def charge(self, lane: Lane, now: float) -> None:
         """Add a turn that has come to its end to what its owners have used. Turns overlap only in waiting."""
-        self._follow(lane)
+        shares = lane.shares or dict.fromkeys(self.lanes[lane], 1.0)
+        self._follow(lane, shares)
         seconds = now - max(lane.turn_began, self._last_end)
-        for name, share in lane.shares.items():
+        for name, part in _parts(shares):
             owner = self._owners[name]
             kind = owner.kinds(sampling=lane.sampling)[0]
             kind.turn_s += (seconds - kind.turn_s) / 8
             for use in (owner, kind):
-                use.used_s += seconds * share
-            owner.device_s += seconds * share
+                use.used_s += seconds * part
+            owner.device_s += seconds * part
         self._last_end = now
+
+    def shared(self) -> bool:
+        """Whether more than one owner has work, or had some a moment ago."""
+        recent = self._last_end - RECENT_S
+        return sum(owner.lanes > 0 or owner.left_at > recent for owner in self._owners.values()) > 1
 
     def device_s(self) -> dict[str, float]:
         """Return the seconds that each owner's turns have taken so far."""
         return {name: owner.device_s for name, owner in self._owners.copy().items()}
 
-    def _follow(self, lane: Lane) -> None:
-        """Take note of the owners that a lane has now."""
-        if (before := self.lanes.get(lane)) is not None and before != (now := tuple(lane.shares)):
+    def _follow(self, lane: Lane, shares: Mapping[str, float]) -> bool:
+        before, now = self.lanes[lane], tuple(shares)
+        if before != now:
             for name in set(now) - set(before):
                 self._join(name, sampling=lane.sampling)
             for name in set(before) - set(now):
                 self._part(name, sampling=lane.sampling)
             self.lanes[lane] = now
+        old, new = self._group_of[lane], self._group(lane, shares)
+        if new is old:
+            return False
+        for lanes, others in ((old.ready, new.ready), (old.in_flight, new.in_flight)):
+            if lane in lanes:
+                others[lane] = None
+        self._remove(lane, old)
+        self._group_of[lane] = new
+        return True
+
+    def _group(self, lane: Lane, shares: Mapping[str, float]) -> _Group:
+        """Return the group of a lane: by those who have a part in its turn or will have; all, if no one has yet."""
+        served = (
+            tuple(shares)
+            if len(shares) == 1
+            else tuple(sorted(name for name, share in shares.items() if share or name in lane.due)) or tuple(shares)
+        )
+        return self._groups.setdefault((served, lane.sampling), _Group(served, lane.sampling))
+
+    def _remove(self, lane: Lane, group: _Group) -> None:
+        group.ready.pop(lane, None)
+        group.in_flight.pop(lane, None)
+        if not (group.ready or group.in_flight):
+            self._groups.pop((group.owners, group.sampling), None)
 
     def _join(self, name: str, *, sampling: bool) -> None:
         owner = self._owners.setdefault(name, _Owner())
@@ -181,31 +283,47 @@ class Turns:
         owner = self._owners[name]
         owner.lanes -= 1
         owner.kinds(sampling=sampling)[0].lanes -= 1
+        if not owner.lanes:
+            owner.left_at = self._last_end
 
-    def _used_s(self, in_flight: Sequence[Lane]) -> dict[Lane, float]:
-        """Return of each lane what its owners have used, with what their turns in flight will take."""
+    def _used_s(self) -> dict[str, float]:
+        """Return what each owner has used, with what its turns in flight will take."""
         used_s = {name: owner.used_s for name, owner in self._owners.items()}
-        for lane in in_flight:
-            for name, part in _parts(lane, self.lanes[lane]):
-                used_s[name] += part * self._owners[name].kinds(sampling=lane.sampling)[0].turn_s
-        return {
-            lane: sum(part * used_s[name] for name, part in _parts(lane, names)) for lane, names in self.lanes.items()
-        }
+        for group in self._groups.values():
+            if len(group.owners) == 1:
+                name = group.owners[0]
+                used_s[name] += len(group.in_flight) * self._owners[name].kinds(sampling=group.sampling)[0].turn_s
+                continue
+            for lane in group.in_flight:
+                for name, part in self._parts_of(lane):
+                    used_s[name] += part * self._owners[name].kinds(sampling=group.sampling)[0].turn_s
+        return used_s
 
-    def _kind_s(self, lane: Lane) -> float:
-        """Return what the owners of a lane have used of its kind."""
-        if len(names := self.lanes[lane]) == 1:
-            return self._owners[names[0]].kinds(sampling=lane.sampling)[0].used_s
-        parts = _parts(lane, names)
-        return sum(part * self._owners[name].kinds(sampling=lane.sampling)[0].used_s for name, part in parts)
+    def _means_s(self, lane: Lane, group: _Group, used_s: Mapping[str, float]) -> tuple[float, float]:
+        """Return what the owners of a lane have used, by their parts in it: of everything, and of its kind."""
+        parts = [(group.owners[0], 1.0)] if len(group.owners) == 1 else self._parts_of(lane)
+        kind_s = sum(part * self._owners[name].kinds(sampling=group.sampling)[0].used_s for name, part in parts)
+        return sum(part * used_s[name] for name, part in parts), kind_s
+
+    def _parts_of(self, lane: Lane) -> list[tuple[str, float]]:
+        """Return the parts in a lane's turn; another thread may have named an owner that is not noted yet."""
+        return [(name, part) for name, part in _parts(lane.shares) if name in self._owners]
+
+    def _kind_wait_s(self, lane: Lane, group: _Group, now: float) -> float:
+        """Return for how long a lane is held back because its owner's other kind has work in flight and used less."""
+        if len(group.owners) != 1:
+            return 0.0
+        beside = self._groups.get((group.owners, not group.sampling))
+        if beside is None or not beside.in_flight:
+            return 0.0
+        kind, other = self._owners[group.owners[0]].kinds(sampling=group.sampling)
+        ahead_s = kind.used_s - other.used_s
+        return lane.ready_at + ahead_s - now if ahead_s > 0 else 0.0
 
 
-def _parts(lane: Lane, names: Sequence[str]) -> list[tuple[str, float]]:
-    """Return the owners who have a part in a lane's turns, and that part; equal ones where none has any yet."""
-    if len(names) == 1:
-        return [(names[0], 1.0)]
-    shares = {name: lane.shares.get(name, 0.0) for name in names}
+def _parts(shares: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Return the owners who have a part in a turn, and that part; equal ones where none has any yet."""
     total = sum(shares.values())
     if not total:
-        return [(name, 1 / len(names)) for name in names]
+        return [(name, 1 / len(shares)) for name in shares]
     return [(name, share / total) for name, share in shares.items() if share]

@@ -28,11 +28,11 @@ from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.device_errors import is_out_of_memory, named_error
 from jax_client.engine.core.programs import CompileRecord
 from jax_client.engine.core.requests import GenerationRequest, GenerationResult
-from jax_client.engine.core.turns import Lane, Task
+from jax_client.engine.core.turns import Lane, Task, Unawaited
 from jax_client.engine.sample.batches import Batches
 from jax_client.engine.sample.pages import PAGE
 from jax_client.engine.sample.programs import BLOCK_STEPS, Pool, SamplePrograms, sampling_params
-from jax_client.engine.sample.rows import Job, Row, Tile
+from jax_client.engine.sample.rows import Job, Row, extend, take_scores
 from jax_client.engine.sample.schedule import MAX_VERSIONS, Schedule
 from jax_client.engine.sample.sized import SizedPrograms
 from jax_client.errors import RequestFailedError
@@ -144,6 +144,7 @@ class SamplingLoop:
                 )
             self._waiting_rows += job.left
             self._inbox.append(job)
+            self.lane.expect(job.owner)
             start, self._serving = not self._serving, True
         job.future.add_done_callback(partial(self._left, job.left))
         return job.future, start
@@ -171,14 +172,14 @@ class SamplingLoop:
                 schedule = self._schedule
                 busy = schedule is not None and (schedule.placed or schedule.waiting)
                 if not (busy or self._inbox or self._returned):
-                    self._serving = False
+                    self._end()
                     return
 
     def stopped(self, serving: Future[None]) -> None:
         """Fail waiting requests if a `serve` task failed, as when its thread died; the next request may start one."""
         if not serving.cancelled() and (error := serving.exception()) is not None:
             with self._lock:
-                self._serving = False
+                self._end()
             self.fail_waiting(error)
 
     def drop_rows(self) -> None:
@@ -226,6 +227,11 @@ class SamplingLoop:
             "decode_slots": counts.slots,
             "occupancy": counts.rows_run / counts.slots if counts.slots else 0.0,
         }
+
+    def _end(self) -> None:
+        """With the lock held: let the next request start a `serve` task, in a lane of its owner alone."""
+        self._serving = False
+        self.lane.shares, self.lane.due = {}, ()
 
     def _left(self, rows: int, done: Future[GenerationResult]) -> None:
         with self._lock:
@@ -298,7 +304,8 @@ class SamplingLoop:
         if any(rows):
             yield from self._decode(schedule, snapshots, rows)
         else:
-            yield None  # the rows wait for pages: the other lanes have their turn
+            # The rows wait for pages: the other lanes have their turn.
+            yield Unawaited(None, partial(jax.block_until_ready, self._pool))
 
     def _receive(self, schedule: Schedule) -> bool:
         """Take what was sent since the last time into the schedule; return whether a request was."""
@@ -360,16 +367,18 @@ class SamplingLoop:
         snapshot, tiles = schedule.next_tiles(size)
         loras = () if snapshot is None else (snapshot.weights,)
         batch = self._batches.put(self._batches.of_tiles(tiles, size, snapshot))
-        self.lane.shares = schedule.shares(tile.row for way in tiles for tile in way)
+        self._share(schedule, [tile.row for way in tiles for tile in way])
         self._pool, scores = self._programs.prefill(self._params, loras, self._take_pool(), batch)
         for tile in (tile for way in tiles for tile in way):
             tile.launched = True
             self.counts.computed_prompt_tokens += tile.stop - tile.start
         if not any(tile.scores or tile.draws for way in tiles for tile in way):
+            if len(self.lane.shares) > 1:  # the next program may be paid by others
+                yield partial(jax.block_until_ready, self._pool)
             return
         host = yield partial(jax.device_get, scores)
         self.counts.sampled_tokens += sum(tile.draws for way in tiles for tile in way)
-        yield partial(_take_scores, tiles, host)
+        yield partial(take_scores, tiles, host)
 
     def _decode(self, schedule: Schedule, snapshots: list[Snapshot], rows: list[list[Row]]) -> Task[None]:
         """Yield-from: run one block of steps for rows of each way."""
@@ -378,7 +387,7 @@ class SamplingLoop:
         R = self._sized.rows(versions, self._pool, [n for n in self._sizes.rows if n >= max(map(len, rows))])
         loras = tuple(snapshot.weights for snapshot in versions)
         batch = self._batches.put(self._batches.of_rows(rows, R, versions) | {"steps": self._steps(R)})
-        self.lane.shares = schedule.shares(row for way in rows for row in way)
+        self._share(schedule, [row for way in rows for row in way])
         self._pool, out = self._programs.decode(self._params, loras, self._take_pool(), batch)
         for row in (row for way in rows for row in way):
             schedule.copied(row)
@@ -390,7 +399,14 @@ class SamplingLoop:
         host = yield partial(jax.device_get, out)
         counts.sampled_tokens += int(host["new"].sum())
         self._note_time(R, time.perf_counter() - launched, int(host["new"].max()))
-        yield partial(_extend, rows, host)
+        yield partial(extend, rows, host)
+
+    def _share(self, schedule: Schedule, rows: Sequence[Row]) -> None:
+        """Have the owners of rows pay for the turn; name those of all others, and whom the next turn can serve."""
+        with self._lock:
+            came = {job.owner for job in self._inbox}
+            self.lane.shares = dict.fromkeys(came, 0.0) | schedule.shares(rows)
+            self.lane.due = came | {row.owner for row in schedule.placed}
 
     def _steps(self, rows: int) -> np.ndarray:
         """Return how many steps a block of `rows` rows may run."""
@@ -409,24 +425,6 @@ class SamplingLoop:
         if pool is None:
             raise RequestFailedError("the key/value cache is gone; this should not happen.", category="server")
         return pool
-
-
-def _take_scores(tiles: Sequence[Sequence[Tile]], host: dict[str, np.ndarray]) -> None:
-    for way, placed in enumerate(tiles):
-        for i, tile in enumerate(placed):
-            part = {name: array[way, i * PAGE : (i + 1) * PAGE] for name, array in host.items()}
-            if tile.scores is not None:
-                tile.scores.add(tile.start, part)
-            if tile.draws:
-                last = tile.stop - 1 - tile.start
-                tile.row.draw_in_prefill({name: array[last : last + 1] for name, array in part.items()})
-
-
-def _extend(rows: Sequence[Sequence[Row]], host: dict[str, np.ndarray]) -> None:
-    for way, members in enumerate(rows):
-        for i, row in enumerate(members):
-            block = {name: host[name][way, i] for name in ("tokens", "logprobs", "top_ids", "top_logprobs")}
-            row.extend(block, int(host["new"][way, i]), bool(host["stopped"][way, i]), bool(host["done"][way, i]))
 
 
 def _fail(job: Job, error: BaseException) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,10 @@ class Pages:
     def is_shared(self, page: int) -> bool:
         """Whether more than one row uses a page."""
         return self._users[page] > 1
+
+    def last_of(self, users: Mapping[int, int]) -> int:
+        """Return how many pages no row would use any more without these users of each."""
+        return sum(self._users[page] == count for page, count in users.items())
 
     def find(self, of: Hashable, tokens_T: np.ndarray) -> Prefix:
         """Return the longest known beginning of a prompt, page by page; its last page may be a partial one that ends

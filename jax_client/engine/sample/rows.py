@@ -6,6 +6,7 @@ the last row has finished.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
@@ -193,6 +194,11 @@ class Row:
     stop_reason: Literal["stop", "length"] | None = None
 
     @property
+    def used_pages(self) -> list[int]:
+        """Return the pages that it uses, that of which its last one becomes a copy too."""
+        return self.pages if self.copy is None else [*self.pages, self.copy[0]]
+
+    @property
     def owner(self) -> str:
         """Whose row it is."""
         return self.job.request.owner
@@ -264,3 +270,23 @@ class Row:
             top_ids=tops[0],
             top_logprobs=tops[1],
         )
+
+
+def take_scores(tiles: Sequence[Sequence[Tile]], host: dict[str, np.ndarray]) -> None:
+    """Give the tiles of each way, and their rows, what a prefill returned for them."""
+    for way, placed in enumerate(tiles):
+        for i, tile in enumerate(placed):
+            part = {name: array[way, i * PAGE : (i + 1) * PAGE] for name, array in host.items()}
+            if tile.scores is not None:
+                tile.scores.add(tile.start, part)
+            if tile.draws:
+                last = tile.stop - 1 - tile.start
+                tile.row.draw_in_prefill({name: array[last : last + 1] for name, array in part.items()})
+
+
+def extend(rows: Sequence[Sequence[Row]], host: dict[str, np.ndarray]) -> None:
+    """Give the rows of each way what a decode block drew for them."""
+    for way, members in enumerate(rows):
+        for i, row in enumerate(members):
+            block = {name: host[name][way, i] for name in ("tokens", "logprobs", "top_ids", "top_logprobs")}
+            row.extend(block, int(host["new"][way, i]), bool(host["stopped"][way, i]), bool(host["done"][way, i]))

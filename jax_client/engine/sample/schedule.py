@@ -6,8 +6,8 @@ blocks until it stops, and leaves its full pages behind for prompts that begin t
 row is preempted: it waits again, with its drawn tokens, and resumes from there. (seed, sample, position) decide what it
 draws, so its client sees no difference.
 
-Owners share alike: the one with the fewest rows is placed next, in place of a row of one who has more if there is no
-room; tiles and the adapters of a block are taken from the owners in turn.
+Owners share alike: the one who has least of the rows and pages is placed next, in place of rows of one who has more if
+there is no room; tiles and the adapters of a block are taken from the owners in turn.
 
 A tile's pages are published when the tile is planned. That is safe because tiles of one owner and version are computed
 in the order in which they were planned, and a row decodes only after the last tile that it depends on.
@@ -15,7 +15,6 @@ in the order in which they were planned, and a row decodes only after the last t
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import replace
@@ -25,9 +24,10 @@ import numpy as np
 from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.sample.pages import PAGE, Pages, Prefix
 from jax_client.engine.sample.rows import Job, Row, Tile
-from jax_client.engine.sample.waiting import Waiting
+from jax_client.engine.sample.waiting import CacheUse, Waiting
 
 MAX_VERSIONS = 4  # adapters of one decode batch
+PATIENCE = 16  # decode blocks for which an owner without any row lets others place theirs before its own
 
 
 class Schedule:
@@ -44,10 +44,12 @@ class Schedule:
         self.pages = [Pages(pages) for _ in range(ways)]
         self.placed: list[Row] = []
         self.waiting = Waiting()
+        self._held = CacheUse(all_rows=ways * rows, all_pages=ways * (pages - 1))
+        self._without_room: dict[str, int] = {}  # owners without any row, to the block since when there is none for one
         self._most_rows = rows
         self._steps = steps
         self._tiles: OrderedDict[tuple[str, int], list[deque[Tile]]] = OrderedDict()  # by owner and version, by way
-        self._blocks = itertools.count()
+        self._block = 0
 
     @property
     def capacity(self) -> int:
@@ -65,6 +67,8 @@ class Schedule:
     def forget_cancelled(self) -> None:
         """Drop the rows of requests that were cancelled, with the tiles that no other row needs."""
         self.waiting.keep(lambda row: not row.job.future.cancelled())
+        kept = self._without_room.keys() & self.waiting.owners()
+        self._without_room = {owner: self._without_room[owner] for owner in kept}
         # The newest first: what it shares with an older one is then that one's alone.
         for row in [row for row in reversed(self.placed) if row.job.future.cancelled()]:
             if not row.ready:
@@ -72,24 +76,65 @@ class Schedule:
             self._remove(row)
 
     def place(self) -> None:
-        """Place waiting rows, of the owner with the fewest first, as long as one fits or makes others wait."""
-        while (row := self.waiting.next(self.placed)) is not None:
-            if self._place(row):
-                self.waiting.take(row)
-            elif not self._make_way(row.owner):
-                break
+        """Place waiting rows, of the owner who has least first, as long as one fits or others can make way for it.
 
-    def _make_way(self, owner: str) -> bool:
-        """Preempt the newest row of the owner with the most, if it then has no fewer than `owner`; return whether."""
-        counts = Counter(row.owner for row in self.placed)
-        most = max(counts, key=lambda each: counts[each], default=owner)
-        if counts[most] < counts[owner] + 2:
+        An owner whose row has no room is passed over. One who has no row at all is so for `PATIENCE` blocks; then
+        no other owner's rows are placed, and those that run end and make room.
+
+        That ends, and no rows preempt each other in turn: an owner's last row is never preempted here; an owner's first
+        row takes from those who have several, which makes one more owner who has some; a further row takes from those
+        who then have no less than its owner, which makes the smaller part larger. Nothing here undoes either.
+        """
+        passed: set[str] = set()
+        while (row := self.waiting.next(self._held, passed)) is not None:
+            if self._place(row) or (self._make_way(row) and self._place(row)):
+                self.waiting.take(row)
+                self._without_room.pop(row.owner, None)
+                continue
+            if not self._held.rows[row.owner]:
+                since = self._without_room.setdefault(row.owner, self._block)
+                if self._block - since >= PATIENCE:
+                    break
+            passed.add(row.owner)
+
+    def _make_way(self, row: Row) -> bool:
+        """Preempt as many rows of others as a row needs on one way; return whether they are enough."""
+        if len(+self._held.rows) == (self._held.rows[row.owner] > 0):  # there are no others
             return False
-        running = [row for row in self.placed if row.owner == most and row.ready and row.job.decodes]
-        running = [row for row in running if row.stop_reason is None]
-        if running:
-            self.preempt(running[-1])
-        return bool(running)
+        for way in range(len(self.pages)):
+            if victims := self._victims(row, way):
+                for victim in victims:
+                    self.preempt(victim)
+                return True
+        return False
+
+    def _victims(self, row: Row, way: int) -> list[Row]:
+        """Return the rows that a row may have preempted to have room on a way, of who has most the newest first."""
+        pages, held, users = self.pages[way], self._held.copy(), Counter[int]()
+        tokens_T, usable_T = self._tokens_of(row)
+        prefix = pages.find(row.job.pages_of, usable_T)
+        lacking, taken = self._lacking(row, way, prefix, len(tokens_T)), _taken(row, prefix, len(tokens_T))
+        after = held.part(row.owner, 1, taken + pages.last_of(Counter(prefix.pages)))
+        pages.drop(prefix.pages)
+        here = [each for each in self.placed if each.way == way]
+        running = [each for each in here if each.owner != row.owner and each.ready and each.job.decodes]
+        running = [each for each in running if each.stop_reason is None]
+        victims: list[Row] = []
+        while lacking > 0 or len(here) - len(victims) >= self._most_rows:
+            most = max((r.owner for r in running if held.rows[r.owner] > 1), key=held.part, default=None)
+            if most is None:
+                return []
+            victims.append(next(each for each in reversed(running) if each.owner == most))
+            running.remove(victims[-1])
+            before = pages.last_of(users)
+            users.update(victims[-1].used_pages)
+            freed = pages.last_of(users) - before
+            held.rows[most] -= 1
+            held.pages[most] -= freed
+            if self._held.rows[row.owner] and held.part(most) < after:
+                return []
+            lacking -= freed + 1  # nor has it a next block
+        return victims
 
     def next_version(self) -> Snapshot | None:
         """Return the weights of the `pending_tiles`."""
@@ -129,9 +174,9 @@ class Schedule:
             if self._extend_pages(row):
                 chosen.append(row)
         chosen = [row for row in chosen if row in self.placed]  # nor those preempted for a row after them
-        block = next(self._blocks)
         for row in chosen:
-            row.served = block
+            row.served = self._block
+        self._block += 1
         by_way = [[row for row in chosen if row.way == way] for way in range(len(self.pages))]
         used = {row.job.snapshot for row in chosen}
         return [snapshot for snapshot in snapshots if snapshot in used], by_way
@@ -145,7 +190,7 @@ class Schedule:
     def copied(self, row: Row) -> None:
         """Note that the row's copy has been launched."""
         if row.copy is not None:
-            self.pages[row.way].drop([row.copy[0]])
+            self._drop(row, [row.copy[0]])
             row.copy = None
 
     def finish(self, row: Row) -> None:
@@ -162,13 +207,11 @@ class Schedule:
 
     def _place(self, row: Row) -> bool:
         """Give a row pages and plan its tiles on the way that has most of its prompt; return whether there was room."""
-        job, tokens_T = row.job, row.tokens(0, row.prefilled)
-        # Positions to score, or to draw at, are computed, even where their pages are published.
-        whole = row.first_needed >= len(tokens_T)
-        usable_T = tokens_T if whole else tokens_T[: row.first_needed // PAGE * PAGE]
+        tokens_T, usable_T = self._tokens_of(row)
+        before = sum(pages.used for pages in self.pages)
         sizes = [sum(r.way == way for r in self.placed) for way in range(len(self.pages))]
         ways = [way for way, size in enumerate(sizes) if size < self._most_rows]
-        found = {way: self.pages[way].find(job.pages_of, usable_T) for way in ways}
+        found = {way: self.pages[way].find(row.job.pages_of, usable_T) for way in ways}
         ways.sort(key=lambda way: (-found[way].tokens, sizes[way]))
         placed = False
         for way in ways:
@@ -176,16 +219,27 @@ class Schedule:
                 placed = True
             else:
                 self.pages[way].drop(found[way].pages)
+        self._held.pages[row.owner] += sum(pages.used for pages in self.pages) - before
         return placed
+
+    def _tokens_of(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens that a row has computed or finds, and the first of these, which it may find."""
+        tokens_T = row.tokens(0, row.prefilled)
+        # Positions to score, or to draw at, are computed, even where their pages are published.
+        whole = row.first_needed >= len(tokens_T)
+        return tokens_T, tokens_T if whole else tokens_T[: row.first_needed // PAGE * PAGE]
+
+    def _lacking(self, row: Row, way: int, prefix: Prefix, count: int) -> int:
+        """Return how many pages are missing for a row, and for the next block of every row of a way."""
+        others = sum(r.way == way for r in self.placed)
+        return _taken(row, prefix, count) + others - self.pages[way].available
 
     def _take_pages(self, row: Row, way: int, prefix: Prefix, tokens_T: np.ndarray) -> bool:
         pages, count = self.pages[way], len(tokens_T)
         decodes, in_prefill = row.job.decodes, row.job.request.draws_in_prefill
         tail = count % PAGE and decodes
-        copied = prefix.tokens % PAGE  # the last known page is a partial one: to be continued in a copy
-        planned = 0 if copied else -(-(count - prefix.tokens) // PAGE)
-        others = sum(r.way == way for r in self.placed)
-        if pages.available < planned + decodes + others:  # one page for every row's next block
+        planned = _planned(prefix, count)
+        if self._lacking(row, way, prefix, count) > 0:
             return False
         taken = pages.take(planned + decodes)
         if taken is None:
@@ -212,6 +266,7 @@ class Schedule:
         if row.job.cached_tokens is None:
             row.job.cached_tokens = prefix.tokens
         self.placed.append(row)
+        self._held.rows[row.owner] += 1
         return True
 
     def _drop_tiles(self, row: Row) -> None:
@@ -238,16 +293,21 @@ class Schedule:
             del self._tiles[row.job.pages_of]
 
     def _extend_pages(self, row: Row) -> bool:
-        """Give a row the pages of its next block, if need be by preempting newer rows; return whether it has them."""
+        """Give a row the pages of its next block, if need be by preempting rows; return whether it has them.
+
+        Of those who have several rows, the one who has most loses the newest; only where no one has several, its only
+        one. So a row grows to its end beside those of others, however long it becomes.
+        """
         left = row.job.request.max_tokens - len(row.drawn)
         need = -(-(row.length - 1 + min(self._steps, left)) // PAGE) - len(row.pages)
         while need > 0:
             if (taken := self.pages[row.way].take(need)) is not None:
                 row.pages += taken
+                self._held.pages[row.owner] += need
                 break
             ready = [r for r in self.placed if r.way == row.way and r.ready]
-            counts = Counter(r.owner for r in ready)
-            last = max(enumerate(ready), key=lambda at: (counts[at[1].owner], at[0]))[1]
+            order = {owner: (self._held.rows[owner] > 1, self._held.part(owner)) for owner in self._held.rows}
+            last = max(enumerate(ready), key=lambda at: (order[at[1].owner], at[0]))[1]
             self.preempt(last)
             if last is row:
                 return False
@@ -260,9 +320,27 @@ class Schedule:
 
     def _remove(self, row: Row) -> None:
         self.copied(row)
-        self.pages[row.way].drop(row.pages)
+        self._drop(row, row.pages)
         row.pages, row.after = [], None
         self.placed.remove(row)
+        self._held.rows[row.owner] -= 1
+
+    def _drop(self, row: Row, dropped: list[int]) -> None:
+        pages = self.pages[row.way]
+        before = pages.used
+        pages.drop(dropped)
+        self._held.pages[row.owner] += pages.used - before
+
+
+def _planned(prefix: Prefix, count: int) -> int:
+    """Return how many pages are computed for `count` tokens beside those that are known."""
+    # Where the last known page is a partial one, the row goes on in a copy of it.
+    return 0 if prefix.tokens % PAGE else -(-(count - prefix.tokens) // PAGE)
+
+
+def _taken(row: Row, prefix: Prefix, count: int) -> int:
+    """Return how many pages a row of `count` tokens takes beside those that are known."""
+    return _planned(prefix, count) + row.job.decodes
 
 
 def _in_turn(rows: Iterable[Row]) -> list[Row]:

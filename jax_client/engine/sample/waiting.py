@@ -1,15 +1,41 @@
-"""Which row is placed next? The first one of the owner with the fewest rows that run; an owner's rows keep their order.
+"""Which row is placed next? The first one of the owner who has least of the cache; an owner's rows keep their order.
 
-`Waiting` has a queue for each owner. Where owners have the same number of rows, the one goes first whose last row was
-placed the longest ago.
+`CacheUse` counts what each owner has: of the places for rows and of the pages that part counts which is the larger
+(Ghodsi et al., "Dominant resource fairness", NSDI 2011). `Waiting` has a queue for each owner. Where owners have equal
+parts, the one goes first whose last row was placed the longest ago.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, KeysView
+from dataclasses import dataclass, field, replace
 
 from jax_client.engine.sample.rows import Row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheUse:
+    """What each owner has of a cache.
+
+    Attributes:
+        all_rows, all_pages: that there can be.
+        rows: of each owner that are placed.
+        pages: of each owner that these use; one that several use counts once.
+    """
+
+    all_rows: int
+    all_pages: int
+    rows: Counter[str] = field(default_factory=Counter)
+    pages: Counter[str] = field(default_factory=Counter)
+
+    def part(self, owner: str, rows: int = 0, pages: int = 0) -> float:
+        """Return which part of the rows or of the pages an owner has, with these beside: the larger of the two."""
+        return max((self.rows[owner] + rows) / self.all_rows, (self.pages[owner] + pages) / self.all_pages)
+
+    def copy(self) -> CacheUse:
+        """Return the same, to be changed on its own."""
+        return replace(self, rows=self.rows.copy(), pages=self.pages.copy())
 
 
 class Waiting:
@@ -24,7 +50,7 @@ class Waiting:
     def __iter__(self) -> Iterator[Row]:
         return (row for rows in self._rows.values() for row in rows)
 
-    def owners(self) -> Iterable[str]:
+    def owners(self) -> KeysView[str]:
         """Return the owners that have rows."""
         return self._rows.keys()
 
@@ -42,16 +68,15 @@ class Waiting:
         kept = {owner: deque(filter(wanted, rows)) for owner, rows in self._rows.items()}
         self._rows = {owner: rows for owner, rows in kept.items() if rows}
 
-    def next(self, placed: Iterable[Row]) -> Row | None:
+    def next(self, use: CacheUse, passed: Collection[str] = ()) -> Row | None:
         """Return the row that is placed next, None for none.
 
         Args:
-            placed: the rows that run.
+            use: of the rows that run.
+            passed: owners who have no turn now.
         """
-        if len(self._rows) < 2:
-            return next((rows[0] for rows in self._rows.values()), None)
-        running = Counter(row.owner for row in placed)
-        return self._rows[min(self._rows, key=lambda owner: running[owner])][0]
+        owner = min((each for each in self._rows if each not in passed), key=use.part, default=None)
+        return None if owner is None else self._rows[owner][0]
 
     def take(self, row: Row) -> None:
         """Take out a row that `next` returned."""

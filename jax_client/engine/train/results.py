@@ -1,19 +1,20 @@
 """How do the results of micro-batches come back from the device, a few at a time, as one answer?
 
 `Results` waits for the oldest micro-batch when `IN_FLIGHT` of them are unfinished, and copies each sequence's part
-to its place in the answer.
+to its place in the answer. Where owners share the device, the newest one ends before the turn does.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import numpy as np
 
 from jax_client.engine.core.requests import LossSpec, TrainResult
-from jax_client.engine.core.turns import Task
+from jax_client.engine.core.turns import Task, Unawaited
 from jax_client.engine.train import packing
 from jax_client.engine.train.packing import MicroBatch
 from jax_client.errors import RequestFailedError
@@ -40,22 +41,33 @@ class Results:
         self._sums: dict[str, float] = {}
         self._pending: list[tuple[MicroBatch, Launched]] = []
 
-    def add(self, batch: MicroBatch, logprobs_BTC: jax.Array, sums: dict[str, jax.Array]) -> Task[None]:
-        """Yield-from: take what a launched program will return; wait for earlier ones if too many are unfinished."""
+    def add(
+        self, batch: MicroBatch, logprobs_BTC: jax.Array, sums: dict[str, jax.Array], *, running: object
+    ) -> Task[None]:
+        """Yield-from: take what a launched program will return; wait for earlier ones if too many are unfinished.
+
+        Args:
+            batch: that the program computes.
+            logprobs_BTC: its logprobs.
+            sums: of its loss.
+            running: a tree of the arrays that end last, of all that is launched.
+        """
+        wait = partial(jax.block_until_ready, running)
         self._pending.append((batch, (logprobs_BTC, sums)))
         if len(self._pending) >= IN_FLIGHT:
-            yield from self._fetch()
+            yield from self._fetch(wait)
         else:
-            yield None
+            yield Unawaited(None, wait)
 
     def drain(self) -> Task[None]:
         """Yield-from: wait for everything."""
         while self._pending:
             yield from self._fetch()
 
-    def _fetch(self) -> Task[None]:
+    def _fetch(self, wait: Callable[[], object] | None = None) -> Task[None]:
         batch, arrays = self._pending.pop(0)
-        logprobs_BTC, sums = yield partial(jax.device_get, arrays)
+        get = partial(jax.device_get, arrays)
+        logprobs_BTC, sums = yield get if wait is None else Unawaited(get, wait)
         start = time.perf_counter()
         packing.unpack(batch.plan, self._sequences, logprobs_BTC, self._logprobs)
         for name, value in sums.items():

@@ -167,7 +167,7 @@ class Trainer:
             for batches in packed.rounds:
                 launched = self._run_concurrently(launch, batches)
                 for batch, (logprobs_BTC, sums) in zip(batches, launched, strict=True):
-                    yield from out.add(batch, logprobs_BTC, sums)
+                    yield from out.add(batch, logprobs_BTC, sums, running=launched)
             yield from out.drain()
             return out.result(loss)
 
@@ -199,7 +199,7 @@ class Trainer:
                     launched = self._run_concurrently(launch, chains, totals)
                     totals[: len(launched)] = [grads for grads, _ in launched]
                     for batch, answer in (pair for _, answers in launched for pair in answers):
-                        yield from out.add(batch, *answer)
+                        yield from out.add(batch, *answer, running=totals)
                 yield from out.drain()
                 grads = yield partial(jax.block_until_ready, self._sum(totals))
             adapter.grads = grads
@@ -245,7 +245,7 @@ class Trainer:
                     launched = self._run_concurrently(forward, batches, keep)
                     for batch, (logprobs_BTC, forwarded) in zip(batches, launched, strict=True):
                         kept.append([forwarded])
-                        yield from out.add(batch, logprobs_BTC, {})
+                        yield from out.add(batch, logprobs_BTC, {}, running=[logprobs for logprobs, _ in launched])
                     del launched, forwarded
                 yield from out.drain()
             try:
@@ -296,7 +296,7 @@ class Trainer:
 
         Nothing was committed, so the second run starts from the same state. If it succeeds, the smaller ceiling stays.
         """
-        packed, before = (yield prepared.result), self.limits
+        packed, before = (yield prepared), self.limits
         try:
             try:
                 return (yield from run(packed))

@@ -48,7 +48,7 @@ class ExportCheck:
     tolerance: float
 
 
-def check_export(engine: Engine, state: AdapterState | None, directory: Path) -> ExportCheck:
+def check_export(engine: Engine, state: AdapterState | None, directory: Path, owner: str = "") -> ExportCheck:
     """Compare what was exported, read back from the disk, with the adapter that it was exported from.
 
     A PEFT directory is loaded as a second adapter of the engine; a merged one as a second model beside the engine's,
@@ -58,22 +58,23 @@ def check_export(engine: Engine, state: AdapterState | None, directory: Path) ->
         engine: of the base model.
         state: the adapter; None is the base model, for a merged directory.
         directory: as `peft.write_adapter` or `merged.write_merged` left it.
+        owner: who pays for the time on the device, "" for no one.
 
     Raises:
         RequestFailedError: the export cannot be read back, or computes something else; or there is no memory for a
             second model (category "user").
     """
-    tokens_T = probe_tokens(engine.source, engine.model)
-    live_TV = engine.logits(tokens_T, state).result()
+    tokens_T, lane = probe_tokens(engine.source, engine.model), engine.open_lane(owner)
+    live_TV = engine.logits(lane, tokens_T, state).result()
     dtypes = {engine.dtype.name}
     try:
         if (directory / peft_config.CONFIG).is_file():
             back = read_adapter(directory, engine.model)
             _refuse_other_arrays(state, back, directory)
-            exported_TV = engine.logits(tokens_T, back).result()
+            exported_TV = engine.logits(lane, tokens_T, back).result()
         else:
             source = ModelSource(name=str(directory), path=directory, kind="hf")
-            exported_TV = engine.logits(tokens_T, None, source).result()
+            exported_TV = engine.logits(lane, tokens_T, None, source).result()
             dtypes.add(str(hf.read_json(directory, hf.CONFIG).get("dtype")))
     except (BadRequestError, NotFoundError) as error:
         raise RequestFailedError(f"the export cannot be read back: {error} {AGAIN}") from error

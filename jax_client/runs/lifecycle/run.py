@@ -426,14 +426,13 @@ def _open(
             raise
         return claim
 
+    engine = model_ref.model.engine
     try:
         claim = session.on_disk(record).result()
     except BaseException:
-        model_ref.model.engine.release(adapter)
+        engine.release(adapter)
         raise
-    observed = run_metrics.observe(
-        run_id, model_ref.model.engine.monitor, session.state_dir, step, on=session.config.record_metrics
-    )
+    observed = run_metrics.observe(run_id, engine.monitor, session.state_dir, step, on=session.config.record_metrics)
     observed.event("start", step, base_model=model_ref.name, rank=spec.rank, origin=source and str(source))
     checkpointer = RunCheckpointer(
         store=session.store,
@@ -444,6 +443,7 @@ def _open(
         claim=claim,
         step=step,
         observed=observed,
+        owner=session.owner_name,
         source=source,
     )
     session.keep(checkpointer)

@@ -46,6 +46,7 @@ class RunCheckpointer:
         claim: of the run's directory, released by `end`.
         step: optimizer steps that the adapter starts with; they are saved elsewhere.
         observed: where what is written is noted.
+        owner: who pays for what it does on the device, "" for no one.
         source: the checkpoint that the adapter was made from, None for a fresh one.
 
     Attributes:
@@ -63,6 +64,7 @@ class RunCheckpointer:
         claim: RunLock,
         step: int,
         observed: RunMetrics,
+        owner: str,
         source: CheckpointKey | None = None,
     ) -> None:
         self.run_id = run_id
@@ -75,6 +77,7 @@ class RunCheckpointer:
         self._engine = model_ref.model.engine
         self._adapter = adapter
         self._claim = claim
+        self._owner = owner
         self._saved = 0, step
         # Not over the one that this run goes on from.
         self._autosaves = int(source is not None and source.run_id == run_id and source.name == SLOTS[0])
@@ -133,7 +136,7 @@ class RunCheckpointer:
 
         def write_checked(directory: Path) -> None:
             peft.write_adapter(directory, state, self._engine.model, self._model_ref.source.lasting_name, "peft")
-            check = check_export(self._engine, state, directory)
+            check = check_export(self._engine, state, directory, self._owner)
             logger.info(
                 "export %s: largest difference of logits on %d probe tokens: %.2g", name, check.tokens, check.difference
             )

@@ -67,6 +67,19 @@ def test_each_keys_use_is_counted_by_its_name(team: Team, figures: dict[str, Bel
     assert not any(secret in str(seen) for secret in team.secrets.values())
 
 
+def test_the_check_of_an_export_is_paid_by_its_key(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    payers = []
+
+    def check(engine: Any, state: Any, directory: Path, owner: str) -> Any:
+        payers.append(owner)
+        return SimpleNamespace(tokens=1, difference=0.0)
+
+    monkeypatch.setattr("jax_client.runs.lifecycle.export_check.check_export", check)
+    for who in "ab":
+        belongings(team, who, DATA)
+    assert payers == ["a", "b"]
+
+
 def test_a_key_sees_its_own_figures_and_an_admin_all(team: Team, figures: dict[str, Belongings]) -> None:
     assert set(values(team, "a")) == {name for name in values(team, "ops") if 'key="a"' in name}
     for who, shown in (("a", {"a"}), ("b", {"b"}), ("ops", {"a", "b"})):

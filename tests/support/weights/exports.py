@@ -55,7 +55,7 @@ def random_state(engine: Engine, spec: LoraSpec) -> AdapterState:
 
 
 def engine_logits(engine: Engine, state: AdapterState | None) -> np.ndarray:
-    return engine.logits(probe_tokens(engine.source, engine.model), state).result()
+    return engine.logits(engine.open_lane(), probe_tokens(engine.source, engine.model), state).result()
 
 
 def torch_model(path: Path) -> Any:
