@@ -302,9 +302,17 @@ class MixedLinears:
         pairs: by matmul, from `mixed_pairs`.
         scale_MV: float32; alpha / rank in the column of a row's adapter, else 0.
         dtype: of the matmul operands.
+        total: sums the outputs of o and down over the devices that have a part of their inputs each.
     """
 
-    def __init__(self, pairs: dict[str, Pair], scale_MV: jax.Array, dtype: jnp.dtype):
+    def __init__(
+        self,
+        pairs: dict[str, Pair],
+        scale_MV: jax.Array,
+        dtype: jnp.dtype,
+        total: Callable[[jax.Array], jax.Array] = lambda y_MO: y_MO,
+    ):
+        self._total = total
         self._pairs = pairs
         self._scale_MV = scale_MV
         self._dtype = dtype
@@ -314,7 +322,8 @@ class MixedLinears:
         """Return x W with each row's own adapter's part of each output, float32 (M, O)."""
         pair = self._pairs.get(name)
         scale = 0.0 if pair is None else mix(self._scale_MV, pair)
-        return linear(x_MI, ws_IO, pair, scale, self._dtype, parts)[0]
+        ys_MO, _ = linear(x_MI, ws_IO, pair, scale, self._dtype, parts)
+        return [self._total(y_MO) for y_MO in ys_MO] if name in ("o", "down") else ys_MO
 
 
 def mixed_pairs(loras: Sequence[Adapter], dtype: jnp.dtype) -> dict[str, Pair]:

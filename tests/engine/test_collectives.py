@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 
-from support.devices import with_devices
+from support.meshes.collectives import Collective, collectives
+from support.meshes.devices import with_devices
 
 L, D, F, V, R = 3, 64, 128, 9472, 4
 T = 1024  # of a row; each device has one row, so they are a device's tokens, too
@@ -98,59 +96,19 @@ EXPECTED: dict[tuple[str, str], dict[str, int]] = {
         "once collective-permute": 1,
     },
 }
-SHAPE = re.compile(r"\b(?:pred|[a-z]+\d+)\[([\d,]*)\]")
-COLLECTIVE = re.compile(
-    r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
-)
-WHILE = re.compile(r" = (.*?) while\(.*\bbody=%?([\w.-]+)")
-CALLED = re.compile(r"\b(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
-BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 
-@dataclass(frozen=True)
-class Collective:
-    kind: str
-    place: str  # "layers": once per layer; "attention": in a loop within a layer; "head": in another loop; "once"
-    shapes: list[tuple[int, ...]]  # of the results, on one device
-    line: str
+def place(c: Collective) -> str:
+    """Return "layers" once per layer; "attention" in a loop within a layer; "head" in another loop; "once"."""
+    where = "once"
+    for carried in c.loops:
+        # Only the loop over the layers carries stacks of them.
+        stacks = any(shape[:1] == (L,) and len(shape) > 2 for shape in carried)
+        where = "layers" if stacks else "attention" if where in ("layers", "attention") else "head"
+    return where
 
 
 Step = tuple[dict[str, int], dict[str, list[Collective]]]  # a mesh, and what its programs send, by name
-
-
-def shapes_in(text: str) -> list[tuple[int, ...]]:
-    return [tuple(int(n) for n in dims.split(",") if n) for dims in SHAPE.findall(text)]
-
-
-def collectives(hlo: str) -> Iterator[Collective]:
-    """Walk a compiled module from its entry; what two loops call is found in both."""
-    computations: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in hlo.splitlines():
-        if line.endswith("{") and not line.startswith((" ", "HloModule")):
-            name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
-            computations[name] = []
-            entry = name if line.startswith("ENTRY ") else entry
-        elif name:
-            computations[name].append(line)
-    todo, seen = [(entry, "once")], set()
-    while todo:
-        name, place = todo.pop()
-        if (name, place) in seen:
-            continue
-        seen.add((name, place))
-        for line in computations[name]:
-            if found := COLLECTIVE.search(line):
-                # An all-to-all of the CPU has one result per device.
-                shapes = shapes_in(found[1])[: 1 if found[2] == "all-to-all" else None]
-                yield Collective(found[2], place, shapes, line.strip())
-            inside = place
-            if loop := WHILE.search(line):
-                # Only the loop over the layers carries stacks of them.
-                stacks = any(shape[:1] == (L,) and len(shape) > 2 for shape in shapes_in(loop[1]))
-                inside = "layers" if stacks else "attention" if place in ("layers", "attention") else "head"
-            called = CALLED.findall(line) + [c.strip(" %") for b in BRANCHES.findall(line) for c in b.split(",")]
-            todo += [(other, inside) for other in called]
 
 
 @pytest.fixture(scope="module", params=[pytest.param(MESHES[0], marks=pytest.mark.full), *MESHES[1:]], ids=str)
@@ -167,7 +125,7 @@ def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def report(found: list[Collective]) -> str:
-    return "\n".join(f"{c.place}: {c.line[:300]}" for c in found)
+    return "\n".join(f"{place(c)}: {c.line[:300]}" for c in found)
 
 
 def test_no_stack_of_layers_travels(step: Step) -> None:
@@ -208,7 +166,7 @@ def test_layers_gather_weights_and_sum_only_what_tensor_splits(
 ) -> None:
     mesh, programs = step
     for name in ("forward", "backward"):
-        layers = [c for c in programs[name] if c.place == "layers"]
+        layers = [c for c in programs[name] if place(c) == "layers"]
         # No width of the model has this size: such an axis counts tokens.
         with_tokens = [c for c in layers if any(max(shape, default=0) >= T // 2 for shape in c.shapes)]
         wrong = [c for c in with_tokens if c.kind != "all-reduce" or "tensor" not in mesh]
@@ -223,7 +181,7 @@ def test_layers_gather_weights_and_sum_only_what_tensor_splits(
 
 def test_attention_sends_nothing(step: Step) -> None:
     for name, found in step[1].items():
-        wrong = [c for c in found if c.place == "attention"]
+        wrong = [c for c in found if place(c) == "attention"]
         assert not wrong, f"{name}:\n{report(wrong)}"
 
 
@@ -237,7 +195,7 @@ def test_nothing_new_is_sent(step: Step, name: str) -> None:
     mesh, programs = step
     counts: Counter[str] = Counter()
     for c in programs[name]:
-        counts[f"{c.place} {c.kind}"] += sum(1 for shape in c.shapes if shape)
+        counts[f"{place(c)} {c.kind}"] += sum(1 for shape in c.shapes if shape)
     most = EXPECTED[" ".join(mesh), name]
     more = {key: n for key, n in counts.items() if n > most.get(key, 0)}
     assert not more, f"more than expected: {more}\nall: {dict(counts)}\n{report(programs[name])}"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.devices import with_devices
+from support.meshes.devices import with_devices
 
 MESHES = [
     pytest.param({"fsdp": 8}, marks=pytest.mark.full),

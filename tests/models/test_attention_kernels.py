@@ -18,7 +18,7 @@ import pytest
 
 from jax_client.models.kernels import cudnn, splash
 from jax_client.sharding import make_mesh
-from support.devices import with_devices
+from support.meshes.devices import with_devices
 
 B, K, G, H = 2, 2, 2, 16
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

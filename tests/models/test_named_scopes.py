@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jax_client.engine.core import adapters
 from jax_client.engine.core.requests import MAX_TARGETS, AdamSettings
@@ -76,7 +77,15 @@ def sample_programs() -> tuple[SamplePrograms, dict[str, Any]]:
     return programs, programs.new_pool(1, 8)
 
 
-def prefill() -> jax.stages.Lowered:
+def unrolled(stacks: Any) -> list[Any]:
+    """Return the layers' parameters apart, as one CPU takes them."""
+    cut = lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=a.sharding)  # noqa: E731
+    layer = jax.tree.map(cut, stacks)
+    layer["gate_up_L2DF"] = (jax.tree.map(cut, layer["gate_up_L2DF"]),) * 2
+    return [layer] * CONFIG.n_layers
+
+
+def prefill(params: Any) -> jax.stages.Lowered:
     programs, pool = sample_programs()
     tiles, pages, positions = 2, 4, 2 * PAGE
     batch = {
@@ -92,10 +101,10 @@ def prefill() -> jax.stages.Lowered:
         "top_p": array((1, positions), np.float32),
         "wanted": array((1, 3)),
     }
-    return programs.prefill.lower(PARAMS, (WEIGHTS,), pool, batch)
+    return programs.prefill.lower(params, (WEIGHTS,), pool, batch)
 
 
-def decode() -> jax.stages.Lowered:
+def decode(params: Any) -> jax.stages.Lowered:
     programs, pool = sample_programs()
     numbers = {name: array((1, 4)) for name in ("token", "position", "count", "max_tokens", "top_k")}
     settings = {name: array((1, 4), np.float32) for name in ("temperature", "top_p")}
@@ -108,7 +117,7 @@ def decode() -> jax.stages.Lowered:
         "copy": array((1, 4, 2)),
         "steps": array(()),
     }
-    return programs.decode.lower(PARAMS, (WEIGHTS,), pool, numbers | settings | flags | rest)
+    return programs.decode.lower(params, (WEIGHTS,), pool, numbers | settings | flags | rest)
 
 
 def scopes(lowered: jax.stages.Lowered) -> set[str]:
@@ -136,14 +145,17 @@ def test_every_part_of_the_optimizer_has_its_scope() -> None:
     check("optim_step", optimizer(), {"optimizer"})
 
 
-def test_every_part_of_a_prefill_has_its_scope() -> None:
-    layers = {part.replace("layer", f"layer_{i}", 1) for part in LAYER for i in range(CONFIG.n_layers)}
-    check("prefill", prefill(), {"embed", "rope", "norm", "scores", "head", "top", *layers})
+def layers_of(params: Any) -> set[str]:
+    if params is PARAMS:
+        return set(LAYER)
+    return {part.replace("layer", f"layer_{i}", 1) for part in LAYER for i in range(CONFIG.n_layers)}
 
 
-def test_every_part_of_a_decode_block_has_its_scope() -> None:
-    layers = {part.replace("layer", f"layer_{i}", 1) for part in LAYER for i in range(CONFIG.n_layers)}
-    check("decode", decode(), {"embed", "rope", "norm", "head", "draw", "top", "copy_pages", *layers})
+@pytest.mark.parametrize("params", [PARAMS, PARAMS | {"layers": unrolled(PARAMS["layers"])}], ids=["stacks", "list"])
+def test_every_part_of_sampling_has_its_scope(params: Any) -> None:
+    layers = layers_of(params)
+    check("prefill", prefill(params), {"embed", "rope", "norm", "scores", "head", "top", *layers})
+    check("decode", decode(params), {"embed", "rope", "norm", "head", "draw", "top", "copy_pages", *layers})
 
 
 def check(program: str, lowered: jax.stages.Lowered, expected: set[str]) -> None:

@@ -19,9 +19,9 @@ from jax_client.engine.core.adapters import Adapter
 from jax_client.engine.core.requests import AdamSettings
 from jax_client.engine.engine import Engine
 from jax_client.values import CheckpointKey
-from support.devices import with_devices
 from support.golden_cases import ADAM, CASES, base_values
 from support.golden_engine import CROSS_ENTROPY, SPEC, data, open_engine
+from support.meshes.devices import with_devices
 from support.weight_files import write_hf
 
 CHILD = """

@@ -17,7 +17,7 @@ from jax_client.weights.read.gguf import GgufReader, read_gguf
 from jax_client.weights.read.identity import fingerprint
 from jax_client.weights.read.load import load_params, read_config
 from jax_client.weights.read.source import EMBEDDED_MODEL, known_models, resolve
-from support.devices import with_devices
+from support.meshes.devices import with_devices
 from support.weight_files import FAMILIES, hf_tensors, write_gguf, write_hf
 from support.weights.loading import config, load, one_device
 

@@ -350,8 +350,6 @@ class SamplingLoop:
         """Return how many pages a way's pool may have; `pages_now` is what it has."""
         page_bytes = self._programs.page_bytes() // self._mesh.shape["tensor"]
         free = memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction) + pages_now * page_bytes
-        if not isinstance(self._params["layers"], list):  # a decode program takes the stacks apart, once more as much
-            free -= sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(self._params["layers"]))
         pages = self._most_pages
         # Halves, so that what was compiled for one size is found again by later processes.
         while pages * page_bytes > CACHE_SHARE * free and pages > FEWEST_PAGES:

@@ -107,7 +107,7 @@ def test_a_pool_holds_no_value_that_is_not_finite(engine: Engine, overflowing: A
     """Its weight 0 in a later row would not help. The key says instead that there was one."""
     with pytest.raises(RequestFailedError, match="not finite"):
         engine.generate(overflowing, request()).result(300)
-    pool = {name: np.stack([np.asarray(a) for a in pages]) for name, pages in engine.sampler._pool.items()}
+    pool = {name: np.asarray(pages) for name, pages in engine.sampler._pool.items()}
     assert np.isnan(pool["k"]).any() and np.isfinite(pool["v"]).all()
 
 
@@ -117,7 +117,7 @@ def test_what_earlier_rows_left_in_a_page_is_not_read(engine: Engine) -> None:
     sampler = engine.sampler
     # As a row leaves it whose keys and values were not finite, or as large as can be.
     worst = {"k": jnp.nan, "v": jnp.finfo(jnp.float32).max}
-    sampler._pool = {name: [jnp.full_like(a, worst[name]) for a in pages] for name, pages in sampler._pool.items()}
+    sampler._pool = {name: jnp.full_like(pages, worst[name]) for name, pages in sampler._pool.items()}
     # Other tokens: pages of the same would be found again.
     other = request(tokens_T=PROMPT + 1, num_samples=2)
     after = engine.generate(None, other).result(300)

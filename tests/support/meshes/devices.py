@@ -9,4 +9,4 @@ from pathlib import Path
 def with_devices(count: int) -> dict[str, str]:
     """Return the environment of a child that finds `count` CPU devices, and imports what the tests import."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[2])}
