@@ -16,14 +16,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_client.models.layers import contract, from_bits, to_bits
+from jax_client.models.layers import contract, from_bits
 from jax_client.models.parts.lora import lora_scale
 
-# (tokens, vocabulary entries) of one block of scores: 4 MB stay in a CPU's cache; an accelerator wants large matmuls.
-CPU_BLOCK = (512, 2048)
-ACCELERATOR_BLOCK = (4096, 8192)
 _FLOAT32 = jnp.dtype(jnp.float32)
 Unembed = Mapping[str, jax.Array]  # {"A": (R, D), "B": (R, V)}, or empty
+
+
+class Blocks(NamedTuple):
+    """How large a block of scores may be: so many tokens, and so many entries of the vocabulary."""
+
+    most_tokens: int
+    entries: int
+
+    @classmethod
+    def of(cls, platform: str) -> Blocks:
+        """Return those of a device's platform: 4 MB stay in a CPU's cache; an accelerator wants large matmuls."""
+        return cls(512, 2048) if platform == "cpu" else cls(4096, 8192)
+
+    def tokens(self, length: int) -> int:
+        """Return the tokens of a block of rows of this length: its largest divisor up to the limit."""
+        return next(size for size in range(min(self.most_tokens, length), 0, -1) if length % size == 0)
 
 
 class Order(NamedTuple):
@@ -41,15 +54,6 @@ class Order(NamedTuple):
     place_BT: jax.Array
     with_gradient: jax.Array
     scored: jax.Array
-
-
-def block_shape(length: int) -> tuple[int, int]:
-    """Return the tokens and vocabulary entries of one block of scores, for rows of this length.
-
-    The tokens are the largest divisor of the length up to the platform's limit.
-    """
-    most, entries = CPU_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK
-    return next(size for size in range(min(most, length), 0, -1) if length % size == 0), entries
 
 
 def _each_row(row: Callable[..., Any], *arrays: Any) -> Any:
@@ -75,16 +79,17 @@ def _block_scores(
     return s_Mv if u_MR is None or b_Rv is None else s_Mv + contract("MR,Rv->Mv", u_MR, b_Rv, dtype)
 
 
-def _over_blocks(step: Any, carry: Any, head_VD: jax.Array, b_RV: jax.Array | None) -> tuple[Any, list[Any]]:
+def _over_blocks(
+    step: Any, carry: Any, head_VD: jax.Array, b_RV: jax.Array | None, width: int
+) -> tuple[Any, list[Any]]:
     """Run `step(carry, w_vD, b_Rv) -> (carry, y)` over blocks of one vocabulary shard; the last may be narrower."""
-    bits_VD, size = to_bits(head_VD), len(head_VD)
+    size = len(head_VD)
 
     def block(carry: Any, start: Any, width: int) -> tuple[Any, Any]:
-        w_vD = from_bits(jax.lax.dynamic_slice_in_dim(bits_VD, start, width))
+        w_vD = from_bits(jax.lax.dynamic_slice_in_dim(head_VD, start, width))
         b_Rv = None if b_RV is None else jax.lax.dynamic_slice_in_dim(b_RV, start, width, axis=1)
         return step(carry, w_vD, b_Rv)
 
-    width = block_shape(1)[1]
     whole, outs = size // width, []
     if whole:
         carry, ys = jax.lax.scan(lambda c, i: block(c, i * width, width), carry, jnp.arange(whole))
@@ -127,17 +132,19 @@ def head_forward(
     *,
     dtype: jnp.dtype,
     shards: int,
+    blocks: Blocks,
     with_backward: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return log p(targets | h), and what `head_backward` needs.
 
     Args:
         h_BTD: float32 hidden states after the final norm, one per position.
-        head_VD: output projection in the matmul type.
+        head_VD: output projection in the matmul type, or its bits.
         lora: the adapter on the head, or {}.
         targets_BTC: int32 token ids, C per position.
         order: the positions' order; those beyond `order.scored` get 0.
         shards: ways that V is split over the mesh; each shard keeps its own running sums, merged at the end.
+        blocks: how large a block of scores may be.
         with_backward: also carry e, for the first `order.with_gradient` positions. Without it the second result is
             empty.
 
@@ -146,12 +153,12 @@ def head_forward(
 
     Source: online softmax, arXiv 1805.02867.
     """
-    size, _ = block_shape(h_BTD.shape[1])
+    size = blocks.tokens(h_BTD.shape[1])
 
     def row(h_TD: jax.Array, targets_TC: jax.Array, token_T: jax.Array, place_T: jax.Array) -> dict[str, jax.Array]:
         def chunk(i: jax.Array, out: dict[str, jax.Array], with_backward: bool) -> dict[str, jax.Array]:
             at_M = jax.lax.dynamic_slice_in_dim(token_T, i * size, size)
-            options = {"dtype": dtype, "shards": shards, "with_backward": with_backward}
+            options: Any = {"dtype": dtype, "shards": shards, "width": blocks.entries, "with_backward": with_backward}
             new = _chunk_forward(h_TD[at_M], head_VD, lora, targets_TC[at_M], **options)
             # Written in the order of work and put back below: a CPU is slow at writing to scattered places.
             put = jax.lax.dynamic_update_slice_in_dim
@@ -182,6 +189,7 @@ def _chunk_forward(
     *,
     dtype: jnp.dtype,
     shards: int,
+    width: int,
     with_backward: bool,
 ) -> dict[str, jax.Array]:
     """Return `logprobs` (M, C) and, for the backward pass, `lse` (M,), `e` (M, D) and, with an adapter, `b` (M, R)."""
@@ -206,7 +214,7 @@ def _chunk_forward(
             carry["e"] = jnp.zeros((M, D))
         if with_backward and b_RV is not None:
             carry["b"] = jnp.zeros((M, len(b_RV)))
-        return _over_blocks(step, carry, head_VD, b_RV)[0]
+        return _over_blocks(step, carry, head_VD, b_RV, width)[0]
 
     carry = _each_shard(sweep, shards, head_VD, lora["B"] if lora else None)
     m_M = jnp.max(carry["m"], axis=0)
@@ -231,7 +239,7 @@ def _target_logits(
     targets_MC: jax.Array,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    w_MCD = from_bits(jnp.take(to_bits(head_VD), targets_MC, axis=0))
+    w_MCD = from_bits(jnp.take(head_VD, targets_MC, axis=0))
     logits_MC = contract("MD,MCD->MC", h_MD, w_MCD, dtype)
     if u_MR is not None:
         logits_MC += contract("MR,RMC->MC", u_MR, jnp.take(lora["B"], targets_MC, axis=1), dtype)
@@ -249,13 +257,14 @@ def head_backward(
     *,
     dtype: jnp.dtype,
     shards: int,
+    blocks: Blocks,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return dh (B, T, D) float32 and the gradients of the head's adapter, for the cotangents g of the logprobs.
 
     g must be zero beyond the positions that the forward pass was told can get a gradient. The frozen head gets none.
     """
     g_BT = jnp.sum(g_BTC, axis=-1)
-    w_BTCD = from_bits(jnp.take(to_bits(head_VD), targets_BTC, axis=0))
+    w_BTCD = from_bits(jnp.take(head_VD, targets_BTC, axis=0))
     dh_BTD = contract("BTC,BTCD->BTD", g_BTC, w_BTCD, _FLOAT32) - g_BT[..., None] * saved["e"]
     if not lora:
         return dh_BTD, {}
@@ -266,7 +275,7 @@ def head_backward(
     dh_BTD += contract("BTR,RD->BTD", du_BTR, a_RD, dtype)
     grads = {
         "A": contract("MR,MD->RD", du_BTR.reshape(-1, len(a_RD)), h_MD, dtype),
-        "B": _unembed_b_grad(saved, u_MR, head_VD, b_RV, targets_BTC, g_BTC, order, dtype, shards),
+        "B": _unembed_b_grad(saved, u_MR, head_VD, b_RV, targets_BTC, g_BTC, order, dtype, shards, blocks),
     }
     return dh_BTD, grads
 
@@ -282,9 +291,10 @@ def _unembed_b_grad(
     order: Order,
     dtype: jnp.dtype,
     shards: int,
+    blocks: Blocks,
 ) -> jax.Array:
     """Return sum_i u_i (sum_c g_ic [v = target_ic] - g_i p_iv), the probabilities p recomputed block by block."""
-    (R, V), (size, _) = b_RV.shape, block_shape(u_BTR.shape[1])
+    (R, V), size = b_RV.shape, blocks.tokens(u_BTR.shape[1])
 
     def expected(h_MD: jax.Array, u_MR: jax.Array, lse_M: jax.Array, g_M: jax.Array) -> jax.Array:
         gu_RM = (u_MR * g_M[:, None]).T
@@ -294,8 +304,8 @@ def _unembed_b_grad(
             return carry, contract("RM,Mv->Rv", gu_RM, p_Mv, dtype)
 
         def sweep(head_VD: jax.Array, b_RV: jax.Array | None) -> jax.Array:
-            _, blocks = _over_blocks(step, (), head_VD, b_RV)
-            return jnp.concatenate([jnp.moveaxis(b_nRv, 0, 1).reshape(R, -1) for b_nRv in blocks], axis=1)
+            _, parts = _over_blocks(step, (), head_VD, b_RV, blocks.entries)
+            return jnp.concatenate([jnp.moveaxis(b_nRv, 0, 1).reshape(R, -1) for b_nRv in parts], axis=1)
 
         return jnp.moveaxis(_each_shard(sweep, shards, head_VD, b_RV), 0, 1).reshape(R, V)
 

@@ -25,13 +25,11 @@ def contract(spec: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Arr
 
 
 def to_bits(tree: Any) -> Any:
-    """Return the tree with bfloat16 arrays as their uint16 bit patterns, for what only moves data; on a CPU only.
+    """Return the tree with bfloat16 arrays as their uint16 bit patterns, for what only moves data on a CPU.
 
     XLA's CPU backend has no bfloat16 slices, gathers and updates: it would convert whole stacks of layers to float32
     and back. Base weights are kept this way, too, since the change of type itself is a copy there.
     """
-    if jax.default_backend() != "cpu":
-        return tree
     return jax.tree.map(lambda a: jax.lax.bitcast_convert_type(a, jnp.uint16) if a.dtype == jnp.bfloat16 else a, tree)
 
 

@@ -55,7 +55,7 @@ def context(
 @jax.named_scope("embed")
 def embed(params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
     """Return the float32 residual stream (B, T, D) that enters the first layer."""
-    return from_bits(jnp.take(to_bits(params["embed_VD"]), tokens_BT, axis=0)).astype(jnp.float32)
+    return from_bits(jnp.take(params["embed_VD"], tokens_BT, axis=0)).astype(jnp.float32)
 
 
 def forward_pass(
@@ -85,10 +85,11 @@ def forward_pass(
             y_BTD, saved, (_, _, residual) = layer_forward(x_BTD, w, Linears(layer_lora, c), c, attend)
         saved["attention"] = residual
         names = () if remat is None else SAVED_FOR_BACKWARD[remat]
-        return c.split_rows(y_BTD), to_bits({name: saved[name] for name in names if name in saved})
+        kept = {name: saved[name] for name in names if name in saved}
+        return c.split_rows(y_BTD), to_bits(kept) if c.on_cpu else kept
 
     x_BTD = c.split_rows(embed(params, tokens_BT))
-    x_BTD, kept = jax.lax.scan(step, x_BTD, to_bits((params["layers"], lora)))
+    x_BTD, kept = jax.lax.scan(step, x_BTD, (params["layers"], lora))
     saved = {} if remat is None else {"layers": kept, "last": x_BTD}
     return rms_norm(x_BTD, params["final_norm_D"], c.config.norm_eps), saved
 
@@ -114,5 +115,5 @@ def backward_pass(
         return c.split_rows(dx_BTD), jax.tree.map(jnp.add, total, grads)
 
     dx_BTD = rms_norm_backward(saved["last"], params["final_norm_D"], c.config.norm_eps, c.split_rows(dh_BTD))
-    layers = *to_bits((params["layers"], lora)), saved["layers"], accumulated
+    layers = params["layers"], lora, saved["layers"], accumulated
     return jax.lax.scan(step, dx_BTD, layers, reverse=True)[1]

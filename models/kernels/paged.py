@@ -22,7 +22,8 @@ def write_tokens(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the pool with one token of each row stored at (page, place in the page)."""
     k_RKH, v_RKH = _storable(k_RKH, v_RKH)
-    return k_NSKH.at[page_R, place_R].set(to_bits(k_RKH)), v_NSKH.at[page_R, place_R].set(to_bits(v_RKH))
+    at = page_R, place_R
+    return k_NSKH.at[at].set(_as_stored(k_RKH, k_NSKH)), v_NSKH.at[at].set(_as_stored(v_RKH, v_NSKH))
 
 
 def write_pages(
@@ -30,7 +31,11 @@ def write_pages(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the pool with a whole page of each row stored."""
     k_RSKH, v_RSKH = _storable(k_RSKH, v_RSKH)
-    return k_NSKH.at[page_R].set(to_bits(k_RSKH)), v_NSKH.at[page_R].set(to_bits(v_RSKH))
+    return k_NSKH.at[page_R].set(_as_stored(k_RSKH, k_NSKH)), v_NSKH.at[page_R].set(_as_stored(v_RSKH, v_NSKH))
+
+
+def _as_stored(array: jax.Array, pool_NSKH: jax.Array) -> jax.Array:
+    return to_bits(array) if pool_NSKH.dtype == jnp.uint16 else array
 
 
 def _storable(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -48,7 +48,8 @@ class Context:
     """What every layer of a pass shares: the model, the matmul type, the attention, the rotary table (B, T, H/2).
 
     Attributes:
-        one_device: whether the program runs on one device, where some layouts are worth a constraint.
+        on_cpu: whether the program runs on a CPU, where what is kept of bfloat16 are its bits.
+        one_cpu: whether it runs on one CPU device, where some layouts are worth a constraint.
         split_rows: `split_rows(x_BTD) -> x_BTD` keeps the residual stream split by rows over a mesh. The embedding and
             the weights are split by width over the same axis: left to itself, XLA would follow them, and compute all
             rows everywhere.
@@ -59,7 +60,8 @@ class Context:
     attention: Attention
     cos_BTH: jax.Array
     sin_BTH: jax.Array
-    one_device: bool = False
+    on_cpu: bool = False
+    one_cpu: bool = False
     split_rows: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
 
 
@@ -263,7 +265,7 @@ class Linears:
     def __init__(self, lora: Adapter, c: Context, us: Saved | None = None):
         self._pairs, self._pairs_vjp = jax.vjp(layer_pairs, lora)
         self._scale = adapter_scale(lora)
-        self._dtype, self._one_device = c.dtype, c.one_device
+        self._dtype, self._one_cpu = c.dtype, c.one_cpu
         self._grads: dict[str, Pair] = {}
         self.us: Saved = {} if us is None else us
 
@@ -284,7 +286,7 @@ class Linears:
     ) -> jax.Array:
         """Return the cotangent of x (M, I) for those of the outputs, and of the `whole_MO` that they are parts of."""
         u_Mn, pair = self.us.get(f"u_{name}"), self._pairs.get(name)
-        options: Any = {"one_device": self._one_device, "whole_MO": whole_MO}
+        options: Any = {"one_cpu": self._one_cpu, "whole_MO": whole_MO}
         dx_MI, grad = linear_backward(dys_MO, x_MI, u_Mn, ws_IO, pair, self._scale, self._dtype, **options)
         if grad is not None:
             self._grads[name] = grad

@@ -105,7 +105,7 @@ def linear_backward(
     scale: float,
     dtype: jnp.dtype,
     *,
-    one_device: bool,
+    one_cpu: bool,
     whole_MO: jax.Array | None = None,
 ) -> tuple[jax.Array, Pair | None]:
     """Return dx (M, I) and the gradients of the pair, float32; the frozen W's get none.
@@ -114,7 +114,7 @@ def linear_backward(
         dys_MO: float32 cotangents of the outputs.
         x_MI, ws_IO, pair, scale, dtype: as for `linear`.
         u_Mn: as `linear` returned it.
-        one_device: whether the program runs on one device, see `_transposed_copy`.
+        one_cpu: whether the program runs on one CPU, see `_transposed_copy`.
         whole_MO: the cotangent of the product with a single W, of which `dys_MO` are the parts.
     """
     wholes_MO = dys_MO if whole_MO is None else [whole_MO]
@@ -125,19 +125,19 @@ def linear_backward(
         return dx_MI, None
     a_nI, bs_RO = pair
     with jax.named_scope("lora"):
-        us_RM = jnp.split(_transposed_copy(u_Mn, one_device), len(bs_RO))
+        us_RM = jnp.split(_transposed_copy(u_Mn, one_cpu), len(bs_RO))
         dbs_RO = [contract("RM,MO->RO", u, dy, dtype) for u, dy in zip(us_RM, dys_MO, strict=True)]
         dus_MR = [contract("MO,RO->MR", dy, b, dtype) for dy, b in zip(dys_MO, bs_RO, strict=True)]
         du_Mn = jnp.concatenate(dus_MR, axis=1) * scale
-        da_nI = contract("nM,MI->nI", _transposed_copy(du_Mn, one_device), x_MI, dtype)
+        da_nI = contract("nM,MI->nI", _transposed_copy(du_Mn, one_cpu), x_MI, dtype)
         return dx_MI + contract("Mn,nI->MI", du_Mn, a_nI, dtype), (da_nI, dbs_RO)
 
 
-def _transposed_copy(u_Mn: jax.Array, one_device: bool) -> jax.Array:
-    """Return a transpose that is materialised on one device.
+def _transposed_copy(u_Mn: jax.Array, one_cpu: bool) -> jax.Array:
+    """Return a transpose that is materialised on one CPU.
 
     XLA would fold it into the matmul that follows, which then contracts the left operand's first axis: on a CPU that
     is two to three times slower in bfloat16. Not on a mesh: XLA does not split an array with a layout constraint, and
-    each device would gather all devices' u.
+    each device would gather all devices' u. Nor on a GPU, where XLA would transpose the stacks of all layers for it.
     """
-    return with_layout_constraint(u_Mn.T, Layout(major_to_minor=(0, 1))) if one_device else u_Mn.T
+    return with_layout_constraint(u_Mn.T, Layout(major_to_minor=(0, 1))) if one_cpu else u_Mn.T

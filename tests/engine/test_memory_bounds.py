@@ -23,6 +23,7 @@ from jax_client.engine.core import adapters, memory
 from jax_client.engine.core.attention_check import choose_attention
 from jax_client.engine.train.packing import Plan
 from jax_client.engine.train.trainer import Trainer
+from jax_client.losses.logprob_head import Blocks
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import ParamSpec, param_specs
 from jax_client.models.parts.block import Remat
@@ -143,7 +144,7 @@ def test_the_estimate_is_near_the_compiler_s_account(remat: Remat, targets: int)
     spec, dtype = LoraSpec(rank=16, seed=0), jnp.dtype("bfloat16")
     forward, backward = compile_step(c, spec, TOKENS, dtype, remat, targets)
     adapter = memory.tree_bytes(adapters.param_specs(c, spec), make_mesh("auto", jax.devices()[:1]))
-    parts = memory.step_bytes(c, dtype, remat, TOKENS, adapter, targets)
+    parts = memory.step_bytes(c, dtype, remat, TOKENS, adapter, targets, Blocks.of(jax.default_backend()))
 
     # Of the head's part, what is kept beside its blocks of scores: four arrays as wide as the residual stream.
     kept = parts["activations"] + 4 * 4 * TOKENS * c.d_model

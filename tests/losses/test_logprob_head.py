@@ -14,11 +14,12 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jax_client.losses import logprob_head
-from jax_client.losses.logprob_head import Order, block_shape, head_backward, head_forward
+from jax_client.losses.logprob_head import Blocks, Order, head_backward, head_forward
 
 F32, BF16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 B, T, D, V, R = 2, 20, 7, 62, 4
-SHIPPED_BLOCK = logprob_head.CPU_BLOCK
+# Five chunks of a row; several blocks of the vocabulary and a narrower last one, in each shard of it.
+SMALL = Blocks(4, 12)
 ALPHA = 32.0
 
 
@@ -77,7 +78,9 @@ def expected(c: Case) -> dict[str, np.ndarray]:
     return out
 
 
-def computed(c: Case, shards: int = 1, dtype: jnp.dtype = F32, wide: bool = False) -> dict[str, Any]:
+def computed(
+    c: Case, shards: int = 1, dtype: jnp.dtype = F32, wide: bool = False, blocks: Blocks = SMALL
+) -> dict[str, Any]:
     """What the package makes of it; `only` are the logprobs of a pass that no backward pass follows."""
     w_VD, lora, order = jnp.asarray(c.w_VD, dtype), {k: jnp.asarray(v) for k, v in c.lora.items()}, c.order()
     if wide:  # every position counts as scored, as in a batch whose last row is full
@@ -85,19 +88,13 @@ def computed(c: Case, shards: int = 1, dtype: jnp.dtype = F32, wide: bool = Fals
 
     @jax.jit
     def run(h_BTD: jax.Array, targets_BTC: jax.Array, g_BTC: jax.Array) -> dict[str, Any]:
-        forward: dict[str, Any] = {"dtype": dtype, "shards": shards}
+        forward: dict[str, Any] = {"dtype": dtype, "shards": shards, "blocks": blocks}
         logprobs, saved = head_forward(h_BTD, w_VD, lora, targets_BTC, order, with_backward=True, **forward)
         only, nothing = head_forward(h_BTD, w_VD, lora, targets_BTC, order, with_backward=False, **forward)
         dh, grads = head_backward(saved, w_VD, lora, targets_BTC, g_BTC, order, **forward)
         return {"logprobs": logprobs, "only": only, "nothing": nothing, "h": dh, **grads}
 
     return run(c.h_BTD, c.targets_BTC, c.g_BTC)
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five chunks of a row; several blocks of the vocabulary and a narrower last one, in each shard of it."""
-    monkeypatch.setattr(logprob_head, "CPU_BLOCK", (4, 12))
 
 
 @pytest.mark.parametrize(
@@ -115,22 +112,18 @@ def test_logprobs_and_gradients_equal_the_formula(shards: int, with_lora: bool, 
     assert all(value.dtype == F32 for value in jax.tree.leaves(got))
 
 
-def test_the_largest_block_of_an_accelerator_takes_a_row_and_the_vocabulary_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_largest_block_of_an_accelerator_takes_a_row_and_the_vocabulary_at_once() -> None:
     """One chunk, one block of the vocabulary: both are no loops."""
-    monkeypatch.setattr(logprob_head, "CPU_BLOCK", (64, 62))
     c = case(targets=2)
-    got, want = computed(c), expected(c)
+    got, want = computed(c, blocks=Blocks(64, 62)), expected(c)
     np.testing.assert_allclose(got["logprobs"][c.scored_BT], want["logprobs"][c.scored_BT], rtol=1e-5, atol=2e-5)
     for name in ("h", "A", "B"):
         np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-def test_a_vocabulary_smaller_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprob_head, "CPU_BLOCK", (4, 100))
+def test_a_vocabulary_smaller_than_a_block() -> None:
     c = case(with_lora=False)
-    got, want = computed(c), expected(c)
+    got, want = computed(c, blocks=Blocks(4, 100)), expected(c)
     np.testing.assert_allclose(got["h"], want["h"], rtol=1e-4, atol=1e-4)
 
 
@@ -165,7 +158,7 @@ def traced() -> Any:
 
     @jax.jit
     def run(order: Order) -> tuple[Any, Any, Any, Any]:
-        options: dict[str, Any] = {"dtype": F32, "shards": 1}
+        options: dict[str, Any] = {"dtype": F32, "shards": 1, "blocks": SMALL}
         logprobs, saved = head_forward(h_BTD, w_VD, lora, targets_BTC, order, with_backward=True, **options)
         only, _ = head_forward(h_BTD, w_VD, lora, targets_BTC, order, with_backward=False, **options)
         _, grads = head_backward(saved, w_VD, lora, targets_BTC, jnp.ones(targets_BTC.shape), order, **options)
@@ -207,7 +200,7 @@ def test_no_chunk_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     for with_backward, chunks in ((True, [True, True, False, False]), (False, [False] * 4)):
         kinds.clear()
         with jax.disable_jit():
-            head_forward(*arrays, dtype=F32, shards=1, with_backward=with_backward)
+            head_forward(*arrays, dtype=F32, shards=1, blocks=SMALL, with_backward=with_backward)
         assert kinds == chunks
 
 
@@ -216,7 +209,7 @@ def test_positions_are_taken_in_the_order_given_and_put_back() -> None:
     order = c.order()
     backwards = Order(order.token_BT[:, ::-1], T - 1 - order.place_BT, jnp.int32(T), jnp.int32(T))
     arrays = jnp.asarray(c.h_BTD), jnp.asarray(c.w_VD), {}, jnp.asarray(c.targets_BTC), backwards
-    logprobs, saved = head_forward(*arrays, dtype=F32, shards=1, with_backward=True)
+    logprobs, saved = head_forward(*arrays, dtype=F32, shards=1, blocks=SMALL, with_backward=True)
     np.testing.assert_allclose(logprobs, expected(c)["logprobs"], rtol=1e-5, atol=2e-5)
     assert saved["e"].shape == c.h_BTD.shape
 
@@ -227,7 +220,8 @@ def test_one_row_and_one_shard_have_no_batch_axis() -> None:
     def products(rows: int, shards: int) -> set[int]:
         c = case(rows, with_lora=False)
         arrays = jnp.asarray(c.h_BTD), jnp.asarray(c.w_VD), {}, jnp.asarray(c.targets_BTC), c.order()
-        traced = jax.make_jaxpr(lambda: head_forward(*arrays, dtype=F32, shards=shards, with_backward=True))()
+        options: dict[str, Any] = {"dtype": F32, "shards": shards, "blocks": SMALL, "with_backward": True}
+        traced = jax.make_jaxpr(lambda: head_forward(*arrays, **options))()
         return {len(axes[1][0]) for axes in dot_axes(traced.jaxpr, width=12)}
 
     assert products(rows=1, shards=1) == {0}
@@ -245,12 +239,11 @@ def dot_axes(jaxpr: Any, width: int) -> list[Any]:
     return found
 
 
-def test_a_chunk_that_is_a_whole_row_does_nothing_without_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_that_is_a_whole_row_does_nothing_without_work() -> None:
     """XLA must not move its sweeps over the vocabulary to where they run whether or not any position needs them."""
-    monkeypatch.setattr(logprob_head, "CPU_BLOCK", (512, 2048))
     h, w, targets = jnp.ones((1, 16, 8)), jnp.ones((4096, 8)), jnp.ones((1, 16, 1), jnp.int32)
     place = jnp.arange(16, dtype=jnp.int32)[None]
-    options: dict[str, Any] = {"dtype": F32, "shards": 1, "with_backward": True}
+    options: dict[str, Any] = {"dtype": F32, "shards": 1, "blocks": Blocks.of("cpu"), "with_backward": True}
 
     def head(with_gradient: jax.Array, scored: jax.Array) -> Any:
         order = Order(place, place, with_gradient, scored)
@@ -263,8 +256,7 @@ def test_a_chunk_that_is_a_whole_row_does_nothing_without_work(monkeypatch: pyte
         assert not values.any()
 
 
-def test_the_gradient_of_b_in_one_chunk_does_nothing_without_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprob_head, "CPU_BLOCK", (512, 2048))
+def test_the_gradient_of_b_in_one_chunk_does_nothing_without_work() -> None:
     w, targets, place = jnp.ones((4096, 8)), jnp.ones((1, 16, 1), jnp.int32), jnp.arange(16, dtype=jnp.int32)[None]
     lora = {"A": jnp.ones((2, 8)), "B": jnp.ones((2, 4096))}
     saved = {"h": jnp.ones((1, 16, 8)), "lse": jnp.zeros((1, 16)), "e": jnp.ones((1, 16, 8)), "b": jnp.ones((1, 16, 2))}
@@ -272,7 +264,8 @@ def test_the_gradient_of_b_in_one_chunk_does_nothing_without_work(monkeypatch: p
     def head(with_gradient: jax.Array) -> Any:
         order = Order(place, place, with_gradient, jnp.int32(16))
         g_BTC = jnp.ones((1, 16, 1))
-        return head_backward(saved, w, lora, targets, g_BTC, order, dtype=F32, shards=1)[1]["B"]
+        options: dict[str, Any] = {"dtype": F32, "shards": 1, "blocks": Blocks.of("cpu")}
+        return head_backward(saved, w, lora, targets, g_BTC, order, **options)[1]["B"]
 
     compiled = jax.jit(head).lower(jnp.int32(0)).compile()
     sweeps = [line for line in (compiled.as_text() or "").splitlines() if " while(" in line and "Mv" in line]
@@ -281,10 +274,9 @@ def test_the_gradient_of_b_in_one_chunk_does_nothing_without_work(monkeypatch: p
     assert not others.any(), "only the targets' own entries have a part that needs no sweep"
 
 
-def test_block_shape_divides_the_row_and_suits_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprob_head, "CPU_BLOCK", SHIPPED_BLOCK)
+def test_blocks_divide_the_row_and_suit_the_platform() -> None:
     lengths = {1: 1, 2: 2, 20: 20, 512: 512, 513: 171, 769: 1, 1024: 512, 1026: 342, 3072: 512}
-    assert {length: block_shape(length) for length in lengths} == {n: (m, 2048) for n, m in lengths.items()}
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert {length: Blocks.of("cpu").tokens(length) for length in lengths} == lengths
     lengths = {20: 20, 4096: 4096, 6144: 3072, 8192: 4096}
-    assert {length: block_shape(length) for length in lengths} == {n: (m, 8192) for n, m in lengths.items()}
+    assert {length: Blocks.of("tpu").tokens(length) for length in lengths} == lengths
+    assert Blocks.of("gpu").entries == 4 * Blocks.of("cpu").entries

@@ -89,7 +89,7 @@ def test_layers_backward(changes: dict[str, Any], remat: Any, one_cpu: bool, mon
 
     @jax.jit
     def ours(lora: Any) -> Any:
-        c = context(positions, config, F32, attention.blockwise(one_cpu), one_device=one_cpu)
+        c = context(positions, config, F32, attention.blockwise(one_cpu), on_cpu=True, one_cpu=one_cpu)
         h, saved = forward_pass(params, lora, tokens, segments, c, remat)
         return h, backward_pass(params, lora, segments, saved, g, c, jax.tree.map(jnp.zeros_like, lora))
 
@@ -102,11 +102,8 @@ def test_layers_backward(changes: dict[str, Any], remat: Any, one_cpu: bool, mon
 @pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("targets_per_position", [1, 3])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_head(
-    shards: int, with_lora: bool, targets_per_position: int, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_head(shards: int, with_lora: bool, targets_per_position: int, rows: int) -> None:
     """Every position is scored up to the padding; those without a gradient carry nothing for the backward pass."""
-    monkeypatch.setattr(logprob_head, "CPU_BLOCK", (4, 12))
     rng = np.random.default_rng(3)
     B, T, D, V, C = rows, 20, 8, 62, targets_per_position
     h, w = jnp.asarray(rng.normal(size=(B, T, D)), F32), jnp.asarray(rng.normal(size=(V, D)), F32)
@@ -131,7 +128,7 @@ def test_head(
 
     @jax.jit
     def ours(h: jax.Array, lora: Any) -> Any:
-        options: dict[str, Any] = {"dtype": F32, "shards": shards}
+        options: dict[str, Any] = {"dtype": F32, "shards": shards, "blocks": logprob_head.Blocks(4, 12)}
         logprobs, saved = logprob_head.head_forward(h, w, lora, targets, how, with_backward=True, **options)
         only, nothing = logprob_head.head_forward(h, w, lora, targets, how, with_backward=False, **options)
         return logprobs, *logprob_head.head_backward(saved, w, lora, targets, g, how, **options), only, nothing

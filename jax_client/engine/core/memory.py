@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_client.errors import DoesNotFitError
-from jax_client.losses.logprob_head import block_shape
+from jax_client.losses.logprob_head import Blocks
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import ParamSpec
 from jax_client.models.kernels.blockwise import SHORT_ROW
@@ -98,7 +98,7 @@ def activation_bytes_per_token(c: ModelConfig, dtype: jnp.dtype, remat: Remat) -
 
 
 def step_bytes(
-    c: ModelConfig, dtype: jnp.dtype, remat: Remat, tokens: int, adapter_bytes: int, targets: int = 1
+    c: ModelConfig, dtype: jnp.dtype, remat: Remat, tokens: int, adapter_bytes: int, targets: int, blocks: Blocks
 ) -> dict[str, int]:
     """Return what forward_backward allocates per device for one micro-batch, by kind.
 
@@ -107,9 +107,10 @@ def step_bytes(
         adapter_bytes: of the adapter's weights per device.
         targets: of a position. Where there are several, their rows of the output projection are gathered, once in the
             matmul type and once in float32.
+        blocks: of scores, how large they may be.
     """
     layer = c.d_ff * 6 + c.d_model * 6 + c.n_heads * c.head_dim * 6  # float32, while one layer runs backwards
-    chunk, entries = block_shape(tokens)
+    chunk, entries = blocks.tokens(tokens), blocks.entries
     gathered = tokens * targets * c.d_model * (4 + dtype.itemsize) if targets > 1 else 0
     return {
         "activations": tokens * activation_bytes_per_token(c, dtype, remat),

@@ -30,7 +30,7 @@ from jax_client.engine.sample.token_sampling import draw_tokens
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, output_head_VD, param_specs
 from jax_client.models.kernels.paged import paged_attention, write_pages, write_tokens
-from jax_client.models.layers import contract, from_bits, rms_norm, to_bits
+from jax_client.models.layers import contract, from_bits, rms_norm
 from jax_client.models.lora_arrays import lora_arrays
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.block import Context, MixedLinears, layer_forward, mixed_pairs
@@ -88,10 +88,11 @@ class SamplePrograms:
         c = self._config
         shape = (ways, c.n_layers, pages, PAGE, c.n_kv_heads, c.head_dim)
         place = self._pool_sharding(shape)
-        kind = to_bits(jnp.zeros((), self._dtype)).dtype
-        if self._mesh.devices.flat[0].platform == "cpu":  # whose memory is taken when a page is first written
-            return {name: jax.device_put(np.zeros(shape, kind), place) for name in "kv"}
-        return {name: jnp.zeros(shape, kind, device=place) for name in "kv"}
+        if self._mesh.devices.flat[0].platform != "cpu":
+            return {name: jnp.zeros(shape, self._dtype, device=place) for name in "kv"}
+        # Memory of a CPU is taken when a page is first written.
+        kind = np.uint16 if self._dtype == jnp.bfloat16 else self._dtype
+        return {name: jax.device_put(np.zeros(shape, kind), place) for name in "kv"}
 
     def _pool_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         return sharding_for(("rows", None, None, None, "kv_heads", None), shape, self._mesh, "key/value cache")
@@ -328,11 +329,11 @@ class SamplePrograms:
 
             def one(carry: Any, xs: Any) -> tuple[Any, None]:
                 i, w, pairs = xs
-                w = {name: self._shards.whole(a, PartitionSpec(*specs[name][1:])) for name, a in from_bits(w).items()}
+                w = {name: self._shards.whole(a, PartitionSpec(*specs[name][1:])) for name, a in w.items()}
                 with jax.named_scope("layer"):
-                    return layer(carry[0], w, from_bits(pairs), carry[1], carry[2], i), None
+                    return layer(carry[0], from_bits(w), pairs, carry[1], carry[2], i), None
 
-            stacks = jnp.arange(self._config.n_layers, dtype=jnp.int32), layers[0], to_bits(layers[1])
+            stacks = jnp.arange(self._config.n_layers, dtype=jnp.int32), *layers
             carry, _ = jax.lax.scan(one, carry, stacks)
         x_BTD, k_N, v_N = carry
         return x_BTD, {"k": k_N.reshape(pool["k"].shape), "v": v_N.reshape(pool["v"].shape)}
@@ -380,9 +381,10 @@ def sampling_params(params: Params) -> Params:
     ms of a block.
     """
     leaves = jax.tree.leaves(params)
-    if jax.default_backend() != "cpu" or any(len(leaf.sharding.device_set) > 1 for leaf in leaves):
+    devices = leaves[0].sharding.device_set
+    device = next(iter(devices))
+    if device.platform != "cpu" or len(devices) > 1:
         return params
-    device = next(iter(leaves[0].sharding.device_set))
     numbers = lambda a: a.view(jnp.bfloat16) if a.dtype == np.uint16 else a  # noqa: E731
     stacks = {name: numbers(np.asarray(stack)) for name, stack in params["layers"].items()}
     view = lambda array: jax.device_put(array, device, may_alias=True)  # noqa: E731
@@ -396,7 +398,7 @@ def sampling_params(params: Params) -> Params:
 
 def _cut(stacks: object, layer: int) -> Any:
     """Return one layer of stacked arrays."""
-    return from_bits(jax.tree.map(lambda a: a[layer], to_bits(stacks)))
+    return jax.tree.map(lambda a: a[layer], stacks)
 
 
 @jax.named_scope("top")

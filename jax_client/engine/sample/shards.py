@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jax_client.models.layers import from_bits, to_bits
+from jax_client.models.layers import from_bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Shards:
         """Return a weight with the axis that "fsdp" splits gathered from the ways."""
         for axis, names in enumerate(spec):
             if "fsdp" in (names or ()):
-                return from_bits(jax.lax.all_gather(to_bits(array), "fsdp", axis=axis, tiled=True))
+                return jax.lax.all_gather(array, "fsdp", axis=axis, tiled=True)
         return array
 
     def total(self, x: jax.Array) -> jax.Array:
@@ -67,7 +67,7 @@ class Shards:
             ids_BT = jax.lax.all_gather(ids_BT, "fsdp", axis=0, tiled=True)
         if split_V:
             ids_BT = ids_BT - jax.lax.axis_index("tensor") * len(table_VD)
-        x_BTD = from_bits(jnp.take(to_bits(table_VD), ids_BT, axis=0, mode="clip")).astype(jnp.float32)
+        x_BTD = from_bits(jnp.take(table_VD, ids_BT, axis=0, mode="clip")).astype(jnp.float32)
         if split_V:
             x_BTD = jnp.where(((ids_BT >= 0) & (ids_BT < len(table_VD)))[..., None], x_BTD, 0.0)
         if split_D:

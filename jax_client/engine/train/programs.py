@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_client.engine.core.adapters import Weights
 from jax_client.engine.core.programs import CompileRecord, Program, shardings_of
 from jax_client.losses import registry
-from jax_client.losses.logprob_head import Order, head_backward, head_forward
+from jax_client.losses.logprob_head import Blocks, Order, head_backward, head_forward
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, output_head_VD
 from jax_client.models.parts.attention import Attention
@@ -71,7 +71,13 @@ class TrainPrograms:
         self._config = config
         self._dtype = dtype
         self._attention = attention
-        self._mesh_options = {"split_rows": partial(split_rows, mesh=mesh), "one_device": mesh.size == 1}
+        platform = mesh.devices.flat[0].platform
+        self._mesh_options = {
+            "split_rows": partial(split_rows, mesh=mesh),
+            "on_cpu": platform == "cpu",
+            "one_cpu": platform == "cpu" and mesh.size == 1,
+        }
+        self._blocks = Blocks.of(platform)
         tensor = mesh.shape["tensor"]
         self._shards = tensor if config.vocab_size % tensor == 0 else 1
         size = lambda _, __, batch, *rest: "x".join(map(str, batch["targets_BTC"].shape))  # noqa: E731
@@ -108,6 +114,7 @@ class TrainPrograms:
             _order(batch),
             dtype=self._dtype,
             shards=self._shards,
+            blocks=self._blocks,
             with_backward=remat is not None,
         )
         g_BTC, sums = registry.apply_loss(loss, logprobs_BTC, batch["inputs"], batch["real_BTC"], batch["segments_BT"])
@@ -129,6 +136,7 @@ class TrainPrograms:
             _order(batch),
             dtype=self._dtype,
             shards=self._shards,
+            blocks=self._blocks,
         )
         lora, total = weights["layers"], accumulated["layers"]
         layers = backward_pass(params, lora, batch["segments_BT"], layers_saved, dh_BTD, c, total)
