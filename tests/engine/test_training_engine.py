@@ -216,6 +216,16 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert memory.available_bytes(device, 0.5) == 100_000
 
 
+def test_an_accelerator_that_hides_its_memory_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    device: Any = SimpleNamespace(platform="gpu", memory_stats=dict)
+    memory._warn_once.cache_clear()
+    for _ in range(2):
+        assert memory.available_bytes(device) > 0
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        f"{device} does not say how much memory it has, as with XLA_PYTHON_CLIENT_ALLOCATOR=platform or cuda_async"
+    ]
+
+
 @pytest.mark.parametrize(("free", "remat"), [(1e12, "none"), (4e6, "selective"), (1e5, "full")])
 def test_remat_follows_the_memory(free: float, remat: str) -> None:
     config = model()

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_client.sharding import Device
 
@@ -24,9 +25,13 @@ def faster_matmul_dtype(device: Device) -> jnp.dtype:
 
 @functools.cache
 def matmul_rate(device: Any, dtype: jnp.dtype) -> float:
-    """Return the FLOP/s of a square matmul with float32 results on one device: the best of five."""
+    """Return the FLOP/s of a square matmul with float32 results on one device: the best of five.
+
+    Of random numbers: with equal ones an H100 takes less power, and is 13 % faster than it is with any real ones.
+    """
     size = 1024 if device.platform == "cpu" else 8192
-    x = jax.device_put(jnp.ones((size, size), dtype), device)
+    numbers = np.random.default_rng(0).random((size, size), np.float32) - 0.5
+    x = jax.device_put(numbers.astype(dtype), device)
     precision = jax.lax.Precision.HIGHEST if dtype == F32 else None
     dot = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32, precision=precision))
     dot(x, x).block_until_ready()

@@ -6,6 +6,8 @@ process that takes too much, instead of raising an error.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -24,6 +26,8 @@ from jax_client.models.kernels.blockwise import SHORT_ROW
 from jax_client.models.parts.block import SAVED_FOR_BACKWARD, Remat
 from jax_client.sharding import Device, sharding_for
 
+logger = logging.getLogger(__name__)
+
 # Share of the memory that is free after the weights which saved activations of one micro-batch may take.
 ACTIVATION_SHARE = 0.25
 _CGROUP = Path("/sys/fs/cgroup")
@@ -39,8 +43,18 @@ def available_bytes(device: Device, fraction: float = 1.0) -> int:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return max(0, int(stats["bytes_limit"] * fraction) - stats.get("bytes_in_use", 0))
+    if device.platform != "cpu":
+        _warn_once(
+            f"{device} does not say how much memory it has, as with XLA_PYTHON_CLIENT_ALLOCATOR=platform or cuda_async:"
+            " that of the host is taken for it, and what does not fit is not refused. Unset that variable."
+        )
     total, free = host_memory()
     return max(0, free - int(total * (1 - fraction)))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def host_memory() -> tuple[int, int]:
