@@ -73,8 +73,8 @@ def test_bodies_wait_for_room(start: Any, loaded: Any) -> None:
     loaded[0].gate.clear()
     passes = [client.forward_backward(DATA, "cross_entropy") for _ in range(3) for client in clients]
     wait_for(lambda: between.counts["forward_backward"] > 6)
-    # With the two that are being refused.
-    assert 0 < running.server.account.used("bytes") <= 6 * body
+    # With the two that are being refused, and polls, which are much smaller.
+    assert 0 < running.server.account.used("bytes") < 7 * body
     with raw(running) as http:
         assert http.post("/forward_backward", content=forward_backward_body("x", 1, DATA * 9)).status_code == 429
         assert http.get("/healthz").status_code == 200
