@@ -230,7 +230,7 @@ class SamplePrograms:
             `new` count; `stopped` by a stop id; `top_ids` and `top_logprobs` (W, R, `BLOCK_STEPS`, k).
         """
         pool = self._copy_pages(pool, batch["copy"][0])
-        # Sliced before the loop: inside it, XLA would copy each layer's weights out of the stack at every step.
+        # Before the loop, as it is the same at every step.
         layers = self._layers(params, loras)
         flat = {name: batch[name][0] for name in sorted(batch.keys() - {"copy", "steps"})}
         any_top, R = jnp.any(flat["top"]), len(flat["token"])
