@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_client.config import MESH_AXES
 from jax_client.errors import BadRequestError
+from jax_client.host.slices import refuse_part_of_a_slice
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,12 @@ def make_mesh(axes: Literal["auto"] | Mapping[str, int], devices: Sequence[Devic
 
     Raises:
         BadRequestError: the sizes do not multiply to the number of devices.
+        UnsupportedError: this machine is one host of a TPU slice of several.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    if devices is None:
+        refuse_part_of_a_slice()
+        devices = jax.devices()
+    devices = list(devices)
     sizes = {"fsdp": len(devices)} if axes == "auto" else dict(axes)
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     if math.prod(shape) != len(devices):

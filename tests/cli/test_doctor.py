@@ -53,6 +53,14 @@ def test_doctor_does_not_wait_for_a_device(cli, home, monkeypatch, tmp_path):
     assert "did not start within 0.3 seconds" in lines[1] and "JAX_PLATFORMS=cpu" in lines[1]
 
 
+def test_doctor_names_a_part_of_a_slice_and_starts_no_jax(monkeypatch):
+    monkeypatch.setattr(devices, "_probe", lambda timeout: pytest.fail("jax was started"))
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "t1v-0,t1v-1")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    (finding,) = devices.devices(1.0)
+    assert finding.status == "FAIL" and "one of the 2 hosts" in finding.found and "TPU_VISIBLE_CHIPS" in finding.advice
+
+
 def test_doctor_notices_a_cpu_in_place_of_a_gpu(monkeypatch):
     found = {"platform": "cpu", "kind": "cpu", "count": 1, "processes": 1, "memory_bytes": None}
     monkeypatch.setattr(devices, "_probe", lambda timeout: (found, ""))

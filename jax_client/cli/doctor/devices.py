@@ -19,6 +19,7 @@ from typing import Any
 
 from jax_client.cli.doctor.finding import Finding
 from jax_client.cli.output import human_size, shown
+from jax_client.host.slices import ADVICE, slice_hosts
 
 TPU_FILE, NVIDIA_FILE = re.compile(r"/dev/(accel\d+|vfio/\d+)"), re.compile(r"/dev/nvidia\d+")
 # A killed process stays while its driver call does not return; the report does not wait for it.
@@ -89,6 +90,15 @@ def users_of_devices() -> Iterator[Finding]:
 
 def devices(timeout: float) -> Iterator[Finding]:
     """Start jax in a child process and report what it finds within `timeout` seconds."""
+    if len(hosts := slice_hosts(os.environ)) > 1:  # whose others jax would wait for
+        yield Finding(
+            check="devices",
+            status="FAIL",
+            found=f"this machine is one of the {len(hosts)} hosts of a TPU slice",
+            advice=ADVICE,
+            details={"hosts": hosts},
+        )
+        return
     found, problem = _probe(timeout)
     present = {kind: files for kind, files in accelerator_files().items() if files}
     if found is None:
