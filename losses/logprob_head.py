@@ -24,7 +24,7 @@ Unembed = Mapping[str, jax.Array]  # {"A": (R, D), "B": (R, V)}, or empty
 
 
 class Blocks(NamedTuple):
-    """How large a block of scores may be: so many tokens, and so many entries of the vocabulary."""
+    """How large a block of scores may be: its tokens at most, and its entries of the vocabulary."""
 
     most_tokens: int
     entries: int
