@@ -9,16 +9,13 @@ each layer and [tokens, vocabulary] in the head: right results and, measured on 
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 
 from support.meshes.collectives import Collective, collectives
-from support.meshes.devices import with_devices
+from support.meshes.devices import run_on
 
 L, D, F, V, R = 3, 64, 128, 9472, 4
 T = 1024  # of a row; each device has one row, so they are a device's tokens, too
@@ -114,11 +111,7 @@ Step = tuple[dict[str, int], dict[str, list[Collective]]]  # a mesh, and what it
 @pytest.fixture(scope="module", params=[pytest.param(MESHES[0], marks=pytest.mark.full), *MESHES[1:]], ids=str)
 def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Step:
     mesh, directory = request.param, tmp_path_factory.mktemp("mesh")
-    env = with_devices(8)
-    command = [sys.executable, "-W", "error", "-c", CHILD, json.dumps(mesh), str(directory)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (shape,) = json.loads(done.stdout.splitlines()[-1])
+    (shape,) = run_on(mesh, CHILD, directory)
     assert shape.startswith(f"{mesh['fsdp']}x{T}x1"), shape  # else T is not what a device has
     programs = ("forward", "backward", "optim_step")
     return mesh, {name: list(collectives((directory / name).read_text())) for name in programs}

@@ -5,16 +5,13 @@ Each mesh runs in a child process, because the number of simulated devices is fi
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from support.meshes.devices import with_devices
+from support.meshes.devices import run_on
 
 MESHES = [
     pytest.param({"fsdp": 8}, marks=pytest.mark.full),
@@ -48,23 +45,14 @@ engine.close()
 """
 
 
-def run(mesh: dict[str, int], directory: Path) -> dict[str, Any]:
-    devices = int(np.prod(list(mesh.values())))
-    env = with_devices(devices)
-    command = [sys.executable, "-W", "error", "-c", CHILD, json.dumps(mesh), str(directory)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run({"data": 1}, tmp_path_factory.mktemp("one") / "m")
+    return run_on({"data": 1}, CHILD, tmp_path_factory.mktemp("one") / "m")
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_eight_devices_equal_one(mesh: dict[str, int], one_device: dict[str, Any], tmp_path: Path) -> None:
-    eight = run(mesh, tmp_path / "m")
+    eight = run_on(mesh, CHILD, tmp_path / "m")
     np.testing.assert_allclose(eight["logprobs"], one_device["logprobs"], atol=1e-4)
     assert eight["tokens"] == one_device["tokens"]
     assert len(eight["compiled"]) == len(set(eight["compiled"])) + 1  # forward twice: with and without saving

@@ -32,9 +32,7 @@ class Shards:
     def run(
         self, body: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: tuple[Any, ...]
     ) -> Callable[..., Any]:
-        """Return `body` as a function of whole arrays; it gets, and returns, what each device has of them."""
-        if self.mesh.size == 1:
-            return body
+        """Return `body` as a function of whole arrays; on each device it gets, and returns, what that has of them."""
         # Not checked: results that are equal on all devices of an axis come from sums and gathers over it.
         return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

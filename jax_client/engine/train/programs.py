@@ -63,7 +63,11 @@ class StepMetrics(TypedDict):
 
 
 class TrainPrograms:
-    """The compiled programs of one model on one mesh. All of them are pure and donate nothing."""
+    """The compiled programs of one model on one mesh. All of them are pure and donate nothing.
+
+    Attributes:
+        blocks: how large the head's blocks of scores may be.
+    """
 
     def __init__(
         self, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, attention: Attention, log: list[CompileRecord]
@@ -77,7 +81,7 @@ class TrainPrograms:
             "on_cpu": platform == "cpu",
             "one_cpu": platform == "cpu" and mesh.size == 1,
         }
-        self._blocks = Blocks.of(platform)
+        self.blocks = Blocks.of(platform)
         tensor = mesh.shape["tensor"]
         self._shards = tensor if config.vocab_size % tensor == 0 else 1
         size = lambda _, __, batch, *rest: "x".join(map(str, batch["targets_BTC"].shape))  # noqa: E731
@@ -114,7 +118,7 @@ class TrainPrograms:
             _order(batch),
             dtype=self._dtype,
             shards=self._shards,
-            blocks=self._blocks,
+            blocks=self.blocks,
             with_backward=remat is not None,
         )
         g_BTC, sums = registry.apply_loss(loss, logprobs_BTC, batch["inputs"], batch["real_BTC"], batch["segments_BT"])
@@ -136,7 +140,7 @@ class TrainPrograms:
             _order(batch),
             dtype=self._dtype,
             shards=self._shards,
-            blocks=self._blocks,
+            blocks=self.blocks,
         )
         lora, total = weights["layers"], accumulated["layers"]
         layers = backward_pass(params, lora, batch["segments_BT"], layers_saved, dh_BTD, c, total)

@@ -34,7 +34,6 @@ from jax_client.engine.train.packing import MicroBatch, Plan
 from jax_client.engine.train.programs import NO_ADAPTER, Batch, Kept, StepMetrics, TrainPrograms
 from jax_client.engine.train.results import Launched, Results
 from jax_client.losses import registry
-from jax_client.losses.logprob_head import Blocks
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params
 from jax_client.models.parts.attention import Attention
@@ -96,7 +95,6 @@ class Trainer:
         self._model = model
         self._dtype = dtype
         self._mesh = mesh
-        self._blocks = Blocks.of(mesh.devices.flat[0].platform)
         self._log = log
         self._remat = remat
         self._memory_fraction = memory_fraction
@@ -331,7 +329,7 @@ class Trainer:
             for rows, length, targets in shapes:
                 plan = Plan(rows=rows, length=length, slots=())
                 remat, tokens = self._remat_of(plan), self._tokens(plan)
-                of_step = self._model, self._dtype, remat, tokens, adapter_bytes, targets, self._blocks
+                of_step = self._model, self._dtype, remat, tokens, adapter_bytes, targets, self.programs.blocks
                 parts.update(memory.step_bytes(*of_step))
             each = [f"{rows} x {length} tokens" + (f" x {K} targets" if K > 1 else "") for rows, length, K in shapes]
             memory.refuse_unless_fits(

@@ -8,11 +8,6 @@ cache, other ways' rows and whatever the attention computes stay where they are.
 
 from __future__ import annotations
 
-import json
-import math
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +15,7 @@ import pytest
 
 from jax_client.engine.sample.pages import PAGE
 from support.meshes.collectives import Collective, collectives
-from support.meshes.devices import with_devices
+from support.meshes.devices import run_on
 
 # Sizes that tell layers, rows, vocabulary and widths apart.
 L, D, F, V, K, H, R = 3, 96, 160, 9472, 8, 16, 4
@@ -74,25 +69,16 @@ engine.close()
 """
 
 
-def run(mesh: dict[str, int], directory: Path) -> dict[str, Any]:
-    directory.mkdir()
-    env = with_devices(math.prod(mesh.values()))
-    command = [sys.executable, "-W", "error", "-c", CHILD, json.dumps(mesh), str(directory)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run({"data": 1}, tmp_path_factory.mktemp("one") / "m")
+    return run_on({"data": 1}, CHILD, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module", params=MESHES, ids=str)
 def sampled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A mesh, what it answered, and what its programs send, by name."""
-    directory = tmp_path_factory.mktemp("mesh") / "m"
-    found = run(request.param, directory)
+    directory = tmp_path_factory.mktemp("mesh")
+    found = run_on(request.param, CHILD, directory)
     programs = {path.name: list(collectives(path.read_text())) for path in sorted(directory.glob("*.[0-9]"))}
     assert {name.split(".")[0] for name in programs} == {"prefill", "decode"}
     return request.param, found, programs

@@ -1,12 +1,31 @@
-"""In what environment has a child process simulated devices? In this one's, with one more flag of XLA."""
+"""How does a child process have simulated devices? By this process's environment, with one more flag of XLA."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def with_devices(count: int) -> dict[str, str]:
     """Return the environment of a child that finds `count` CPU devices, and imports what the tests import."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def run_on(mesh: Mapping[str, int], code: str, directory: Path) -> Any:
+    """Run code on as many devices as a mesh has, with the mesh and a directory as arguments.
+
+    Returns:
+        What it printed last, read as JSON.
+    """
+    env = with_devices(math.prod(mesh.values()))
+    command = [sys.executable, "-W", "error", "-c", code, json.dumps(mesh), str(directory)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
