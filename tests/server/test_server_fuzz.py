@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -33,6 +33,7 @@ from jax_client.server.state.server import Server
 from jax_client.server.wire import bodies
 from support.fake_engine import MODEL, FakeModels
 from support.server import fuzz_bodies
+from support.server.asgi import ask
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHORT, EVERY = 60, 2_000
@@ -104,35 +105,12 @@ class Target:
         self, method: str, path: str, body: bytes = b"", headers: Any = (), query: bytes = b""
     ) -> tuple[int, bytes]:
         """Ask once, and check what every answer has to be."""
-        pieces = (body[: len(body) // 2], True), (body[len(body) // 2 :], False)
-        events = [{"type": "http.request", "body": piece, "more_body": more} for piece, more in pieces]
-        sent: list[dict[str, Any]] = []
+        pieces = body[: len(body) // 2], body[len(body) // 2 :]
         raw_path = quote(path, safe="/", errors="replace")
-
-        async def receive() -> Any:
-            return events.pop(0) if events else await asyncio.Event().wait()
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": method,
-            "scheme": "http",
-            "path": unquote(raw_path),  # as from a connection: no lone surrogates
-            "raw_path": raw_path.encode(),
-            "root_path": "",
-            "query_string": query,
-            "headers": [(b"host", b"127.0.0.1"), *headers],
-            "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 8000),
-        }
         began = time.monotonic()
-        self.loop.run_until_complete(asyncio.wait_for(self.app(scope, receive, send), 30))
+        asked = ask(self.app, method, raw_path, pieces, headers, query)
+        status, answer = self.loop.run_until_complete(asyncio.wait_for(asked, 30))
         seconds = time.monotonic() - began
-        status, answer = sent[0]["status"], b"".join(each.get("body", b"") for each in sent[1:])
         self.asked += 1
         shown = answer.decode("utf-8", "replace")
         assert status < 500 and not SECRETS.search(shown), (status, shown[:2_000])

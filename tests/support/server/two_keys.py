@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import jax_client
 from jax_client.server.app import build_keyed_app
@@ -19,6 +18,7 @@ from jax_client.server.wire import keys
 from jax_client.server.wire.keys import Key
 from support.fake_engine import MODEL, FakeModels
 from support.graphs.graph_nodes import OUT, P_IN, TOTAL
+from support.server.asgi import ask
 from support.server.serving import API, forward_backward_body
 
 LIMIT = 60
@@ -73,32 +73,9 @@ class Team:
         """Ask as the client of a key; a body that is no bytes is sent as JSON."""
         path, _, query = path.partition("?")
         data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        events = [{"type": "http.request", "body": data, "more_body": False}]
-        sent: list[dict[str, Any]] = []
-
-        async def receive() -> Any:
-            return events.pop(0) if events else await asyncio.Event().wait()
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        secret = self.secrets.get(who, who)
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": method,
-            "scheme": "http",
-            "path": unquote(path),
-            "raw_path": path.encode(),
-            "root_path": "",
-            "query_string": query.encode(),
-            "headers": [(b"host", b"127.0.0.1"), (b"x-api-key", secret.encode())],
-            "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 8000),
-        }
-        self.loop.run_until_complete(asyncio.wait_for(self.app(scope, receive, send), LIMIT))
-        return Answer(sent[0]["status"], b"".join(each.get("body", b"") for each in sent[1:]))
+        key = (b"x-api-key", self.secrets.get(who, who).encode())
+        asked = ask(self.app, method, path, [data], [key], query.encode())
+        return Answer(*self.loop.run_until_complete(asyncio.wait_for(asked, LIMIT)))
 
     def post(self, who: str, name: str, body: Any) -> Any:
         answer = self.call(who, "POST", f"{API}/{name}", body)
