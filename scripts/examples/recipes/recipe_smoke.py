@@ -113,12 +113,14 @@ RECIPES: dict[str, Recipe] = {
     "rubric": Recipe(
         module="rubric.train",
         metric=REWARD,
-        # Each answer is graded with up to 2,048 tokens, which SmolLM2 does not end by itself.
+        # Each answer is graded with up to 2,048 tokens, which SmolLM2 does not end by itself; an evaluation grades all
+        # of the test set.
         options={
             "groups_per_batch": 1,
             "train_group_size": 2,
             "grader_llm_name": MODEL,
             "grader_renderer_name": RENDERER,
+            "eval_every": 0,
         },
     ),
 }
