@@ -19,6 +19,8 @@ from starlette.types import ASGIApp
 # h11, which is written in Python, costs as much time for a small request as everything that this package does.
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from jax_client.server.wire.pools import return_memory
+
 # The time from a connection, or a request's first byte, to the end of its headers; their size and number. A trailer is
 # a header behind the body, and counts too; so does everything that is sent behind a request without an answer.
 HEADER_SECONDS = 20.0
@@ -44,6 +46,8 @@ KEEPALIVE_SECONDS = 75
 # Every request that waits for its answer holds a connection, and a client of the SDK may have 2,000 of them.
 MAX_CONNECTIONS = 16_384
 MAX_FILES = 65_536
+# The connections of a crowd; when half of them are gone, memory is returned that much later.
+CROWD, CALM_SECONDS = 256, 5.0
 
 
 class _RefusedError(Exception):
@@ -59,11 +63,12 @@ class Connections:
         self._all: set[Connection] = set()
         self._held: dict[Connection, int] = {}
         self._unread: dict[Connection, int] = {}
-        self._bytes = self._unread_bytes = 0
+        self._bytes = self._unread_bytes = self._most = 0
 
     def add(self, connection: Connection) -> None:
         """Note a new connection; where there are too many, close the one that has been silent for the longest."""
         self._all.add(connection)
+        self._most = max(self._most, len(self._all))
         self._new[connection] = None
         if len(self._all) > MAX_CONNECTIONS:
             silent = next(iter(self._new))
@@ -80,6 +85,10 @@ class Connections:
         self._new.pop(connection, None)
         self.read(connection)
         self.hold(connection, 0)
+        if self._most >= CROWD and len(self._all) <= self._most // 2:
+            # Half of a crowd has left: what it held is free, but still this process's.
+            self._most = len(self._all)
+            connection.loop.call_later(CALM_SECONDS, return_memory)
 
     def hold(self, connection: Connection, size: int) -> None:
         """Note how many bytes of headers a connection holds; where all hold too many, close the one with the most."""

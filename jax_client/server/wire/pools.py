@@ -28,6 +28,11 @@ _small_bodies, _large_bodies = Workers("jax_client-bodies", 2), Workers("jax_cli
 MEDIUM = 2**20
 
 
+def return_memory() -> None:
+    """Return free memory to the system, on a thread, for that takes a while."""
+    _work.submit(give_back)
+
+
 async def run_cheap(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Run a function that takes milliseconds on a thread; return its result."""
     return await asyncio.wrap_future(_cheap.submit(function, *args, **kwargs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +167,19 @@ def test_where_all_hold_too_much_the_one_with_the_most_goes(monkeypatch: pytest.
     for each in others:
         shared.add(each)
     assert [each.aborted for each in (client, *others)] == [False, True, False, False], "a silent one, not a client"
+
+
+def test_memory_is_returned_when_a_crowd_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "CROWD", 4)
+    later: list[Any] = []
+    shared: Any = Connections()
+    crowd: list[Any] = [Held() for _ in range(6)]
+    for each in crowd:
+        each.loop = SimpleNamespace(call_later=lambda seconds, call: later.append(call))
+        shared.add(each)
+    for left, each in enumerate(crowd):
+        assert later == ([connections.return_memory] if left >= 3 else [])
+        shared.remove(each)
 
 
 def test_a_client_is_served_beside_thousands_of_silent_connections(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
