@@ -45,10 +45,11 @@ class Layers(nnx.Module):
 
     def __init__(self, c: ModelConfig, dtype: Any, create: Create):
         L, D, F, K, G, H = c.n_layers, c.d_model, c.d_ff, c.n_kv_heads, c.group, c.head_dim
-        heads = (None, "embed", "kv_heads", None, None)
         f32 = jnp.float32
         self.attn_norm_LD = frozen(create, (L, D), f32, (None, None))
-        self.qkv_LDKJH = frozen(create, (L, D, K, G + 2, H), dtype, heads)
+        # q|k|v of a key/value head after those of the one before. Not with the heads apart: a TPU lays out the last two
+        # axes in tiles of 8 x 128, and each use would copy the matrix into another layout first.
+        self.qkv_LDO = frozen(create, (L, D, K * (G + 2) * H), dtype, (None, "embed", "kv_heads"))
         if c.qkv_bias:
             self.qkv_bias_LKJH = frozen(create, (L, K, G + 2, H), f32, (None, "kv_heads", None, None))
         if c.qk_norm:

@@ -43,8 +43,8 @@ class AdapterTree(TypedDict, Generic[T]):
 def lora_arrays(c: ModelConfig, spec: LoraSpec) -> AdapterTree[LoraArray]:
     """Return the arrays of an adapter with this configuration; nothing is allocated."""
     L, D, F, K, G, H, R = c.n_layers, c.d_model, c.d_ff, c.n_kv_heads, c.group, c.head_dim, spec.rank
-    into = LoraArray((L, R, D), (None, None, "embed"), D)
-    out_D, out_F = LoraArray((L, R, D), (None, None, "embed"), 0), LoraArray((L, R, F), (None, None, "ffw"), 0)
+    into = LoraArray((L, R, D), (None, None, None), D)
+    out_D, out_F = LoraArray((L, R, D), (None, None, None), 0), LoraArray((L, R, F), (None, None, "ffw"), 0)
     q_heads, kv_heads = (None, None, "kv_heads", None, None), (None, None, "kv_heads", None)
     layers: dict[str, dict[str, LoraArray]] = {}
     if spec.train_attn:
@@ -58,7 +58,7 @@ def lora_arrays(c: ModelConfig, spec: LoraSpec) -> AdapterTree[LoraArray]:
         layers["down"] = {"A": LoraArray((L, R, F), (None, None, "ffw"), F), "B": out_D}
     unembed: dict[str, LoraArray] = {}
     if spec.train_unembed:
-        unembed["A"] = LoraArray((R, D), (None, "embed"), D)
+        unembed["A"] = LoraArray((R, D), (None, None), D)
         unembed["B"] = LoraArray((R, c.vocab_size), (None, "vocab"), 0)
     return {"layers": layers, "unembed": unembed}
 

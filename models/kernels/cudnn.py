@@ -12,19 +12,36 @@ reaches it by a private function, whose contract is:
   stays below 2**31.
 - it never writes the memory outside every segment, neither in the output nor in the cotangents.
 - its softmax statistics are (B x M, N, T) float32, M times their content: keep M near the segments that a row has.
-- it takes lengths and offsets of all rows to be split over devices as the queries are, and cannot see to it: on several
-  devices call it under `jax.shard_map`.
+- it takes lengths and offsets of all rows to be split over devices as the queries are, and cannot see to it: so it runs
+  under `jax.shard_map`, each device on its own rows and key/value heads.
+- the backward pass over packed rows read memory that nothing had written before cuDNN 9.18, on Hopper.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
+from jax.sharding import Mesh, PartitionSpec
 
+from jax_client.sharding import sharding_for
+
+FIRST_RIGHT = 91800  # cuDNN, as `fused.check_cudnn_version` counts
 GQA_FIXED = (0, 11, 1)  # older jax silently reads the wrong keys where K < N (its pull request 39521)
+
+
+def refuse_old_cudnn() -> None:
+    """Raise RuntimeError without a cuDNN, or with one whose backward pass over packed rows is not to be trusted."""
+    version = fused.check_cudnn_version()
+    if version < FIRST_RIGHT:
+        found, needed = (f"{v // 10_000}.{v // 100 % 100}.{v % 100}" for v in (version, FIRST_RIGHT))
+        raise RuntimeError(
+            f"cuDNN is {found}, whose gradients of packed rows may be wrong on some GPUs; install {needed} or later "
+            "(nvidia-cudnn-cu12 or -cu13)."
+        )
 
 
 def cudnn_attention(
@@ -34,6 +51,7 @@ def cudnn_attention(
     segments_BT: jax.Array,
     *,
     dtype: jnp.dtype,
+    mesh: Mesh,
     max_segments: int,
 ) -> jax.Array:
     """Attend causally within segments; differentiable by `jax.vjp`.
@@ -43,6 +61,7 @@ def cudnn_attention(
         segments_BT: int32; a token sees the earlier tokens of its row with its own segment id. A segment's tokens stand
             next to each other. 0 is padding, anywhere in the row.
         dtype: of the matmul operands, bfloat16 or float16; the output and the cotangents are rounded to it.
+        mesh: rows are split over its data and fsdp axes, key/value heads over its tensor axis.
         max_segments: the most segments that a row may have, padding not counted. The tokens of a further one are NaN.
 
     Returns:
@@ -50,8 +69,18 @@ def cudnn_attention(
 
     Source: FlashAttention-2, arXiv 2307.08691, as built into cuDNN.
     """
+    q = sharding_for(("rows", None, "kv_heads", None, None), q_BTKGH.shape, mesh, "attention's queries").spec
+    kv, rows = PartitionSpec(q[0], None, q[2], None), PartitionSpec(q[0], None)
+    attend = partial(_attend, dtype=dtype, M=max(max_segments, 2))
+    run = jax.shard_map(attend, mesh=mesh, in_specs=(q, kv, kv, rows), out_specs=q, check_vma=False)
+    return run(q_BTKGH, k_BTKH, v_BTKH, segments_BT)
+
+
+def _attend(
+    q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, *, dtype: jnp.dtype, M: int
+) -> jax.Array:
+    """Attend on one device; M is the most segments of a row, at least 2."""
     B, T, K, G, H = q_BTKGH.shape
-    M = max(max_segments, 2)
     lengths_BM, offsets_BM, number_BT = _segment_places(segments_BT, M)
     number_BT11 = number_BT[..., None, None]
 

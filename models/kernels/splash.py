@@ -3,12 +3,16 @@
 Through splash attention, the Pallas kernel that jax ships: it skips the blocks above the causal diagonal and holds one
 block of scores at a time. XLA cannot split a kernel over a mesh, so it runs under `shard_map`, each device on its own
 rows and key/value heads. The segments only mask: a row costs the same however many it holds.
+
+Forward and backward are two programs here. So the forward pass returns the log-sum-exp of every query, which the
+kernel's own derivative would compute a second time, and the backward pass calls the private function behind that
+derivative. It takes the residuals of one row: q, k and v, the segments, sinks (none), o, the log-sum-exp, and the
+blocks of the mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     MultiHeadMask,
     SegmentIds,
     make_splash_mha_single_device,
+    splash_attention_kernel,
 )
 from jax.sharding import Mesh, PartitionSpec
 
@@ -30,7 +35,7 @@ BLOCK_BYTES = 2**19  # most of a block of keys; the kernels with twice that do n
 MOST_PARTIAL_DQ = 8
 
 
-def splash_attention(
+def splash_forward(
     q_BTKGH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
@@ -39,8 +44,8 @@ def splash_attention(
     dtype: jnp.dtype,
     mesh: Mesh,
     interpret: bool = False,
-) -> jax.Array:
-    """Attend causally within segments; differentiable by `jax.vjp`.
+) -> tuple[jax.Array, jax.Array]:
+    """Attend causally within segments.
 
     Args:
         q_BTKGH, k_BTKH, v_BTKH: float32 queries, keys and values after norm and rotation. T is a multiple of 128; any
@@ -53,32 +58,109 @@ def splash_attention(
         interpret: emulate the kernel on any platform, for tests; slow.
 
     Returns:
-        o_BTKGH float32.
+        o_BTKGH float32, and float32 lse_BNT, the log-sum-exp of each query's scores, for `splash_backward`.
 
     Source: FlashAttention-2, arXiv 2307.08691; the kernel is jax.experimental.pallas.ops.tpu.splash_attention.
     """
 
-    def attend(q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        B, T, K, G, H = q_BTKGH.shape
-        # The kernel does not scale, and takes query head n to key/value head n // G.
-        q_BNTH = jnp.swapaxes((q_BTKGH * H**-0.5).astype(dtype).reshape(B, T, K * G, H), 1, 2)
-        k_BKTH, v_BKTH = (jnp.swapaxes(x.astype(dtype), 1, 2) for x in (k_BTKH, v_BTKH))
-        mask = MultiHeadMask([CausalMask((T, T))] * (K * G))
-        kernel = make_splash_mha_single_device(mask, block_sizes=_block_sizes(T, H, dtype), interpret=interpret)
-        o_BNTH: Any = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, SegmentIds(segments_BT, segments_BT))
-        return jnp.swapaxes(o_BNTH, 1, 2).reshape(q_BTKGH.shape).astype(jnp.float32)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        operands = *_operands(q, k, v, dtype), SegmentIds(segments_BT, segments_BT)
+        kernel = _kernel(operands[0].shape, dtype, interpret, save_residuals=True)
+        o_BNTH, (lse_BNT,) = jax.vmap(kernel)(*operands)
+        return jnp.swapaxes(o_BNTH, 1, 2).reshape(q.shape).astype(jnp.float32), lse_BNT
 
-    q_spec = sharding_for(("rows", None, "kv_heads", None, None), q_BTKGH.shape, mesh, "attention's queries").spec
-    rows, heads = q_spec[0], q_spec[2]
-    kv_spec = PartitionSpec(rows, None, heads, None)
-    run = jax.shard_map(
-        _fully_precise(attend) if dtype == jnp.float32 else attend,
+    q, kv, rows, lse = _specs(q_BTKGH.shape, mesh)
+    run = _on_mesh(attend, mesh, (q, kv, kv, rows), (q, lse), dtype)
+    return run(q_BTKGH, k_BTKH, v_BTKH, segments_BT)
+
+
+def splash_backward(
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array,
+    o_BTKGH: jax.Array,
+    lse_BNT: jax.Array,
+    do_BTKGH: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    mesh: Mesh,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the float32 cotangents of q, k and v for that of the output; arguments as those of `splash_forward`.
+
+    Args:
+        o_BTKGH, lse_BNT: what it returned.
+        do_BTKGH: float32 cotangent of the output.
+    """
+
+    def pull(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array, o: jax.Array, lse_BNT: jax.Array, do: Any
+    ) -> tuple[jax.Array, ...]:
+        operands = _operands(q, k, v, dtype)
+        H = q.shape[-1]
+        shape = *q.shape[:2], -1, H
+        kernel = _kernel(operands[0].shape, dtype, interpret)
+        o_BNTH, do_BNTH = (jnp.swapaxes(x.astype(dtype).reshape(shape), 1, 2) for x in (o, do))
+
+        def of_row(q: Any, k: Any, v: Any, segments: Any, o: Any, lse: Any, do: Any) -> tuple[jax.Array, ...]:
+            mask = kernel.dq_mask_info, kernel.dkv_mask_info
+            cotangents: Any = splash_attention_kernel._splash_attention_bwd(
+                **kernel.kwargs, res=(q, k, v, segments, None, o, lse, *mask), do=do
+            )
+            return cotangents[3:6]
+
+        segments = SegmentIds(segments_BT, segments_BT)
+        dq_BNTH, dk_BKTH, dv_BKTH = jax.vmap(of_row)(*operands, segments, o_BNTH, lse_BNT, do_BNTH)
+        dq, dk, dv = (jnp.swapaxes(d, 1, 2).astype(jnp.float32) for d in (dq_BNTH, dk_BKTH, dv_BKTH))
+        return dq.reshape(q.shape) * H**-0.5, dk, dv
+
+    q, kv, rows, lse = _specs(q_BTKGH.shape, mesh)
+    run = _on_mesh(pull, mesh, (q, kv, kv, rows, q, lse, q), (q, kv, kv), dtype)
+    return run(q_BTKGH, k_BTKH, v_BTKH, segments_BT, o_BTKGH, lse_BNT, do_BTKGH)
+
+
+def _operands(q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+    """Return q_BNTH, k_BKTH and v_BKTH; the kernel does not scale, and takes query head n to key/value head n // G."""
+    B, T, K, G, H = q_BTKGH.shape
+    q_BTNH = (q_BTKGH * H**-0.5).astype(dtype).reshape(B, T, K * G, H)
+    return tuple(jnp.swapaxes(x.astype(dtype), 1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+
+
+def _kernel(shape_BNTH: tuple[int, ...], dtype: jnp.dtype, interpret: bool, save_residuals: bool = False) -> Any:
+    _, N, T, H = shape_BNTH
+    return make_splash_mha_single_device(
+        MultiHeadMask([CausalMask((T, T))] * N),
+        block_sizes=_block_sizes(T, H, dtype),
+        save_residuals=save_residuals,
+        interpret=interpret,
+    )
+
+
+def _specs(shape_BTKGH: tuple[int, ...], mesh: Mesh) -> tuple[PartitionSpec, ...]:
+    """Return how q, k (and v), the segments and the log-sum-exp lie on a mesh."""
+    q = sharding_for(("rows", None, "kv_heads", None, None), shape_BTKGH, mesh, "attention's queries").spec
+    rows, heads = q[0], q[2]
+    return q, PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None), PartitionSpec(rows, heads, None)
+
+
+def _on_mesh(
+    body: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any, dtype: jnp.dtype
+) -> Callable[..., Any]:
+    """Return a function of whole arrays from one that each device runs on its own part of them."""
+
+    def precise(*args: jax.Array) -> Any:
+        # The kernel leaves the precision of float32 products to jax's setting.
+        with jax.default_matmul_precision("highest"):
+            return body(*args)
+
+    return jax.shard_map(
+        precise if dtype == jnp.float32 else body,
         mesh=mesh,
-        in_specs=(q_spec, kv_spec, kv_spec, PartitionSpec(rows, None)),
-        out_specs=q_spec,
+        in_specs=in_specs,
+        out_specs=out_specs,
         check_vma=False,  # the kernel does not say over which mesh axes its results vary
     )
-    return run(q_BTKGH, k_BTKH, v_BTKH, segments_BT)
 
 
 def _block_sizes(T: int, H: int, dtype: jnp.dtype) -> BlockSizes:
@@ -108,28 +190,3 @@ def _block_sizes(T: int, H: int, dtype: jnp.dtype) -> BlockSizes:
 def _divisor(length: int, limit: int) -> int:
     """Return the largest multiple of 128, a register's lanes, that divides the length, up to the limit."""
     return max(size for size in range(128, limit + 1, 128) if length % size == 0)
-
-
-def _fully_precise(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Return `attend` with float32 products at full precision, which the kernel leaves to jax's setting.
-
-    The setting counts when a product is traced. Those of the backward pass are traced when the caller pulls back, long
-    after a `with` around the forward pass has ended: hence a rule of our own.
-    """
-    setting = partial(jax.default_matmul_precision, "highest")
-
-    @jax.custom_vjp
-    def precise(*args: jax.Array) -> jax.Array:
-        with setting():
-            return attend(*args)
-
-    def forward(*args: jax.Array) -> tuple[jax.Array, Any]:
-        with setting():
-            return jax.vjp(attend, *args)
-
-    def backward(pull: Any, do: jax.Array) -> Any:
-        with setting():
-            return pull(do)
-
-    precise.defvjp(forward, backward)
-    return precise

@@ -7,7 +7,7 @@ what the backward one needs besides the inputs and the output.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -55,52 +55,54 @@ def blockwise(one_cpu: bool) -> Attention:
 def splash(mesh: Mesh, interpret: bool = False) -> Attention:
     """Return the TPU's kernel."""
     # Here and below: only the platform that runs a kernel imports it, for Pallas is large and cuDNN's part is private.
-    from jax_client.models.kernels.splash import splash_attention
+    from jax_client.models.kernels.splash import splash_backward, splash_forward
+
+    more = {"mesh": mesh, "interpret": interpret}
+
+    def forward(*args: Any) -> Any:
+        *operands, dtype = args
+        return splash_forward(*operands, dtype=dtype, **more)
+
+    def backward(*args: Any) -> Any:
+        *operands, dtype = args
+        return splash_backward(*operands, dtype=dtype, **more)
+
+    return _for_long_rows(Attention(name="splash", forward=forward, backward=backward, row_length=2048))
+
+
+def cudnn(mesh: Mesh, max_segments: int = 64) -> Attention:
+    """Return NVIDIA's kernel, for bfloat16; raise RuntimeError where cuDNN is missing or too old.
+
+    Its softmax statistics take (rows, segments, heads, row length): both limits keep them small. They are not kept for
+    the backward pass, in whose program the forward kernel runs again.
+    """
+    from jax_client.models.kernels.cudnn import cudnn_attention, refuse_old_cudnn
+
+    refuse_old_cudnn()
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return splash_attention(q, k, v, segments, dtype=dtype, mesh=mesh, interpret=interpret)
-
-    return _from_kernel("splash", kernel, row_length=2048)
-
-
-def cudnn(max_segments: int = 64) -> Attention:
-    """Return NVIDIA's kernel, for bfloat16 on one device.
-
-    Its softmax statistics take (rows, segments, heads, row length): both limits keep them small.
-    """
-    from jax_client.models.kernels.cudnn import cudnn_attention
-
-    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return cudnn_attention(q, k, v, segments, dtype=dtype, max_segments=max_segments)
-
-    return _from_kernel("cudnn", kernel, row_length=4096, max_segments=max_segments)
-
-
-def _from_kernel(name: str, kernel: Callable[..., jax.Array], **limits: Any) -> Attention:
-    """Wrap a kernel that brings its own derivative.
-
-    Both directions trace `jax.vjp`, and so the same forward kernel: where a layer is recomputed in the program of its
-    backward pass, XLA keeps one of the two.
-    """
-    fallback = blockwise(one_cpu=False)
+        return cudnn_attention(q, k, v, segments, dtype=dtype, mesh=mesh, max_segments=max_segments)
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: jnp.dtype) -> Any:
-        if q.shape[1] % KERNEL_ROWS:
-            return fallback.forward(q, k, v, segments, dtype)
-        return jax.vjp(lambda *qkv: kernel(*qkv, segments, dtype), q, k, v)[0], ()
+        return kernel(q, k, v, segments, dtype), ()
 
     def backward(
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        segments: jax.Array,
-        o: jax.Array,
-        residual: Any,
-        do: jax.Array,
-        dtype: Any,
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, o: Any, residual: Any, do: Any, dtype: Any
     ) -> Any:
-        if q.shape[1] % KERNEL_ROWS:
-            return fallback.backward(q, k, v, segments, o, residual, do, dtype)
         return jax.vjp(lambda *qkv: kernel(*qkv, segments, dtype), q, k, v)[1](do)
 
-    return Attention(name=name, forward=forward, backward=backward, **limits)
+    kernels = Attention(name="cudnn", forward=forward, backward=backward, row_length=4096, max_segments=max_segments)
+    return _for_long_rows(kernels)
+
+
+def _for_long_rows(kernels: Attention) -> Attention:
+    """Return an attention that runs a vendor's kernels on rows that they take, and else blockwise."""
+    plain = blockwise(one_cpu=False)
+
+    def forward(*args: Any) -> Any:
+        return (plain if args[0].shape[1] % KERNEL_ROWS else kernels).forward(*args)
+
+    def backward(*args: Any) -> Any:
+        return (plain if args[0].shape[1] % KERNEL_ROWS else kernels).backward(*args)
+
+    return replace(kernels, forward=forward, backward=backward)

@@ -137,17 +137,17 @@ def _attention(
     x_BTD: jax.Array, w: dict[str, jax.Array], linears: Linears | MixedLinears, c: Context, attend: Attend
 ) -> tuple[jax.Array, Saved, Any]:
     """Apply the first half of a layer; return x2 (M, D), what its backward pass needs, and what `attend` kept."""
-    rows, D, w_DKJH = x_BTD.shape[:2], c.config.d_model, w["qkv_LDKJH"]
+    rows, D, heads = x_BTD.shape[:2], c.config.d_model, (-1, c.config.group + 2, c.config.head_dim)
     x_MD = x_BTD.reshape(-1, D)
     h_MD = rms_norm(x_MD, w["attn_norm_LD"], c.config.norm_eps)
 
     def parts(qkv_MO: jax.Array) -> list[jax.Array]:
-        qkv_MKJH = qkv_MO.reshape(-1, *w_DKJH.shape[1:])
+        qkv_MKJH = qkv_MO.reshape(len(x_MD), *heads)
         if c.config.qkv_bias:
             qkv_MKJH += w["qkv_bias_LKJH"]
         return [part.reshape(len(x_MD), -1) for part in _split(qkv_MKJH)]
 
-    q_MO, k_MO, v_MO = linears.forward("qkv", h_MD, w_DKJH.reshape(D, -1), parts=parts)
+    q_MO, k_MO, v_MO = linears.forward("qkv", h_MD, w["qkv_LDO"], parts=parts)
     q_BTKGH = q_MO.reshape(*rows, *w["o_LKGHD"].shape[:-1])
     k_BTKH, v_BTKH = (x.reshape(*rows, -1, q_BTKGH.shape[-1]) for x in (k_MO, v_MO))
     rotated_q, rotated_k = _rotated(q_BTKGH, k_BTKH, w, c)
@@ -231,7 +231,7 @@ def _attention_backward(
     h_MD = rms_norm(saved["x"], w["attn_norm_LD"], c.config.norm_eps)
     dqkv_MO = [d.reshape(M, -1) for d in dqkv]
     whole_MO = _join(*dqkv).reshape(M, -1)
-    dh_MD = linears.backward("qkv", dqkv_MO, h_MD, w["qkv_LDKJH"].reshape(D, -1), whole_MO=whole_MO)
+    dh_MD = linears.backward("qkv", dqkv_MO, h_MD, w["qkv_LDO"], whole_MO=whole_MO)
     return dx2_MD + rms_norm_backward(saved["x"], w["attn_norm_LD"], c.config.norm_eps, dh_MD)
 
 

@@ -330,7 +330,7 @@ def test_a_kernel_that_cannot_be_loaded_is_done_without(
 ) -> None:
     gpu: Any = SimpleNamespace(size=1, devices=np.array([SimpleNamespace(platform="gpu")], object))
 
-    def gone() -> Attention:
+    def gone(_: Any) -> Attention:
         raise ImportError("no module named fused_attention")
 
     monkeypatch.setattr(attention_check, "cudnn", gone)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jax_client.models.kernels import cudnn, splash
 from jax_client.sharding import make_mesh
@@ -53,7 +54,7 @@ def reference(segments_BT: np.ndarray) -> Attention:
 
 
 def both_ways(attend: Attention) -> Any:
-    """Return a compiled function from q, k, v and do to the output and the cotangents of q, k and v."""
+    """Return a compiled function from q, k, v and do to the output and the cotangents of q, k and v, by `jax.vjp`."""
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple[jax.Array, ...]:
         o, pull = jax.vjp(attend, q, k, v)
@@ -62,9 +63,20 @@ def both_ways(attend: Attention) -> Any:
     return jax.jit(run)
 
 
-def splashed(dtype: Any, interpret: bool = True) -> Attention:
-    mesh, segments = make_mesh({}, jax.devices()[:1]), jnp.asarray(LONG_BT)
-    return lambda q, k, v: splash.splash_attention(q, k, v, segments, dtype=dtype, mesh=mesh, interpret=interpret)
+def splashed(dtype: Any, interpret: bool = True) -> Any:
+    """Return splash as `both_ways` returns what has a derivative of its own."""
+    more: Any = {"dtype": dtype, "mesh": one_device(), "interpret": interpret}
+    segments = jnp.asarray(LONG_BT)
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple[jax.Array, ...]:
+        o, lse = splash.splash_forward(q, k, v, segments, **more)
+        return o, *splash.splash_backward(q, k, v, segments, o, lse, do, **more)
+
+    return jax.jit(run)
+
+
+def one_device() -> Mesh:
+    return make_mesh({}, jax.devices()[:1])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +94,7 @@ def test_splash_equals_the_reference(dtype: Any, partial_dq: int, atol: float, m
     assert (blocks.block_q, blocks.block_kv_dkv, blocks.block_kv_dkv_compute) == (256, 256, 128)
     assert blocks.use_fused_bwd_kernel == (partial_dq == 8)
 
-    ours = both_ways(splashed(dtype))(*operands(LONG_BT))
+    ours = splashed(dtype)(*operands(LONG_BT))
     theirs = both_ways(reference(LONG_BT))(*operands(LONG_BT))
     for mine, right in zip(ours, theirs, strict=True):
         assert mine.dtype == jnp.float32
@@ -91,7 +103,7 @@ def test_splash_equals_the_reference(dtype: Any, partial_dq: int, atol: float, m
 
 def test_splash_keeps_documents_apart() -> None:
     *qkv, do = operands(LONG_BT)
-    first, run = LONG_BT == 1, both_ways(splashed(jnp.bfloat16))
+    first, run = LONG_BT == 1, splashed(jnp.bfloat16)
     do[LONG_BT != 2] = 0
     before = [np.asarray(x) for x in run(*qkv, do)]
     for x in qkv:
@@ -105,13 +117,13 @@ def test_splash_keeps_documents_apart() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_splash_lowers_for_tpu(dtype: Any) -> None:
-    run = both_ways(splashed(dtype, interpret=False))
+    run = splashed(dtype, interpret=False)
     text = run.trace(*operands(LONG_BT)).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") == 2
 
 
 def test_splash_in_float32_asks_for_full_precision() -> None:
-    jaxpr = str(jax.make_jaxpr(both_ways(splashed(jnp.float32)))(*operands(LONG_BT)))
+    jaxpr = str(jax.make_jaxpr(splashed(jnp.float32))(*operands(LONG_BT)))
     assert jaxpr.count("dot_general[") == jaxpr.count("precision=(Precision.HIGHEST") >= 7
 
 
@@ -130,7 +142,7 @@ def test_splash_blocks_fit(H: int, dtype: Any) -> None:
 ON_A_MESH = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from jax_client.models.kernels.splash import splash_attention
+from jax_client.models.kernels.splash import splash_backward, splash_forward
 from jax_client.sharding import make_mesh
 
 B, T, K, G, H = 4, 128, 2, 2, 16
@@ -140,9 +152,9 @@ args = [x.astype(np.float32) for x in (q, k, v, do)]
 segments = np.arange(T, dtype=np.int32) // np.array([[30], [50], [70], [90]], np.int32)
 
 def both_ways(mesh, segments, q, k, v, do):
-    attend = lambda q, k, v: splash_attention(q, k, v, segments, dtype=jnp.float32, mesh=mesh, interpret=True)
-    o, pull = jax.vjp(attend, q, k, v)
-    return o, *pull(do)
+    more = {"dtype": jnp.float32, "mesh": mesh, "interpret": True}
+    o, lse = splash_forward(q, k, v, segments, **more)
+    return o, *splash_backward(q, k, v, segments, o, lse, do, **more)
 
 results = []
 for mesh in (make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), make_mesh({}, jax.devices()[:1])):
@@ -232,7 +244,8 @@ def stand_in(q: jax.Array, k: jax.Array, v: jax.Array, **call: Any) -> jax.Array
 
 def with_cudnn(dtype: Any, max_segments: int) -> Attention:
     segments = jnp.asarray(SHORT_BT)
-    return lambda q, k, v: cudnn.cudnn_attention(q, k, v, segments, dtype=dtype, max_segments=max_segments)
+    more: Any = {"dtype": dtype, "mesh": one_device(), "max_segments": max_segments}
+    return lambda q, k, v: cudnn.cudnn_attention(q, k, v, segments, **more)
 
 
 def test_cudnn_equals_the_reference_and_is_zero_at_padding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,15 +35,16 @@ def test_every_tensor_reaches_its_place(family: str, n_shards: int, tmp_path: Pa
     jax.tree.map(lambda x, s: (x.shape, x.dtype) == (s.shape, s.dtype) or pytest.fail(str(s)), params, specs)
     K, G, H = found.n_kv_heads, found.group, found.head_dim
     layers = params["layers"]
+    qkv_LDKJH = layers["qkv_LDO"].reshape(found.n_layers, found.d_model, K, G + 2, H)
     for i in range(found.n_layers):
         attn, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
         for k in range(K):
             rows = slice(k * H, k * H + H)
-            np.testing.assert_array_equal(layers["qkv_LDKJH"][i, :, k, G], t[attn + "k_proj.weight"][rows].T)
-            np.testing.assert_array_equal(layers["qkv_LDKJH"][i, :, k, G + 1], t[attn + "v_proj.weight"][rows].T)
+            np.testing.assert_array_equal(qkv_LDKJH[i, :, k, G], t[attn + "k_proj.weight"][rows].T)
+            np.testing.assert_array_equal(qkv_LDKJH[i, :, k, G + 1], t[attn + "v_proj.weight"][rows].T)
             for g in range(G):
                 rows = slice((k * G + g) * H, (k * G + g + 1) * H)
-                np.testing.assert_array_equal(layers["qkv_LDKJH"][i, :, k, g], t[attn + "q_proj.weight"][rows].T)
+                np.testing.assert_array_equal(qkv_LDKJH[i, :, k, g], t[attn + "q_proj.weight"][rows].T)
                 np.testing.assert_array_equal(layers["o_LKGHD"][i, k, g], t[attn + "o_proj.weight"][:, rows].T)
                 if found.qkv_bias:
                     np.testing.assert_array_equal(layers["qkv_bias_LKJH"][i, k, g], t[attn + "q_proj.bias"][rows])

@@ -1,7 +1,8 @@
 """Which attention does an engine run, and can it be trusted on packed rows?
 
 A vendor's kernel is the fastest, but kernels have ignored segments before, silently. So each start compares it with the
-plain one on a small packed row, on the device at hand, forwards and backwards.
+plain one on small packed rows, on the device at hand, forwards and backwards, in memory that holds NaN before: what a
+kernel reads and nothing has written then shows.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from jax.sharding import Mesh
 
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts.attention import Attention, blockwise, cudnn, splash
-from jax_client.sharding import put_rows
+from jax_client.sharding import put_rows, replicated
 
 logger = logging.getLogger(__name__)
 
-PROBE_LENGTHS = (70, 1, 100, 213)  # documents of one row; the rest of it is padding
+# Documents of two rows of every way, of which the first ends in padding and the second does not.
+PROBE_LENGTHS = ((70, 1, 100, 213), (300, 212))
 PROBE_ROW = 512
 # Largest gap between two bfloat16 attentions, relative to the largest value. Leaking one document into the next, or
 # dropping the scale, gives 0.3 and more.
 TOLERANCE = 0.03
+POISON = 2**24  # floats, 64 MiB: the arrays and workspaces of the probe have room in it
 
 
 def choose_attention(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Attention:
@@ -35,8 +38,8 @@ def choose_attention(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Attent
     make: Callable[[], Attention] | None = None
     if dtype == jnp.bfloat16 and platform == "tpu":
         make = partial(splash, mesh)
-    elif dtype == jnp.bfloat16 and platform == "gpu" and mesh.size == 1:
-        make = cudnn
+    elif dtype == jnp.bfloat16 and platform == "gpu":
+        make = partial(cudnn, mesh)
     if make is None:
         return plain
     try:
@@ -61,11 +64,12 @@ def agrees(candidate: Attention, plain: Attention, mesh: Mesh, model: ModelConfi
 
 
 def _largest_gap(candidate: Attention, plain: Attention, mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> float:
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = ways * len(PROBE_LENGTHS)
     K, G, H = model.n_kv_heads, model.group, model.head_dim
     rng = np.random.default_rng(0)
-    ids = np.repeat(np.arange(1, len(PROBE_LENGTHS) + 1, dtype=np.int32), PROBE_LENGTHS)
-    segments_BT = np.tile(np.pad(ids, (0, PROBE_ROW - len(ids))), (rows, 1))
+    each = [np.repeat(np.arange(1, len(row) + 1, dtype=np.int32), row) for row in PROBE_LENGTHS]
+    segments_BT = np.tile([np.pad(ids, (0, PROBE_ROW - len(ids))) for ids in each], (ways, 1))
     shapes = [(rows, PROBE_ROW, K, G, H), (rows, PROBE_ROW, K, H), (rows, PROBE_ROW, K, H), (rows, PROBE_ROW, K, G, H)]
     q, k, v, do = (put_rows(rng.normal(size=shape).astype(np.float32), mesh) for shape in shapes)
     segments = put_rows(segments_BT, mesh)
@@ -78,7 +82,15 @@ def _largest_gap(candidate: Attention, plain: Attention, mesh: Mesh, model: Mode
             return o, *attention.backward(q, k, v, segments, o, residual, do, dtype)
 
         do_real = do * real.reshape(*real.shape, 1, 1, 1)  # as in training: nothing flows back from padding
-        return [np.asarray(a, np.float32)[real] for a in jax.jit(both)(q, k, v, segments, do_real)]
+        compiled = jax.jit(both).lower(q, k, v, segments, do_real).compile()
+        _poison(mesh)
+        return [np.asarray(a, np.float32)[real] for a in compiled(q, k, v, segments, do_real)]
 
     pairs = zip(run(candidate), run(plain), strict=True)
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)
+
+
+def _poison(mesh: Mesh) -> None:
+    """Fill memory that the next program gets with NaN, where an accelerator gives freed memory out again."""
+    if mesh.devices.flat[0].platform != "cpu":
+        jax.block_until_ready([jnp.full(POISON, jnp.nan, device=replicated(mesh)) for _ in range(4)])

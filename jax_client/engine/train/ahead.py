@@ -8,6 +8,7 @@ is taken at once, so that only a machine's first calls differ, in the last bits,
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
@@ -80,9 +81,10 @@ class CompileAhead:
         if spec is None or self._background is None:
             return plans
         targets = packing.targets_of(sequences)
-        rectangles = {plan.length: _Rectangle(replace(spec, seed=0), plan.rows, plan.length, targets) for plan in plans}
-        missing = {length: each for length, each in rectangles.items() if not self._is_at_hand(each)}
-        largest = missing.pop(max(rectangles), None)
+        shapes = {(plan.rows, plan.length) for plan in plans}
+        rectangles = {shape: _Rectangle(replace(spec, seed=0), *shape, targets) for shape in shapes}
+        missing = {shape: each for shape, each in rectangles.items() if not self._is_at_hand(each)}
+        largest = missing.pop(max(rectangles, key=math.prod), None)
         if largest is not None:
             self._begin(largest, self._compile_backward)
         else:  # that one serves; the smaller are for calls that come later

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, islice
 
 import numpy as np
 
@@ -123,7 +123,9 @@ def _usual_rows(limits: Limits) -> tuple[int, int]:
     return ceiling, min(ceiling, limits.row_length or ceiling)
 
 
-def plan_call(lengths: Sequence[int], limits: Limits, rungs: Collection[int] | None = None) -> list[Plan]:
+def plan_call(
+    lengths: Sequence[int], limits: Limits, rectangles: Collection[tuple[int, int]] | None = None
+) -> list[Plan]:
     """Lay out a call's sequences of these lengths; return plans that hold each sequence once.
 
     Rows are filled best-fit, longest sequence first. The rest, too little for a full micro-batch, goes into the few
@@ -132,8 +134,8 @@ def plan_call(lengths: Sequence[int], limits: Limits, rungs: Collection[int] | N
     Args:
         lengths: in tokens.
         limits: of a micro-batch.
-        rungs: lengths of the smaller rows that may be used, the longest that is used without this among them; None is
-            any of `ROW_LENGTHS`.
+        rectangles: (rows, length) of the smaller micro-batches that may be used, the largest that is used without this
+            among them; None is any.
     """
     ceiling, usual = _usual_rows(limits)
     bins = _Bins(lengths, limits.segments)
@@ -156,41 +158,51 @@ def plan_call(lengths: Sequence[int], limits: Limits, rungs: Collection[int] | N
         keep = max(0, (len(rows) - 1) // turn - 1) * turn if length == usual else len(rows)
         plans += [_plan(rows[i : i + most], most, length, lengths) for i in range(0, keep, most)]
         rest += [index for members in rows[keep:] for index in members]
-    return plans + _plan_tail(rest, lengths, limits, rungs)
+    return plans + _plan_tail(rest, lengths, limits, rectangles)
 
 
 def _plan_tail(
-    indices: list[int], lengths: Sequence[int], limits: Limits, allowed: Collection[int] | None = None
+    indices: list[int], lengths: Sequence[int], limits: Limits, allowed: Collection[tuple[int, int]] | None = None
 ) -> list[Plan]:
-    """Lay out sequences that fill at most a few micro-batches, one row per way each, at the least cost."""
+    """Lay out sequences that fill at most a few micro-batches at the least cost.
+
+    A micro-batch has one row per way, or several of the usual length: a longer row would cost more where attention
+    costs by the row.
+    """
     if not indices:
         return []
     indices = sorted(indices, key=lengths.__getitem__, reverse=True)
     ceiling, usual = _usual_rows(limits)
-    rungs = [rung for rung in ROW_LENGTHS if rung <= ceiling] or [ceiling]
+    rungs = [rung for rung in ROW_LENGTHS if rung <= usual] or [usual]
+    rungs += range(2 * usual, ceiling + 1, usual)
     if ceiling > usual:  # many rows at once: such a device gains nothing from the smallest
         rungs = rungs[1:]
     if allowed is not None:
-        rungs = [rung for rung in rungs if rung in allowed] or rungs
+        rungs = [rung for rung in rungs if _rectangle(rung, limits) in allowed] or rungs
     total = sum(lengths[i] for i in indices)
     most = 2 * limits.concurrent + 1
     choices = [c for n in range(1, most + 1) for c in combinations_with_replacement(rungs, n)]
     choices = [c for c in choices if sum(c) * limits.ways >= total and c[-1] >= lengths[indices[0]]]
     for choice in sorted(choices, key=lambda c: (_cost(c, limits), len(c))):
-        bins = _Bins(lengths, limits.segments)
-        for length in sorted(choice):
-            for _ in range(limits.ways):
+        bins, shapes = _Bins(lengths, limits.segments), [_rectangle(rung, limits) for rung in sorted(choice)]
+        for rows, length in shapes:
+            for _ in range(rows):
                 bins.open(length)
         if all(bins.put(index) for index in indices):
-            ways = limits.ways
-            rows = [bins.members[i : i + ways] for i in range(0, len(bins.members), ways)]
-            return [_plan(r, ways, length, lengths) for r, length in zip(rows, sorted(choice), strict=True)]
+            members = iter(bins.members)
+            return [_plan(list(islice(members, rows)), rows, length, lengths) for rows, length in shapes]
     half = len(indices) // 2  # a row may not have as many segments
     return [plan for part in (indices[:half], indices[half:]) for plan in _plan_tail(part, lengths, limits, allowed)]
 
 
+def _rectangle(tokens: int, limits: Limits) -> tuple[int, int]:
+    """Return the rows and the length of a micro-batch that holds `tokens` tokens of each way."""
+    usual = _usual_rows(limits)[1]
+    return limits.ways * max(1, tokens // usual), min(tokens, usual)
+
+
 def _cost(choice: Sequence[int], limits: Limits) -> float:
-    """Return what micro-batches of one row per way, of these lengths in ascending order, cost, in tokens of a way."""
+    """Return what micro-batches of these tokens per way, in ascending order, cost, in tokens of a way."""
     costs = [length + MICRO_BATCH_COST / limits.ways for length in reversed(choice)]
     return sum(cost * (CONCURRENT_COST if i % limits.concurrent else 1) for i, cost in enumerate(costs))
 

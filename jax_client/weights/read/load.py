@@ -102,13 +102,15 @@ def _build_leaf(
     stacked = "{layer}" in parts[0].name
     # Replicas share a buffer.
     shards = {_bounds(i, spec.shape) for i in sharding.addressable_devices_indices_map(spec.shape).values() if i}
-    buffers = {bounds: _aligned([hi - lo for lo, hi in bounds], spec.dtype) for bounds in shards}
+    buffers = {bounds: _aligned(_sizes(bounds), spec.dtype) for bounds in shards}
+    # The same memory, with the axes that the parts know.
+    views = {_apart(b, parts[0].apart): a.reshape(_sizes(_apart(b, parts[0].apart))) for b, a in buffers.items()}
 
     def fill(job: tuple[int, Part]) -> None:
         layer, part = job
         tensor_name = part.name.format(layer=layer)
         x = part.arrange(reader.read(tensor_name))
-        for bounds, buffer in buffers.items():
+        for bounds, buffer in views.items():
             if stacked:
                 (first, end), bounds = bounds[0], bounds[1:]
                 if not first <= layer < end:
@@ -168,6 +170,19 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _sizes(bounds: Bounds) -> list[int]:
+    return [hi - lo for lo, hi in bounds]
+
+
+def _apart(bounds: Bounds, apart: tuple[int, ...]) -> Bounds:
+    """Return the bounds of a shard, the last axis taken apart into `apart`, of which the first may be split."""
+    if not apart:
+        return bounds
+    *outer, (lo, hi) = bounds
+    inner = math.prod(apart[1:])
+    return *outer, (lo // inner, hi // inner), *((0, size) for size in apart[1:])
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:

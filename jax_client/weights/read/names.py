@@ -25,6 +25,8 @@ class Part:
         split: the shape to view it in, with heads apart.
         order: transposition of `split` to the leaf's order, without the layer axis.
         axis, start: it fills the leaf from `start` along `axis`, and all of the other axes.
+        apart: (K, J, H), the leaf's last axis with the heads apart, as `order` and `axis` count them; empty where the
+            leaf has no such axis.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Part:
     order: tuple[int, ...]
     axis: int = 0
     start: int = 0
+    apart: tuple[int, ...] = ()
 
     def arrange(self, tensor: np.ndarray) -> np.ndarray:
         """Return a view of the tensor in the leaf's order."""
@@ -50,9 +53,16 @@ def leaf_parts(c: ModelConfig) -> dict[LeafPath, tuple[Part, ...]]:
 
     def heads(kind: str) -> tuple[Part, ...]:
         tails, order = ((D,), (3, 0, 1, 2)) if kind == "weight" else ((), (0, 1, 2))
-        axis = len(order) - 2
+        axis, apart = len(order) - 2, (K, G + 2, H) if kind == "weight" else ()
         return (
-            Part(name=f"{attn}q_proj.{kind}", shape=(N * H, *tails), split=(K, G, H, *tails), order=order, axis=axis),
+            Part(
+                name=f"{attn}q_proj.{kind}",
+                shape=(N * H, *tails),
+                split=(K, G, H, *tails),
+                order=order,
+                axis=axis,
+                apart=apart,
+            ),
             *(
                 Part(
                     name=f"{attn}{which}_proj.{kind}",
@@ -61,6 +71,7 @@ def leaf_parts(c: ModelConfig) -> dict[LeafPath, tuple[Part, ...]]:
                     order=order,
                     axis=axis,
                     start=start,
+                    apart=apart,
                 )
                 for which, start in (("k", G), ("v", G + 1))
             ),
@@ -70,7 +81,7 @@ def leaf_parts(c: ModelConfig) -> dict[LeafPath, tuple[Part, ...]]:
         ("embed_VD",): plain("model.embed_tokens.weight", V, D),
         ("final_norm_D",): plain("model.norm.weight", D),
         ("layers", "attn_norm_LD"): plain(layer + "input_layernorm.weight", D),
-        ("layers", "qkv_LDKJH"): heads("weight"),
+        ("layers", "qkv_LDO"): heads("weight"),
         ("layers", "o_LKGHD"): (
             Part(name=attn + "o_proj.weight", shape=(D, N * H), split=(D, K, G, H), order=(1, 2, 3, 0)),
         ),
