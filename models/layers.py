@@ -13,15 +13,17 @@ import jax.numpy as jnp
 from jax_client.models.config import ModelConfig
 
 
-def contract(spec: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Return einsum(spec, x, y) with operands in `dtype` and float32 accumulation and result.
+def contract(
+    spec: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype, out: jax.typing.DTypeLike = jnp.float32
+) -> jax.Array:
+    """Return einsum(spec, x, y) with operands in `dtype`, float32 accumulation, and the result in `out`.
 
     bfloat16 operands with a float32 result are the tensor-core and MXU path; float32 operands ask for full precision,
     because TPU and NVIDIA default to less. A product written as autodiff's transpose would get a float32 cotangent and
     lose the fast path, so the backward passes call this too.
     """
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32, precision=precision)
+    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=out, precision=precision)
 
 
 def to_bits(tree: Any) -> Any:

@@ -39,6 +39,8 @@ SAVED_FOR_BACKWARD: dict[Remat, tuple[str, ...]] = {
     "selective": _SELECTIVE,
     "full": ("x",),
 }
+# The matmuls whose outputs `Context.rounded` is about; of the others it is the cotangents of the inputs.
+ROUNDED = ("qkv", "gate_up")
 # attend(q_BTKGH, k_BTKH, v_BTKH) -> (o_BTKGH, what the caller wants to keep), with rotated q and k.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -50,6 +52,9 @@ class Context:
     Attributes:
         on_cpu: whether the program runs on a CPU, where what is kept of bfloat16 are its bits.
         one_cpu: whether it runs on one CPU device, where some layouts are worth a constraint.
+        rounded: whether what the attention and the gated activation read, and the cotangents of what they return, are
+            rounded to the matmul type. An accelerator then writes and reads half as much of the widest results; they
+            are kept for the backward pass in that type, and products take them in it, all the same.
         split_rows: `split_rows(x_BTD) -> x_BTD` keeps the residual stream split by rows over a mesh. The embedding and
             the weights are split by width over the same axis: left to itself, XLA would follow them, and compute all
             rows everywhere.
@@ -62,6 +67,7 @@ class Context:
     sin_BTH: jax.Array
     on_cpu: bool = False
     one_cpu: bool = False
+    rounded: bool = False
     split_rows: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
 
 
@@ -167,7 +173,8 @@ def _mlp(
     """Apply the second half of a layer; return the new residual stream and what its backward pass needs."""
     h_MD = rms_norm(x2_MD, w["mlp_norm_LD"], c.config.norm_eps)
     gate_MF, up_MF = linears.forward("gate_up", h_MD, *w["gate_up_L2DF"])
-    (down_MD,) = linears.forward("down", jax.nn.silu(gate_MF) * up_MF, w["down_LFD"])
+    activated_MF = jax.nn.silu(gate_MF.astype(jnp.float32)) * up_MF.astype(jnp.float32)
+    (down_MD,) = linears.forward("down", activated_MF, w["down_LFD"])
     return x2_MD + down_MD, {"gate": gate_MF, "up": up_MF}
 
 
@@ -202,7 +209,7 @@ def _mlp_backward(dy_MD: jax.Array, saved: Saved, w: dict[str, jax.Array], linea
     """Return the cotangent of x2 for that of the layer's output."""
     gate_MF, up_MF = saved["gate"].astype(jnp.float32), saved["up"].astype(jnp.float32)
     sigmoid_MF = jax.nn.sigmoid(gate_MF)
-    da_MF = linears.backward("down", [dy_MD], gate_MF * sigmoid_MF * up_MF, w["down_LFD"])
+    da_MF = linears.backward("down", [dy_MD], gate_MF * sigmoid_MF * up_MF, w["down_LFD"]).astype(jnp.float32)
     d_gate_MF = da_MF * up_MF * sigmoid_MF * (1 + gate_MF * (1 - sigmoid_MF))
     d_up_MF = da_MF * gate_MF * sigmoid_MF
     h_MD = rms_norm(saved["x2"], w["mlp_norm_LD"], c.config.norm_eps)
@@ -221,7 +228,7 @@ def _attention_backward(
 ) -> jax.Array:
     """Return the cotangent of the layer's input for that of x2."""
     M, D = dx2_MD.shape
-    do_MI = linears.backward("o", [dx2_MD], saved["o"], w["o_LKGHD"].reshape(-1, D))
+    do_MI = linears.backward("o", [dx2_MD], saved["o"], w["o_LKGHD"].reshape(-1, D)).astype(jnp.float32)
     q, k, v = (saved[name].astype(jnp.float32) for name in "qkv")
     rotated_q, rotated_k = _rotated(q, k, w, c) if c.config.qk_norm else (q, k)
     o, do = saved["o"].reshape(q.shape), do_MI.reshape(q.shape)
@@ -266,12 +273,14 @@ class Linears:
         self._pairs, self._pairs_vjp = jax.vjp(layer_pairs, lora)
         self._scale = adapter_scale(lora)
         self._dtype, self._one_cpu = c.dtype, c.one_cpu
+        self._rounded = c.dtype if c.rounded else jnp.dtype(jnp.float32)
         self._grads: dict[str, Pair] = {}
         self.us: Saved = {} if us is None else us
 
     def forward(self, name: str, x_MI: jax.Array, *ws_IO: jax.Array, parts: Parts | None = None) -> list[jax.Array]:
-        """Return x W with the adapter's part of each output, float32 (M, O)."""
-        ys_MO, u_Mn = linear(x_MI, ws_IO, self._pairs.get(name), self._scale, self._dtype, parts)
+        """Return x W with the adapter's part of each output (M, O), float32 or as `Context.rounded` says."""
+        out = self._rounded if name in ROUNDED else jnp.float32
+        ys_MO, u_Mn = linear(x_MI, ws_IO, self._pairs.get(name), self._scale, self._dtype, parts, out)
         if u_Mn is not None:
             self.us[f"u_{name}"] = u_Mn
         return ys_MO
@@ -286,7 +295,8 @@ class Linears:
     ) -> jax.Array:
         """Return the cotangent of x (M, I) for those of the outputs, and of the `whole_MO` that they are parts of."""
         u_Mn, pair = self.us.get(f"u_{name}"), self._pairs.get(name)
-        options: Any = {"one_cpu": self._one_cpu, "whole_MO": whole_MO}
+        out = jnp.float32 if name in ROUNDED else self._rounded
+        options: Any = {"one_cpu": self._one_cpu, "whole_MO": whole_MO, "out": out}
         dx_MI, grad = linear_backward(dys_MO, x_MI, u_Mn, ws_IO, pair, self._scale, self._dtype, **options)
         if grad is not None:
             self._grads[name] = grad
@@ -305,6 +315,7 @@ class MixedLinears:
         scale_MV: float32; alpha / rank in the column of a row's adapter, else 0.
         dtype: of the matmul operands.
         total: sums the outputs of o and down over the devices that have a part of their inputs each.
+        rounded: as `Context.rounded`.
     """
 
     def __init__(
@@ -313,7 +324,10 @@ class MixedLinears:
         scale_MV: jax.Array,
         dtype: jnp.dtype,
         total: Callable[[jax.Array], jax.Array] = lambda y_MO: y_MO,
+        *,
+        rounded: bool = False,
     ):
+        self._rounded = dtype if rounded else jnp.dtype(jnp.float32)
         self._total = total
         self._pairs = pairs
         self._scale_MV = scale_MV
@@ -321,10 +335,11 @@ class MixedLinears:
         self.us: Saved = {}
 
     def forward(self, name: str, x_MI: jax.Array, *ws_IO: jax.Array, parts: Parts | None = None) -> list[jax.Array]:
-        """Return x W with each row's own adapter's part of each output, float32 (M, O)."""
+        """Return x W with each row's own adapter's part of each output (M, O), float32 or as `rounded` says."""
+        out = self._rounded if name in ROUNDED else jnp.float32
         pair = self._pairs.get(name)
         scale = 0.0 if pair is None else mix(self._scale_MV, pair)
-        ys_MO, _ = linear(x_MI, ws_IO, pair, scale, self._dtype, parts)
+        ys_MO, _ = linear(x_MI, ws_IO, pair, scale, self._dtype, parts, out)
         return [self._total(y_MO) for y_MO in ys_MO] if name in ("o", "down") else ys_MO
 
 

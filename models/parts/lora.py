@@ -77,14 +77,15 @@ def linear(
     scale: float | jax.Array,
     dtype: jnp.dtype,
     parts: Parts | None = None,
+    out: jax.typing.DTypeLike = jnp.float32,
 ) -> tuple[list[jax.Array], jax.Array | None]:
-    """Return x W + s (x A) B of each W, float32 (M, O), and u (M, n) = s (x A) for `linear_backward`.
+    """Return x W + s (x A) B of each W, in `out` (M, O), and u (M, n) = s (x A), float32, for `linear_backward`.
 
     Args:
         scale: s, a number, or (M, n) as `mix` gives it.
         parts: `parts(y_MO) -> outputs` takes the product with a single W apart, into outputs with a B each.
     """
-    ys = [contract("MI,IO->MO", x_MI, w_IO, dtype) for w_IO in ws_IO]
+    ys = [contract("MI,IO->MO", x_MI, w_IO, dtype, out) for w_IO in ws_IO]
     if parts is not None:
         ys = parts(*ys)
     if pair is None:
@@ -93,7 +94,7 @@ def linear(
     with jax.named_scope("lora"):
         u_Mn = contract("MI,nI->Mn", x_MI, a_nI, dtype) * scale
         us_MR = jnp.split(u_Mn, len(bs_RO), axis=1)
-        return [y + contract("MR,RO->MO", u, b, dtype) for y, u, b in zip(ys, us_MR, bs_RO, strict=True)], u_Mn
+        return [y + contract("MR,RO->MO", u, b, dtype, out) for y, u, b in zip(ys, us_MR, bs_RO, strict=True)], u_Mn
 
 
 def linear_backward(
@@ -107,8 +108,9 @@ def linear_backward(
     *,
     one_cpu: bool,
     whole_MO: jax.Array | None = None,
+    out: jax.typing.DTypeLike = jnp.float32,
 ) -> tuple[jax.Array, Pair | None]:
-    """Return dx (M, I) and the gradients of the pair, float32; the frozen W's get none.
+    """Return dx (M, I) in `out`, and the gradients of the pair, float32; the frozen W's get none.
 
     Args:
         dys_MO: float32 cotangents of the outputs.
@@ -118,7 +120,7 @@ def linear_backward(
         whole_MO: the cotangent of the product with a single W, of which `dys_MO` are the parts.
     """
     wholes_MO = dys_MO if whole_MO is None else [whole_MO]
-    dx_MI, *others = (contract("MO,IO->MI", dy, w, dtype) for dy, w in zip(wholes_MO, ws_IO, strict=True))
+    dx_MI, *others = (contract("MO,IO->MI", dy, w, dtype, out) for dy, w in zip(wholes_MO, ws_IO, strict=True))
     for other_MI in others:
         dx_MI += other_MI
     if pair is None or u_Mn is None:
@@ -130,7 +132,7 @@ def linear_backward(
         dus_MR = [contract("MO,RO->MR", dy, b, dtype) for dy, b in zip(dys_MO, bs_RO, strict=True)]
         du_Mn = jnp.concatenate(dus_MR, axis=1) * scale
         da_nI = contract("nM,MI->nI", _transposed_copy(du_Mn, one_cpu), x_MI, dtype)
-        return dx_MI + contract("Mn,nI->MI", du_Mn, a_nI, dtype), (da_nI, dbs_RO)
+        return dx_MI + contract("Mn,nI->MI", du_Mn, a_nI, dtype, out), (da_nI, dbs_RO)
 
 
 def _transposed_copy(u_Mn: jax.Array, one_cpu: bool) -> jax.Array:

@@ -225,21 +225,23 @@ def stand_in(q: jax.Array, k: jax.Array, v: jax.Array, **call: Any) -> jax.Array
     visible_XY = ((x_X1 < length_M11) & (y_Y >= 0) & (y_Y <= x_X1)).any(axis=0)
     written_BT11 = visible_XY.any(axis=1).reshape(*q.shape[:2], 1, 1)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible_XY: jax.Array) -> jax.Array:
         k_XNH, v_XNH = (jnp.repeat(x.reshape(X, -1, H), N // x.shape[2], axis=1) for x in (k, v))
         s_NXY = jnp.einsum("XNH,YNH->NXY", q.reshape(X, N, H), k_XNH) * call["scale"]
         p_NXY = jax.nn.softmax(jnp.where(visible_XY, s_NXY, -1e30))
         return jnp.einsum("NXY,YNH->XNH", p_NXY, v_XNH).reshape(q.shape)
 
     @jax.custom_vjp
-    def library(*args: jax.Array) -> jax.Array:
-        return jnp.where(written_BT11, attend(*args), jnp.nan)
+    def library(q: Any, k: Any, v: Any, visible_XY: Any, written_BT11: Any) -> jax.Array:
+        return jnp.where(written_BT11, attend(q, k, v, visible_XY), jnp.nan)
 
-    def pull(saved: tuple[jax.Array, ...], do: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jnp.where(written_BT11, d, jnp.nan) for d in jax.vjp(attend, *saved)[1](do))
+    def pull(saved: tuple[jax.Array, ...], do: jax.Array) -> tuple[Any, ...]:
+        *qkv, visible_XY, written_BT11 = saved
+        cotangents = jax.vjp(lambda *each: attend(*each, visible_XY), *qkv)[1](do)
+        return *(jnp.where(written_BT11, d, jnp.nan) for d in cotangents), None, None
 
     library.defvjp(lambda *args: (library(*args), args), pull)
-    return library(q, k, v)
+    return library(q, k, v, visible_XY, written_BT11)
 
 
 def with_cudnn(dtype: Any, max_segments: int) -> Attention:

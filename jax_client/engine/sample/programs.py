@@ -66,6 +66,7 @@ class SamplePrograms:
         self._attention = attention
         self._mesh = mesh
         self._shards = Shards(mesh)
+        self._rounded = mesh.devices.flat[0].platform != "cpu"
         specs = lambda p: sharding_for(p.axes, p.shape, mesh).spec  # noqa: E731
         self._specs: Any = jax.tree.map(specs, param_specs(config, dtype))
         self._head_spec: PartitionSpec = self._specs.get("unembed_VD", self._specs["embed_VD"])
@@ -315,7 +316,7 @@ class SamplePrograms:
                 o, k_P, v_P = attend(q, k.astype(self._dtype), v.astype(self._dtype), k_N, v_N, i * P)
                 return o, (k_P, v_P)
 
-            linears = MixedLinears(pairs, scale_MV, self._dtype, self._shards.total)
+            linears = MixedLinears(pairs, scale_MV, self._dtype, self._shards.total, rounded=self._rounded)
             y_BTD, _, (new_k_N, new_v_N) = layer_forward(x_BTD, w, linears, c, attention)
             return y_BTD, new_k_N, new_v_N
 

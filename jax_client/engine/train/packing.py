@@ -166,15 +166,16 @@ def _plan_tail(
 ) -> list[Plan]:
     """Lay out sequences that fill at most a few micro-batches at the least cost.
 
-    A micro-batch has one row per way, or several of the usual length: a longer row would cost more where attention
-    costs by the row.
+    A micro-batch has one row per way, at most of the usual length, or is a full one: a longer row would cost more where
+    attention costs by the row.
     """
     if not indices:
         return []
     indices = sorted(indices, key=lengths.__getitem__, reverse=True)
     ceiling, usual = _usual_rows(limits)
     rungs = [rung for rung in ROW_LENGTHS if rung <= usual] or [usual]
-    rungs += range(2 * usual, ceiling + 1, usual)
+    if (full := ceiling // usual * usual) > usual:
+        rungs.append(full)
     if ceiling > usual:  # many rows at once: such a device gains nothing from the smallest
         rungs = rungs[1:]
     if allowed is not None:
