@@ -64,9 +64,9 @@ def splash_forward(
     """
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        operands = *_operands(q, k, v, dtype), SegmentIds(segments_BT, segments_BT)
+        operands, segments = _operands(q, k, v, dtype), SegmentIds(segments_BT, segments_BT)
         kernel = _kernel(operands[0].shape, dtype, interpret, save_residuals=True)
-        o_BNTH, (lse_BNT,) = jax.vmap(kernel)(*operands)
+        o_BNTH, (lse_BNT,) = jax.vmap(kernel)(*operands, segments)
         return jnp.swapaxes(o_BNTH, 1, 2).reshape(q.shape).astype(jnp.float32), lse_BNT
 
     q, kv, rows, lse = _specs(q_BTKGH.shape, mesh)
@@ -103,7 +103,8 @@ def splash_backward(
         kernel = _kernel(operands[0].shape, dtype, interpret)
         o_BNTH, do_BNTH = (jnp.swapaxes(x.astype(dtype).reshape(shape), 1, 2) for x in (o, do))
 
-        def of_row(q: Any, k: Any, v: Any, segments: Any, o: Any, lse: Any, do: Any) -> tuple[jax.Array, ...]:
+        def of_row(*row: Any) -> tuple[jax.Array, ...]:
+            q, k, v, segments, o, lse, do = row
             mask = kernel.dq_mask_info, kernel.dkv_mask_info
             cotangents: Any = splash_attention_kernel._splash_attention_bwd(
                 **kernel.kwargs, res=(q, k, v, segments, None, o, lse, *mask), do=do

@@ -89,7 +89,7 @@ def cudnn(mesh: Mesh, max_segments: int = 64) -> Attention:
     def backward(
         q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, o: Any, residual: Any, do: Any, dtype: Any
     ) -> Any:
-        return jax.vjp(lambda *qkv: kernel(*qkv, segments, dtype), q, k, v)[1](do)
+        return jax.vjp(lambda q, k, v: kernel(q, k, v, segments, dtype), q, k, v)[1](do)
 
     kernels = Attention(name="cudnn", forward=forward, backward=backward, row_length=4096, max_segments=max_segments)
     return _for_long_rows(kernels)

@@ -51,43 +51,43 @@ engine.close()
 """
 MESHES: list[dict[str, int]] = [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}]
 # The most arrays that each program may send, by where and how (scalars left out); equal on jax 0.10.2 and 0.12.0. In
-# the layers: q|k|v, o, gate, up, down and the adapters' A and B that are split by width, to gather; the gradients of
-# the adapters and, with "tensor", the outputs of row-parallel matmuls, to sum. In the head: blocks of the table, and
+# the layers: q|k|v, o, gate, up and down, to gather; the gradients of the adapters and, with "tensor", the outputs of
+# row-parallel matmuls, to sum. In the head: blocks of the table, and
 # twice (tokens with a gradient, and without) the ids and rows of the targets. In between: ids and rows of the
 # embedding, and in the backward pass of the targets; gradients of the head's adapter.
 EXPECTED: dict[tuple[str, str], dict[str, int]] = {
     ("fsdp", "forward"): {
-        "layers all-gather": 9,
+        "layers all-gather": 5,
         "head all-gather": 6,
         "head all-to-all": 2,
-        "once all-gather": 5,
+        "once all-gather": 3,
         "once all-to-all": 1,
     },
     ("fsdp", "backward"): {
-        "layers all-gather": 9,
+        "layers all-gather": 5,
         "layers all-reduce": 11,
         "head all-gather": 1,
-        "once all-gather": 4,
+        "once all-gather": 3,
         "once all-reduce": 3,
         "once all-to-all": 1,
     },
     ("fsdp tensor", "forward"): {
-        "layers all-gather": 9,
+        "layers all-gather": 5,
         "layers all-reduce": 4,
         "head all-gather": 8,
         "head all-reduce": 10,
         "head all-to-all": 2,
         "head collective-permute": 2,
-        "once all-gather": 7,
+        "once all-gather": 5,
         "once all-reduce": 1,
         "once all-to-all": 1,
         "once collective-permute": 1,
     },
     ("fsdp tensor", "backward"): {
-        "layers all-gather": 9,
+        "layers all-gather": 5,
         "layers all-reduce": 19,
         "head all-gather": 1,
-        "once all-gather": 5,
+        "once all-gather": 4,
         "once all-reduce": 5,
         "once all-to-all": 1,
         "once collective-permute": 1,
