@@ -20,7 +20,6 @@ from jax_client.cli import stages
 from jax_client.cli.keys.key_file import read_key_file
 from jax_client.cli.server_options import server_options
 from jax_client.cli.settings import ServerSettings, print_settings, read_settings
-from jax_client.host.memory import few_arenas
 from jax_client.host.proxies import bypassing, through_proxy
 from jax_client.server import LOOPBACK
 
@@ -54,7 +53,6 @@ def serve(ctx: click.Context, **_: object) -> None:
         print_settings(ctx)
         return
     sys.setswitchinterval(SWITCH_SECONDS)
-    few_arenas()
     host = settings.host
     if host not in LOOPBACK and settings.api_key is None and settings.api_key_file is None:
         raise click.UsageError(f"--host {host} lets other machines in; give an --api-key too, or an --api-key-file.")
