@@ -86,10 +86,14 @@ class Honest:
         self.failures: list[str] = []
         self._url, self._model = url, model
         self._service = self._connect()
-        self._client = self._service.create_lora_training_client(base_model=model, rank=4).result(timeout=300)
+        self._client = self.open_client(rank=4)
 
     def _connect(self) -> Any:
         return tinker.ServiceClient(base_url=self._url, api_key=KEY)
+
+    def open_client(self, rank: int) -> Any:
+        """Return a new training client."""
+        return self._service.create_lora_training_client(base_model=self._model, rank=rank).result(timeout=300)
 
     def turn(self) -> None:
         """Train a step, and sample from the weights, from a checkpoint, and from the base model by a new client."""
@@ -153,6 +157,8 @@ def main() -> None:
         server, port = serve(Path(folder), model)
         watch = Watch(server.pid)
         honest = Honest(f"http://127.0.0.1:{port}", model)
+        # Programs for an adapter such as the attackers' take memory that no attack explains.
+        honest.open_client(rank=1)
         for _ in range(5):
             honest.turn()
         while compiles(port):  # which take memory of their own, in the background too
