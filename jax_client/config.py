@@ -67,7 +67,8 @@ class EngineConfig:
         max_tokens_per_micro_batch: ceiling of the tokens computed at once in a training pass, at most 8,192 for each
             way of the mesh that rows are split (on a CPU for each of the two that run at once); None chooses.
         remat: what the backward pass recomputes to save memory. "none" keeps every layer's activations, "selective" all
-            but the wide half of each layer, "full" each layer's input only; "auto" takes the first that fits.
+            but the wide half of each layer, "full" each layer's input only; "auto" takes the first that fits, on
+            an accelerator together with the tokens of a micro-batch.
         state_dir: checkpoints and their catalogue, on a disk of this machine; None is `default_state_dir()`.
         mirror: where every checkpoint is copied after it is safe in `state_dir`, and found again when it is gone there,
             such as "gs://bucket/path": any URL that fsspec opens; None is `default_mirror()`.

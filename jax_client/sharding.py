@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import jax
 import numpy as np
@@ -53,14 +53,38 @@ def make_mesh(axes: Literal["auto"] | Mapping[str, int], devices: Sequence[Devic
         refuse_part_of_a_slice()
         devices = jax.devices()
     devices = list(devices)
-    sizes = {"fsdp": len(devices)} if axes == "auto" else dict(axes)
-    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-    if math.prod(shape) != len(devices):
-        raise BadRequestError(
-            f"EngineConfig.mesh {sizes} needs {math.prod(shape)} devices, but {len(devices)} are there; choose sizes "
-            f"whose product is {len(devices)}, or leave mesh='auto'."
-        )
+    shape = mesh_shape(axes, len(devices))
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def describe_mesh(axes: Literal["auto"] | Mapping[str, int], devices: Sequence[Device]) -> Mesh:
+    """Build the mesh of devices that are not here, of which only what `Device` names is known.
+
+    Shapes and bytes per device come from it as from a real one; nothing can be compiled or put there.
+
+    Raises:
+        BadRequestError: as `make_mesh`.
+    """
+    shape = mesh_shape(axes, len(devices))
+    places = np.empty(len(devices), object)
+    places[:] = devices
+    return Mesh(places.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_shape(axes: Literal["auto"] | Mapping[str, int], count: int) -> tuple[int, ...]:
+    """Return the sizes of `MESH_AXES` for this number of devices.
+
+    Raises:
+        BadRequestError: the sizes do not multiply to the number of devices.
+    """
+    sizes = {"fsdp": count} if axes == "auto" else dict(axes)
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    if math.prod(shape) != count:
+        raise BadRequestError(
+            f"EngineConfig.mesh {sizes} needs {math.prod(shape)} devices, but {count} are there; choose sizes "
+            f"whose product is {count}, or leave mesh='auto'."
+        )
+    return shape
 
 
 def sharding_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str = "array") -> NamedSharding:
@@ -98,8 +122,26 @@ def split_rows(array: jax.Array, mesh: Mesh) -> jax.Array:
 
 def put_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
     """Put a host array on the mesh, its first axis split as the rows of a batch are."""
-    axes = ("rows", *(None,) * (array.ndim - 1))
-    return jax.device_put(array, sharding_for(axes, array.shape, mesh))
+    return jax.device_put(array, _by_rows(array, mesh))
+
+
+def shape_of_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Return the shape, the type and the place of what `put_rows` puts on the mesh, to compile programs with."""
+    return _shape(array, _by_rows(array, mesh))
+
+
+def shape_of_whole(array: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
+    """Return the shape, the type and the place of what `put_whole` puts on the mesh, to compile programs with."""
+    return _shape(array, replicated(mesh))
+
+
+def _by_rows(array: np.ndarray, mesh: Mesh) -> NamedSharding:
+    return sharding_for(("rows", *(None,) * (array.ndim - 1)), array.shape, mesh)
+
+
+def _shape(array: np.ndarray | np.generic, place: NamedSharding) -> jax.Array:
+    # A program is prepared with shapes as it is called with arrays.
+    return cast(jax.Array, jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place))
 
 
 def put_whole(array: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:

@@ -1,6 +1,6 @@
-"""Which tests run? Those marked `full` only with --full, those marked `faults` only with --faults.
+"""Which tests run? Those marked `full`, `faults` or `aot` only with the option of that name.
 
-Both take minutes and say nothing new on most changes.
+They take minutes and say nothing new on most changes.
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ TALLY = pytest.StashKey[Counter[str]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the tests marked full")
     parser.addoption("--faults", action="store_true", help="also run the tests marked faults")
+    parser.addoption("--aot", action="store_true", help="also run the tests marked aot")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    unwanted = [marker for marker in ("full", "faults") if not config.getoption(f"--{marker}")]
+    unwanted = [marker for marker in ("full", "faults", "aot") if not config.getoption(f"--{marker}")]
     left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in unwanted)]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)

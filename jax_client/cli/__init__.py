@@ -17,6 +17,8 @@ import click
 
 from jax_client.cli.checkpoints import checkpoint
 from jax_client.cli.doctor.command import doctor
+from jax_client.cli.estimate.command import estimate
+from jax_client.cli.estimate.models import model_group
 from jax_client.cli.keys.command import key
 from jax_client.cli.options import STATE_DIR_HELP, STATE_DIR_TYPE, GlobalOptions
 from jax_client.cli.run_command import run
@@ -38,7 +40,7 @@ def group(options: GlobalOptions, state_dir: Path | None, debug: bool) -> None:
     options.state_dir, options.debug = state_dir, debug
 
 
-for _command in (serve, run, runs_group, checkpoint, key, doctor):
+for _command in (serve, run, runs_group, checkpoint, model_group, estimate, key, doctor):
     group.add_command(_command)
 
 

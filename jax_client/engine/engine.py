@@ -97,21 +97,18 @@ class Engine:
         self.params = load_params(source, self.model, self.dtype, self.mesh, bits=self._on_cpu)
         self._log: list[CompileRecord] = []
         self._adapters: list[Adapter] = []
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         self.attention = choose_attention(self.mesh, self.model, self.dtype)
         shared = self.params, self.model, self.dtype, self.mesh, self.attention, self._log
         # Threads for what a request will wait for and for what it will not, which yields.
         self._background = Workers("jax_client-compile", 4, ready=2) if settings.precompile else None
         self._asked = threading.Event()  # a request came that runs programs
         self.sampler = SamplingLoop(*shared, settings.memory_fraction, self._background)
-        concurrent = memory.choose_concurrency(self.mesh)
         self.trainer = Trainer(
             *shared,
-            max_tokens=settings.max_tokens_per_micro_batch
-            or concurrent * memory.choose_micro_batch_tokens(device, ways),
-            concurrent=concurrent,
+            max_tokens=settings.max_tokens_per_micro_batch,
             remat=settings.remat,
             memory_fraction=settings.memory_fraction,
+            cache_bytes=self.sampler.cache_bytes(),
             make_room=self.sampler.release_cache,
             background=self._background,
         )

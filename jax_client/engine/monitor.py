@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jax_client.engine.core import memory
 from jax_client.engine.core.adapters import Adapter
 from jax_client.engine.core.dispatch import Dispatcher
 from jax_client.engine.core.programs import CompileRecord, compiling
@@ -87,7 +86,7 @@ class EngineMonitor:
                 "optimizer": size([(a.mu, a.nu) for a in known]),
                 "gradients": size([grads for a in known if (grads := a.grads) is not None]),
                 "cache": int(sampling["cache_bytes"]),
-                "activations_per_token": memory.activation_bytes_per_token(self.model, self.dtype, remat),
+                "activations_per_token": self.trainer.memory.activations(remat),
                 "available": self.trainer.available_bytes(),
             },
             "sampling": sampling,

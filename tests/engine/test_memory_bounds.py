@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_client.engine.core import adapters, memory
 from jax_client.engine.core.attention_check import choose_attention
+from jax_client.engine.core.memory import PassMemory
 from jax_client.engine.train.packing import Plan
 from jax_client.engine.train.trainer import Trainer
 from jax_client.losses.logprob_head import Blocks
@@ -107,7 +107,7 @@ def compile_step(
 
     params = jax.tree.map(stored, param_specs(c, dtype), is_leaf=lambda p: isinstance(p, ParamSpec))
     attention = choose_attention(mesh, c, dtype)
-    settings: dict[str, Any] = {"max_tokens": tokens, "concurrent": 1, "remat": remat, "memory_fraction": 0.9}
+    settings: dict[str, Any] = {"max_tokens": tokens, "remat": remat, "memory_fraction": 0.9, "cache_bytes": 0}
     trainer = Trainer(params, c, dtype, mesh, attention, [], **settings, make_room=bool)
     plan = Plan(rows=1, length=tokens, slots=())
     trainer.ahead.compile_pass(spec, plan, targets, "warmup")
@@ -143,8 +143,10 @@ def test_the_estimate_is_near_the_compiler_s_account(remat: Remat, targets: int)
     c = sizes(vocab_size=8000, d_model=256, d_ff=1024, n_layers=8, n_heads=4, n_kv_heads=2, head_dim=64)
     spec, dtype = LoraSpec(rank=16, seed=0), jnp.dtype("bfloat16")
     forward, backward = compile_step(c, spec, TOKENS, dtype, remat, targets)
-    adapter = memory.tree_bytes(adapters.param_specs(c, spec), make_mesh("auto", jax.devices()[:1]))
-    parts = memory.step_bytes(c, dtype, remat, TOKENS, adapter, targets, Blocks.of(jax.default_backend()))
+    mesh = make_mesh("auto", jax.devices()[:1])
+    blocks = Blocks.of(jax.default_backend())
+    passes = PassMemory(config=c, dtype=dtype, mesh=mesh, attention="blockwise", blocks=blocks)
+    parts = passes.step(remat, TOKENS, spec, targets)
 
     # Of the head's part, what is kept beside its blocks of scores: four arrays as wide as the residual stream.
     kept = parts["activations"] + 4 * 4 * TOKENS * c.d_model

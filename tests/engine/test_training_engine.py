@@ -203,6 +203,29 @@ def test_what_cannot_fit_is_refused_with_numbers(tmp_path: Path, monkeypatch: py
     engine.close()
 
 
+def test_a_call_that_does_not_fit_runs_in_smaller_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is refused when the smallest that holds its longest sequence does not fit, and then nothing has changed."""
+    monkeypatch.setattr(memory, "choose_concurrency", lambda mesh: 1)
+    engine = open_engine(tmp_path / "m", CONFIG)
+    lane, batch = engine.open_lane(), data(8, 120)
+    adapter, twin = (engine.open_adapter(lane, SPEC).result() for _ in range(2))
+    expected = engine.train_batch(lane, twin, batch, CROSS_ENTROPY).result()
+    before = engine.trainer.limits
+    room = sum(engine.trainer.memory.step(engine.trainer.remat(512), 512, SPEC).values())
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: 10_000)
+    with pytest.raises(RequestFailedError, match="1 x 256 tokens needs"):
+        engine.train_batch(lane, adapter, batch, CROSS_ENTROPY).result()
+    assert engine.trainer.limits == before and adapter.grads is None
+    monkeypatch.setattr(memory, "available_bytes", lambda *_: room)
+    result = engine.train_batch(lane, adapter, batch, CROSS_ENTROPY).result()
+    assert engine.trainer.limits.tokens == 512 and "at most 512 tokens" in caplog.text
+    for got, want in zip(result.logprobs, expected.logprobs, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    engine.close()
+
+
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     monkeypatch.setattr(memory, "_own_cgroup", lambda controller: Path("" if controller else "box/inner"))

@@ -33,21 +33,30 @@ POISON = 2**24  # floats, 64 MiB: the arrays and workspaces of the probe have ro
 
 def choose_attention(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Attention:
     """Return the platform's kernel where there is one and `agrees` with the blockwise attention, else the latter."""
+    candidate, plain = kernel_of(mesh, dtype), plain_attention(mesh)
+    return candidate if candidate is not None and agrees(candidate, plain, mesh, model, dtype) else plain
+
+
+def plain_attention(mesh: Mesh) -> Attention:
+    """Return the attention that runs everywhere."""
+    return blockwise(one_cpu=mesh.size == 1 and mesh.devices.flat[0].platform == "cpu")
+
+
+def kernel_of(mesh: Mesh, dtype: jnp.dtype) -> Attention | None:
+    """Return the kernel of the mesh's platform, unchecked; None where there is none."""
     platform = mesh.devices.flat[0].platform
-    plain = blockwise(one_cpu=mesh.size == 1 and platform == "cpu")
     make: Callable[[], Attention] | None = None
     if dtype == jnp.bfloat16 and platform == "tpu":
         make = partial(splash, mesh)
     elif dtype == jnp.bfloat16 and platform == "gpu":
         make = partial(cudnn, mesh)
     if make is None:
-        return plain
+        return None
     try:
-        candidate = make()
+        return make()
     except Exception as error:  # such as a private module that a newer jax no longer has
-        logger.warning("the %s kernel for attention cannot be loaded, using %s: %s", platform, plain.name, error)
-        return plain
-    return candidate if agrees(candidate, plain, mesh, model, dtype) else plain
+        logger.warning("the %s kernel for attention cannot be loaded: %s", platform, error)
+        return None
 
 
 def agrees(candidate: Attention, plain: Attention, mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> bool:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,44 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jax_client.engine.core import adapters
 from jax_client.errors import DoesNotFitError
 from jax_client.losses.logprob_head import Blocks
 from jax_client.models.config import ModelConfig
-from jax_client.models.decoder import ParamSpec
-from jax_client.models.kernels.blockwise import SHORT_ROW
+from jax_client.models.decoder import ParamSpec, param_specs
+from jax_client.models.kernels.blockwise import LARGE_BLOCK
 from jax_client.models.parts.block import SAVED_FOR_BACKWARD, Remat
 from jax_client.sharding import Device, sharding_for
+from jax_client.values import LoraSpec
 
 logger = logging.getLogger(__name__)
 
 # Share of the memory that is free after the weights which saved activations of one micro-batch may take.
 ACTIVATION_SHARE = 0.25
 _CGROUP = Path("/sys/fs/cgroup")
+# How many float32 arrays of a layer XLA's compilers keep at the same time: as wide as the hidden width, all query heads
+# and the residual stream, each for all tokens. By `estimate --compile` of Qwen3-4B and -8B's widths; see docs/estimate.
+LIVE_ARRAYS: dict[str, dict[str, tuple[float, float, float]]] = {
+    "tpu": {
+        "forward": (4, 0, 1),
+        "none": (4, 0, 1),
+        "selective": (6, 0, 1),
+        "full": (8.5, 4, 5),
+        "scores": (0, 0, 4),
+        "attention": (0, 11.3, 0),
+    },
+    "gpu": {
+        "forward": (4, 0, 1),
+        "none": (4, 0, 1),
+        "selective": (8.5, 0, 1),
+        "full": (8.5, 6.2, 1),
+        "scores": (0, 0, 4),
+        "attention": (0, 11.3, 0),
+    },
+}
+SCORE_ARRAYS = 5.5  # of blockwise attention, off a CPU: scores of all queries against a block of keys
+HEAD_ARRAYS = 2.5  # as wide as the residual stream, beside the scores over a block of the vocabulary
+LOGIT_ARRAYS = 3  # of a decode step
 
 
 def available_bytes(device: Device, fraction: float = 1.0) -> int:
@@ -101,37 +127,134 @@ def tree_bytes(specs: Any, mesh: Mesh) -> int:
     return sum(math.prod(shape) * spec.dtype.itemsize for spec, shape in shards)
 
 
-def activation_bytes_per_token(c: ModelConfig, dtype: jnp.dtype, remat: Remat) -> int:
+def activation_bytes_per_token(c: ModelConfig, dtype: jnp.dtype, remat: Remat, tensor: int = 1) -> int:
     """Return what a training pass keeps per token between forward and backward, all layers together.
 
     The adapters' u is left out: rank values per module and token, a few percent at rank 32.
+
+    Args:
+        c, dtype, remat: the model, the matmul type, what is kept.
+        tensor: ways that heads and hidden widths are split.
     """
-    heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    widths = {"x": c.d_model, "q": heads, "k": kv, "v": kv, "o": heads, "x2": c.d_model, "gate": c.d_ff, "up": c.d_ff}
+    heads, kv, wide = c.n_heads * c.head_dim // tensor, c.n_kv_heads * c.head_dim // tensor, c.d_ff // tensor
+    widths = {"x": c.d_model, "q": heads, "k": kv, "v": kv, "o": heads, "x2": c.d_model, "gate": wide, "up": wide}
     return c.n_layers * sum(widths.get(name, 0) for name in SAVED_FOR_BACKWARD[remat]) * dtype.itemsize
 
 
-def step_bytes(
-    c: ModelConfig, dtype: jnp.dtype, remat: Remat, tokens: int, adapter_bytes: int, targets: int, blocks: Blocks
-) -> dict[str, int]:
-    """Return what forward_backward allocates per device for one micro-batch, by kind.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassMemory:
+    """What the training passes of one model on one mesh allocate on a device.
 
-    Args:
-        tokens: of the micro-batch, per way of the mesh that rows are split.
-        adapter_bytes: of the adapter's weights per device.
-        targets: of a position. Where there are several, their rows of the output projection are gathered, once in the
-            matmul type and once in float32.
+    Attributes:
+        attention: its name.
         blocks: of scores, how large they may be.
     """
-    layer = c.d_ff * 6 + c.d_model * 6 + c.n_heads * c.head_dim * 6  # float32, while one layer runs backwards
-    chunk, entries = blocks.tokens(tokens), blocks.entries
-    gathered = tokens * targets * c.d_model * (4 + dtype.itemsize) if targets > 1 else 0
-    return {
-        "activations": tokens * activation_bytes_per_token(c, dtype, remat),
-        "layer": tokens * layer * 4,
-        "head": 4 * (2 * chunk * min(entries, c.vocab_size) + 4 * tokens * c.d_model) + gathered,
-        "gradients": 2 * adapter_bytes,
-    }
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    mesh: Mesh
+    attention: str
+    blocks: Blocks
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the host's memory is filled, where an estimate that is too small has the process killed."""
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    def activations(self, remat: Remat) -> int:
+        """Return the bytes per token that are kept of the layers between forward and backward."""
+        return activation_bytes_per_token(self.config, self.dtype, remat, self.mesh.shape["tensor"])
+
+    def adapter(self, spec: LoraSpec) -> int:
+        """Return the bytes of an adapter's weights."""
+        return tree_bytes(adapters.param_specs(self.config, spec), self.mesh)
+
+    def step(self, remat: Remat, tokens: int, spec: LoraSpec, targets: int = 1) -> dict[str, int]:
+        """Return what forward_backward allocates for one micro-batch, by kind.
+
+        Args:
+            remat: what is kept.
+            tokens: of the micro-batch, per way of the mesh that rows are split.
+            spec: of the adapter.
+            targets: of a position. Where there are several, their rows of the output projection are gathered, once in
+                the matmul type and once in float32.
+        """
+        c, size = self.config, self.dtype.itemsize
+        gathered = tokens * targets * c.d_model * (4 + size) if targets > 1 else 0
+        gradients = 2 * self.adapter(spec)
+        if self.on_cpu:
+            layer = c.d_ff * 6 + c.d_model * 6 + c.n_heads * c.head_dim * 6  # float32, while one layer runs backwards
+            chunk, entries = self.blocks.tokens(tokens), self.blocks.entries
+            return {
+                "activations": tokens * self.activations(remat),
+                "layer": tokens * layer * 4,
+                "head": 4 * (2 * chunk * min(entries, c.vocab_size) + 4 * tokens * c.d_model) + gathered,
+                "gradients": gradients,
+            }
+        return {
+            "activations": self.kept(remat, tokens, spec),
+            "head": self.kept_beside(tokens, spec) + gathered,
+            "layer": max(self.temporaries(remat, tokens).values()),
+            "gradients": gradients,
+        }
+
+    def kept(self, remat: Remat, tokens: int, spec: LoraSpec) -> int:
+        """Return what is kept of the layers: what their backward pass reads, the adapters' u, attention's sums."""
+        c, names = self.config, SAVED_FOR_BACKWARD[remat]
+        us = {"u_qkv": 3 * spec.train_attn, "u_o": spec.train_attn, "u_gate_up": 2 * spec.train_mlp}
+        us["u_down"] = int(spec.train_mlp)
+        u = spec.rank * sum(us.get(name, 0) for name in names) * self.dtype.itemsize
+        sums = 4 * c.n_heads // self.mesh.shape["tensor"] if "attention" in names else 0
+        return tokens * (self.activations(remat) + c.n_layers * (u + sums))
+
+    def temporaries(self, remat: Remat, tokens: int) -> dict[str, int]:
+        """Return what a forward and a backward pass have beside their arguments and results, on an accelerator.
+
+        Float32 arrays of one layer, as many as XLA's compilers keep together (`LIVE_ARRAYS`), or blocks of scores
+        over the vocabulary with what is summed beside them, or blocks of attention's scores.
+        """
+        c, tensor = self.config, self.mesh.shape["tensor"]
+        widths = c.d_ff / tensor, c.n_heads * c.head_dim / tensor, c.d_model
+        live = LIVE_ARRAYS["tpu" if self.mesh.devices.flat[0].platform == "tpu" else "gpu"]
+        # Where the ways have a part of the width each, the gathered weights of a matmul, too.
+        gathered = c.d_ff * c.d_model // tensor * self.dtype.itemsize if self.mesh.shape["fsdp"] > 1 else 0
+        size = lambda name: 4 * tokens * sum(n * width for n, width in zip(live[name], widths, strict=True))  # noqa: E731
+        entries = min(self.blocks.entries, c.vocab_size // tensor)
+        head = tokens * (entries * (4 + 4 + self.dtype.itemsize) + 4 * HEAD_ARRAYS * c.d_model)
+        found = {"forward": max(size("forward") + gathered, head), "backward": max(size(remat) + gathered, head)}
+        if self.attention == "blockwise":
+            scores = 4 * tokens * c.n_heads / tensor * LARGE_BLOCK
+            found["forward"] = max(found["forward"], SCORE_ARRAYS * scores + size("scores"))
+            found["backward"] = max(found["backward"], size("attention"))
+        return {name: int(bytes_) for name, bytes_ in found.items()}
+
+    def kept_beside(self, tokens: int, spec: LoraSpec) -> int:
+        """Return what is kept of the rest: the last residual stream and the head's e, and with an adapter there h."""
+        D, R = self.config.d_model, spec.rank
+        return tokens * (8 * D + (self.dtype.itemsize * D + 4 * R if spec.train_unembed else 0))
+
+
+def decode_temporaries(c: ModelConfig, dtype: jnp.dtype, mesh: Mesh, spec: LoraSpec, rows: int) -> int:
+    """Return what a block of decode steps has beside its arguments and results, on a device.
+
+    The adapter in the matmul type, whole over the ways; of the layers, where the ways have a part of the width each,
+    the largest weights as they are gathered, or a block of the table; and a few arrays of logits.
+
+    Args:
+        c, dtype, mesh: the model, the matmul type, the mesh.
+        spec: of the adapter.
+        rows: of the block, per way.
+    """
+    size, tensor, platform = dtype.itemsize, mesh.shape["tensor"], mesh.devices.flat[0].platform
+    arrays = jax.tree.leaves(adapters.param_specs(c, spec), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+    split = lambda p: tensor if {"kv_heads", "ffw", "vocab"} & set(p.axes) else 1  # noqa: E731
+    adapter = sum(math.prod(p.shape) // split(p) * size for p in arrays)
+    logits = LOGIT_ARRAYS * 4 * rows * c.vocab_size // tensor
+    gathered = 3 * c.d_ff * c.d_model // tensor * size if mesh.shape["fsdp"] > 1 else 0
+    stored = param_specs(c, dtype)["layers"]
+    # With the heads apart this matrix has no layout in which a TPU multiplies.
+    relaid = tree_bytes(stored.get("qkv_LDKJH", {}), mesh) if platform == "tpu" else 0
+    return adapter + max(gathered, logits) + relaid
 
 
 def choose_concurrency(mesh: Mesh) -> int:
@@ -143,11 +266,6 @@ def choose_concurrency(mesh: Mesh) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 2)
-
-
-def choose_micro_batch_tokens(device: Device, ways: int) -> int:
-    """Return the token ceiling of a micro-batch: enough to fill the matmuls, small enough for the caches of a CPU."""
-    return ways * (SHORT_ROW if device.platform == "cpu" else 8192)
 
 
 def choose_remat(c: ModelConfig, dtype: jnp.dtype, tokens: int, free: int) -> Remat:

@@ -18,9 +18,10 @@ from jax_client.engine.sample.programs import SCORE_CHUNK
 from jax_client.engine.sample.rows import Row, Tile
 from jax_client.models.kernels.paged import BLOCK
 from jax_client.models.parts.lora import LORA_ALPHA
-from jax_client.sharding import put_rows, put_whole
+from jax_client.sharding import put_rows, put_whole, shape_of_rows, shape_of_whole
 
 STOP_IDS = 64
+WHOLE = ("wanted", "steps")  # what every way sees
 HostBatch = dict[str, np.ndarray]
 
 
@@ -112,8 +113,12 @@ class Batches:
 
     def put(self, batch: HostBatch) -> dict[str, jax.Array]:
         """Put a batch on the mesh, split by way; what every way sees is whole everywhere."""
-        put = dict.fromkeys(batch, put_rows) | {"wanted": put_whole, "steps": put_whole}
-        return {name: put[name](array, self.mesh) for name, array in batch.items()}
+        return {name: (put_whole if name in WHOLE else put_rows)(array, self.mesh) for name, array in batch.items()}
+
+    def shapes(self, batch: HostBatch) -> dict[str, jax.Array]:
+        """Return the shapes and places of what `put` gives, to compile programs with."""
+        shape = lambda name: shape_of_whole if name in WHOLE else shape_of_rows  # noqa: E731
+        return {name: shape(name)(array, self.mesh) for name, array in batch.items()}
 
 
 def _add_scores(batch: HostBatch, way: int, i: int, tile: Tile) -> None:

@@ -30,7 +30,7 @@ from jax_client.engine.core.programs import CompileRecord
 from jax_client.engine.core.requests import GenerationRequest, GenerationResult
 from jax_client.engine.core.turns import Lane, Task, Unawaited
 from jax_client.engine.sample.batches import Batches
-from jax_client.engine.sample.pages import PAGE
+from jax_client.engine.sample.pages import FEWEST_PAGES, PAGE, fitting_pages, most_pages
 from jax_client.engine.sample.programs import BLOCK_STEPS, Pool, SamplePrograms, sampling_params
 from jax_client.engine.sample.rows import Job, Row, extend, take_scores
 from jax_client.engine.sample.schedule import MAX_VERSIONS, Schedule
@@ -48,8 +48,6 @@ LINGER_S = 0.003
 # which takes tens of milliseconds a step, does fewer.
 BLOCK_S = 0.5
 FEWEST_STEPS = 4
-CACHE_SHARE = 0.4  # of the free memory that the pages may take
-FEWEST_PAGES = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +70,11 @@ class Sizes:
 # A CPU's time grows with the rows, padding included; an accelerator's hardly does before 100 rows or so.
 CPU = Sizes(rows=(8, 32), tiles=(4, 16), many_tiles=13, tokens_per_row=512)
 ACCELERATOR = Sizes(rows=(16, 128), tiles=(2, 16), many_tiles=3, tokens_per_row=2048)
+
+
+def sizes_on(platform: str) -> Sizes:
+    """Return the sizes on a device's platform."""
+    return CPU if platform == "cpu" else ACCELERATOR
 
 
 @dataclass(slots=True)
@@ -109,14 +112,13 @@ class SamplingLoop:
         self._params = sampling_params(params)
         self._model = model
         self._mesh = mesh
-        self._sizes = CPU if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR
+        self._sizes = sizes_on(mesh.devices.flat[0].platform)
         self._batches = Batches.of(mesh, model.max_context)
         self._ways = self._batches.ways
         self._memory_fraction = memory_fraction
         self._programs = SamplePrograms(model, dtype, mesh, attention, log)
         self._sized = SizedPrograms(self._programs, self._batches, self._params, background)
-        row_pages = -(-model.max_context // PAGE)
-        self._most_pages = max(row_pages, self._sizes.rows[-1] * self._sizes.tokens_per_row // PAGE)
+        self._most_pages = most_pages(model.max_context, self._sizes.rows[-1] * self._sizes.tokens_per_row)
         self._pool: Pool | None = None
         self._schedule: Schedule | None = None
         self._lock = threading.Lock()
@@ -350,11 +352,11 @@ class SamplingLoop:
         """Return how many pages a way's pool may have; `pages_now` is what it has."""
         page_bytes = self._programs.page_bytes() // self._mesh.shape["tensor"]
         free = memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction) + pages_now * page_bytes
-        pages = self._most_pages
-        # Halves, so that what was compiled for one size is found again by later processes.
-        while pages * page_bytes > CACHE_SHARE * free and pages > FEWEST_PAGES:
-            pages //= 2
-        return pages
+        return fitting_pages(self._most_pages, page_bytes, free)
+
+    def cache_bytes(self) -> int:
+        """Return the bytes of a device that the cache will take, from what is free now; for before there is one."""
+        return self._fitting_pages(0) * self._programs.page_bytes() // self._mesh.shape["tensor"]
 
     def _prefill(self, schedule: Schedule, size: int) -> Task[None]:
         """Yield-from: compute tiles of one version; wait for their scores and draws if any were asked for."""

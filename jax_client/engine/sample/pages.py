@@ -13,11 +13,41 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import DTypeLike
+
+from jax_client.models.config import ModelConfig
 
 PAGE = 32
+CACHE_SHARE = 0.4  # of the free memory that the pages may take
+FEWEST_PAGES = 16
 SCRATCH = 0  # where the writes of padding go; never handed out
 
 _Key = tuple[int, bytes]
+
+
+def page_bytes(c: ModelConfig, dtype: DTypeLike) -> int:
+    """Return the bytes of one page, all layers together, on all devices that share it."""
+    return 2 * c.n_layers * c.n_kv_heads * c.head_dim * PAGE * np.dtype(dtype).itemsize
+
+
+def most_pages(max_context: int, tokens: int) -> int:
+    """Return how many pages a way's pool has where there is memory for all: for `tokens`, and for one longest row."""
+    return max(-(-max_context // PAGE), tokens // PAGE)
+
+
+def fitting_pages(most: int, size: int, free: int) -> int:
+    """Return how many pages, at most `most`, a way's pool has.
+
+    Args:
+        most: that are of use.
+        size: of a page on each device, in bytes.
+        free: bytes of each device.
+    """
+    pages = most
+    # Halves, so that what was compiled for one size is found again by later processes.
+    while pages * size > CACHE_SHARE * free and pages > FEWEST_PAGES:
+        pages //= 2
+    return pages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_client.engine.core.adapters import Weights
 from jax_client.engine.core.programs import CompileRecord, Program, shardings_of
 from jax_client.engine.core.requests import MAX_ALTERNATIVES, MAX_TARGETS, MAX_TOPK_PROMPT, MAX_TOPK_SAMPLE
-from jax_client.engine.sample.pages import PAGE
+from jax_client.engine.sample.pages import PAGE, page_bytes
 from jax_client.engine.sample.shards import Shards
 from jax_client.engine.sample.token_sampling import draw_tokens
 from jax_client.models.config import ModelConfig
@@ -86,14 +86,19 @@ class SamplePrograms:
 
     def new_pool(self, ways: int, pages: int) -> Pool:
         """Return an empty pool of zeros, `pages` for each way."""
+        shapes = self.pool_shapes(ways, pages)
+        if self._mesh.devices.flat[0].platform != "cpu":
+            return {name: jnp.zeros(a.shape, a.dtype, device=a.sharding) for name, a in shapes.items()}
+        # Memory of a CPU is taken when a page is first written.
+        return {name: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding) for name, a in shapes.items()}
+
+    def pool_shapes(self, ways: int, pages: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the arrays of `new_pool` as shapes with their places."""
         c = self._config
         shape = (ways, c.n_layers, pages, PAGE, c.n_kv_heads, c.head_dim)
-        place = self._pool_sharding(shape)
-        if self._mesh.devices.flat[0].platform != "cpu":
-            return {name: jnp.zeros(shape, self._dtype, device=place) for name in "kv"}
-        # Memory of a CPU is taken when a page is first written.
-        kind = np.uint16 if self._dtype == jnp.bfloat16 else self._dtype
-        return {name: jax.device_put(np.zeros(shape, kind), place) for name in "kv"}
+        as_bits = self._dtype == jnp.bfloat16 and self._mesh.devices.flat[0].platform == "cpu"
+        struct = jax.ShapeDtypeStruct(shape, np.uint16 if as_bits else self._dtype, sharding=self._pool_sharding(shape))
+        return dict.fromkeys("kv", struct)
 
     def _pool_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         return sharding_for(("rows", None, None, None, "kv_heads", None), shape, self._mesh, "key/value cache")
@@ -130,8 +135,7 @@ class SamplePrograms:
 
     def page_bytes(self) -> int:
         """Return the bytes of one page, all layers together, on all devices that share it."""
-        c = self._config
-        return 2 * c.n_layers * c.n_kv_heads * c.head_dim * PAGE * self._dtype.itemsize
+        return page_bytes(self._config, self._dtype)
 
     @jax.named_scope("prefill")
     def _prefill(self, params: Params, loras: tuple[Weights, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:

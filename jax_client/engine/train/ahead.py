@@ -10,25 +10,22 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_client.engine.core import adapters
 from jax_client.engine.core.adapters import Weights
 from jax_client.engine.core.programs import Cause
-from jax_client.engine.core.requests import AdamSettings
 from jax_client.engine.train import packing
-from jax_client.engine.train.packing import Limits, MicroBatch, Plan
+from jax_client.engine.train.packing import Limits, Plan
 from jax_client.engine.train.programs import Batch, TrainPrograms
-from jax_client.losses import registry
+from jax_client.engine.train.shapes import batch_shapes, loss_shape, step_shapes
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params
 from jax_client.models.parts.block import Remat
-from jax_client.sharding import put_whole
 from jax_client.threads import Workers
 from jax_client.values import LoraSpec, TrainExample
 
@@ -37,7 +34,6 @@ class CompileAhead:
     """Compiles training programs before they run. Thread-safe.
 
     Args:
-        put: `f(micro-batch) -> batch` on the device.
         remat_of: `f(plan) -> remat` of its forward pass.
         background: threads that compile beside the calls; None compiles nothing that is not asked for.
     """
@@ -49,7 +45,6 @@ class CompileAhead:
         model: ModelConfig,
         mesh: Mesh,
         *,
-        put: Callable[[MicroBatch], Batch],
         remat_of: Callable[[Plan], Remat],
         background: Workers | None,
     ) -> None:
@@ -57,7 +52,6 @@ class CompileAhead:
         self._params = params
         self._model = model
         self._mesh = mesh
-        self._put = put
         self._remat_of = remat_of
         self._background = background
         # Compiled or in the cache, and begun here, each for adapters of one configuration.
@@ -110,9 +104,7 @@ class CompileAhead:
         weights = self._weights(spec)
         if add:
             self._programs.add.prepare(cause, weights, weights)
-        hyper = {field.name: put_whole(np.float32(0), self._mesh) for field in fields(AdamSettings)}
-        step = put_whole(np.int32(0), self._mesh)
-        self._programs.optim_step.prepare(cause, weights, weights, weights, weights, step, hyper)
+        self._programs.optim_step.prepare(cause, *step_shapes(weights, self._mesh))
 
     def _is_at_hand(self, rectangle: _Rectangle) -> bool:
         if rectangle not in self._at_hand:
@@ -156,13 +148,10 @@ class CompileAhead:
 
     def _arguments(self, rectangle: _Rectangle) -> tuple[Weights, tuple[Params, Weights, Batch, jax.Array], Remat]:
         """Return the weights, and the arguments of a forward pass over a micro-batch that holds next to nothing."""
-        tokens_T, targets = np.zeros(1, np.int32), np.zeros((1, rectangle.targets), np.int32)
-        slots = (packing.Slot(index=0, row=0, start=0, length=1),)
-        plan = Plan(rows=rectangle.rows, length=rectangle.length, slots=slots)
-        example = TrainExample(tokens_T=tokens_T, targets=targets)
-        batch = self._put(packing.fill(plan, [example], dict.fromkeys(registry.INPUTS, 0.0)))
+        plan = Plan(rows=rectangle.rows, length=rectangle.length, slots=())
+        batch = batch_shapes(rectangle.rows, rectangle.length, rectangle.targets, self._mesh)
         weights = self._weights(rectangle.spec)
-        return weights, (self._params, weights, batch, put_whole(np.int32(0), self._mesh)), self._remat_of(plan)
+        return weights, (self._params, weights, batch, loss_shape(self._mesh)), self._remat_of(plan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,19 @@ not multiply by loss, and a custom loss costs one forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TypedDict, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_client.engine.core.adapters import Weights
 from jax_client.engine.core.programs import CompileRecord, Program, shardings_of
+from jax_client.engine.train.packing import MicroBatch
 from jax_client.losses import registry
 from jax_client.losses.logprob_head import Blocks, Order, head_backward, head_forward
 from jax_client.models.config import ModelConfig
@@ -45,6 +48,30 @@ class Batch(TypedDict):
     place_BT: jax.Array
     with_gradient: jax.Array
     scored: jax.Array
+
+
+def laid_out(
+    batch: MicroBatch, rows: Callable[[np.ndarray], jax.Array], whole: Callable[[np.generic], jax.Array]
+) -> Batch:
+    """Return a micro-batch on the mesh, or its shapes there.
+
+    Args:
+        batch: on the host.
+        rows: `rows(array) -> array`, whose first axis is split over the ways.
+        whole: `whole(scalar) -> array`, the same on every device.
+    """
+    return Batch(
+        tokens_BT=rows(batch.tokens_BT),
+        segments_BT=rows(batch.segments_BT),
+        positions_BT=rows(batch.positions_BT),
+        targets_BTC=rows(batch.targets_BTC),
+        real_BTC=rows(batch.real_BTC),
+        inputs={name: rows(array) for name, array in batch.inputs.items()},
+        order_BT=rows(batch.order_BT),
+        place_BT=rows(batch.place_BT),
+        with_gradient=whole(batch.with_gradient),
+        scored=whole(batch.scored),
+    )
 
 
 class StepMetrics(TypedDict):

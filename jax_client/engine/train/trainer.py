@@ -20,19 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_client.engine.core import accounting, adapters, memory
+from jax_client.engine.core import accounting, memory
 from jax_client.engine.core.accounting import Work
 from jax_client.engine.core.adapters import Adapter, Weights
 from jax_client.engine.core.device_errors import is_out_of_memory, named_error
+from jax_client.engine.core.memory import PassMemory
 from jax_client.engine.core.programs import CompileRecord, waited_for_s
 from jax_client.engine.core.requests import AdamSettings, CustomLoss, LossSpec, TrainResult
 from jax_client.engine.core.turns import Task
 from jax_client.engine.train import packing
 from jax_client.engine.train.ahead import CompileAhead
 from jax_client.engine.train.halving import halved, shape_and_remedy
+from jax_client.engine.train.limits import Sizing
 from jax_client.engine.train.packing import MicroBatch, Plan
-from jax_client.engine.train.programs import NO_ADAPTER, Batch, Kept, StepMetrics, TrainPrograms
+from jax_client.engine.train.programs import NO_ADAPTER, Batch, Kept, StepMetrics, TrainPrograms, laid_out
 from jax_client.engine.train.results import Launched, Results
+from jax_client.errors import DoesNotFitError
 from jax_client.losses import registry
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params
@@ -63,11 +66,10 @@ class Trainer:
     """Runs training calls with the engine's weights. Its tasks run on the engine's dispatch thread.
 
     Args:
-        max_tokens: ceiling of the tokens that are computed at once, all devices together.
-        concurrent: micro-batches that run side by side, launched by a thread each; more than one only where a program
-            has no collectives. One program alone leaves a CPU's cores idle at times.
+        max_tokens: ceiling of the tokens that are computed at once, all devices together; None chooses, see `limits`.
         remat: what the backward pass recomputes; "auto" decides by the size of the micro-batch.
         memory_fraction: of a device's memory that may be filled.
+        cache_bytes: of a device, that the sampler's cache will take.
         background: compiles in advance; None compiles nothing that is not needed now.
         make_room: frees memory that can be done without, and says whether there was any; called before a request is
             refused or made smaller for lack of memory.
@@ -82,10 +84,10 @@ class Trainer:
         attention: Attention,
         log: list[CompileRecord],
         *,
-        max_tokens: int,
-        concurrent: int,
+        max_tokens: int | None,
         remat: str,
         memory_fraction: float,
+        cache_bytes: int,
         make_room: Callable[[], bool],
         background: Workers | None = None,
     ):
@@ -96,22 +98,18 @@ class Trainer:
         self._dtype = dtype
         self._mesh = mesh
         self._log = log
-        self._remat = remat
         self._memory_fraction = memory_fraction
         self._make_room = make_room
-        self._free_at_start = self.available_bytes()
-        self.ahead = CompileAhead(
-            self.programs, params, model, mesh, put=self._put, remat_of=self._remat_of, background=background
+        self.memory = PassMemory(
+            config=model, dtype=dtype, mesh=mesh, attention=attention.name, blocks=self.programs.blocks
         )
-        self._launchers = Workers("jax_client-train", concurrent - 1, ready=concurrent - 1)
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        self.limits = packing.Limits(
-            ways=ways,
-            tokens=min(max(1, max_tokens // (ways * concurrent)), packing.ROW_LENGTHS[-1]),
-            concurrent=concurrent,
-            row_length=attention.row_length,
-            segments=attention.max_segments,
+        self._sizing = Sizing(
+            memory=self.memory, attention=attention, free=self.available_bytes(), cache=cache_bytes, setting=remat
         )
+        self.limits = self._sizing.limits(max_tokens)
+        self.ahead = CompileAhead(self.programs, params, model, mesh, remat_of=self._remat_of, background=background)
+        # One program alone leaves a CPU's cores idle at times.
+        self._launchers = Workers("jax_client-train", self.limits.concurrent - 1, ready=self.limits.concurrent - 1)
 
     def close(self) -> None:
         """End the threads that launch micro-batches side by side."""
@@ -128,9 +126,7 @@ class Trainer:
 
     def remat(self, tokens: int) -> Remat:
         """Return the remat setting where `tokens` tokens per way are computed at the same time."""
-        if self._remat != "auto":
-            return self._remat  # type: ignore[return-value]
-        return memory.choose_remat(self._model, self._dtype, tokens, self._free_at_start)
+        return self._sizing.remat(tokens)
 
     def prepare(self, sequences: list[TrainExample], loss: LossSpec | None, spec: LoraSpec | None = None) -> Packed:
         """Pack a call on the host; runs on a worker thread while the device is busy with earlier calls.
@@ -179,7 +175,6 @@ class Trainer:
         """Accumulate the gradient of a built-in loss."""
 
         def run(packed: Packed) -> Task[TrainResult]:
-            self._refuse_what_does_not_fit(adapter, packed)
             out, work, totals = Results(sequences), self._work(adapter, packed), self._accumulators(adapter, packed)
 
             def launch(batches: list[MicroBatch], total: Weights) -> tuple[Weights, list[tuple[MicroBatch, Launched]]]:
@@ -206,7 +201,7 @@ class Trainer:
             self._account(adapter, work, out)
             return out.result(loss)
 
-        return (yield from self._halving(run, sequences, loss, prepared))
+        return (yield from self._halving(run, sequences, loss, prepared, adapter))
 
     def custom_task(
         self, adapter: Adapter, sequences: list[TrainExample], loss: CustomLoss, prepared: Future[Packed]
@@ -218,7 +213,6 @@ class Trainer:
         """
 
         def run(packed: Packed) -> Task[TrainResult]:
-            self._refuse_what_does_not_fit(adapter, packed)
             out, work, kept = Results(sequences), self._work(adapter, packed), list[list[tuple[Batch, Kept | None]]]()
             room = memory.ACTIVATION_SHARE * self.available_bytes()
 
@@ -238,9 +232,7 @@ class Trainer:
                 for batches in packed.rounds:
                     keep = []
                     for batch in batches:
-                        room -= self._tokens(batch.plan) * memory.activation_bytes_per_token(
-                            self._model, self._dtype, self._remat_of(batch.plan)
-                        )
+                        room -= self._tokens(batch.plan) * self.memory.activations(self._remat_of(batch.plan))
                         keep.append(room >= 0)
                     launched = self._run_concurrently(forward, batches, keep)
                     for batch, (logprobs_BTC, forwarded) in zip(batches, launched, strict=True):
@@ -265,7 +257,7 @@ class Trainer:
             self._account(adapter, work, out)
             return TrainResult(logprobs=out.logprobs(), metrics={**metrics, "loss:sum": value})
 
-        return (yield from self._halving(run, sequences, None, prepared))
+        return (yield from self._halving(run, sequences, None, prepared, adapter))
 
     def optim_step(
         self, adapter: Adapter, grads: Weights, settings: AdamSettings
@@ -290,13 +282,18 @@ class Trainer:
         sequences: list[TrainExample],
         loss: LossSpec | None,
         prepared: Future[Packed],
+        adapter: Adapter | None = None,
     ) -> Task[TrainResult]:
         """Run a packed call; where the device runs out of memory, once more with what could be freed, and then with
         micro-batches half as large.
 
         Nothing was committed, so the second run starts from the same state. If it succeeds, the smaller ceiling stays.
+        `adapter` is the one that is trained, None where there is no backward pass.
         """
-        packed, before = (yield prepared), self.limits
+        packed = yield prepared
+        if adapter is not None:
+            packed = yield from self._fitting(adapter, packed, sequences, loss)
+        before = self.limits
         try:
             try:
                 return (yield from run(packed))
@@ -322,15 +319,38 @@ class Trainer:
         logger.warning("out of memory: at most %d tokens are computed at once from now on", most)
         return result
 
+    def _fitting(
+        self, adapter: Adapter, packed: Packed, sequences: list[TrainExample], loss: LossSpec | None
+    ) -> Task[Packed]:
+        """Yield-from: return a packed call whose micro-batches fit, by the estimate: where they do not, smaller ones.
+
+        The smaller ceiling stays.
+
+        Raises:
+            DoesNotFitError: the smallest that can hold the longest sequence does not fit, and nothing has changed.
+        """
+        before = self.limits
+        while True:
+            try:
+                self._refuse_what_does_not_fit(adapter, packed)
+                break
+            except DoesNotFitError:
+                if (smaller := halved(packed.batches, self.limits)) is None:
+                    self.limits = before
+                    raise
+            self.limits = smaller
+            packed = yield partial(self.prepare, sequences, loss)
+        if self.limits is not before:
+            most = self.limits.tokens_at_once * self.limits.ways
+            logger.warning("little memory is free: at most %d tokens are computed at once from now on", most)
+        return packed
+
     def _refuse_what_does_not_fit(self, adapter: Adapter, packed: Packed) -> None:
-        adapter_bytes = memory.tree_bytes(adapters.param_specs(self._model, adapter.spec), self._mesh)
         for shapes in {tuple(batch.targets_BTC.shape for batch in batches) for batches in packed.rounds}:
             parts = Counter[str]()
             for rows, length, targets in shapes:
                 plan = Plan(rows=rows, length=length, slots=())
-                remat, tokens = self._remat_of(plan), self._tokens(plan)
-                of_step = self._model, self._dtype, remat, tokens, adapter_bytes, targets, self.programs.blocks
-                parts.update(memory.step_bytes(*of_step))
+                parts.update(self.memory.step(self._remat_of(plan), self._tokens(plan), adapter.spec, targets))
             each = [f"{rows} x {length} tokens" + (f" x {K} targets" if K > 1 else "") for rows, length, K in shapes]
             memory.refuse_unless_fits(
                 "a micro-batch of " + " beside one of ".join(each),
@@ -408,16 +428,4 @@ class Trainer:
             wait(futures)
 
     def _put(self, batch: MicroBatch) -> Batch:
-        rows, whole = partial(put_rows, mesh=self._mesh), partial(put_whole, mesh=self._mesh)
-        return Batch(
-            tokens_BT=rows(batch.tokens_BT),
-            segments_BT=rows(batch.segments_BT),
-            positions_BT=rows(batch.positions_BT),
-            targets_BTC=rows(batch.targets_BTC),
-            real_BTC=rows(batch.real_BTC),
-            inputs={name: rows(array) for name, array in batch.inputs.items()},
-            order_BT=rows(batch.order_BT),
-            place_BT=rows(batch.place_BT),
-            with_gradient=whole(batch.with_gradient),
-            scored=whole(batch.scored),
-        )
+        return laid_out(batch, partial(put_rows, mesh=self._mesh), partial(put_whole, mesh=self._mesh))

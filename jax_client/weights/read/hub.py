@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,33 @@ def download(name: str, near: list[str]) -> Path:
             full.
     """
     from huggingface_hub import snapshot_download
+
+    def fetch(cache: Path) -> str:
+        return snapshot_download(
+            name,
+            cache_dir=cache,
+            allow_patterns=ALLOWED_FILES,
+            ignore_patterns=IGNORED_FILES,
+            etag_timeout=10,
+            tqdm_class=_counting_bar(),
+        )
+
+    return _fetched(name, near, fetch)
+
+
+def config_file(name: str, near: list[str]) -> Path:
+    """Return a hub model's config.json: the cached one, or fetched alone. Arguments and errors as of `download`."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if (cache := cache_directory()) is not None:
+        found = try_to_load_from_cache(name, hf.CONFIG, cache_dir=cache)
+        if isinstance(found, str):
+            return Path(found)
+    return _fetched(name, near, lambda cache: hf_hub_download(name, hf.CONFIG, cache_dir=cache, etag_timeout=10))
+
+
+def _fetched(name: str, near: list[str], fetch: Callable[[Path], str]) -> Path:
+    """Return the path that `fetch(cache) -> path` of a hub model gives, and name what keeps it from that."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     if (cache := cache_directory()) is None:
@@ -90,14 +118,7 @@ def download(name: str, near: list[str]) -> Path:
         )
     guess = f" Did you mean {near[0]!r}?" if near else ""
     try:
-        found = snapshot_download(
-            name,
-            cache_dir=cache,
-            allow_patterns=ALLOWED_FILES,
-            ignore_patterns=IGNORED_FILES,
-            etag_timeout=10,
-            tqdm_class=_counting_bar(),
-        )
+        return Path(str(fetch(cache)))
     except GatedRepoError:
         raise RequestFailedError(
             f"base_model {name!r} is gated: accept its licence on its hub page, then set HF_TOKEN to a token of that "
@@ -122,7 +143,6 @@ def download(name: str, near: list[str]) -> Path:
         if not type(error).__module__.startswith(("httpx", "httpcore", "huggingface_hub")):
             raise
         raise _unreachable(name, cache, error, guess) from error
-    return Path(str(found))
 
 
 def _counting_bar() -> Any:

@@ -114,6 +114,28 @@ def resolve(name: str | None) -> ModelSource:
     return ModelSource(name=name, path=directory, kind="hf")
 
 
+def resolve_config(name: str) -> ModelSource:
+    """Find a model of which the config is enough; the weights need not be on this machine, and are not downloaded.
+
+    Args:
+        name: a directory with config.json, a .gguf file, or a hub name.
+
+    Raises:
+        NotFoundError, RequestFailedError: as `resolve`.
+    """
+    path = Path(os.path.abspath(places.expand(name, "base_model")))
+    if path.is_file():
+        return _file(name, path)
+    if (path / hf.CONFIG).is_file():
+        return ModelSource(name=name, path=path, kind="hf", by_path=True)
+    if HUB_NAME.fullmatch(name) is None:
+        raise NotFoundError(_no_such_model(name, path))
+    if (local := _local(name)) is not None:
+        return local
+    found = hub.config_file(name, [] if name in known_models() else _nearest(name, cutoff=0.9))
+    return ModelSource(name=name, path=found.parent, kind="hf")
+
+
 def mended_name(name: str) -> str:
     """Return the name that a checkpoint's record of its base model means.
 
