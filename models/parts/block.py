@@ -39,7 +39,7 @@ SAVED_FOR_BACKWARD: dict[Remat, tuple[str, ...]] = {
     "selective": _SELECTIVE,
     "full": ("x",),
 }
-# The matmuls whose outputs `Context.rounded` is about; of the others it is the cotangents of the inputs.
+# The matmuls whose outputs an accelerator rounds; of the others it is the cotangents of the inputs.
 ROUNDED = ("qkv", "gate_up")
 # attend(q_BTKGH, k_BTKH, v_BTKH) -> (o_BTKGH, what the caller wants to keep), with rotated q and k.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -52,9 +52,9 @@ class Context:
     Attributes:
         on_cpu: whether the program runs on a CPU, where what is kept of bfloat16 are its bits.
         one_cpu: whether it runs on one CPU device, where some layouts are worth a constraint.
-        rounded: whether what the attention and the gated activation read, and the cotangents of what they return, are
-            rounded to the matmul type. An accelerator then writes and reads half as much of the widest results; they
-            are kept for the backward pass in that type, and products take them in it, all the same.
+        accelerator: whether it runs on a TPU or a GPU. What the attention and the gated activation read there, and the
+            cotangents of what they return, is rounded to the matmul type: the widest results are written and read at
+            half the size. They are kept for the backward pass in that type, and products take them in it, all the same.
         split_rows: `split_rows(x_BTD) -> x_BTD` keeps the residual stream split by rows over a mesh. The embedding and
             the weights are split by width over the same axis: left to itself, XLA would follow them, and compute all
             rows everywhere.
@@ -67,7 +67,7 @@ class Context:
     sin_BTH: jax.Array
     on_cpu: bool = False
     one_cpu: bool = False
-    rounded: bool = False
+    accelerator: bool = False
     split_rows: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
 
 
@@ -148,6 +148,9 @@ def _attention(
     h_MD = rms_norm(x_MD, w["attn_norm_LD"], c.config.norm_eps)
 
     def parts(qkv_MO: jax.Array) -> list[jax.Array]:
+        if c.accelerator:
+            # Else a TPU lays the weights out for what follows, and relays those of all layers in each program.
+            qkv_MO = jax.lax.optimization_barrier(qkv_MO)
         qkv_MKJH = qkv_MO.reshape(len(x_MD), *heads)
         if c.config.qkv_bias:
             qkv_MKJH += w["qkv_bias_LKJH"]
@@ -273,12 +276,12 @@ class Linears:
         self._pairs, self._pairs_vjp = jax.vjp(layer_pairs, lora)
         self._scale = adapter_scale(lora)
         self._dtype, self._one_cpu = c.dtype, c.one_cpu
-        self._rounded = c.dtype if c.rounded else jnp.dtype(jnp.float32)
+        self._rounded = c.dtype if c.accelerator else jnp.dtype(jnp.float32)
         self._grads: dict[str, Pair] = {}
         self.us: Saved = {} if us is None else us
 
     def forward(self, name: str, x_MI: jax.Array, *ws_IO: jax.Array, parts: Parts | None = None) -> list[jax.Array]:
-        """Return x W with the adapter's part of each output (M, O), float32 or as `Context.rounded` says."""
+        """Return x W with the adapter's part of each output (M, O), float32 or as `Context.accelerator` says."""
         out = self._rounded if name in ROUNDED else jnp.float32
         ys_MO, u_Mn = linear(x_MI, ws_IO, self._pairs.get(name), self._scale, self._dtype, parts, out)
         if u_Mn is not None:
@@ -315,7 +318,7 @@ class MixedLinears:
         scale_MV: float32; alpha / rank in the column of a row's adapter, else 0.
         dtype: of the matmul operands.
         total: sums the outputs of o and down over the devices that have a part of their inputs each.
-        rounded: as `Context.rounded`.
+        accelerator: as of the `Context`.
     """
 
     def __init__(
@@ -325,9 +328,9 @@ class MixedLinears:
         dtype: jnp.dtype,
         total: Callable[[jax.Array], jax.Array] = lambda y_MO: y_MO,
         *,
-        rounded: bool = False,
+        accelerator: bool = False,
     ):
-        self._rounded = dtype if rounded else jnp.dtype(jnp.float32)
+        self._rounded = dtype if accelerator else jnp.dtype(jnp.float32)
         self._total = total
         self._pairs = pairs
         self._scale_MV = scale_MV
@@ -335,7 +338,7 @@ class MixedLinears:
         self.us: Saved = {}
 
     def forward(self, name: str, x_MI: jax.Array, *ws_IO: jax.Array, parts: Parts | None = None) -> list[jax.Array]:
-        """Return x W with each row's own adapter's part of each output (M, O), float32 or as `rounded` says."""
+        """Return x W with each row's own adapter's part of each output (M, O), typed as by `Linears`."""
         out = self._rounded if name in ROUNDED else jnp.float32
         pair = self._pairs.get(name)
         scale = 0.0 if pair is None else mix(self._scale_MV, pair)

@@ -23,7 +23,7 @@ from jax_client.engine.core import adapters
 from jax_client.errors import DoesNotFitError
 from jax_client.losses.logprob_head import Blocks
 from jax_client.models.config import ModelConfig
-from jax_client.models.decoder import ParamSpec, param_specs
+from jax_client.models.decoder import ParamSpec
 from jax_client.models.kernels.blockwise import LARGE_BLOCK
 from jax_client.models.parts.block import SAVED_FOR_BACKWARD, Remat
 from jax_client.sharding import Device, sharding_for
@@ -245,16 +245,13 @@ def decode_temporaries(c: ModelConfig, dtype: jnp.dtype, mesh: Mesh, spec: LoraS
         spec: of the adapter.
         rows: of the block, per way.
     """
-    size, tensor, platform = dtype.itemsize, mesh.shape["tensor"], mesh.devices.flat[0].platform
+    size, tensor = dtype.itemsize, mesh.shape["tensor"]
     arrays = jax.tree.leaves(adapters.param_specs(c, spec), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
     split = lambda p: tensor if {"kv_heads", "ffw", "vocab"} & set(p.axes) else 1  # noqa: E731
     adapter = sum(math.prod(p.shape) // split(p) * size for p in arrays)
     logits = LOGIT_ARRAYS * 4 * rows * c.vocab_size // tensor
     gathered = 3 * c.d_ff * c.d_model // tensor * size if mesh.shape["fsdp"] > 1 else 0
-    stored = param_specs(c, dtype)["layers"]
-    # With the heads apart this matrix has no layout in which a TPU multiplies.
-    relaid = tree_bytes(stored.get("qkv_LDKJH", {}), mesh) if platform == "tpu" else 0
-    return adapter + max(gathered, logits) + relaid
+    return adapter + max(gathered, logits)
 
 
 def choose_concurrency(mesh: Mesh) -> int:

@@ -66,7 +66,7 @@ class SamplePrograms:
         self._attention = attention
         self._mesh = mesh
         self._shards = Shards(mesh)
-        self._rounded = mesh.devices.flat[0].platform != "cpu"
+        self._accelerator = mesh.devices.flat[0].platform != "cpu"
         specs = lambda p: sharding_for(p.axes, p.shape, mesh).spec  # noqa: E731
         self._specs: Any = jax.tree.map(specs, param_specs(config, dtype))
         self._head_spec: PartitionSpec = self._specs.get("unembed_VD", self._specs["embed_VD"])
@@ -158,7 +158,12 @@ class SamplePrograms:
         start_t1 = batch["start"][:, None]
         position_tS = jnp.where(start_t1 < 0, -1, start_t1 + jnp.arange(S))
         c = context(
-            jnp.maximum(position_tS, 0), self._config, self._dtype, self._attention, work=jnp.any(start_t1 >= 0)
+            jnp.maximum(position_tS, 0),
+            self._config,
+            self._dtype,
+            self._attention,
+            work=jnp.any(start_t1 >= 0),
+            accelerator=self._accelerator,
         )
         scale_MV = jnp.repeat(batch["scale"], S, axis=0)
 
@@ -254,7 +259,8 @@ class SamplePrograms:
         def step(carry: Carry) -> Carry:
             _, i, pool, row, drawn = carry
             position_R, any_row = row["position"], ~jnp.all(row["done"])
-            c = context(position_R[:, None], self._config, self._dtype, self._attention, work=any_row)
+            more: Any = {"work": any_row, "accelerator": self._accelerator}
+            c = context(position_R[:, None], self._config, self._dtype, self._attention, **more)
 
             def attend(
                 q: jax.Array, k: jax.Array, v: jax.Array, k_N: jax.Array, v_N: jax.Array, first: jax.Array
@@ -320,7 +326,7 @@ class SamplePrograms:
                 o, k_P, v_P = attend(q, k.astype(self._dtype), v.astype(self._dtype), k_N, v_N, i * P)
                 return o, (k_P, v_P)
 
-            linears = MixedLinears(pairs, scale_MV, self._dtype, self._shards.total, rounded=self._rounded)
+            linears = MixedLinears(pairs, scale_MV, self._dtype, self._shards.total, accelerator=self._accelerator)
             y_BTD, _, (new_k_N, new_v_N) = layer_forward(x_BTD, w, linears, c, attention)
             return y_BTD, new_k_N, new_v_N
 

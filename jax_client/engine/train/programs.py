@@ -107,7 +107,7 @@ class TrainPrograms:
             "split_rows": partial(split_rows, mesh=mesh),
             "on_cpu": platform == "cpu",
             "one_cpu": platform == "cpu" and mesh.size == 1,
-            "rounded": platform != "cpu",
+            "accelerator": platform != "cpu",
         }
         self.blocks = Blocks.of(platform)
         tensor = mesh.shape["tensor"]
