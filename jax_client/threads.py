@@ -133,19 +133,18 @@ class Workers:
         job = partial(function, *args, **kwargs)
         jobs = self._jobs
         with jobs.lock:
-            if jobs.closed and process.ending():
-                return future
             if jobs.closed:
+                if process.ending():
+                    return future
                 raise RuntimeError(f"the threads {self._name} have ended; nothing can be given to them")
             if jobs.idle:
                 jobs.idle -= 1
             elif len(jobs.threads) < self._most:
                 self._grow()
-            has_threads = bool(jobs.threads)
-            if has_threads:
+            if jobs.threads:
                 jobs.queue.put((future, job))
-        if not has_threads:
-            complete(future, job)
+                return future
+        complete(future, job)
         return future
 
     def map(self, function: Callable[[A], T], items: Iterable[A]) -> list[T]:

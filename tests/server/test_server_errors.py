@@ -45,6 +45,8 @@ def test_errors_are_raised_where_and_as_what_they_are(start: Any, loaded: Any) -
     with raw(running) as http:
         for request_id in ("", "x" * 10_000, "a:b:c\0", "\u202e", f"{client.model_id}:99"):
             assert poll(http, request_id).status_code == 404
+        assert http.get("/asample").status_code == 405 and http.post("/asample/").status_code != 200
+        assert http.post("/nothing").status_code == 404, "the router knows what no table has"
 
 
 def test_metrics_that_json_cannot_hold_are_left_out(start: Any) -> None:

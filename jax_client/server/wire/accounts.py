@@ -106,7 +106,8 @@ class Account:
     def note(self, **amounts: int) -> None:
         """Add to the totals of what its clients have sent and got."""
         with self._lock:
-            self.totals.update(amounts)
+            for kind, amount in amounts.items():
+                self.totals[kind] += amount
 
     def limit(self, kind: str) -> int:
         """Return the quota of one kind."""

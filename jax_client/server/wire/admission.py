@@ -7,7 +7,6 @@ request keeps until its answer, `Load.keep` leaves counted.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import Future
 from typing import Any
@@ -40,7 +39,10 @@ class Load:
     def __init__(self, account: Account) -> None:
         self.account = account
         self._stop: Callable[[], object] | None = None
-        self._taken: Counter[str] = Counter()
+        # What is counted: bytes of the body, those of them that arrive, and the work that the body asks for.
+        self._bytes = self._arriving = 0
+        self._work: dict[str, int] = {}
+        # What was read of the body so far.
         self._size = 0
         self._started = time.monotonic()
 
@@ -62,7 +64,8 @@ class Load:
             # A poll or a sign of life is read however much work waits; what is work itself has to `take`.
             self.account.take(arriving_bytes=size)
             self.account.add(bytes=size)
-        self._taken.update({"bytes": size, "arriving_bytes": size})
+        self._bytes += size
+        self._arriving += size
 
     def _check_room(self, size: int) -> None:
         """Check that a large body's piece leaves the room for small ones. Raises BusyError."""
@@ -85,21 +88,25 @@ class Load:
             BusyError: one is over its quota, or the bodies that wait are.
         """
         self.account.take(bytes=0, **amounts)
-        self._taken.update(amounts)
+        for kind, amount in amounts.items():
+            self._work[kind] = self._work.get(kind, 0) + amount
 
     def shrink(self, size: int) -> None:
         """Uncount a part of the body that is no longer in memory."""
         self.account.give(bytes=size, arriving_bytes=size)
-        self._taken.subtract({"bytes": size, "arriving_bytes": size})
+        self._bytes -= size
+        self._arriving -= size
 
     def arrived(self) -> None:
         """Note that the body is whole."""
-        self.account.give(arriving_bytes=self._taken.pop("arriving_bytes", 0))
+        if self._arriving:
+            self.account.give(arriving_bytes=self._arriving)
+            self._arriving = 0
 
     def drop(self) -> None:
         """Uncount the body: its pieces are no longer in memory."""
-        for kind in ("bytes", "arriving_bytes"):
-            self.account.give(**{kind: self._taken.pop(kind, 0)})
+        self.account.give(bytes=self._bytes, arriving_bytes=self._arriving)
+        self._bytes = self._arriving = 0
 
     def drop_if_late(self) -> None:
         """Stop reading the body if it takes longer than its size explains."""
@@ -111,8 +118,8 @@ class Load:
     def keep(self, request_id: str, answer: Future[Answer]) -> None:
         """Keep what is counted until the request is answered."""
         self.arrived()
-        if self.account.count_until(request_id, answer, dict(self._taken)):
-            self._taken.clear()
+        if self.account.count_until(request_id, answer, {"bytes": self._bytes, **self._work}):
+            self._bytes, self._work = 0, {}
 
     def __enter__(self) -> Load:
         """Return the load."""
@@ -120,8 +127,9 @@ class Load:
 
     def __exit__(self, *_: object) -> None:
         """Uncount what is not kept."""
-        self.account.give(**self._taken)
-        self._taken.clear()
+        if self._bytes or self._arriving or self._work:
+            self.account.give(bytes=self._bytes, arriving_bytes=self._arriving, **self._work)
+            self._bytes, self._arriving, self._work = 0, 0, {}
 
     def attach(self, scope: MutableMapping[str, Any]) -> None:
         """Make this the load of a request."""

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from jax_client.errors import BadRequestError, JaxClientError
 from jax_client.server.wire.accounts import BusyError
 from jax_client.server.wire.admission import Load, load_of
+from jax_client.server.wire.connections import WHOLE_BODY
 from jax_client.server.wire.pools import run_on_body
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
@@ -66,20 +67,34 @@ async def read_body(request: Request, limit: int | None = None) -> bytes:
         BusyError: it is over the account's quota; its pieces were dropped.
         BadRequestError: it is cut short.
     """
-    encodings = [value.strip().lower() for value in request.headers.getlist("content-encoding")] or ["identity"]
-    if encodings not in (["identity"], ["zstd"]):
-        raise EncodingError(f"content-encoding is {', '.join(encodings)[:80]!r}; send zstd or no compression.")
+    encodings = [value.strip().lower() for name, value in request.scope["headers"] if name == b"content-encoding"]
+    if encodings not in ([], [b"identity"], [b"zstd"]):
+        found = b", ".join(encodings).decode("latin-1")[:80]
+        raise EncodingError(f"content-encoding is {found!r}; send zstd or no compression.")
     limit = MAX_BYTES if limit is None else limit
     load = load_of(request)
-    sent = await _received(request, limit, load)
+    sent = await (_whole if request.scope.get(WHOLE_BODY) else _received)(request, limit, load)
     body = sent
-    if sent and encodings == ["zstd"]:
+    if sent and encodings == [b"zstd"]:
         decompress = partial(_decompressed, sent, limit, load)
         size = _content_size(sent)
         # The size that a frame claims is what its decompression allocates.
         body = decompress() if 0 <= size <= SMALL else await run_on_body(size, decompress)
         load.shrink(len(sent))
     load.arrived()
+    return body
+
+
+async def _whole(request: Request, limit: int, load: Load) -> bytes:
+    """Return a body that has arrived: nothing is waited for, so it needs no timer and cannot be late."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise _cut_short()
+    body = message.get("body", b"")
+    if len(body) > limit:
+        raise _too_large(limit)
+    if body:
+        load.grow(len(body))
     return body
 
 
@@ -104,7 +119,7 @@ async def _received(request: Request, limit: int, load: Load) -> bytes:
                     timeout.reschedule(newest := now)
                 left -= len(chunk)
                 if left < 0:
-                    raise TooLargeError(f"the body has more than {limit} bytes; send less at once.")
+                    raise _too_large(limit)
                 if busy is None and chunk:
                     try:
                         load.grow(len(chunk))
@@ -119,12 +134,20 @@ async def _received(request: Request, limit: int, load: Load) -> bytes:
             raise StalledError("the body came too slowly while others had no room; send it again.") from None
         raise StalledError(f"nothing came of the body for {STALL_SECONDS:.0f} s; send it again.") from None
     except ClientDisconnect:
-        raise BadRequestError("the body is cut short.") from None
+        raise _cut_short() from None
     finally:
         load.reading(None)
     if busy is not None:
         raise busy
     return b"".join(chunks)
+
+
+def _too_large(limit: int) -> TooLargeError:
+    return TooLargeError(f"the body has more than {limit} bytes; send less at once.")
+
+
+def _cut_short() -> BadRequestError:
+    return BadRequestError("the body is cut short.")
 
 
 def _content_size(frame: bytes) -> int:

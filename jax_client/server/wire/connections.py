@@ -48,6 +48,8 @@ MAX_CONNECTIONS = 16_384
 MAX_FILES = 65_536
 # The connections of a crowd; when half of them are gone, memory is returned that much later.
 CROWD, CALM_SECONDS = 256, 5.0
+# In the scope of a request whose body had arrived when it was first asked for.
+WHOLE_BODY = "jax_client.whole_body"
 
 
 class _RefusedError(Exception):
@@ -197,6 +199,7 @@ class Connection(HttpToolsProtocol):
         self._in_body = False
         if self.cycle is self._current:
             self._held = 0
+        self.cycle.scope[WHOLE_BODY] = True  # type: ignore[typeddict-unknown-key]
         super().on_message_complete()
 
     def on_response_complete(self) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -34,8 +33,7 @@ _Headers: TypeAlias = dict[bytes, bytes]
 _Refusal: TypeAlias = tuple[int, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """What a key opens: an application, and the account of its clients."""
 
     app: ASGIApp
@@ -85,11 +83,13 @@ class Guard:
 
     def check(self, scope: Scope) -> Entry | _Refusal:
         """Return what is behind the guard for a request, or status and words of why it is not let in."""
-        headers: _Headers = {}
-        for name, value in scope["headers"]:
-            if name in ONCE and name in headers:
-                return 400, f"the header {name.decode()} is there twice; send it once."
-            headers[name] = value
+        sent = scope["headers"]
+        headers: _Headers = dict(sent)
+        if len(headers) < len(sent):
+            names = [name for name, _ in sent]
+            for name in ONCE:
+                if names.count(name) > 1:
+                    return 400, f"the header {name.decode()} is there twice; send it once."
         # A Unix socket has no name to rebind.
         named = scope.get("server", ("", 0))[1] is not None
         return (

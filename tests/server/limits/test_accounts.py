@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from concurrent.futures import Future
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import tinker
 import zstandard
+from starlette.requests import Request
 
+from jax_client.errors import BadRequestError
 from jax_client.server import session_use
 from jax_client.server.routes import polling
 from jax_client.server.state import live_objects
 from jax_client.server.wire import admission, bodies
 from jax_client.server.wire.accounts import Account, BusyError, Quota
+from jax_client.server.wire.connections import WHOLE_BODY
 from support import fake_engine
 from support.fake_engine import MODEL, PARAMS, PROMPT
 from support.server import served_fake
@@ -54,6 +58,35 @@ def test_an_account_takes_all_or_nothing_and_belongs_to_a_whole() -> None:
     assert not second.count_until("id", answer, {"sessions": 1}), "a repetition counts once"
     answer.set_result(None)
     assert second.used("sessions") == 1 == whole.used("sessions")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_body_that_has_arrived_is_bounded_and_counted_like_one_that_arrives(whole: bool) -> None:
+    account = Account(Quota(arriving_bytes=100))
+
+    def read(message: dict[str, Any]) -> bytes:
+        async def receive() -> dict[str, Any]:
+            return message
+
+        scope = {"type": "http", "headers": [], WHOLE_BODY: whole}
+        with admission.Load(account) as load:
+            load.attach(scope)
+            body = asyncio.run(bodies.read_body(Request(scope, receive), 200))
+            assert (account.used("bytes"), account.used("arriving_bytes")) == (len(body), 0)
+            return body
+
+    def sent_at_once(size: int) -> dict[str, Any]:
+        return {"type": "http.request", "body": bytes(size), "more_body": False}
+
+    assert read(sent_at_once(80)) == bytes(80) and read(sent_at_once(0)) == b""
+    for message, error, words in (
+        (sent_at_once(201), bodies.TooLargeError, "more than 200 bytes"),
+        (sent_at_once(150), BusyError, "arriving data"),
+        ({"type": "http.disconnect"}, BadRequestError, "cut short"),
+    ):
+        with pytest.raises(error, match=words):
+            read(message)
+    assert (account.used("bytes"), account.used("arriving_bytes"), account.arriving) == (0, 0, set())
 
 
 def test_a_request_for_many_samples_fits_nowhere_beyond_the_limit() -> None:
