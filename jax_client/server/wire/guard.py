@@ -9,7 +9,8 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -33,7 +34,8 @@ _Headers: TypeAlias = dict[bytes, bytes]
 _Refusal: TypeAlias = tuple[int, str]
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Entry:
     """What a key opens: an application, and the account of its clients."""
 
     app: ASGIApp
