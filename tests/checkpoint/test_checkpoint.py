@@ -21,6 +21,7 @@ from jax_client.checkpoint.store import CheckpointStore
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError, UnsupportedError
 from jax_client.values import AdapterState, CheckpointKey, LoraSpec
 from support.checkpoints import RUN, assert_same, files_of, key, make_state, save
+from support.children import STRICT
 
 
 @pytest.fixture(scope="module")
@@ -422,4 +423,4 @@ def test_listing_needs_no_jax(saved_dir: Path) -> None:
     store.verify(CheckpointKey({RUN!r}, "weights", "good"))
     assert not {{"jax", "orbax", "orbax.checkpoint", "tinker", "torch"}} & set(sys.modules)
     """
-    subprocess.run([sys.executable, "-W", "error", "-c", textwrap.dedent(code)], check=True, timeout=120)
+    subprocess.run([*STRICT, "-c", textwrap.dedent(code)], check=True, timeout=120)

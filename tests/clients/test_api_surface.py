@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import subprocess
-import sys
 
 import pytest
 import tinker
 
 import jax_client
 from jax_client import errors
+from support.children import STRICT
 
 CLIENTS = ("ServiceClient", "TrainingClient", "SamplingClient", "RestClient")
 # The SDK's own plumbing: its connection holder, and a factory that takes one.
@@ -117,4 +117,4 @@ def test_importing_starts_no_backend_and_no_heavy_module():
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends\n"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    subprocess.run([*STRICT, "-c", code], check=True)

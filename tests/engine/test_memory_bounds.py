@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from jax_client.models.decoder import ParamSpec, param_specs
 from jax_client.models.parts.block import Remat
 from jax_client.sharding import make_mesh, sharding_for
 from jax_client.values import LoraSpec
+from support.children import STRICT
 from support.weight_files import HF_CONFIG, hf_tensors, write_hf
 
 # 232 MB in float32; the largest tensor is a fortieth of it, as in the models that fill a machine's memory.
@@ -79,7 +79,7 @@ def test_loading_holds_the_weights_once(large_model: Path, dtype: str) -> None:
     The peak counts the mapped pages of the tensors being read, too, which the kernel could drop.
     """
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-W", "error", "-c", LOAD, str(large_model), dtype]
+    command = [*STRICT, "-c", LOAD, str(large_model), dtype]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     before, peak, weights = json.loads(done.stdout.splitlines()[-1])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from support.children import STRICT
 
 ROOT = Path(__file__).parents[2]
 FLOORS = {
@@ -63,12 +64,12 @@ def test_lower_floors_import_without_tinker_and_torch() -> None:
     modules = [name for name in modules if floor(name) is not None]
     code = "import importlib, sys; sys.modules['tinker'] = sys.modules['torch'] = None\n"
     code += f"for name in {modules!r}: importlib.import_module(name)"
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    subprocess.run([*STRICT, "-c", code], check=True)
 
 
 def test_import_starts_no_backend() -> None:
     code = "import sys, jax_client; heavy = {'jax', 'torch', 'transformers'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"  # noqa: E501
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    subprocess.run([*STRICT, "-c", code], check=True)
 
 
 def test_every_package_is_in_the_wheel() -> None:

@@ -7,7 +7,6 @@ tested against a stand-in that keeps to the description in `models/kernels/cudnn
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax.sharding import Mesh
 
 from jax_client.models.kernels import cudnn, splash
 from jax_client.sharding import make_mesh
+from support.children import STRICT
 from support.meshes.devices import with_devices
 
 B, K, G, H = 2, 2, 2, 16
@@ -170,9 +170,7 @@ for eight, one in zip(*results, strict=True):
 
 
 def test_splash_on_eight_devices_equals_one() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", ON_A_MESH], env=with_devices(8), capture_output=True, text=True
-    )
+    done = subprocess.run([*STRICT, "-c", ON_A_MESH], env=with_devices(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

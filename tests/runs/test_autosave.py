@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -23,6 +22,7 @@ from jax_client.checkpoint.store import CheckpointStore
 from jax_client.runs.lifecycle import autosave, run_checkpointer
 from jax_client.values import CheckpointKey
 from support import fake_engine
+from support.children import STRICT
 from support.fake_engine import MODEL, step
 
 loaded, models = fake_engine.loaded, fake_engine.models
@@ -280,7 +280,7 @@ def test_however_a_process_ends_its_steps_are_saved(model: Path, tmp_path: Path)
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)}
     children = {
         how: subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", textwrap.dedent(CHILD), str(model), str(tmp_path / how), how],
+            [*STRICT, "-c", textwrap.dedent(CHILD), str(model), str(tmp_path / how), how],
             env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for how in ENDS

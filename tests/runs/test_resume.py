@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax_client.engine.core.adapters import Adapter
 from jax_client.engine.core.requests import AdamSettings
 from jax_client.engine.engine import Engine
 from jax_client.values import CheckpointKey
+from support.children import STRICT
 from support.golden_cases import ADAM, CASES, base_values
 from support.golden_engine import CROSS_ENTROPY, SPEC, data, open_engine
 from support.meshes.devices import with_devices
@@ -68,7 +68,7 @@ with jax_client.ServiceClient(config=config) as service:
 def run(*args: object, killed: bool = False) -> tuple[str, str, list[str]]:
     """Run steps in a process of its own; return the hash of the final logprobs, the saved path, and the losses."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-W", "error", "-c", CHILD, *map(str, args), "killed" if killed else ""]
+    command = [*STRICT, "-c", CHILD, *map(str, args), "killed" if killed else ""]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr[-3000:]
     digest, path, *losses = done.stdout.splitlines()[-1].split()
@@ -173,7 +173,7 @@ def on_a_mesh(mesh: dict[str, int], *args: object) -> tuple[np.ndarray, np.ndarr
     """Load, train and save in a process of its own; return the logprobs as loaded and as saved."""
     count = int(np.prod(list(mesh.values())))
     env = with_devices(count)
-    command = [sys.executable, "-W", "error", "-c", ON_A_MESH, json.dumps(mesh), *map(str, args)]
+    command = [*STRICT, "-c", ON_A_MESH, json.dumps(mesh), *map(str, args)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     loaded, saved = json.loads(done.stdout.splitlines()[-1])

@@ -346,7 +346,7 @@ def test_a_clock_that_jumps_over_a_restart_forgets_no_session(tmp_path: Path, mo
 def test_old_answers_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jax_client.server.state.request_log.MAX_ANSWERS", 10)
     monkeypatch.setattr("jax_client.server.state.request_log._MORE_ANSWERS", 5)
-    monkeypatch.setattr("jax_client.server.state.ledger.MAX_ANSWERS", 3)
+    monkeypatch.setattr("jax_client.server.state.ledger.MAX_LOGGED_ANSWERS", 3)
     log = RequestLog(tmp_path)
     ledger = RequestLedger(log)
     for i in range(40):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 import zipfile
 from dataclasses import asdict
@@ -16,6 +15,7 @@ import numpy as np
 
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.values import AdapterState, CheckpointKey, LoraSpec
+from support.children import STRICT
 
 # `python -c`: the command line; the SDK would import torch, for seconds.
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from jax_client.cli import main; sys.exit(main())"
@@ -95,7 +95,7 @@ def damage(home: Path, pattern: str) -> Path:
 
 
 def python(*code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-c", "\n".join(code)]
+    command = [*STRICT, "-c", "\n".join(code)]
     return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=120)
 
 

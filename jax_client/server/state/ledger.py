@@ -17,9 +17,12 @@ from jax_client.server.state.request_log import Entry, RequestLog
 from jax_client.server.wire import answers
 from jax_client.server.wire.answers import Answer
 
-# Answers in memory, for clients that ask late, or again after a lost answer; older answers are in the log.
+# Answers in memory, for clients that ask late, or again after a lost answer. With a log, which has the older ones, they
+# are fewer: an answer takes 2 kB beside its body.
 MAX_ANSWER_BYTES = 64 * 2**20
 MAX_ANSWERS = 20_000
+MAX_LOGGED_ANSWER_BYTES = 32 * 2**20
+MAX_LOGGED_ANSWERS = 4_096
 # Characters of a request's id: its session's, its model's or sampler's, and its number.
 MAX_ID = 200
 
@@ -42,6 +45,7 @@ class RequestLedger:
         self._unanswered: dict[str, PendingRequest] = {}
         self._answered: OrderedDict[str, PendingRequest] = OrderedDict()
         self._bytes = 0
+        self._most = (MAX_ANSWERS, MAX_ANSWER_BYTES) if log is None else (MAX_LOGGED_ANSWERS, MAX_LOGGED_ANSWER_BYTES)
         self._closing = False
         self._lock = threading.Lock()
 
@@ -115,7 +119,8 @@ class RequestLedger:
             self._unanswered.pop(request.request_id, None)
             self._answered[request.request_id] = request
             self._bytes += len(answer.body)
-            while self._answered and (self._bytes > MAX_ANSWER_BYTES or len(self._answered) > MAX_ANSWERS):
+            most, most_bytes = self._most
+            while self._answered and (self._bytes > most_bytes or len(self._answered) > most):
                 _, oldest = self._answered.popitem(last=False)
                 self._bytes -= len(oldest.answer.result().body)
             dropped = self._closing and (request.kind == "sample" or not request.begun)

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 IDLE_SECONDS = 15.0
 SILENT_SECONDS = 120.0
 # Samplers in memory; the longest unused are made again from their records.
-MAX_SAMPLERS = 4_096
+MAX_SAMPLERS = 1_024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

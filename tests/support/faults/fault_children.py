@@ -7,12 +7,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from support.children import STRICT
 from support.faults import fault_child
 from support.faults.fault_disk import Event, read_log
 from support.faults.fault_history import HISTORY, assert_kept
@@ -34,7 +34,7 @@ class Children:
             "PYTHONPATH": str(Path(__file__).parents[2]),
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", fault_child.__file__],
+            [*STRICT, fault_child.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -6,10 +6,11 @@ import json
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from support.children import STRICT
 
 
 def with_devices(count: int) -> dict[str, str]:
@@ -25,7 +26,7 @@ def run_on(mesh: Mapping[str, int], code: str, directory: Path) -> Any:
         What it printed last, read as JSON.
     """
     env = with_devices(math.prod(mesh.values()))
-    command = [sys.executable, "-W", "error", "-c", code, json.dumps(mesh), str(directory)]
+    command = [*STRICT, "-c", code, json.dumps(mesh), str(directory)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
