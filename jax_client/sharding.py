@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Literal, Protocol, cast
 
 import jax
@@ -40,10 +42,24 @@ class Device(Protocol):
         ...
 
 
+_chosen: ContextVar[Sequence[Device] | None] = ContextVar("_chosen", default=None)
+
+
+@contextlib.contextmanager
+def only_devices(devices: Sequence[Device]) -> Iterator[None]:
+    """Have the meshes that this thread makes within the block consist of these devices, in place of all."""
+    token = _chosen.set(devices)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
 def make_mesh(axes: Literal["auto"] | Mapping[str, int], devices: Sequence[Device] | None = None) -> Mesh:
     """Build the device mesh with every axis of `MESH_AXES`.
 
-    "auto" puts all devices on "fsdp". Axis types are Auto: jax's default is Explicit since 0.10.
+    "auto" puts all devices on "fsdp"; they are those of `only_devices` where none are given. Axis types are Auto: jax's
+    default is Explicit since 0.10.
 
     Raises:
         BadRequestError: the sizes do not multiply to the number of devices.
@@ -51,7 +67,7 @@ def make_mesh(axes: Literal["auto"] | Mapping[str, int], devices: Sequence[Devic
     """
     if devices is None:
         refuse_part_of_a_slice()
-        devices = jax.devices()
+        devices = _chosen.get() or jax.devices()
     devices = list(devices)
     shape = mesh_shape(axes, len(devices))
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)

@@ -23,6 +23,7 @@ def test_doctor_reports_and_repairs(cli, home, monkeypatch):
     lines = {line[6:24].strip(): line for line in done.out.splitlines()}
     for check in ("python", "jax", "jaxlib", "flax", "orbax-checkpoint", "tinker", "devices", "memory", "state dir"):
         assert lines[check].startswith(("OK ", "WARN ")), lines[check]
+    assert "training: blockwise for every model" in lines["kernels"] and "splash: it is for TPUs" in lines["kernels"]
     assert "cpu" in lines["devices"] and "2 runs, 3 checkpoints" in lines["catalogue"]
     (home / "catalogue.sqlite").write_bytes(b"nonsense")
     monkeypatch.setattr(devices, "devices", lambda timeout: [])
@@ -69,8 +70,29 @@ def test_doctor_notices_a_cpu_in_place_of_a_gpu(monkeypatch):
     (finding,) = devices.devices(1)
     assert finding.status == "FAIL" and "jax_client[cuda12]" in finding.advice
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    (finding,) = devices.devices(1)
+    finding, _ = devices.devices(1)
     assert finding.status == "OK"
+
+
+def test_doctor_says_which_kernels_are_used_and_why_not_the_others(monkeypatch):
+    gpu = {"platform": "gpu", "kind": "NVIDIA H100", "count": 1, "processes": 1, "memory_bytes": 2**36}
+    choices = [
+        {"dtype": "bfloat16", "head_width": width, "failed": width == 64, "training": name, "refused": refused}
+        for width, name, refused in (
+            (128, "cudnn", {}),
+            (64, "blockwise", {"cudnn": "it is off by 0.3 on a packed row"}),
+        )
+    ]
+    monkeypatch.setattr(devices, "_probe", lambda timeout: (gpu | {"kernels": choices, "cudnn": "9.18.1"}, ""))
+    _, kernels = devices.devices(1)
+    assert kernels.status == "WARN" and "doctor --selftest" in kernels.advice
+    assert (
+        "cudnn for bfloat16 with heads of 128; blockwise for bfloat16 with heads of 64 (cuDNN 9.18.1)" in kernels.found
+    )
+    assert "Not used: cudnn: it is off by 0.3" in kernels.found
+    monkeypatch.setattr(devices, "_probe", lambda timeout: (gpu, ""))  # what was found in time
+    _, kernels = devices.devices(1)
+    assert kernels.status == "WARN" and "not tried within 1 seconds" in kernels.found
 
 
 def test_who_holds_a_device(tmp_path):

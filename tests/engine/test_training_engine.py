@@ -361,6 +361,33 @@ def test_a_kernel_that_cannot_be_loaded_is_done_without(
     assert chosen.name == "blockwise" and "no module named" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("platform", "size", "dtype", "refused"),
+    [
+        ("tpu", 8, "bfloat16", {"cudnn": "it is for NVIDIA GPUs, and this is a tpu"}),
+        ("tpu", 1, "float32", {"splash": "it computes in bfloat16, and the model is float32"}),
+        ("gpu", 8, "bfloat16", {"cudnn": "it does not run here: no such head width"}),
+    ],
+)
+def test_the_reason_against_a_kernel_is_said(
+    platform: str, size: int, dtype: str, refused: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh: Any = SimpleNamespace(size=size, devices=np.array([SimpleNamespace(platform=platform)], object))
+
+    def gap(candidate: Attention, *_: Any) -> float:
+        if candidate.name == "cudnn":
+            raise NotImplementedError("no such head width")
+        return 0.0
+
+    made = replace(attention.blockwise(False), name="cudnn")
+    monkeypatch.setattr(attention_check, "cudnn", lambda mesh: made)
+    monkeypatch.setattr(attention_check, "splash", lambda mesh: replace(made, name="splash"))
+    monkeypatch.setattr(attention_check, "_largest_gap", gap)
+    choice = attention_check.choose(mesh, model(), jnp.dtype(dtype))
+    assert refused.items() <= choice.refused.items() and choice.attention.name not in choice.refused
+    assert choice.failed == ("does not run" in str(refused))
+
+
 def test_the_tpu_kernel_is_trusted() -> None:
     """Interpreted here; on a TPU the same check runs on the real kernel at every start."""
     mesh = make_mesh({"fsdp": 1})

@@ -19,7 +19,7 @@ FLOORS = {
     "jax_client.models": 1, "jax_client.losses": 1,
     "jax_client.engine": 2, "jax_client.weights": 2, "jax_client.checkpoint": 2, "jax_client.metrics": 2,
     "jax_client.torch_graph": 2, "jax_client.torch_bridge": 2,
-    "jax_client.runs": 3, "jax_client.estimate": 3,
+    "jax_client.runs": 3, "jax_client.estimate": 3, "jax_client.selftest": 3,
     "jax_client.clients": 4, "jax_client.server": 4,
     "jax_client.cli": 5,
 }  # fmt: skip

@@ -1,9 +1,16 @@
-"""Which devices does jax find, and does one compute? `devices` runs this in a child process, which prints JSON."""
+"""Which devices does jax find, does one compute, and with which kernels? `devices` runs this in a child process.
+
+It prints an object of JSON for the devices; with the argument "kernels" it tries these, and prints a second one.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from typing import Any
+
+# Of models in use: (type, head width).
+MODELS = (("bfloat16", 128), ("bfloat16", 64), ("float32", 128))
 
 
 def main() -> None:
@@ -23,8 +30,40 @@ def main() -> None:
         "processes": jax.process_count(),
         "memory_bytes": stats.get("bytes_limit"),
     }
-    # Packages print on stdout as they are imported; the answer is the last line.
-    print(f"\n{json.dumps(found)}")
+    # Packages print on stdout as they are imported; an answer is a line of its own.
+    print(f"\n{json.dumps(found)}", flush=True)
+    if "kernels" in sys.argv[1:]:
+        print(f"\n{json.dumps(kernels())}", flush=True)
+
+
+def kernels() -> dict[str, Any]:
+    """Return with which attention engines would train on all devices, and why with no other; kernels are tried."""
+    import jax.numpy as jnp
+
+    from jax_client.engine.core.attention_check import choose, cudnn_version
+    from jax_client.models.config import ModelConfig
+    from jax_client.sharding import make_mesh
+
+    mesh, found = make_mesh("auto"), []
+    for dtype, width in MODELS:
+        model = ModelConfig(
+            family="llama",
+            vocab_size=256,
+            d_model=128,
+            d_ff=128,
+            n_layers=1,
+            n_heads=4,
+            n_kv_heads=2,
+            head_dim=width,
+            norm_eps=1e-6,
+            rope_theta=1e4,
+            tied_embeddings=True,
+            max_context=512,
+        )
+        choice = choose(mesh, model, jnp.dtype(dtype))
+        kind = {"dtype": dtype, "head_width": width, "failed": choice.failed}
+        found.append(kind | {"training": choice.attention.name, "refused": dict(choice.refused)})
+    return {"kernels": found, "cudnn": cudnn_version() if mesh.devices.flat[0].platform == "gpu" else None}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,41 @@ def devices(timeout: float) -> Iterator[Finding]:
             details=found,
         )
         return
-    yield Finding(check="devices", found=text + (f", JAX_PLATFORMS={chosen}" if chosen else ""), details=found)
+    of_devices = {name: value for name, value in found.items() if name not in ("kernels", "cudnn")}
+    text += f", JAX_PLATFORMS={chosen}" if chosen else ""
+    yield Finding(check="devices", found=text, details=of_devices)
+    yield kernels(found, timeout)
+
+
+def kernels(found: Mapping[str, Any], timeout: float) -> Finding:
+    """Report with which attention kernels engines train and sample here, and why with no others."""
+    if "kernels" not in found:
+        return Finding(
+            check="kernels",
+            status="WARN",
+            found=f"they were not tried within {timeout:g} seconds, in which the devices were found",
+            advice="Give a longer --timeout. Each start of an engine tries them too, and takes as long.",
+        )
+    each: list[dict[str, Any]] = found["kernels"]
+    by_name: dict[str, list[str]] = {}
+    for choice in each:
+        by_name.setdefault(choice["training"], []).append(f"{choice['dtype']} with heads of {choice['head_width']}")
+    training = "; ".join(f"{name} for {', '.join(models)}" for name, models in by_name.items())
+    if len(by_name) == 1:
+        training = f"{each[0]['training']} for every model"
+    refused = {f"{name}: {why}": None for choice in each for name, why in choice["refused"].items()}
+    version = f" (cuDNN {found['cudnn']})" if found.get("cudnn") else ""
+    failed = any(choice["failed"] for choice in each)
+    return Finding(
+        check="kernels",
+        status="WARN" if failed else "OK",
+        found=f"training: {training}{version}. Sampling: paged attention in plain JAX. Not used: {'; '.join(refused)}",
+        advice="A kernel for this platform failed its check, and a slower one stands in. Run: jax_client doctor "
+        "--selftest, and report its table."
+        if failed
+        else "",
+        details={"kernels": each, "cudnn": found.get("cudnn")},
+    )
 
 
 def _probe(timeout: float) -> tuple[dict[str, Any] | None, str]:
@@ -136,7 +170,7 @@ def _probe(timeout: float) -> tuple[dict[str, Any] | None, str]:
     # Else the child would take three quarters of the memory of a GPU on which another process may train.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     child = subprocess.Popen(
-        [sys.executable, "-P", "-m", "jax_client.cli.doctor.device_probe"],
+        [sys.executable, "-P", "-m", "jax_client.cli.doctor.device_probe", "kernels"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
@@ -145,17 +179,21 @@ def _probe(timeout: float) -> tuple[dict[str, Any] | None, str]:
         errors="replace",
         start_new_session=True,
     )
+    output, errors, late = "", "", False
     try:
         output, errors = child.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        return None, f"jax did not start within {timeout:g} seconds"
+        late = True
     finally:
         if child.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.communicate(timeout=_KILL_SECONDS)
-    if child.returncode == 0:
-        return json.loads(output.splitlines()[-1]), ""
+                output, errors = child.communicate(timeout=_KILL_SECONDS)
+    answers = [json.loads(line) for line in output.splitlines() if line.startswith('{"')]
+    if answers and (late or child.returncode == 0):
+        return {name: value for answer in answers for name, value in answer.items()}, ""
+    if late:
+        return None, f"jax did not start within {timeout:g} seconds"
     said = errors.strip().splitlines() or [f"exit code {child.returncode}"]
     return None, f"jax does not start: {shown(said[-1])}"

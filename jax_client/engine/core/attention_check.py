@@ -8,8 +8,8 @@ kernel reads and nothing has written then shows.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,45 @@ PROBE_ROW = 512
 # dropping the scale, gives 0.3 and more.
 TOLERANCE = 0.03
 POISON = 2**24  # floats, 64 MiB: the arrays and workspaces of the probe have room in it
+# The platform of each vendor's kernel, as jax names it and as people do.
+PLATFORMS = {"splash": ("tpu", "TPUs"), "cudnn": ("gpu", "NVIDIA GPUs")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """The attention of an engine, and why it is not another one.
+
+    Attributes:
+        attention: that is used.
+        refused: by the name of each other kernel, in words why not.
+        failed: whether one of them should work here, and does not.
+    """
+
+    attention: Attention
+    refused: Mapping[str, str]
+    failed: bool = False
 
 
 def choose_attention(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Attention:
     """Return the platform's kernel where there is one and `agrees` with the blockwise attention, else the latter."""
-    candidate, plain = kernel_of(mesh, dtype), plain_attention(mesh)
-    return candidate if candidate is not None and agrees(candidate, plain, mesh, model, dtype) else plain
+    return choose(mesh, model, dtype).attention
+
+
+def choose(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Choice:
+    """Return what `choose_attention` returns, and why the other kernels are not used; log a warning where one fails."""
+    plain = plain_attention(mesh)
+    refused = {name: why for name in PLATFORMS if (why := unsuited(name, mesh, dtype))}
+    for name in PLATFORMS.keys() - refused.keys():  # one at most: each is for a platform of its own
+        try:
+            candidate = make(name, mesh)
+            why = objection(candidate, plain, mesh, model, dtype)
+        except Exception as error:  # such as a private module that a newer jax no longer has
+            candidate, why = plain, f"cannot be loaded: {error}"
+        if not why:
+            return Choice(attention=candidate, refused=refused)
+        logger.warning("the %s kernel for attention %s; using %s", name, why, plain.name)
+        return Choice(attention=plain, refused={**refused, name: f"it {why}"}, failed=True)
+    return Choice(attention=plain, refused=refused)
 
 
 def plain_attention(mesh: Mesh) -> Attention:
@@ -43,33 +76,58 @@ def plain_attention(mesh: Mesh) -> Attention:
 
 
 def kernel_of(mesh: Mesh, dtype: jnp.dtype) -> Attention | None:
-    """Return the kernel of the mesh's platform, unchecked; None where there is none."""
-    platform = mesh.devices.flat[0].platform
-    make: Callable[[], Attention] | None = None
-    if dtype == jnp.bfloat16 and platform == "tpu":
-        make = partial(splash, mesh)
-    elif dtype == jnp.bfloat16 and platform == "gpu":
-        make = partial(cudnn, mesh)
-    if make is None:
-        return None
+    """Return the kernel of the mesh's platform, unchecked; None where there is none, or it cannot be loaded."""
+    for name in PLATFORMS:
+        if not unsuited(name, mesh, dtype):
+            try:
+                return make(name, mesh)
+            except Exception as error:
+                logger.warning("the %s kernel for attention cannot be loaded: %s", name, error)
+    return None
+
+
+def make(name: str, mesh: Mesh) -> Attention:
+    """Return a vendor's kernel by name, unchecked."""
+    return splash(mesh) if name == "splash" else cudnn(mesh)
+
+
+def unsuited(kernel: str, mesh: Mesh, dtype: jnp.dtype) -> str:
+    """Return in words why a vendor's kernel is not even tried on a mesh in a type; "" if it is."""
+    platform, people = PLATFORMS[kernel]
+    if (found := mesh.devices.flat[0].platform) != platform:
+        return f"it is for {people}, and this is a {found}"
+    if dtype != jnp.bfloat16:
+        return f"it computes in bfloat16, and the model is {dtype.name}"
+    return ""
+
+
+def cudnn_version() -> str | None:
+    """Return the version of the cuDNN that jax has loaded, None where there is none or jax does not say."""
     try:
-        return make()
-    except Exception as error:  # such as a private module that a newer jax no longer has
-        logger.warning("the %s kernel for attention cannot be loaded: %s", platform, error)
+        from jax._src.lib import cuda_versions
+
+        number = None if cuda_versions is None else cuda_versions.cudnn_get_version()
+    except Exception:  # private, and without a GPU absent
+        number = None
+    if number is None:
         return None
+    return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
 
 
 def agrees(candidate: Attention, plain: Attention, mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> bool:
     """Return whether two attentions give the same outputs and gradients on packed rows; log a warning if not."""
+    if why := objection(candidate, plain, mesh, model, dtype):
+        logger.warning("attention %s %s, using %s", candidate.name, why, plain.name)
+    return not why
+
+
+def objection(candidate: Attention, plain: Attention, mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> str:
+    """Return in words why an attention cannot be trusted here, "" if it gives what the plain one does."""
     try:
         gap = _largest_gap(candidate, plain, mesh, model, dtype)
     except Exception as error:  # whatever a kernel raises on this device, there is one that works
-        logger.warning("attention %s does not run here, using %s: %s", candidate.name, plain.name, error)
-        return False
-    if not gap <= TOLERANCE:
-        logger.warning("attention %s is off by %.3g on a packed row, using %s", candidate.name, gap, plain.name)
-        return False
-    return True
+        return f"does not run here: {error}"
+    return "" if gap <= TOLERANCE else f"is off by {gap:.3g} on a packed row"
 
 
 def _largest_gap(candidate: Attention, plain: Attention, mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> float:
