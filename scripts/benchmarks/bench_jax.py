@@ -145,4 +145,4 @@ def on_engine(job: Job, config: EngineConfig) -> Contender:
         )
 
     batches = [[sequence(tokens) for tokens in job.row.sequences(index)] for index in range(job.row.clients)]
-    return training([submits(*three) for three in zip(lanes, adapters, batches, strict=True)], engine.describe)
+    return training([submits(*three) for three in zip(lanes, adapters, batches, strict=True)], engine.monitor.describe)

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench_rows import machine
-from load_clients import clients, samples, slow, watched
-from load_http import full, pairs, passes
-from load_process import Report
+from load.load_clients import clients, samples, slow, watched
+from load.load_http import full, pairs, passes
+from load.load_process import Report
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from jax_client.metrics.store import FILE_NAME
-from load_process import Report, beside, connect, datums, health_checks, percentile, rss, served
-from load_wire import API, KEY, Wire
+from load.load_process import Report, beside, connect, datums, health_checks, percentile, rss, served
+from load.load_wire import API, KEY, Wire
 
 CHUNK_BYTES, CHUNKS, SLOW_BYTES_PER_S = 5_000_000, 20, 10_000
 

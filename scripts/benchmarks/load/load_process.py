@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from load_wire import API, KEY, Wire
+from load.load_wire import API, KEY, Wire
 
 
 @dataclass

@@ -15,8 +15,8 @@ import statistics
 import time
 from typing import Any
 
-from load_process import Report, connect, cpu_seconds, datums, percentile, served, stand_in
-from load_wire import API, Wire, sample_body
+from load.load_process import Report, connect, cpu_seconds, datums, percentile, served, stand_in
+from load.load_wire import API, Wire, sample_body
 
 
 async def _pairs(port: int, pairs: int, connections: int) -> tuple[float, list[float]]:
