@@ -397,5 +397,8 @@ def complete(future: Future[T], function: Callable[[], T]) -> None:
         value = function()
     except BaseException as error:
         future.set_exception(error)
+        # The error's traceback has this frame: with the future in it, what the call worked on would stay in memory
+        # until Python looks for cycles.
+        del future
     else:
         future.set_result(value)

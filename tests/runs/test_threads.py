@@ -8,11 +8,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from jax_client import process, threads
+from jax_client.runs.lifecycle.futures import link
 from jax_client.threads import Workers, start_thread
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +96,32 @@ def test_a_forgotten_pool_ends_after_its_jobs_and_keeps_no_arrays() -> None:
     del future
     gc.collect()
     assert seen() is None
+
+
+def test_what_a_job_held_that_failed_is_freed_with_its_future() -> None:
+    """Without looking for cycles, which Python does rarely: it may have been a request's body, or half of a model."""
+
+    class Value:
+        pass
+
+    seen: list[weakref.ref[Value]] = []
+
+    def job() -> None:
+        value = Value()
+        seen.append(weakref.ref(value))
+        raise ValueError("of the job")
+
+    gc.collect()
+    gc.disable()
+    try:
+        with Workers("failing", 1) as pool:
+            future, followed = pool.submit(job), Future[None]()
+            link(future, followed, lambda value: value)
+            assert isinstance(followed.exception(30), ValueError)
+            del future, followed
+            wait_for(lambda: seen[0]() is None)
+    finally:
+        gc.enable()
 
 
 def test_where_python_starts_no_thread_the_caller_works(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,9 +196,10 @@ class Dispatcher:
             self._leave(lane)
             if not self._dropped:  # a compile, for one, fails once jax has been torn down around it
                 future.set_exception(raised)
+            del future  # as below
             return
         finally:
-            del value, error  # an error that came back would keep this frame, and this frame it
+            del value, error  # an error would keep this frame, and this frame it, with the arrays of the task
         if isinstance(request, Unawaited):
             with self._turn:
                 request = request.after_wait if self._turns.shared() else request.request

@@ -69,12 +69,17 @@ def link(
             target.cancel()
         if not target.set_running_or_notify_cancel():
             return
-        try:
-            value = cast("B", done.result()) if convert is None else convert(done.result())
-        except BaseException as raised:
-            target.set_exception(raised if error is None else error(raised))
+        # Not raised here: the error would keep this frame and this frame its future, with all that its frames hold.
+        raised, value = done.exception(), None
+        if raised is None:
+            try:
+                value = cast("B", done.result()) if convert is None else convert(done.result())
+            except BaseException as problem:
+                raised = problem
+        if raised is None:
+            target.set_result(cast("B", value))
         else:
-            target.set_result(value)
+            target.set_exception(raised if error is None else error(raised))
 
     def cancelled(done: Future[B]) -> None:
         if done.cancelled() and held:

@@ -309,6 +309,8 @@ class Connection(HttpToolsProtocol):
         # The newest request alone would learn of it otherwise.
         self._disconnect_cycles()
         super().connection_lost(exc)
+        # uvicorn leaves the timer of a connection that was reset, and with it all that the connection holds.
+        self._unset_keepalive_if_required()
         if self._reading is not None:
             self._reading.cancel()
             self._reading = None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
+import struct
 import time
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -180,6 +183,21 @@ def test_memory_is_returned_when_a_crowd_has_left(monkeypatch: pytest.MonkeyPatc
     for left, each in enumerate(crowd):
         assert later == ([connections.return_memory] if left >= 3 else [])
         shared.remove(each)
+
+
+def test_a_connection_that_is_reset_is_forgotten(start: Any) -> None:
+    running = start()
+    client = sent(running, f"GET {API}/healthz HTTP/1.1", b"\r\n")
+    client.recv(2**16)
+    (connection,) = map(weakref.ref, running.http.server_state.connections)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, in place of an end
+    client.close()
+
+    def forgotten() -> bool:
+        gc.collect()
+        return connection() is None
+
+    wait_for(forgotten)
 
 
 def test_a_client_is_served_beside_thousands_of_silent_connections(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
