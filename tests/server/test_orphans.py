@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import socket
 import time
@@ -112,3 +114,24 @@ def test_training_goes_on_without_its_client(start: Any, loaded: Any, monkeypatc
     monkeypatch.setattr(orphans, "SILENT_SECONDS", 60.0)
     loaded[0].gate.set()
     assert training.result(60).metrics and sampling.result(60).sequences, "the SDK sends the sample again"
+
+
+def test_polls_that_ended_leave_nothing_at_their_request(start: Any, loaded: Any, monkeypatch: Any) -> None:
+    """A request may wait for hours, and its client asks again every half minute."""
+    monkeypatch.setattr("jax_client.server.routes.polling.POLL_SECONDS", 0.01)
+    running = held(start, loaded)
+    request_id = asked(running, 0)
+
+    def events() -> int:
+        gc.collect()
+        return sum(type(each) is asyncio.Event for each in gc.get_objects())
+
+    with raw(running) as http:
+        assert poll(http, request_id).status_code == 408
+        before = events()
+        for _ in range(50):
+            assert poll(http, request_id).status_code == 408
+        assert events() < before + 25
+        loaded[0].gate.set()
+        monkeypatch.setattr("jax_client.server.routes.polling.POLL_SECONDS", 20)
+        assert poll(http, request_id).status_code == 200

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from concurrent.futures import Future
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -109,7 +108,7 @@ async def _polled(server: Server, polls: Polls, request: Request, pending: Pendi
         orphans.poll_began(pending)
         closed = asyncio.ensure_future(_closed(request))
         try:
-            await _wait(pending.answer, closed, early, POLL_SECONDS)
+            await _wait(pending, closed, early, POLL_SECONDS)
         finally:
             polls.end(early, account)
             orphans.poll_ended(pending, later, connected=not closed.done())
@@ -124,19 +123,19 @@ async def _closed(request: Request) -> None:
 
 
 async def _wait(
-    answer: Future[Answer], closed: asyncio.Future[None], early: asyncio.Future[None], seconds: float
+    pending: PendingRequest, closed: asyncio.Future[None], early: asyncio.Future[None], seconds: float
 ) -> None:
     """Wait for an answer, the connection's end, the end of the poll before its time, or `seconds`."""
-    if not answer.done():
+    if not pending.answer.done():
         loop = asyncio.get_running_loop()
         woken = asyncio.Event()
 
-        def wake(_: Future[Answer]) -> None:
+        def wake() -> None:
             # The loop is closed when the server has stopped without this answer.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(woken.set)
 
-        answer.add_done_callback(wake)
+        pending.add_waker(wake)
         closed.add_done_callback(lambda _: woken.set())
         early.add_done_callback(lambda _: woken.set())
         timer = loop.call_later(seconds, woken.set)
@@ -144,3 +143,4 @@ async def _wait(
             await woken.wait()
         finally:
             timer.cancel()
+            pending.remove_waker(wake)

@@ -51,6 +51,7 @@ class PendingRequest:
     _settled: bool = False
     _cancelled: bool = False
     _work: Future[Any] | None = None
+    _wakers: set[Callable[[], None]] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self, start: Start) -> None:
@@ -90,6 +91,28 @@ class PendingRequest:
                 return
             self._settled = True
         self.answer.set_result(answer)
+
+    def add_waker(self, wake: Callable[[], None]) -> None:
+        """Have `wake` called once the request is settled, at once if it is, perhaps twice; on any thread."""
+        with self._lock:
+            first, self._wakers = self._wakers is None, self._wakers or set()
+            self._wakers.add(wake)
+        if first:  # one callback for all polls: a future keeps those of polls that ended long ago
+            self.answer.add_done_callback(self._wake)
+        elif self.answer.done():
+            wake()
+
+    def remove_waker(self, wake: Callable[[], None]) -> None:
+        """Undo `add_waker`."""
+        with self._lock:
+            if self._wakers is not None:
+                self._wakers.discard(wake)
+
+    def _wake(self, _: Future[Answer]) -> None:
+        with self._lock:
+            wakers, self._wakers = self._wakers, set()
+        for wake in wakers or ():
+            wake()
 
     def cancel(self, answer: Answer | None = None) -> None:
         """Cancel the work and free its memory; a request that has not begun never begins.
