@@ -149,7 +149,8 @@ def _sample(
     for program, batch in ((programs.decode, block), (programs.prefill, batches.of_tiles([], tiles, version))):
         if program.name in wanted:
             arguments: Any = params, loras, pool, batches.shapes(batch)
-            _report(program.name, lambda p=program, a=arguments: p.lower(*a), options)
+            with jax.set_mesh(mesh):  # by which a kernel knows the chip
+                _report(program.name, lambda p=program, a=arguments: p.lower(*a), options)
 
 
 if __name__ == "__main__":

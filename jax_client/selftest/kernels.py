@@ -15,10 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_client.engine.core.attention_check import PLATFORMS, make, plain_attention, unsuited
+from jax_client.engine.core.paged_check import preferred_attention
 from jax_client.engine.sample.pages import PAGE
-from jax_client.models.kernels.paged import BLOCK, paged_attention, write_pages, write_tokens
+from jax_client.models.families.registry import config_from_hf
+from jax_client.models.kernels.cache import PagedAttention, small_turns, wide_turns
 from jax_client.models.layers import to_bits
 from jax_client.models.parts.attention import Attention
+from jax_client.selftest import toy
 from jax_client.selftest.goldens import largest
 from jax_client.selftest.reference import attention, attention_backward
 from jax_client.selftest.row import Row, gap_row
@@ -131,26 +134,35 @@ def gap(candidate: Attention, mesh: Mesh, given: Operands, dtype: str) -> float:
 
 
 def sampling_rows(mesh: Mesh) -> Iterator[Row]:
-    """Compare the sampler's attention over pages with plain softmax, of prompts and of single tokens, on one device."""
+    """Compare each attention that may sample here with plain softmax on one device: of prompts, and single tokens."""
+    plain = small_turns() if mesh.devices.flat[0].platform == "cpu" else wide_turns()
     for dtype in DTYPES:
-        gaps = [paged_gap(mesh, width, dtype) for width in WIDTHS]
-        yield gap_row(
-            f"{dtype} attention paged",
-            largest(gaps),
-            BARS[dtype],
-            "the sampler's attention reads other keys and values than those of its row: samples are wrong.",
-            ", ".join(f"heads of {width}: {each:.1g}" for width, each in zip(WIDTHS, gaps, strict=True)),
-        )
+        gaps: dict[str, dict[int, float]] = {}
+        for width in WIDTHS:
+            model = config_from_hf(toy.Toy(kv_heads=KV_HEADS, head_width=width).config(), "toy")
+            choice = preferred_attention(mesh, model, jnp.dtype(dtype))
+            for candidate in {each.name: each for each in (choice.attention, plain)}.values():
+                gaps.setdefault(candidate.name, {})[width] = paged_gap(candidate, mesh, width, dtype)
+            if choice.refused:
+                check = f"the kernel of sampling, {dtype}, heads of {width}"
+                yield Row(check=check, verdict="SKIP", meaning=f"not used here: {choice.refused}")
+        for name, by_width in gaps.items():
+            yield gap_row(
+                f"{dtype} attention {name}",
+                largest(by_width.values()),
+                BARS[dtype],
+                "the sampler's attention reads other keys and values than those of its row: samples are wrong.",
+                ", ".join(f"heads of {width}: {each:.1g}" for width, each in by_width.items()),
+            )
 
 
-def paged_gap(mesh: Mesh, width: int, dtype: str) -> float:
+def paged_gap(candidate: PagedAttention, mesh: Mesh, width: int, dtype: str) -> float:
     """Return the largest difference for rows that have pages of their own, relative to the largest value.
 
     All tokens but each row's newest are written as whole pages, the newest alone, as a prompt and a decode step do.
     """
     rng, K, G, H, R = np.random.default_rng(0), KV_HEADS, GROUP, width, len(LENGTHS)
     n = -(-max(LENGTHS) // PAGE)
-    n += -n % BLOCK
     kind = jnp.dtype(dtype)
     draw = lambda *shape: rng.standard_normal(shape).astype(kind).astype(np.float32)  # noqa: E731
     q_R1KGH, k_RSKH, v_RSKH = draw(R, 1, K, G, H), draw(R, n * PAGE, K, H), draw(R, n * PAGE, K, H)
@@ -159,14 +171,17 @@ def paged_gap(mesh: Mesh, width: int, dtype: str) -> float:
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array, last: jax.Array) -> jax.Array:
-        empty = jnp.full((1 + R * n, PAGE, K, H), 7.0, kind)  # what lies in an unwritten place must not be seen
-        pool = to_bits(empty) if on_cpu else empty
-        k_pages, v_pages = (x.astype(kind).reshape(R * n, PAGE, K, H) for x in (k, v))
-        k_N, v_N = write_pages(pool, pool, k_pages, v_pages, table.reshape(-1))
+        shapes = candidate.token_shapes(K, H).items()  # what lies in an unwritten place must not be seen
+        pool = {name: jnp.full((1 + R * n, PAGE, *token), 7.0, kind) for name, token in shapes}
+        pool = to_bits(pool) if on_cpu else pool
+        none = jnp.zeros((R, PAGE, K, G, H))
+        for i in range(n):
+            k_page, v_page = (x[:, i * PAGE : (i + 1) * PAGE].astype(kind) for x in (k, v))
+            position = jnp.broadcast_to(i * PAGE + jnp.arange(PAGE), (R, PAGE))
+            _, pool = candidate.attend(none, k_page, v_page, pool, table, table[:, i], position, kind)
         at = jnp.take_along_axis(table, (last // PAGE)[:, None], axis=1)[:, 0]
-        k_new, v_new = (jnp.take_along_axis(x, last[:, None, None, None], axis=1)[:, 0].astype(kind) for x in (k, v))
-        k_N, v_N = write_tokens(k_N, v_N, k_new, v_new, at, last % PAGE)
-        return paged_attention(q, k_N, v_N, table, last[:, None], kind)
+        k_new, v_new = (jnp.take_along_axis(x, last[:, None, None, None], axis=1).astype(kind) for x in (k, v))
+        return candidate.attend(q, k_new, v_new, pool, table, at, last[:, None], kind)[0]
 
     arrays = q_R1KGH, k_RSKH, v_RSKH, table_Rn, last_R
     found = jax.device_get(jax.jit(run)(*(put_whole(array, mesh) for array in arrays)))

@@ -1,12 +1,14 @@
 """How does attention read keys and values that lie in pages, and how do new ones get there?
 
 The pool is (N, S, K, H): N pages, each with the keys (or values) of S successive tokens of one row in one layer. A
-row's pages of a layer stand in a table in the order of its tokens. The queries of all rows visit their tables in blocks
-of `BLOCK` pages with an online softmax, as far as the longest row reaches: the work follows the live context and not
-the capacity, and a row's sums do not depend on its batch mates.
+row's pages of a layer stand in a table in the order of its tokens. The queries of all rows visit their tables in turns
+of some pages with an online softmax, as far as the longest row reaches: the work follows the live context and not the
+capacity, and a row's sums do not depend on its batch mates.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +23,24 @@ def write_tokens(
     k_NSKH: jax.Array, v_NSKH: jax.Array, k_RKH: jax.Array, v_RKH: jax.Array, page_R: jax.Array, place_R: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return the pool with one token of each row stored at (page, place in the page)."""
-    k_RKH, v_RKH = _storable(k_RKH, v_RKH)
-    at = page_R, place_R
-    return k_NSKH.at[at].set(_as_stored(k_RKH, k_NSKH)), v_NSKH.at[at].set(_as_stored(v_RKH, v_NSKH))
+    k_RKH, v_RKH = (_as_stored(x, k_NSKH) for x in storable(k_RKH, v_RKH))
+    return k_NSKH.at[page_R, place_R].set(k_RKH), v_NSKH.at[page_R, place_R].set(v_RKH)
 
 
 def write_pages(
     k_NSKH: jax.Array, v_NSKH: jax.Array, k_RSKH: jax.Array, v_RSKH: jax.Array, page_R: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return the pool with a whole page of each row stored."""
-    k_RSKH, v_RSKH = _storable(k_RSKH, v_RSKH)
-    return k_NSKH.at[page_R].set(_as_stored(k_RSKH, k_NSKH)), v_NSKH.at[page_R].set(_as_stored(v_RSKH, v_NSKH))
+    k_RSKH, v_RSKH = (_as_stored(x, k_NSKH) for x in storable(k_RSKH, v_RSKH))
+    return k_NSKH.at[page_R].set(k_RSKH), v_NSKH.at[page_R].set(v_RSKH)
 
 
-def _as_stored(array: jax.Array, pool_NSKH: jax.Array) -> jax.Array:
-    return to_bits(array) if pool_NSKH.dtype == jnp.uint16 else array
+def _as_stored(x: jax.Array, pool: jax.Array) -> jax.Array:
+    """Return the bits of bfloat16 for a pool of bits, which a CPU has; a pool of numbers would take bits as numbers."""
+    return to_bits(x) if pool.dtype == jnp.uint16 else x
 
 
-def _storable(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+def storable(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return keys and values without a value that is not finite: its key becomes NaN.
 
     A page's next row does not see what lies behind its own last token, of any adapter: it replaces the scores, but
@@ -56,44 +58,71 @@ def paged_attention(
     table_Rn: jax.Array,
     position_RT: jax.Array,
     dtype: jnp.dtype,
+    *,
+    block: int = BLOCK,
+    whole_table: bool = False,
 ) -> jax.Array:
     """Attend causally to what the rows' pages hold, which includes the queries' own tokens.
 
     Args:
         q_RTKGH: float32 queries after norm and rotation.
         k_NSKH, v_NSKH: the pool, in the matmul type or its bits; values are finite.
-        table_Rn: int32 pages of each row, n a multiple of `BLOCK`; those past its end are not looked at.
+        table_Rn: int32 pages of each row, n a multiple of `block`; those past its end are not looked at.
         position_RT: int32 position of each query in its row; -1 sees nothing and gets an undefined, finite result.
         dtype: of the matmul operands.
+        block: pages of a turn.
+        whole_table: take all turns that the table has, a number that the compiler knows, instead of those that the
+            longest row needs.
 
     Returns:
         o_RTKGH float32.
 
     Source: online softmax, arXiv 1805.02867; pages, arXiv 2309.06180.
     """
+    R, _, K, _, H = q_RTKGH.shape
+    size = block * k_NSKH.shape[1]
+
+    def read(j: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pages_Rp = jax.lax.dynamic_slice_in_dim(table_Rn, j * block, block, axis=1)
+        k_RsKH, v_RsKH = (from_bits(pool[pages_Rp]).reshape(R, size, K, H) for pool in (k_NSKH, v_NSKH))
+        return k_RsKH, v_RsKH
+
+    turns = table_Rn.shape[1] // block if whole_table else jnp.max(position_RT) // size + 1
+    return attend_in_turns(q_RTKGH, read, size, turns, position_RT, dtype)
+
+
+def attend_in_turns(
+    q_RTKGH: jax.Array,
+    read: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    size: int,
+    turns: jax.Array | int,
+    position_RT: jax.Array,
+    dtype: jnp.dtype,
+    scale: float | None = None,
+) -> jax.Array:
+    """Attend causally to keys and values that come in turns; arguments and result as those of `paged_attention`.
+
+    Args:
+        read: `f(j) -> (k_RsKH, v_RsKH)`, the keys and values of turn j, those of the positions from j * size on.
+        size: keys of a turn.
+        turns: how many there are.
+        scale: of the scores; None for 1 / sqrt(H).
+    """
     R, T, K, G, H = q_RTKGH.shape
-    size, as_bits = BLOCK * k_NSKH.shape[1], k_NSKH.dtype == jnp.uint16
-    spec = "RKsH" if as_bits else "RsKH"
-
-    def tokens(pool_NSKH: jax.Array, pages_Rp: jax.Array) -> jax.Array:
-        """Return the keys or values of some pages; bits with the heads first, for numbers of a CPU take longer."""
-        found_RsKH = pool_NSKH[pages_Rp].reshape(R, size, K, H)
-        return from_bits(jnp.swapaxes(found_RsKH, 1, 2)) if as_bits else found_RsKH
-
     q_RKXH = jnp.transpose(q_RTKGH, (0, 2, 3, 1, 4)).reshape(R, K, G * T, H)
     position_RX = jnp.tile(position_RT, (1, G))
-    turns = jnp.max(position_RT) // size + 1
+    factor = H**-0.5 if scale is None else scale
 
     def step(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         m_RKX, l_RKX, o_RKXH = carry
-        pages_Rp = jax.lax.dynamic_slice_in_dim(table_Rn, j * BLOCK, BLOCK, axis=1)
-        s_RKXs = contract(f"RKXH,{spec}->RKXs", q_RKXH, tokens(k_NSKH, pages_Rp), dtype) * H**-0.5
+        k_RsKH, v_RsKH = read(j)
+        s_RKXs = contract("RKXH,RsKH->RKXs", q_RKXH, k_RsKH, dtype) * factor
         visible_RXs = j * size + jnp.arange(size) <= position_RX[..., None]
         s_RKXs = jnp.where(visible_RXs[:, None], s_RKXs, MASKED)
         new_m_RKX = jnp.maximum(m_RKX, softmax_shift(jnp.max(s_RKXs, axis=-1)))
         # Rounded before they are summed, as in `blockwise_forward`: there is why.
         p_RKXs, decay_RKX = jnp.exp(s_RKXs - new_m_RKX[..., None]).astype(dtype), jnp.exp(m_RKX - new_m_RKX)
-        pv_RKXH = contract(f"RKXs,{spec}->RKXH", p_RKXs, tokens(v_NSKH, pages_Rp), dtype)
+        pv_RKXH = contract("RKXs,RsKH->RKXH", p_RKXs, v_RsKH, dtype)
         l_RKX = l_RKX * decay_RKX + jnp.sum(p_RKXs, axis=-1, dtype=jnp.float32)
         return new_m_RKX, l_RKX, o_RKXH * decay_RKX[..., None] + pv_RKXH
 

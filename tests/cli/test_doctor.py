@@ -77,7 +77,10 @@ def test_doctor_notices_a_cpu_in_place_of_a_gpu(monkeypatch):
 def test_doctor_says_which_kernels_are_used_and_why_not_the_others(monkeypatch):
     gpu = {"platform": "gpu", "kind": "NVIDIA H100", "count": 1, "processes": 1, "memory_bytes": 2**36}
     choices = [
-        {"dtype": "bfloat16", "head_width": width, "failed": width == 64, "training": name, "refused": refused}
+        {
+            **{"dtype": "bfloat16", "head_width": width, "failed": width == 64, "refused": refused},
+            **{"training": name, "sampling": "triton"},
+        }
         for width, name, refused in (
             (128, "cudnn", {}),
             (64, "blockwise", {"cudnn": "it is off by 0.3 on a packed row"}),
@@ -89,7 +92,7 @@ def test_doctor_says_which_kernels_are_used_and_why_not_the_others(monkeypatch):
     assert (
         "cudnn for bfloat16 with heads of 128; blockwise for bfloat16 with heads of 64 (cuDNN 9.18.1)" in kernels.found
     )
-    assert "Not used: cudnn: it is off by 0.3" in kernels.found
+    assert "Sampling: triton for every model. Not used: cudnn: it is off by 0.3" in kernels.found
     monkeypatch.setattr(devices, "_probe", lambda timeout: (gpu, ""))  # what was found in time
     _, kernels = devices.devices(1)
     assert kernels.status == "WARN" and "not tried within 1 seconds" in kernels.found

@@ -19,6 +19,7 @@ import pytest
 from jax_client.cli.doctor.selftest import run_selftest
 from jax_client.engine.core.requests import GeneratedRow
 from jax_client.models.families.registry import config_from_hf
+from jax_client.models.kernels.cache import small_turns
 from jax_client.models.parts.attention import blockwise
 from jax_client.selftest import goldens, kernels, meshes, rates, toy
 from jax_client.selftest import run as selftest_run
@@ -145,8 +146,10 @@ def test_a_kernel_of_the_wrong_head_is_found_by_name(monkeypatch: pytest.MonkeyP
         "attention absent": "SKIP",
     }
     assert rows["attention absent"].meaning == "not used here: it is for others"
-    paged = kernels.paged_attention
-    monkeypatch.setattr(kernels, "paged_attention", lambda q, *rest: paged(q[:, :, ::-1], *rest))
+    paged = small_turns()
+    turned = replace(paged, attend=lambda q, *rest: paged.attend(q[:, :, ::-1], *rest))
+    assert {row.verdict for row in kernels.sampling_rows(mesh)} == {"PASS"}
+    monkeypatch.setattr(kernels, "small_turns", lambda: turned)
     assert {row.verdict for row in kernels.sampling_rows(mesh)} == {"FAIL"}
 
 

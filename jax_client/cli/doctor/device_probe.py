@@ -37,9 +37,10 @@ def main() -> None:
 
 
 def kernels() -> dict[str, Any]:
-    """Return with which attention engines would train on all devices, and why with no other; kernels are tried."""
+    """Return with which attention engines would train and sample on all devices, and why not; kernels are tried."""
     import jax.numpy as jnp
 
+    from jax_client.engine.core import paged_check
     from jax_client.engine.core.attention_check import choose, cudnn_version
     from jax_client.models.config import ModelConfig
     from jax_client.sharding import make_mesh
@@ -60,9 +61,10 @@ def kernels() -> dict[str, Any]:
             tied_embeddings=True,
             max_context=512,
         )
-        choice = choose(mesh, model, jnp.dtype(dtype))
-        kind = {"dtype": dtype, "head_width": width, "failed": choice.failed}
-        found.append(kind | {"training": choice.attention.name, "refused": dict(choice.refused)})
+        choice, paged = choose(mesh, model, jnp.dtype(dtype)), paged_check.choose(mesh, model, jnp.dtype(dtype))
+        refused = dict(choice.refused) | ({"the kernel of sampling": paged.refused} if paged.refused else {})
+        kind = {"dtype": dtype, "head_width": width, "failed": choice.failed or paged.failed}
+        found.append(kind | {"training": choice.attention.name, "sampling": paged.attention.name, "refused": refused})
     return {"kernels": found, "cudnn": cudnn_version() if mesh.devices.flat[0].platform == "gpu" else None}
 
 

@@ -144,25 +144,30 @@ def kernels(found: Mapping[str, Any], timeout: float) -> Finding:
             advice="Give a longer --timeout. Each start of an engine tries them too, and takes as long.",
         )
     each: list[dict[str, Any]] = found["kernels"]
-    by_name: dict[str, list[str]] = {}
-    for choice in each:
-        by_name.setdefault(choice["training"], []).append(f"{choice['dtype']} with heads of {choice['head_width']}")
-    training = "; ".join(f"{name} for {', '.join(models)}" for name, models in by_name.items())
-    if len(by_name) == 1:
-        training = f"{each[0]['training']} for every model"
+    training, sampling = (_by_model(each, use) for use in ("training", "sampling"))
     refused = {f"{name}: {why}": None for choice in each for name, why in choice["refused"].items()}
     version = f" (cuDNN {found['cudnn']})" if found.get("cudnn") else ""
     failed = any(choice["failed"] for choice in each)
     return Finding(
         check="kernels",
         status="WARN" if failed else "OK",
-        found=f"training: {training}{version}. Sampling: paged attention in plain JAX. Not used: {'; '.join(refused)}",
+        found=f"training: {training}{version}. Sampling: {sampling}. Not used: {'; '.join(refused)}",
         advice="A kernel for this platform failed its check, and a slower one stands in. Run: jax_client doctor "
         "--selftest, and report its table."
         if failed
         else "",
         details={"kernels": each, "cudnn": found.get("cudnn")},
     )
+
+
+def _by_model(choices: list[dict[str, Any]], use: str) -> str:
+    """Return which kernels serve which models, in words."""
+    by_name: dict[str, list[str]] = {}
+    for choice in choices:
+        by_name.setdefault(choice[use], []).append(f"{choice['dtype']} with heads of {choice['head_width']}")
+    if len(by_name) == 1:
+        return f"{choices[0][use]} for every model"
+    return "; ".join(f"{name} for {', '.join(models)}" for name, models in by_name.items())
 
 
 def _probe(timeout: float) -> tuple[dict[str, Any] | None, str]:

@@ -183,7 +183,8 @@ class Program(Generic[P, R]):
         fn.__name__ = self.name  # type: ignore[attr-defined]  (profiles and dumps show it)
         jit = partial(jax.jit, fn, donate_argnums=self._donate)
         jitted = jit() if self._out_shardings_of is None else jit(out_shardings=self._out_shardings_of(*args))
-        return jitted.lower(*args)
+        with _without_frames(args):
+            return jitted.lower(*args)
 
     def _get(self, args: tuple[object, ...], static: dict[str, object], cause: Cause) -> jax.stages.Compiled:
         key = _signature(args, static)
@@ -251,6 +252,21 @@ class Program(Generic[P, R]):
         self._log.append(record)
         logger.info("%s %s (%s) in %.1f s", "loaded" if cached else "compiled", self.name, text, seconds)
         return compiled
+
+
+def _without_frames(args: object) -> contextlib.AbstractContextManager[object]:
+    """Within it, programs for an accelerator carry no frames of the Python stack.
+
+    With them XLA's compiler for TPUs (libtpu 0.0.42) did not end: inlining a decode program with a kernel, it went
+    round in the frames for ever. A CPU's programs keep them.
+    """
+    platforms = {device.platform for a in jax.tree.leaves(args) if a.sharding for device in a.sharding.device_set}
+    try:
+        from jax._src import config
+
+        return contextlib.nullcontext() if "cpu" in platforms else config.traceback_in_locations_limit(0)
+    except (ImportError, AttributeError):  # a newer jax has it elsewhere, and a newer compiler
+        return contextlib.nullcontext()
 
 
 def _signature(args: tuple[object, ...], static: dict[str, object]) -> object:

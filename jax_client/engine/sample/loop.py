@@ -26,15 +26,17 @@ from jax.sharding import Mesh
 from jax_client.engine.core import memory
 from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.device_errors import is_out_of_memory, named_error
+from jax_client.engine.core.paged_check import choose_paged_attention
 from jax_client.engine.core.programs import CompileRecord
 from jax_client.engine.core.requests import GenerationRequest, GenerationResult
 from jax_client.engine.core.turns import Lane, Task, Unawaited
 from jax_client.engine.sample.batches import Batches
 from jax_client.engine.sample.pages import FEWEST_PAGES, PAGE, fitting_pages, most_pages
-from jax_client.engine.sample.programs import BLOCK_STEPS, Pool, SamplePrograms, sampling_params
+from jax_client.engine.sample.programs import BLOCK_STEPS, Pool, SamplePrograms
 from jax_client.engine.sample.rows import Job, Row, extend, take_scores
 from jax_client.engine.sample.schedule import MAX_VERSIONS, Schedule
 from jax_client.engine.sample.sized import SizedPrograms
+from jax_client.engine.sample.weights import DecodeWeights, sampling_params
 from jax_client.errors import RequestFailedError
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params
@@ -94,7 +96,7 @@ class SamplingLoop:
     """Runs sampling requests with the engine's weights.
 
     Attributes:
-        lane: where `serve` runs; the owners of its rows share its turns.
+        lane: where `serve` runs; the owners of its rows share its turns. And `attention`, that over the cache.
     """
 
     def __init__(
@@ -109,24 +111,22 @@ class SamplingLoop:
         background: Workers | None = None,
     ):
         self.lane = Lane(sampling=True)
-        self._params = sampling_params(params)
+        self._weights = DecodeWeights(sampling_params(params), model, dtype, mesh, log)
         self._model = model
         self._mesh = mesh
         self._sizes = sizes_on(mesh.devices.flat[0].platform)
         self._batches = Batches.of(mesh, model.max_context)
-        self._ways = self._batches.ways
         self._memory_fraction = memory_fraction
-        self._programs = SamplePrograms(model, dtype, mesh, attention, log)
-        self._sized = SizedPrograms(self._programs, self._batches, self._params, background)
+        self.attention = choose_paged_attention(mesh, model, dtype)
+        self._programs = SamplePrograms(model, dtype, mesh, attention, log, self.attention)
+        self._sized = SizedPrograms(self._programs, self._batches, self._weights, background)
         self._most_pages = most_pages(model.max_context, self._sizes.rows[-1] * self._sizes.tokens_per_row)
         self._pool: Pool | None = None
         self._schedule: Schedule | None = None
         self._lock = threading.Lock()
-        self._inbox: deque[Job] = deque()
-        self._returned: deque[Row] = deque()  # rows that wait for a cache
+        self._inbox, self._returned = deque[Job](), deque[Row]()  # the latter are rows that wait for a cache
         self._waiting_rows = 0
-        self._serving = False
-        self._any_cancelled = False  # since the schedule forgot cancelled rows
+        self._serving = self._any_cancelled = False  # the latter since the schedule forgot cancelled rows
         self._step_s: dict[int, float] = {}  # of a decode step, by rows
         self.counts = Counts()
 
@@ -156,6 +156,7 @@ class SamplingLoop:
         with self._lock:
             jobs = set(self._inbox)
             self._inbox.clear()
+        self._weights.drop()
         schedule, returned = self._schedule, self._returned
         self._pool = self._schedule = None
         self._returned = deque()
@@ -169,6 +170,7 @@ class SamplingLoop:
             try:
                 yield from self._round()
             except Exception as error:
+                self._weights.drop(for_good=is_out_of_memory(error))
                 self._fail_placed(named_error(error))
             with self._lock:
                 schedule = self._schedule
@@ -193,11 +195,10 @@ class SamplingLoop:
 
     def free_weights(self) -> None:
         """Drop the references to the base weights; nothing can be sampled any more."""
-        self._params = {}
-        self._sized.free_weights()
+        self._weights.free()
 
     def release_cache(self) -> bool:
-        """Free the cache's memory; running rows wait for a new one, and resume with their drawn tokens.
+        """Free the cache, and a copy of the weights beside it; running rows wait, and resume with their drawn tokens.
 
         To be called on the dispatch thread. Programs in flight finish first.
 
@@ -208,15 +209,17 @@ class SamplingLoop:
             return False
         self._returned = deque([*schedule.placed, *schedule.waiting])
         self._pool = self._schedule = None
+        self._weights.drop()
         return True
 
     def describe(self) -> dict[str, float]:
-        """Return the cache's size and what has been sampled."""
+        """Return the sizes of the cache and of a copy of the weights, and what has been sampled."""
         counts, schedule = self.counts, self._schedule
         pages = 0 if schedule is None else len(schedule.pages) * schedule.pages[0].count
         return {
             "cache_tokens": pages * PAGE,
             "cache_bytes": pages * self._programs.page_bytes(),
+            "decode_weights_bytes": self._weights.bytes * self._mesh.size,
             "pages_used": 0 if schedule is None else sum(way.used for way in schedule.pages),
             "rows_running": 0 if schedule is None else len(schedule.placed),
             "rows_waiting": self._waiting_rows,
@@ -333,14 +336,15 @@ class SamplingLoop:
         self._pool = self._schedule = None
         while True:
             try:
-                self._pool = jax.block_until_ready(self._programs.new_pool(self._ways, pages + 2))
+                self._pool = jax.block_until_ready(self._programs.new_pool(self._batches.ways, pages + 2))
                 break
             except Exception as error:
                 if not is_out_of_memory(error) or pages <= FEWEST_PAGES:
                     raise
                 pages //= 2
+        self._weights.choose(memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction))
         self._schedule = schedule = Schedule(
-            ways=self._ways, pages=pages + 2, rows=self._sizes.rows[-1], steps=BLOCK_STEPS
+            ways=self._batches.ways, pages=pages + 2, rows=self._sizes.rows[-1], steps=BLOCK_STEPS
         )
         returned, self._returned = self._returned, deque()
         refused = {row.job for row in returned if _refused(row.job, schedule)}
@@ -361,14 +365,14 @@ class SamplingLoop:
     def _prefill(self, schedule: Schedule, size: int) -> Task[None]:
         """Yield-from: compute tiles of one version; wait for their scores and draws if any were asked for."""
         if decoding := sum(row.job.decodes for row in (*schedule.placed, *schedule.waiting)):
-            fewest = min(-(-decoding // self._ways), self._sizes.rows[-1])
+            fewest = min(-(-decoding // self._batches.ways), self._sizes.rows[-1])
             sizes = [rows for rows in self._sizes.rows if rows >= fewest]
             self._sized.compile_decode_beside(schedule.next_version(), self._pool, sizes)
         snapshot, tiles = schedule.next_tiles(size)
         loras = () if snapshot is None else (snapshot.weights,)
         batch = self._batches.put(self._batches.of_tiles(tiles, size, snapshot))
         self._share(schedule, [tile.row for way in tiles for tile in way])
-        self._pool, scores = self._programs.prefill(self._params, loras, self._take_pool(), batch)
+        self._pool, scores = self._programs.prefill(self._weights.now, loras, self._take_pool(), batch)
         for tile in (tile for way in tiles for tile in way):
             tile.launched = True
             self.counts.computed_prompt_tokens += tile.stop - tile.start
@@ -388,13 +392,13 @@ class SamplingLoop:
         loras = tuple(snapshot.weights for snapshot in versions)
         batch = self._batches.put(self._batches.of_rows(rows, R, versions) | {"steps": self._steps(R)})
         self._share(schedule, [row for way in rows for row in way])
-        self._pool, out = self._programs.decode(self._params, loras, self._take_pool(), batch)
+        self._pool, out = self._programs.decode(self._weights.now, loras, self._take_pool(), batch)
         for row in (row for way in rows for row in way):
             schedule.copied(row)
         counts = self.counts
         counts.blocks += 1
         counts.rows_run += sum(map(len, rows))
-        counts.slots += self._ways * R
+        counts.slots += self._batches.ways * R
         launched = time.perf_counter()
         host = yield partial(jax.device_get, out)
         counts.sampled_tokens += int(host["new"].sum())

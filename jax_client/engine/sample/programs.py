@@ -14,6 +14,7 @@ the others.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,14 +23,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_client.engine.core.adapters import Weights
+from jax_client.engine.core.paged_check import preferred_attention
 from jax_client.engine.core.programs import CompileRecord, Program, shardings_of
 from jax_client.engine.core.requests import MAX_ALTERNATIVES, MAX_TARGETS, MAX_TOPK_PROMPT, MAX_TOPK_SAMPLE
 from jax_client.engine.sample.pages import PAGE, page_bytes
 from jax_client.engine.sample.shards import Shards
 from jax_client.engine.sample.token_sampling import draw_tokens
+from jax_client.engine.sample.weights import WHOLE, Base, partition_specs, whole_specs
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, output_head_VD, param_specs
-from jax_client.models.kernels.paged import paged_attention, write_pages, write_tokens
+from jax_client.models.kernels.cache import PagedAttention
 from jax_client.models.layers import contract, from_bits, rms_norm
 from jax_client.models.lora_arrays import lora_arrays
 from jax_client.models.parts.attention import Attention
@@ -42,13 +45,13 @@ from jax_client.values import LoraSpec
 BLOCK_STEPS = 32
 SCORE_CHUNK = 64  # positions whose scores over the vocabulary exist at once
 HEAD_BLOCK = 16_384  # tokens of the vocabulary whose weights exist at once, where the ways gather them
-# "k" and "v": (W, L, P, S, K, H), in the matmul type or its bits.
+# Arrays (W, L, P, S, ...), in the matmul type or its bits; which there are, the attention says.
 Pool = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
 # Whether any way goes on, the number of the step, the pool, the rows' state, and what the block has drawn.
 Carry = tuple[jax.Array, jax.Array, Pool, Batch, Batch]
-# f(q, k, v, k_N, v_N, first) -> (o, k_N, v_N): attention over the pages, which it writes to; a layer's begin at first.
-Attend = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+# f(q, k, v, pool, first) -> (o, pool): attention over pages (N, S, ...), which it writes to; a layer's begin at first.
+Attend = Callable[..., tuple[jax.Array, Pool]]
 
 
 class SamplePrograms:
@@ -56,27 +59,38 @@ class SamplePrograms:
 
     Both programs take the pool's memory over. `loras` are the adapters of a batch, all of one configuration; `scale`
     has alpha / rank in the column of a row's own, and zeros for the base model.
+
+    Args:
+        attention: of training, which the layers know of.
+        log: of compiles.
+        paged: the attention over the cache; None for what the platform prefers, unchecked.
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, attention: Attention, log: list[CompileRecord]
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        mesh: Mesh,
+        attention: Attention,
+        log: list[CompileRecord],
+        paged: PagedAttention | None = None,
     ):
+        self.paged = preferred_attention(mesh, config, dtype).attention if paged is None else paged
         self._config = config
         self._dtype = dtype
         self._attention = attention
         self._mesh = mesh
         self._shards = Shards(mesh)
         self._accelerator = mesh.devices.flat[0].platform != "cpu"
-        specs = lambda p: sharding_for(p.axes, p.shape, mesh).spec  # noqa: E731
-        self._specs: Any = jax.tree.map(specs, param_specs(config, dtype))
-        self._head_spec: PartitionSpec = self._specs.get("unembed_VD", self._specs["embed_VD"])
-        self._split_vocabulary = "tensor" in (self._head_spec[0] or ())
+        stored, copied = param_specs(config, dtype), whole_specs(config, dtype)
+        self._specs, self._whole_specs = partition_specs(stored, mesh), partition_specs(copied, mesh)
+        self._split_vocabulary = "tensor" in (Base({}, self._specs).head_spec[0] or ())
         versions = lambda loras: f", {len(loras)} adapters" if len(loras) > 1 else ", 1 adapter" if loras else ""  # noqa: E731
         tiles = lambda _, loras, __, batch: "{}x{} tokens".format(*batch["tokens"].shape[1:]) + versions(loras)  # noqa: E731
         rows = lambda _, loras, __, batch: f"{batch['token'].shape[1]} rows" + versions(loras)  # noqa: E731
         whole = NamedSharding(mesh, PartitionSpec())
         outputs = lambda *args: (shardings_of(args[2]), whole)  # noqa: E731
-        model = Program.model_text(config, dtype, mesh, attention)
+        model = Program.model_text(config, dtype, mesh, self.paged)
         self.prefill = Program(
             "prefill", self._on_devices(self._prefill), log, outputs, tiles, donate=(2,), kind="sample", model=model
         )
@@ -87,18 +101,19 @@ class SamplePrograms:
     def new_pool(self, ways: int, pages: int) -> Pool:
         """Return an empty pool of zeros, `pages` for each way."""
         shapes = self.pool_shapes(ways, pages)
-        if self._mesh.devices.flat[0].platform != "cpu":
+        if self._accelerator:
             return {name: jnp.zeros(a.shape, a.dtype, device=a.sharding) for name, a in shapes.items()}
         # Memory of a CPU is taken when a page is first written.
         return {name: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding) for name, a in shapes.items()}
 
     def pool_shapes(self, ways: int, pages: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the arrays of `new_pool` as shapes with their places."""
-        c = self._config
-        shape = (ways, c.n_layers, pages, PAGE, c.n_kv_heads, c.head_dim)
-        as_bits = self._dtype == jnp.bfloat16 and self._mesh.devices.flat[0].platform == "cpu"
-        struct = jax.ShapeDtypeStruct(shape, np.uint16 if as_bits else self._dtype, sharding=self._pool_sharding(shape))
-        return dict.fromkeys("kv", struct)
+        c, found = self._config, {}
+        kind = np.dtype(np.uint16) if self._dtype == jnp.bfloat16 and not self._accelerator else self._dtype
+        for name, token in self.paged.token_shapes(c.n_kv_heads, c.head_dim).items():
+            shape = (ways, c.n_layers, pages, PAGE, *token)
+            found[name] = jax.ShapeDtypeStruct(shape, kind, sharding=self._pool_sharding(shape))
+        return found
 
     def _pool_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         return sharding_for(("rows", None, None, None, "kv_heads", None), shape, self._mesh, "key/value cache")
@@ -107,13 +122,16 @@ class SamplePrograms:
         """Return a program of whole arrays from `body`, which each device runs over its own part of them."""
 
         def run(params: Params, loras: tuple[Weights, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
+            base_specs = self._whole_specs if WHOLE in params else self._specs
+            params = params.get(WHOLE, params)
+            on_device = lambda params, *others: body(Base(params, base_specs), *others)  # noqa: E731
             if self._mesh.size == 1:
-                return body(params, loras, pool, batch)
+                return on_device(params, loras, pool, batch)
             rows = PartitionSpec(("data", "fsdp"))
             pools = jax.tree.map(lambda a: self._pool_sharding(a.shape).spec, pool)
             batches = {name: PartitionSpec() if name in ("wanted", "steps") else rows for name in batch}
-            specs = self._specs, tuple(map(self._lora_specs, loras)), pools, batches
-            return self._shards.run(body, specs, (pools, rows))(params, loras, pool, batch)
+            specs = base_specs, tuple(map(self._lora_specs, loras)), pools, batches
+            return self._shards.run(on_device, specs, (pools, rows))(params, loras, pool, batch)
 
         run.__name__ = body.__name__
         return run
@@ -138,7 +156,7 @@ class SamplePrograms:
         return page_bytes(self._config, self._dtype)
 
     @jax.named_scope("prefill")
-    def _prefill(self, params: Params, loras: tuple[Weights, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
+    def _prefill(self, base: Base, loras: tuple[Weights, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
         """Store tiles, and score their positions where asked.
 
         Args:
@@ -167,21 +185,20 @@ class SamplePrograms:
         )
         scale_MV = jnp.repeat(batch["scale"], S, axis=0)
 
-        def attend(
-            q: jax.Array, k: jax.Array, v: jax.Array, k_N: jax.Array, v_N: jax.Array, first: jax.Array
-        ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            k_N, v_N = write_pages(k_N, v_N, k, v, first + batch["page"])
-            return paged_attention(q, k_N, v_N, first + batch["table"], position_tS, self._dtype), k_N, v_N
+        def attend(*qkv: jax.Array, pool: Pool, first: jax.Array) -> tuple[jax.Array, Pool]:
+            table, page = first + batch["table"], first + batch["page"]
+            return self.paged.attend(*qkv, pool, table, page, position_tS, self._dtype)
 
-        x_tSD = self._shards.rows_of(params["embed_VD"], self._specs["embed_VD"], batch["tokens"])
-        x_tSD, pool = self._through_layers(x_tSD, pool, self._layers(params, loras), scale_MV, c, attend)
-        h_ND = rms_norm(x_tSD, params["final_norm_D"], self._config.norm_eps).reshape(t * S, -1)
-        scores = self._scores(params, loras, h_ND, scale_MV, batch)
+        x_tSD = self._shards.rows_of(base.params["embed_VD"], base.specs["embed_VD"], batch["tokens"])
+        layers = base, self._pairs(base, loras)
+        x_tSD, pool = self._through_layers(layers, scale_MV, c, attend, x_tSD, pool)
+        h_ND = rms_norm(x_tSD, base.params["final_norm_D"], self._config.norm_eps).reshape(t * S, -1)
+        scores = self._scores(base, loras, h_ND, scale_MV, batch)
         return pool, jax.tree.map(lambda a: a[None], scores)
 
     @jax.named_scope("scores")
     def _scores(
-        self, params: Params, loras: tuple[Weights, ...], h_ND: jax.Array, scale_NV: jax.Array, batch: Batch
+        self, base: Base, loras: tuple[Weights, ...], h_ND: jax.Array, scale_NV: jax.Array, batch: Batch
     ) -> Batch:
         fields = {"h": h_ND, "scale": scale_NV}
         fields |= {name: batch[name] for name in ("targets", "key", "temperature", "top_k", "top_p")}
@@ -216,7 +233,7 @@ class SamplePrograms:
 
             def scored() -> Batch:
                 settings = dict(x)
-                logits_RV = self._logits(params, loras, settings.pop("h"), settings.pop("scale"))
+                logits_RV = self._logits(base, loras, settings.pop("h"), settings.pop("scale"))
                 return self._shards.by_row(of_rows, logits_RV, settings, split=self._split_vocabulary)
 
             return jax.lax.cond(score > 0, scored, lambda: empty)
@@ -225,7 +242,7 @@ class SamplePrograms:
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
     @jax.named_scope("decode")
-    def _decode(self, params: Params, loras: tuple[Weights, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
+    def _decode(self, base: Base, loras: tuple[Weights, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
         """Run one block of steps.
 
         Args:
@@ -241,13 +258,13 @@ class SamplePrograms:
         """
         pool = self._copy_pages(pool, batch["copy"][0])
         # Before the loop, as it is the same at every step.
-        layers = self._layers(params, loras)
+        layers = base, self._pairs(base, loras)
         flat = {name: batch[name][0] for name in sorted(batch.keys() - {"copy", "steps"})}
         any_top, R = jnp.any(flat["top"]), len(flat["token"])
         likeliest = min(MAX_TOPK_SAMPLE, self._config.vocab_size)
 
         def goes_on(i: jax.Array, done_R: jax.Array) -> jax.Array:
-            return self._shards.any_way((i < batch["steps"]) & ~jnp.all(done_R))
+            return self._shards.any_way((i < batch["steps"]) & ~jnp.all(done_R), base.split_by_way)
 
         def draw(logits_RV: jax.Array, s: Batch) -> Batch:
             token_R = draw_tokens(logits_RV, s["key"], s["count"], s["temperature"], s["top_k"], s["top_p"])
@@ -262,18 +279,15 @@ class SamplePrograms:
             more: Any = {"work": any_row, "accelerator": self._accelerator}
             c = context(position_R[:, None], self._config, self._dtype, self._attention, **more)
 
-            def attend(
-                q: jax.Array, k: jax.Array, v: jax.Array, k_N: jax.Array, v_N: jax.Array, first: jax.Array
-            ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            def attend(*qkv: jax.Array, pool: Pool, first: jax.Array) -> tuple[jax.Array, Pool]:
                 table = first + flat["table"]
                 page = jnp.take_along_axis(table, (position_R // PAGE)[:, None], axis=1)[:, 0]
-                k_N, v_N = write_tokens(k_N, v_N, k[:, 0], v[:, 0], page, position_R % PAGE)
-                return paged_attention(q, k_N, v_N, table, position_R[:, None], self._dtype), k_N, v_N
+                return self.paged.attend(*qkv, pool, table, page, position_R[:, None], self._dtype)
 
-            x_R1D = self._shards.rows_of(params["embed_VD"], self._specs["embed_VD"], row["token"][:, None])
-            x_R1D, pool = self._through_layers(x_R1D, pool, layers, flat["scale"], c, attend)
-            h_RD = rms_norm(x_R1D, params["final_norm_D"], self._config.norm_eps)[:, 0]
-            logits_RV = self._logits(params, loras, h_RD, flat["scale"])
+            x_R1D = self._shards.rows_of(base.params["embed_VD"], base.specs["embed_VD"], row["token"][:, None])
+            x_R1D, pool = self._through_layers(layers, flat["scale"], c, attend, x_R1D, pool)
+            h_RD = rms_norm(x_R1D, base.params["final_norm_D"], self._config.norm_eps)[:, 0]
+            logits_RV = self._logits(base, loras, h_RD, flat["scale"])
             settings = {name: flat[name] for name in ("key", "temperature", "top_k", "top_p")}
             settings["count"] = row["count"]
             new = self._shards.by_row(draw, logits_RV, settings, split=self._split_vocabulary)
@@ -293,118 +307,102 @@ class SamplePrograms:
         out = drawn | {"new": row["count"] - flat["count"], "stopped": row["stopped"], "done": row["done"]}
         return pool, jax.tree.map(lambda a: a[None], out)
 
-    def _layers(self, params: Params, loras: tuple[Weights, ...]) -> Any:
-        """Return the layers' weights and their pairs of all adapters: stacks of them, or a list on one CPU."""
-        layers = params["layers"]
-        if isinstance(layers, list):
-            each = [mixed_pairs([_cut(lora["layers"], i) for lora in loras], self._dtype) for i in range(len(layers))]
-            return list(zip(from_bits(layers), each, strict=True))
-        pairs = (
-            jax.vmap(lambda *adapters: mixed_pairs(adapters, self._dtype))(*(lora["layers"] for lora in loras))
-            if loras
-            else {}
-        )
-        return layers, pairs
+    def _pairs(self, base: Base, loras: tuple[Weights, ...]) -> Any:
+        """Return the layers' pairs of all adapters: stacks of them, or on one CPU a list."""
+        if isinstance(base.params["layers"], list):
+            cut = lambda i: [_cut(lora["layers"], i) for lora in loras]  # noqa: E731
+            return [mixed_pairs(cut(i), self._dtype) for i in range(self._config.n_layers)]
+        if not loras:
+            return {}
+        return jax.vmap(lambda *adapters: mixed_pairs(adapters, self._dtype))(*(lora["layers"] for lora in loras))
 
     def _through_layers(
-        self, x_BTD: jax.Array, pool: Pool, layers: Any, scale_MV: jax.Array, c: Context, attend: Attend
+        self,
+        layers: tuple[Base, Any],
+        scale_MV: jax.Array,
+        c: Context,
+        attend: Attend,
+        x_BTD: jax.Array,
+        pool: Pool,
     ) -> tuple[jax.Array, Pool]:
         """Return the residual stream after all layers, and the pool with what they have stored.
 
         Stacks of layers are scanned, so that none of them exists twice. A list is unrolled; the layer is traced once
         for all of it: tracing, which one thread does, took as long as a third of XLA's work.
         """
-        P, K = pool["k"].shape[2], pool["k"].shape[4]
-        pages = lambda a: a.reshape(-1, PAGE, K, a.shape[-1])  # noqa: E731
+        base, of_layers = layers
+        P = next(iter(pool.values())).shape[2]
 
         @jax.jit
         def layer(
-            x_BTD: jax.Array, w: Params, pairs: dict[str, Pair], k_N: jax.Array, v_N: jax.Array, i: jax.Array
-        ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            def attention(*qkv: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-                q, k, v = qkv
-                o, k_P, v_P = attend(q, k.astype(self._dtype), v.astype(self._dtype), k_N, v_N, i * P)
-                return o, (k_P, v_P)
+            x_BTD: jax.Array, w: Params, pairs: dict[str, Pair], pages: Pool, i: jax.Array
+        ) -> tuple[jax.Array, Pool]:
+            def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Pool]:
+                return attend(q, k.astype(self._dtype), v.astype(self._dtype), pool=pages, first=i * P)
 
             linears = MixedLinears(pairs, scale_MV, self._dtype, self._shards.total, accelerator=self._accelerator)
-            y_BTD, _, (new_k_N, new_v_N) = layer_forward(x_BTD, w, linears, c, attention)
-            return y_BTD, new_k_N, new_v_N
+            y_BTD, _, pages = layer_forward(x_BTD, w, linears, c, attention)
+            return y_BTD, pages
 
-        carry = x_BTD, pages(pool["k"]), pages(pool["v"])
-        if isinstance(layers, list):
-            for i, (w, pairs) in enumerate(layers):
+        carry = x_BTD, {name: a.reshape(-1, *a.shape[3:]) for name, a in pool.items()}
+        if isinstance(of_layers, list):
+            for i, (w, pairs) in enumerate(zip(from_bits(base.params["layers"]), of_layers, strict=True)):
                 with jax.named_scope(f"layer_{i}"):
-                    carry = layer(carry[0], w, pairs, carry[1], carry[2], jnp.int32(i))
+                    carry = layer(carry[0], w, pairs, carry[1], jnp.int32(i))
         else:
-            specs = self._specs["layers"]
 
             def one(carry: Any, xs: Any) -> tuple[Any, None]:
-                i, w, pairs = xs
-                w = {name: self._shards.whole(a, PartitionSpec(*specs[name][1:])) for name, a in w.items()}
+                i, pairs = xs
+                w = base.layer(i, self._shards.whole)
                 with jax.named_scope("layer"):
-                    return layer(carry[0], from_bits(w), pairs, carry[1], carry[2], i), None
+                    return layer(carry[0], w, pairs, carry[1], i), None
 
-            stacks = jnp.arange(self._config.n_layers, dtype=jnp.int32), *layers
-            carry, _ = jax.lax.scan(one, carry, stacks)
-        x_BTD, k_N, v_N = carry
-        return x_BTD, {"k": k_N.reshape(pool["k"].shape), "v": v_N.reshape(pool["v"].shape)}
+            carry, _ = jax.lax.scan(one, carry, (jnp.arange(self._config.n_layers, dtype=jnp.int32), of_layers))
+        return carry[0], {name: a.reshape(pool[name].shape) for name, a in carry[1].items()}
 
     @jax.named_scope("copy_pages")
     def _copy_pages(self, pool: Pool, copy_R2: jax.Array) -> Pool:
         """Return the pool with pages copied, in the decode program because it has the pool anyway."""
-        each = lambda a: a.at[0, :, copy_R2[:, 1]].set(a[0, :, copy_R2[:, 0]])  # noqa: E731
-        return jax.lax.cond(jnp.any(copy_R2 > 0), lambda p: jax.tree.map(each, p), lambda p: p, pool)
+        any_copy = jnp.any(copy_R2 > 0)
+        if not self._accelerator:
+            each = lambda a: a.at[0, :, copy_R2[:, 1]].set(a[0, :, copy_R2[:, 0]])  # noqa: E731
+            return jax.lax.cond(any_copy, lambda p: jax.tree.map(each, p), lambda p: p, pool)
+
+        # Of a pool that goes through a condition XLA makes a copy on a GPU, and holds it twice.
+        def copy(i: jax.Array, a: jax.Array) -> jax.Array:
+            page = jax.lax.dynamic_slice_in_dim(a, copy_R2[i, 0], 1, axis=2)
+            return jax.lax.dynamic_update_slice_in_dim(a, page, copy_R2[i, 1], axis=2)
+
+        pages = jnp.where(any_copy, len(copy_R2), 0)
+        return jax.lax.fori_loop(0, pages, lambda i, pool: jax.tree.map(partial(copy, i), pool), pool)
 
     @jax.named_scope("head")
-    def _logits(self, params: Params, loras: tuple[Weights, ...], h_ND: jax.Array, scale_NV: jax.Array) -> jax.Array:
+    def _logits(self, base: Base, loras: tuple[Weights, ...], h_ND: jax.Array, scale_NV: jax.Array) -> jax.Array:
         """Return float32 logits (N, vocabulary)."""
-        table_VD = output_head_VD(params)
+        table_VD = output_head_VD(base.params)
         D = h_ND.shape[1]
         if table_VD.shape[1] == D:
             logits_NV = contract("ND,VD->NV", h_ND, from_bits(table_VD), self._dtype)
         else:
-            logits_NV = self._gathered_logits(table_VD, h_ND)
+            logits_NV = self._gathered_logits(table_VD, base.head_spec, h_ND)
         for i, lora in enumerate(loras):
             if unembed := lora["unembed"]:
                 u_NR = contract("ND,RD->NR", h_ND, unembed["A"], self._dtype) * scale_NV[:, i, None]
                 logits_NV += contract("NR,RV->NV", u_NR, unembed["B"], self._dtype)
         return logits_NV
 
-    def _gathered_logits(self, table_VD: jax.Array, h_ND: jax.Array) -> jax.Array:
+    def _gathered_logits(self, table_VD: jax.Array, spec: PartitionSpec, h_ND: jax.Array) -> jax.Array:
         """Return the base model's logits where the ways have a part of the table's width each, a block at a time."""
         V = len(table_VD)
         size = min(HEAD_BLOCK, V)
 
         def block(i: jax.Array, logits_NV: jax.Array) -> jax.Array:
             start = jnp.minimum(i * size, V - size)  # the last one computes some again
-            part_VD = self._shards.whole(jax.lax.dynamic_slice_in_dim(table_VD, start, size), self._head_spec)
+            part_VD = self._shards.whole(jax.lax.dynamic_slice_in_dim(table_VD, start, size), spec)
             part_NV = contract("ND,VD->NV", h_ND, from_bits(part_VD), self._dtype)
             return jax.lax.dynamic_update_slice_in_dim(logits_NV, part_NV, start, axis=1)
 
         return jax.lax.fori_loop(0, -(-V // size), block, jnp.zeros((len(h_ND), V)))
-
-
-def sampling_params(params: Params) -> Params:
-    """Return the parameters with each layer's in arrays of their own where that costs no memory: on one CPU.
-
-    There the arrays are views of the stored ones, in bfloat16 instead of its bits where a matmul takes them. A program
-    that was given the stacks, or the bits, would copy all weights once per block of steps: 9 ms of a step of 61, and 90
-    ms of a block.
-    """
-    leaves = jax.tree.leaves(params)
-    devices = leaves[0].sharding.device_set
-    device = next(iter(devices))
-    if device.platform != "cpu" or len(devices) > 1:
-        return params
-    numbers = lambda a: a.view(jnp.bfloat16) if a.dtype == np.uint16 else a  # noqa: E731
-    stacks = {name: numbers(np.asarray(stack)) for name, stack in params["layers"].items()}
-    view = lambda array: jax.device_put(array, device, may_alias=True)  # noqa: E731
-    layers = []
-    for i in range(len(stacks["down_LFD"])):
-        layers.append({name: view(stack[i]) for name, stack in stacks.items() if name != "gate_up_L2DF"})
-        layers[i]["gate_up_L2DF"] = tuple(view(half) for half in stacks["gate_up_L2DF"][i])
-    # Beside the embedding, whose rows are gathered, also where the two are one.
-    return params | {"layers": layers, "unembed_VD": view(numbers(np.asarray(output_head_VD(params))))}
 
 
 def _cut(stacks: object, layer: int) -> Any:

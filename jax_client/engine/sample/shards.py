@@ -47,9 +47,9 @@ class Shards:
         """Return the sum over the devices of a way, each of which has a part of the heads or of the hidden width."""
         return jax.lax.psum(x, "tensor") if self.mesh.shape["tensor"] > 1 else x
 
-    def any_way(self, flag: jax.Array) -> jax.Array:
-        """Return whether a bool scalar is true on any of the ways that gather weights from each other."""
-        return jax.lax.pmax(flag.astype(jnp.int32), "fsdp") > 0 if self.mesh.shape["fsdp"] > 1 else flag
+    def any_way(self, flag: jax.Array, together: bool) -> jax.Array:
+        """Return whether a bool scalar is true on any of the ways, if they gather weights from each other."""
+        return jax.lax.pmax(flag.astype(jnp.int32), "fsdp") > 0 if together else flag
 
     @jax.named_scope("embed")
     def rows_of(self, table_VD: jax.Array, spec: PartitionSpec, ids_BT: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.programs import Cause, Program
 from jax_client.engine.sample.batches import Batches, HostBatch
 from jax_client.engine.sample.programs import BLOCK_STEPS, Pool, SamplePrograms
-from jax_client.models.decoder import Params
+from jax_client.engine.sample.weights import DecodeWeights
 from jax_client.threads import Workers
 
 
@@ -31,22 +31,20 @@ class SizedPrograms:
     Args:
         programs: prefill and decode.
         batches: of which shapes they are made.
-        params: the weights that they take.
+        weights: that they take.
         background: compiles in advance; None compiles nothing that is not needed now.
     """
 
-    def __init__(self, programs: SamplePrograms, batches: Batches, params: Params, background: Workers | None) -> None:
+    def __init__(
+        self, programs: SamplePrograms, batches: Batches, weights: DecodeWeights, background: Workers | None
+    ) -> None:
         self._programs = programs
         self._batches = batches
-        self._params = params
+        self._weights = weights
         self._background = background
         # What batches take, compiled or waited for: the signature of the arguments themselves takes longer to look up.
         self._taken: set[object] = set()
         self._begun: set[object] = set()  # in the background
-
-    def free_weights(self) -> None:
-        """Drop the reference to the weights; nothing can be compiled any more."""
-        self._params = {}
 
     def tiles(self, version: Snapshot | None, pool: Pool | None, sizes: Sequence[int]) -> int:
         """Return how many tiles per way the prefill has that runs next.
@@ -66,7 +64,7 @@ class SizedPrograms:
     def compile_decode_beside(self, version: Snapshot | None, pool: Pool | None, sizes: Sequence[int]) -> None:
         """Begin to compile the decode program of the next blocks, which `rows` takes, while prefill is compiled."""
         versions, decode = [] if version is None else [version], self._programs.decode
-        if self._background is None or any(_key(decode, versions, size) in self._taken for size in sizes):
+        if self._background is None or any(self._key(decode, versions, size) in self._taken for size in sizes):
             return
         empty = self._no_rows(versions)
         cached = decode.is_cached(*self._arguments(empty, versions, pool, sizes[0]))
@@ -84,7 +82,7 @@ class SizedPrograms:
         sizes: Sequence[int],
     ) -> int:
         best, largest = sizes[0], sizes[-1]
-        key = partial(_key, program, versions)
+        key = partial(self._key, program, versions)
         if self._background is None or best == largest or key(best) in self._taken:
             return best
         if key(best) not in self._begun:
@@ -106,7 +104,7 @@ class SizedPrograms:
         size: int,
         cause: Cause,
     ) -> None:
-        key, arguments = _key(program, versions, size), self._arguments(empty, versions, pool, size)
+        key, arguments = self._key(program, versions, size), self._arguments(empty, versions, pool, size)
         (self._taken if cause == "first use" else self._begun).add(key)
 
         def compile_() -> None:
@@ -121,12 +119,16 @@ class SizedPrograms:
     def _arguments(
         self, empty: Callable[[int], HostBatch], versions: list[Snapshot], pool: Pool | None, size: int
     ) -> tuple[Any, ...]:
-        """Return the arguments of a run over `size` empty tiles or rows; the pool's as shapes, for a run takes it."""
+        """Return the arguments of a run over `size` empty tiles or rows.
+
+        The pool's are shapes, for a run takes it, and so are the weights': a copy of them may go before the compile
+        ends.
+        """
         shapes = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)  # noqa: E731
         loras = tuple(version.weights for version in versions)
-        return self._params, loras, jax.tree.map(shapes, pool), self._batches.put(empty(size))
+        params, pool = jax.tree.map(shapes, (self._weights.now, pool))
+        return params, loras, pool, self._batches.put(empty(size))
 
-
-def _key(program: Program[Any, Any], versions: list[Snapshot], size: int) -> object:
-    kind = replace(versions[0].spec, seed=0) if versions else None
-    return program.name, size, len(versions), kind
+    def _key(self, program: Program[Any, Any], versions: list[Snapshot], size: int) -> object:
+        kind = replace(versions[0].spec, seed=0) if versions else None
+        return program.name, size, len(versions), kind, self._weights.bytes

@@ -38,8 +38,9 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         decode = Program("decode", lambda params, loras, pool, batch: batch["x"] + 1, log)
         workers = Workers("test-compile", 2) if background else None
         backgrounds.append(workers)
+        weights = cast(Any, SimpleNamespace(now={}, bytes=0))
         both = SimpleNamespace(prefill=decode, decode=decode)
-        sized = SizedPrograms(cast(Any, both), cast(Any, batches), {}, workers)
+        sized = SizedPrograms(cast(Any, both), cast(Any, batches), weights, workers)
 
         def take(sizes: list[int]) -> int:
             size = sized.rows([], {}, sizes)
