@@ -113,6 +113,7 @@ def question(found: Estimate, topology: dict[str, Any], programs: tuple[str, ...
         "rows": training.largest.rows,
         "length": training.largest.length,
         "remat": training.remat,
+        "whole": sampling.whole > 0,
         "sample": (sampling.slots, loop.sizes_on(q.machine.chip.platform).tiles[-1], found.layout.pages + 2),
     }
 

@@ -24,6 +24,7 @@ from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.attention_check import kernel_of, plain_attention
 from jax_client.engine.sample.batches import Batches
 from jax_client.engine.sample.programs import BLOCK_STEPS, SamplePrograms
+from jax_client.engine.sample.weights import WHOLE, whole_specs
 from jax_client.engine.train.programs import TrainPrograms
 from jax_client.engine.train.shapes import batch_shapes, loss_shape, step_shapes
 from jax_client.estimate import hlo
@@ -51,7 +52,7 @@ def main() -> None:
     options = GPU_OPTIONS if question["topology"]["platform"] == "cuda" else {}
     rectangle = question["rows"], question["length"]
     _train(wanted, config, dtype, mesh, spec, rectangle, question["remat"], options)
-    _sample(wanted, config, dtype, mesh, spec, tuple(question["sample"]), options)
+    _sample(wanted, config, dtype, mesh, spec, tuple(question["sample"]), options, whole=question["whole"])
 
 
 def _devices(topology: dict[str, Any]) -> list[Any]:
@@ -87,13 +88,13 @@ def _report(name: str, lower: Callable[[], jax.stages.Lowered], options: dict[st
     return compiled
 
 
-def _params(c: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> Params:
-    """Return the base weights as shapes with their places."""
+def _params(specs: Any, mesh: Mesh) -> Params:
+    """Return base weights as shapes with their places."""
 
-    def stored(p: ParamSpec) -> jax.ShapeDtypeStruct:
+    def placed(p: ParamSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=sharding_for(p.axes, p.shape, mesh))
 
-    return jax.tree.map(stored, param_specs(c, dtype), is_leaf=lambda p: isinstance(p, ParamSpec))
+    return jax.tree.map(placed, specs, is_leaf=lambda p: isinstance(p, ParamSpec))
 
 
 def _attention(mesh: Mesh, dtype: jnp.dtype) -> Attention:
@@ -115,7 +116,7 @@ def _train(
     """Compile a pass over a micro-batch of (rows, length), and an optimizer step."""
     rows, length = rectangle
     programs = TrainPrograms(c, dtype, mesh, _attention(mesh, dtype), [])
-    params = _params(c, dtype, mesh)
+    params = _params(param_specs(c, dtype), mesh)
     weights: Any = adapters.abstract_weights(c, spec, mesh)
     batch = batch_shapes(rows, length, 1, mesh)
     arguments = params, weights, batch, loss_shape(mesh)
@@ -138,11 +139,17 @@ def _sample(
     spec: LoraSpec,
     sizes: tuple[int, int, int],
     options: dict[str, Any],
+    *,
+    whole: bool,
 ) -> None:
-    """Compile decode and prefill; `sizes` are rows of a block, tiles of a prefill and pages, all per way."""
+    """Compile decode and prefill; `sizes` are rows of a block, tiles of a prefill and pages, all per way.
+
+    `whole` has the ways hold whole weights to decode with.
+    """
     programs = SamplePrograms(c, dtype, mesh, _attention(mesh, dtype), [])
     rows, tiles, pages = sizes
-    batches, params = Batches.of(mesh, c.max_context), _params(c, dtype, mesh)
+    batches = Batches.of(mesh, c.max_context)
+    params = {WHOLE: _params(whole_specs(c, dtype), mesh)} if whole else _params(param_specs(c, dtype), mesh)
     version: Any = Snapshot(spec=spec, weights=adapters.abstract_weights(c, spec, mesh))  # type: ignore[arg-type]
     pool, loras = programs.pool_shapes(batches.ways, pages), (version.weights,)
     block = batches.of_rows([], rows, [version]) | {"steps": np.asarray(BLOCK_STEPS, np.int32)}

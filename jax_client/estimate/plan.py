@@ -17,7 +17,7 @@ from jax_client.config import Remat as RematSetting
 from jax_client.engine.core import memory
 from jax_client.engine.core.attention_check import kernel_of, plain_attention
 from jax_client.engine.core.memory import PassMemory
-from jax_client.engine.sample import loop, pages
+from jax_client.engine.sample import loop, pages, weights
 from jax_client.engine.train import packing
 from jax_client.engine.train.limits import TYPICAL, Sizing
 from jax_client.engine.train.packing import Limits, Plan
@@ -166,6 +166,7 @@ class Sampling:
         cache_tokens: that all ways hold.
         rows: per way, that run at the same time: those asked for, as far as a block and the cache have room.
         slots: rows per way of the decode program that runs them.
+        whole: bytes of a device, of weights that each way has whole to decode with; 0 if they are gathered each step.
         temporaries: bytes of a device, while it decodes.
         fits: whether the cache holds a row, and it and the temporaries are free beside the weights and the adapter.
     """
@@ -173,6 +174,7 @@ class Sampling:
     cache_tokens: int
     rows: int
     slots: int
+    whole: int
     temporaries: int
     fits: bool
 
@@ -184,12 +186,18 @@ def sample(q: Question, layout: Layout) -> Sampling:
     held = layout.pages * pages.PAGE
     rows = min(-(-q.sampled_rows // ways), ladder[-1], held // q.sampled_tokens)
     slots = next(size for size in ladder if size >= rows)
-    temporaries = memory.decode_temporaries(q.model, layout.passes.dtype, layout.mesh, q.spec, slots)
-    taken = layout.weights + layout.adapter + layout.pages * layout.page_bytes + temporaries
+    dtype, mesh = layout.passes.dtype, layout.mesh
+    beside = layout.weights + layout.adapter + layout.pages * layout.page_bytes
+    whole = weights.whole_bytes(q.model, dtype, mesh)
+    if not weights.fit_whole(whole, layout.usable - beside):
+        whole = 0
+    temporaries = memory.decode_temporaries(q.model, dtype, mesh, q.spec, slots, whole=whole > 0)
+    taken = beside + whole + temporaries
     return Sampling(
         cache_tokens=held * ways,
         rows=rows,
         slots=slots,
+        whole=whole,
         temporaries=temporaries,
         fits=rows > 0 and taken <= layout.usable,
     )

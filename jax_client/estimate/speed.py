@@ -73,7 +73,7 @@ def speed(e: Estimate) -> Speed:
         ways = mesh.shape["fsdp"]
         cache = e.sampling.rows * q.sampled_tokens / PAGE * e.layout.page_bytes
         reading = (gathered + cache) / chip.bandwidth
-        sending = gathered * (ways - 1) / ways / (chip.link or math.inf)
+        sending = 0.0 if e.sampling.whole else gathered * (ways - 1) / ways / (chip.link or math.inf)
         fast, slow = (reading / share for share in READS[chip.platform])
         decode = max(fast, sending), slow + 2 * sending
         rows = min(q.sampled_rows, e.sampling.rows * e.layout.limits.ways)

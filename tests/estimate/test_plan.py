@@ -98,6 +98,20 @@ def test_times_are_ranges_that_scale_with_the_machine() -> None:
     assert 4 < eight.tokens_per_second[0] / one.tokens_per_second[0] <= 8.5
 
 
+def test_whole_weights_to_decode_with_are_counted_where_they_fit() -> None:
+    """Eight ways of a v6e have room for a copy of 4B weights, and none for one of 32B; one device makes none."""
+    small, large, alone = (
+        estimate(Question(model=model, machine=parse_machine(name), length=1024))
+        for model, name in ((QWEN_4B, "v6e-8"), (QWEN_32B, "v6e-8"), (QWEN_4B, "v6e-1"))
+    )
+    assert small.sampling is not None and large.sampling is not None and alone.sampling is not None
+    assert small.sampling.whole > 7 * small.layout.weights and (large.sampling.whole, alone.sampling.whole) == (0, 0)
+    assert small.sampling.fits and small.sampling.temporaries < large.sampling.temporaries
+    gathered = replace(small, sampling=replace(small.sampling, whole=0))
+    fast, slow = speed(small).decode_seconds, speed(gathered).decode_seconds
+    assert fast is not None and slow is not None and fast[1] < slow[1]
+
+
 @pytest.mark.parametrize(
     ("name", "chip", "count"), [("v5e-8", "v5e", 8), ("v5p-8", "v5p", 4), ("H100", "h100", 1), ("v6e-1", "v6e", 1)]
 )

@@ -234,7 +234,9 @@ class PassMemory:
         return tokens * (8 * D + (self.dtype.itemsize * D + 4 * R if spec.train_unembed else 0))
 
 
-def decode_temporaries(c: ModelConfig, dtype: jnp.dtype, mesh: Mesh, spec: LoraSpec, rows: int) -> int:
+def decode_temporaries(
+    c: ModelConfig, dtype: jnp.dtype, mesh: Mesh, spec: LoraSpec, rows: int, *, whole: bool = False
+) -> int:
     """Return what a block of decode steps has beside its arguments and results, on a device.
 
     The adapter in the matmul type, whole over the ways; of the layers, where the ways have a part of the width each,
@@ -244,13 +246,14 @@ def decode_temporaries(c: ModelConfig, dtype: jnp.dtype, mesh: Mesh, spec: LoraS
         c, dtype, mesh: the model, the matmul type, the mesh.
         spec: of the adapter.
         rows: of the block, per way.
+        whole: whether each way has whole weights to decode with.
     """
     size, tensor = dtype.itemsize, mesh.shape["tensor"]
     arrays = jax.tree.leaves(adapters.param_specs(c, spec), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
     split = lambda p: tensor if {"kv_heads", "ffw", "vocab"} & set(p.axes) else 1  # noqa: E731
     adapter = sum(math.prod(p.shape) // split(p) * size for p in arrays)
     logits = LOGIT_ARRAYS * 4 * rows * c.vocab_size // tensor
-    gathered = 3 * c.d_ff * c.d_model // tensor * size if mesh.shape["fsdp"] > 1 else 0
+    gathered = 3 * c.d_ff * c.d_model // tensor * size if mesh.shape["fsdp"] > 1 and not whole else 0
     return adapter + max(gathered, logits)
 
 

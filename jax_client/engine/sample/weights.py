@@ -104,6 +104,29 @@ def whole_specs(model: ModelConfig, dtype: jnp.dtype) -> Any:
     return jax.tree_util.tree_map_with_path(spec, param_specs(model, dtype), is_leaf=_is_spec)
 
 
+def whole_bytes(model: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> int:
+    """Return the bytes of a device that a copy takes; 0 where it would gain nothing."""
+    return memory.tree_bytes([spec for _, spec in _moved(model, dtype)], mesh) if _of_use(mesh) else 0
+
+
+def fit_whole(size: int, free: int) -> bool:
+    """Return whether a copy of `size` bytes is made where `free` are left beside the cache."""
+    return 0 < size <= WHOLE_SHARE * free
+
+
+def _of_use(mesh: Mesh) -> bool:
+    # The devices that simulate a mesh on a CPU share its memory, and gain nothing.
+    return mesh.shape["fsdp"] > 1 and mesh.devices.flat[0].platform != "cpu"
+
+
+def _moved(model: ModelConfig, dtype: jnp.dtype) -> list[tuple[int, ParamSpec]]:
+    """Return which leaves of the parameters a copy has otherwise than they are stored, and how."""
+    stored, whole = (
+        jax.tree.leaves(specs, is_leaf=_is_spec) for specs in (param_specs(model, dtype), whole_specs(model, dtype))
+    )
+    return [(i, new) for i, (old, new) in enumerate(zip(stored, whole, strict=True)) if old != new]
+
+
 def partition_specs(specs: Any, mesh: Mesh) -> Any:
     """Return the tree of how each parameter is split."""
     return jax.tree.map(lambda p: sharding_for(p.axes, p.shape, mesh).spec, specs, is_leaf=_is_spec)
@@ -130,22 +153,17 @@ class DecodeWeights:
         log: of compiles.
 
     Attributes:
-        allowed: whether a copy is made where it fits. The devices that simulate a mesh on a CPU share its memory, and
-            gain nothing.
+        allowed: whether a copy is made where it fits.
         now: what the programs take.
     """
 
     def __init__(self, stored: Params, model: ModelConfig, dtype: jnp.dtype, mesh: Mesh, log: list[CompileRecord]):
         self._stored = stored
         self.now = stored
-        platform = mesh.devices.flat[0].platform
-        self.allowed = mesh.shape["fsdp"] > 1 and platform != "cpu"
-        before, after = (
-            jax.tree.leaves(specs, is_leaf=_is_spec) for specs in (param_specs(model, dtype), whole_specs(model, dtype))
-        )
-        self._moved = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
-        moved = [after[i] for i in self._moved]
-        places = [sharding_for(p.axes, p.shape, mesh) for p in moved]
+        self.allowed = _of_use(mesh)
+        moved = _moved(model, dtype)
+        self._moved, specs = [i for i, _ in moved], [spec for _, spec in moved]
+        places = [sharding_for(p.axes, p.shape, mesh) for p in specs]
         # A program, so that devices send each other what they lack, and nothing goes through the host.
         self._gather = Program(
             "gather_weights",
@@ -156,8 +174,8 @@ class DecodeWeights:
             kind="sample",
             model=Program.model_text(model, dtype, mesh, None),
         )
-        self._device_bytes = memory.tree_bytes(moved, mesh)
-        self._devices_at_once = mesh.size if platform == "cpu" else 1  # that share a memory
+        self._device_bytes = memory.tree_bytes(specs, mesh)
+        self._devices_at_once = mesh.size if mesh.devices.flat[0].platform == "cpu" else 1  # that share a memory
 
     @property
     def bytes(self) -> int:
@@ -166,7 +184,7 @@ class DecodeWeights:
 
     def choose(self, free: int) -> None:
         """Make the copy if it fits into `free` bytes of a device, and is of use."""
-        fits = self._device_bytes * self._devices_at_once <= WHOLE_SHARE * free
+        fits = fit_whole(self._device_bytes * self._devices_at_once, free)
         if not (self.allowed and fits) or self.now is not self._stored:
             return
         leaves, tree = jax.tree.flatten(self._stored)
