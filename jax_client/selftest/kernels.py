@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from jax_client.engine.core.attention_check import PLATFORMS, make, plain_attention, unsuited
 from jax_client.engine.core.paged_check import preferred_attention
 from jax_client.engine.sample.pages import PAGE
-from jax_client.models.families.registry import config_from_hf
 from jax_client.models.kernels.cache import PagedAttention, small_turns, wide_turns
 from jax_client.models.layers import to_bits
 from jax_client.models.parts.attention import Attention
@@ -139,7 +138,7 @@ def sampling_rows(mesh: Mesh) -> Iterator[Row]:
     for dtype in DTYPES:
         gaps: dict[str, dict[int, float]] = {}
         for width in WIDTHS:
-            model = config_from_hf(toy.Toy(kv_heads=KV_HEADS, head_width=width).config(), "toy")
+            model = toy.Toy(kv_heads=KV_HEADS, head_width=width).model()
             choice = preferred_attention(mesh, model, jnp.dtype(dtype))
             for candidate in {each.name: each for each in (choice.attention, plain)}.values():
                 gaps.setdefault(candidate.name, {})[width] = paged_gap(candidate, mesh, width, dtype)

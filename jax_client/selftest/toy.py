@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_client.models.config import ModelConfig
+from jax_client.models.families.registry import config_from_hf
 from jax_client.models.lora_arrays import array_shapes
 from jax_client.values import AdapterState, JsonObject, LoraSpec, TrainExample
 from jax_client.weights.write.shards import Tensor, write_file
@@ -60,6 +61,10 @@ class Toy:
             "attention_bias": False,
             "eos_token_id": 2,
         }
+
+    def model(self) -> ModelConfig:
+        """Return what an engine makes of that config."""
+        return config_from_hf(self.config(), "toy")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of its tensors by the names that files have."""

@@ -60,30 +60,12 @@ def _write(
     return write_tokens(pool["k"], pool["v"], k_RTKH[:, 0], v_RTKH[:, 0], page_R, place_R)
 
 
-def small_turns() -> PagedAttention:
-    """Return the attention of a CPU: `BLOCK` pages a turn, as many turns as the longest row needs."""
+def _two_arrays(name: str, read: Callable[..., jax.Array]) -> PagedAttention:
+    """Return an attention over a pool of keys and one of values.
 
-    def attend(
-        q_RTKGH: jax.Array,
-        k_RTKH: jax.Array,
-        v_RTKH: jax.Array,
-        pool: Pool,
-        table_Rn: jax.Array,
-        page_R: jax.Array,
-        position_RT: jax.Array,
-        dtype: jnp.dtype,
-    ) -> tuple[jax.Array, Pool]:
-        k_NSKH, v_NSKH = _write(k_RTKH, v_RTKH, pool, page_R, position_RT)
-        o_RTKGH = paged_attention(q_RTKGH, k_NSKH, v_NSKH, table_Rn, position_RT, dtype)
-        return o_RTKGH, {"k": k_NSKH, "v": v_NSKH}
-
-    return PagedAttention(name="paged", token_shapes=_heads, attend=attend)
-
-
-def wide_turns() -> PagedAttention:
-    """Return the attention of a GPU or TPU without its kernel: wide turns, their number known to the compiler.
-
-    There is a loop for each of a few lengths, and the shortest runs that holds the longest row.
+    Args:
+        name: of it.
+        read: `f(q_RTKGH, k_NSKH, v_NSKH, table_Rn, position_RT, dtype) -> o_RTKGH`, once the new tokens are stored.
     """
 
     def attend(
@@ -97,6 +79,31 @@ def wide_turns() -> PagedAttention:
         dtype: jnp.dtype,
     ) -> tuple[jax.Array, Pool]:
         k_NSKH, v_NSKH = _write(k_RTKH, v_RTKH, pool, page_R, position_RT)
+        o_RTKGH = read(q_RTKGH, k_NSKH, v_NSKH, table_Rn, position_RT, dtype)
+        return o_RTKGH, {"k": k_NSKH, "v": v_NSKH}
+
+    return PagedAttention(name=name, token_shapes=_heads, attend=attend)
+
+
+def small_turns() -> PagedAttention:
+    """Return the attention of a CPU: `BLOCK` pages a turn, as many turns as the longest row needs."""
+    return _two_arrays("paged", paged_attention)
+
+
+def wide_turns() -> PagedAttention:
+    """Return the attention of a GPU or TPU without its kernel: wide turns, their number known to the compiler.
+
+    There is a loop for each of a few lengths, and the shortest runs that holds the longest row.
+    """
+
+    def read(
+        q_RTKGH: jax.Array,
+        k_NSKH: jax.Array,
+        v_NSKH: jax.Array,
+        table_Rn: jax.Array,
+        position_RT: jax.Array,
+        dtype: jnp.dtype,
+    ) -> jax.Array:
         (R, n), page = table_Rn.shape, k_NSKH.shape[1]
         block = max(BLOCK, min(ROW_KEYS, ALL_KEYS // R) // page)
 
@@ -110,10 +117,9 @@ def wide_turns() -> PagedAttention:
         lengths, last = _lengths(n, page), jnp.max(position_RT) // page
         which = sum((last >= pages).astype(jnp.int32) for pages in lengths[:-1])
         # The condition reads the pool and does not return it: of one that goes through XLA makes a copy on a GPU.
-        o_RTKGH = jax.lax.switch(jnp.asarray(which), [partial(run, pages) for pages in lengths])
-        return o_RTKGH, {"k": k_NSKH, "v": v_NSKH}
+        return jax.lax.switch(jnp.asarray(which), [partial(run, pages) for pages in lengths])
 
-    return PagedAttention(name="paged in wide turns", token_shapes=_heads, attend=attend)
+    return _two_arrays("paged in wide turns", read)
 
 
 def _lengths(pages: int, page: int) -> tuple[int, ...]:
@@ -130,21 +136,7 @@ def triton_pages(*, interpret: bool = False) -> PagedAttention:
     # Here: Pallas is large, and only a GPU needs this part of it.
     from jax_client.models.kernels.triton import triton_attention
 
-    def attend(
-        q_RTKGH: jax.Array,
-        k_RTKH: jax.Array,
-        v_RTKH: jax.Array,
-        pool: Pool,
-        table_Rn: jax.Array,
-        page_R: jax.Array,
-        position_RT: jax.Array,
-        dtype: jnp.dtype,
-    ) -> tuple[jax.Array, Pool]:
-        k_NSKH, v_NSKH = _write(k_RTKH, v_RTKH, pool, page_R, position_RT)
-        o_RTKGH = triton_attention(q_RTKGH, k_NSKH, v_NSKH, table_Rn, position_RT, dtype, interpret=interpret)
-        return o_RTKGH, {"k": k_NSKH, "v": v_NSKH}
-
-    return PagedAttention(name="triton", token_shapes=_heads, attend=attend)
+    return _two_arrays("triton", partial(triton_attention, interpret=interpret))
 
 
 def ragged_pages(kernel: ragged.Kernel = ragged.tpu_kernel) -> PagedAttention:

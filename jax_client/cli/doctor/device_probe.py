@@ -42,25 +42,12 @@ def kernels() -> dict[str, Any]:
 
     from jax_client.engine.core import paged_check
     from jax_client.engine.core.attention_check import choose, cudnn_version
-    from jax_client.models.config import ModelConfig
+    from jax_client.selftest.toy import Toy
     from jax_client.sharding import make_mesh
 
     mesh, found = make_mesh("auto"), []
     for dtype, width in MODELS:
-        model = ModelConfig(
-            family="llama",
-            vocab_size=256,
-            d_model=128,
-            d_ff=128,
-            n_layers=1,
-            n_heads=4,
-            n_kv_heads=2,
-            head_dim=width,
-            norm_eps=1e-6,
-            rope_theta=1e4,
-            tied_embeddings=True,
-            max_context=512,
-        )
+        model = Toy(head_width=width).model()
         choice, paged = choose(mesh, model, jnp.dtype(dtype)), paged_check.choose(mesh, model, jnp.dtype(dtype))
         refused = dict(choice.refused) | ({"the kernel of sampling": paged.refused} if paged.refused else {})
         kind = {"dtype": dtype, "head_width": width, "failed": choice.failed or paged.failed}
