@@ -74,9 +74,10 @@ class EngineConfig:
             such as "gs://bucket/path": any URL that fsspec opens; None is `default_mirror()`.
         autosave_minutes: how often a run that has taken steps since its last save is saved by itself, into the slots
             autosave-0 and autosave-1 in turn; also on SIGTERM, at exit and when its client is closed. None is never.
-        compilation_cache_dir: compiled programs, kept between processes; None is `default_compilation_cache_dir()`,
-            "" leaves jax's own setting as it is. jax has one per process: the newest engine's choice holds. Where it
-            cannot be written, a warning says so, and every start compiles.
+        compilation_cache_dir: compiled programs, kept between processes, in a directory or at a URL that jax can write
+            to, such as "gs://bucket/path"; None is `default_compilation_cache_dir()`, "" leaves jax's own setting as it
+            is. jax has one per process: the newest engine's choice holds. Where it cannot be written, a warning says
+            so, and every start compiles.
         memory_fraction: share of a device's memory (of the host's, on a CPU) that may be filled; what needs more is
             refused before it is allocated.
         precompile: compile beside the requests what they will need next, and let a larger program that is there serve

@@ -232,8 +232,8 @@ def _compile(engine: Engine, name: str, settings: ServerSettings) -> None:
 
     start = time.monotonic()
     lengths = ", ".join(map(str, settings.warmup))
-    warming = engine.warmup(LoraSpec(rank=settings.warmup_rank, seed=0), list(settings.warmup), 1)
-    compiled = stages.wait(warming, lambda: f"compiling {name} for lengths {lengths}")
+    warming = engine.warmup(LoraSpec(rank=settings.warmup_rank, seed=0), list(settings.warmup), 1, sampling=True)
+    compiled = stages.wait(warming, lambda: f"compiling {name} for sampling and for training on lengths {lengths}")
     cached = sum(record.cached for record in compiled)
     stages.say(
         f"compiled {name}: {len(compiled)} programs, {cached} of them from the cache, {time.monotonic() - start:.1f} s"

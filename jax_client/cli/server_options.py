@@ -82,7 +82,7 @@ SHARED = (
         Length(1),
         multiple=True,
         metavar="LENGTH",
-        help="Compile the training of sequences of this length at the start.",
+        help="Compile sampling, and the training of sequences of this length, at the start.",
     ),
     _option("warmup-rank", click.IntRange(1), default=32, show_default=True, help="The adapters' rank for --warmup."),
     _option("state-dir", STATE_DIR_TYPE, metavar="DIR", help=STATE_DIR_HELP),
@@ -109,7 +109,11 @@ SHARED = (
     ),
     _engine_option("precompile", help="Compile likely programs in the background."),
     _engine_option("record-metrics", help="Keep the metrics and events of runs in the state directory."),
-    _engine_option("compilation-cache-dir", metavar="DIR", help="Compiled programs; else under ~/.cache/jax_client."),
+    _engine_option(
+        "compilation-cache-dir",
+        metavar="DIR|URL",
+        help="Compiled programs; else under ~/.cache/jax_client. A URL is such as gs://bucket/path.",
+    ),
 )
 CONTROL = (
     click.Option(

@@ -282,10 +282,12 @@ class ServiceClient(StaysInProcess):
         train_attn: bool = True,
         train_unembed: bool = True,
         targets_per_position: int = 1,
+        sampling: bool = False,
     ) -> tinker.APIFuture[list[dict[str, Any]]]:
         """Compile ahead the programs of `forward_backward` over data of these lengths, and of `optim_step`.
 
-        Not in the SDK. Programs are kept between processes, so this pays once per machine and setting.
+        Not in the SDK. Programs are kept between processes, so this pays once per machine and setting. Other clients'
+        requests continue meanwhile.
 
         Args:
             lengths: tokens of the datums of a typical call, such as `[len(tokens) for tokens in first_batch]`.
@@ -295,6 +297,7 @@ class ServiceClient(StaysInProcess):
             train_attn: adapt q, k, v and o.
             train_unembed: adapt the output projection.
             targets_per_position: K of `[N, K]` targets.
+            sampling: compile what sampling from such an adapter needs, too; its cache is made for that.
 
         Returns:
             The future of the records of these programs, in the form of `describe()["compiled"]`.
@@ -310,7 +313,7 @@ class ServiceClient(StaysInProcess):
                 raise BadRequestError(
                     f"lengths holds {max(sizes)}, but the model's context is {most} tokens; leave it out."
                 )
-            return [asdict(record) for record in engine.warmup(spec, sizes, width).result()]
+            return [asdict(record) for record in engine.warmup(spec, sizes, width, sampling=bool(sampling)).result()]
 
         return LocalFuture(session.track(background(work, "warmup")))
 

@@ -7,7 +7,6 @@ adapter only after the device has finished it, so a failed request leaves the ad
 from __future__ import annotations
 
 import logging
-import threading
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
@@ -24,7 +23,7 @@ from jax_client.engine.core.adapters import Adapter, Snapshot, Version, Weights
 from jax_client.engine.core.attention_check import choose_attention
 from jax_client.engine.core.device_errors import named_error
 from jax_client.engine.core.dispatch import Dispatcher
-from jax_client.engine.core.programs import Cause, CompileRecord, enable_compilation_cache
+from jax_client.engine.core.programs import CompileRecord, Program, enable_compilation_cache
 from jax_client.engine.core.requests import (
     AdamSettings,
     CustomLoss,
@@ -33,12 +32,12 @@ from jax_client.engine.core.requests import (
     LossSpec,
     TrainResult,
 )
-from jax_client.engine.core.turns import NO_OWNER, Lane, Task
+from jax_client.engine.core.turns import NO_OWNER, Elsewhere, Lane, Task
 from jax_client.engine.monitor import EngineMonitor
+from jax_client.engine.precompile import Precompiler
 from jax_client.engine.sample.loop import SamplingLoop
-from jax_client.engine.train import packing, step_range
+from jax_client.engine.train import step_range
 from jax_client.engine.train.logits import full_logits
-from jax_client.engine.train.packing import Plan
 from jax_client.engine.train.programs import NO_ADAPTER
 from jax_client.engine.train.trainer import Packed, Trainer
 from jax_client.errors import RequestFailedError
@@ -46,7 +45,7 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import param_specs
 from jax_client.process import Step
 from jax_client.sharding import check_mesh_divides, make_mesh, put_whole
-from jax_client.threads import InTurn, Workers
+from jax_client.threads import InTurn
 from jax_client.values import AdapterState, LoraSpec, TrainExample
 from jax_client.weights.read.load import load_params, read_config
 from jax_client.weights.read.source import ModelSource
@@ -54,8 +53,6 @@ from jax_client.weights.read.source import ModelSource
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_SKIPPED_IN_A_ROW = 10
-# How long an engine waits for a request, whose programs it should compile, before it compiles those of large ones.
-IDLE_S = 2.0
 # Threads that lay out calls. Each takes Python's lock from the thread that launches.
 PACKERS = 2
 # Of `Work.rates`, what the metrics of optim_step show of the step.
@@ -99,10 +96,9 @@ class Engine:
         self._adapters: list[Adapter] = []
         self.attention = choose_attention(self.mesh, self.model, self.dtype)
         shared = self.params, self.model, self.dtype, self.mesh, self.attention, self._log
-        # Threads for what a request will wait for and for what it will not, which yields.
-        self._background = Workers("jax_client-compile", 4, ready=2) if settings.precompile else None
-        self._asked = threading.Event()  # a request came that runs programs
-        self.sampler = SamplingLoop(*shared, settings.memory_fraction, self._background)
+        self._compiles = Precompiler(self._log, unasked=settings.precompile)
+        threads = {"compilers": self._compiles.compilers, "background": self._compiles.background}
+        self.sampler = SamplingLoop(*shared, settings.memory_fraction, **threads)
         self.trainer = Trainer(
             *shared,
             max_tokens=settings.max_tokens_per_micro_batch,
@@ -110,8 +106,10 @@ class Engine:
             memory_fraction=settings.memory_fraction,
             cache_bytes=self.sampler.cache_bytes(),
             make_room=self.sampler.release_cache,
-            background=self._background,
+            **threads,
         )
+        texts = partial(full_logits, dtype=self.dtype, attention=self.attention)
+        self._logits = Program("logits", texts, self._log, describe=lambda _, __, tokens: f"{tokens.shape[1]} tokens")
         self._dispatcher = Dispatcher("jax_client")
         self._packers = InTurn("jax_client-pack", PACKERS, ready=1)
         self.monitor = EngineMonitor(
@@ -162,7 +160,7 @@ class Engine:
                 adapter = self._from_state(start)
             yield partial(jax.block_until_ready, (adapter.weights, adapter.mu, adapter.nu))
             self._adapters.append(adapter)
-            self._precompile_likely(spec)
+            self._compiles.likely(self.trainer, spec)
             return adapter
 
         return self.submit(lane, task())
@@ -277,7 +275,7 @@ class Engine:
         Requests of all clients run together in a lane of their own. Cancelling the future frees the request's rows.
         """
         self._dispatcher.check_open()
-        self._asked.set()
+        self._compiles.asked.set()
         future, start = self.sampler.enqueue(snapshot, request)
         if start:
             self.submit(self.sampler.lane, self.sampler.serve()).add_done_callback(self.sampler.stopped)
@@ -303,40 +301,36 @@ class Engine:
                 weights = adapters.put(state.weights, self.model, state.spec, self.mesh)
                 yield partial(jax.block_until_ready, weights)
             tokens_BT = put_whole(tokens_T[None], self.mesh)
-            logits_TV = full_logits(
-                params, weights, tokens_BT, model=config, dtype=self.dtype, attention=self.attention
-            )
-            return (yield partial(jax.device_get, logits_TV))
+            run = partial(self._logits, params, weights, tokens_BT, model=config)
+            yield Elsewhere(self._logits.begin(self._compiles.compilers, "first use", *run.args, **run.keywords))
+            return (yield partial(jax.device_get, run()))
 
         return self.submit(lane, task())
 
-    def warmup(self, spec: LoraSpec, lengths: list[int], targets_per_position: int) -> Future[list[CompileRecord]]:
-        """Compile what train_batch over sequences of these lengths, and optim_step, will need; return what was new."""
+    def warmup(
+        self, spec: LoraSpec, lengths: list[int], targets_per_position: int, *, sampling: bool = False
+    ) -> Future[list[CompileRecord]]:
+        """Compile what train_batch over sequences of these lengths, and optim_step, will need; return what was new.
 
-        def work() -> list[CompileRecord]:
-            before = len(self._log)
-            plans = packing.plan_call(lengths, self.trainer.limits)
-            shapes = dict.fromkeys((plan.rows, plan.length) for plan in plans)
-            examples = [Plan(rows=rows, length=length, slots=()) for rows, length in shapes]
-            self._precompile(spec, examples, targets_per_position, "warmup")
-            return [record for record in self._log[before:] if record.cause == "warmup"]
-
+        `sampling` adds what sampling from such an adapter will need.
+        """
+        self._dispatcher.check_open()
+        begin = (lambda: self.submit(self.open_lane(), self.sampler.warm(spec))) if sampling else None
+        work = partial(self._compiles.warm, self.trainer, spec, lengths, targets_per_position, begin)
         return self._dispatcher.workers.submit(work)
 
     def close(self) -> None:
         """Stop the engine's threads; requests that have not finished fail."""
         self._dispatcher.close()
-        self._drop_compiles()
+        self._compiles.close()
         self._packers.close()
         self.trainer.close()
         self.sampler.fail_waiting(RequestFailedError("the engine was closed before this request was carried out."))
         process.unregister(self)
 
     def _drop_compiles(self) -> None:
-        """Give up the compiles in advance that have not begun."""
-        self._asked.set()
-        if self._background is not None:
-            self._background.close(wait=False, cancel=True)
+        """Exit step: give up the compiles that have not begun."""
+        self._compiles.close()
 
     def _drop_rows(self) -> None:
         """Exit step: forget what is sampled, once the dispatch thread has ended its turn."""
@@ -359,7 +353,9 @@ class Engine:
     def _new_adapter(
         self, spec: LoraSpec, step: int, weights: Weights, mu: Weights | None, nu: Weights | None
     ) -> Adapter:
-        zeros = lambda: jax.tree.map(jnp.zeros_like, weights)  # noqa: E731
+        # From the host, as the first weights: nothing is compiled for them.
+        zero = lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding)  # noqa: E731
+        zeros = lambda: jax.tree.map(zero, weights)  # noqa: E731
         return Adapter(spec=spec, weights=weights, mu=mu or zeros(), nu=nu or zeros(), step=step)
 
     def _from_state(self, state: AdapterState) -> Adapter:
@@ -381,7 +377,7 @@ class Engine:
     def _pack(self, lane: Lane, *arguments: Any) -> Future[Packed]:
         """Lay out a call while the device is busy with others."""
         self._dispatcher.check_open()
-        self._asked.set()
+        self._compiles.asked.set()
         return self._packers.submit(lane.owner, self.trainer.prepare, *arguments)
 
     def _supervised(self, lane: Lane, task: Task[T], trained: Adapter | None) -> Task[T]:
@@ -418,27 +414,3 @@ class Engine:
             "(EngineConfig.mesh), set dtype='bfloat16', or close other clients.",
             self.sampler.release_cache,
         )
-
-    def _precompile_likely(self, spec: LoraSpec) -> None:
-        """Compile what a first step surely needs, and where nothing is asked for soon, what it likely needs."""
-
-        def work() -> None:
-            self._precompile(spec, [], 1, "background")
-            if not self._asked.wait(IDLE_S):
-                self._precompile(spec, [packing.full_plan(self.trainer.limits)], 1, "background")
-
-        if self._background is not None:
-            self._background.submit(work)
-
-    def _precompile(self, spec: LoraSpec, plans: list[Plan], targets_per_position: int, cause: Cause) -> None:
-        ahead = self.trainer.ahead
-        try:
-            for plan in plans:
-                ahead.compile_pass(spec, plan, targets_per_position, cause)
-            ahead.compile_step(spec, cause, add=self.trainer.limits.concurrent > 1)
-        except Exception:
-            if cause != "background":
-                raise
-            # The call that needs the program will meet the same error, and report it.
-            if not process.ending():
-                logger.warning("a program could not be compiled in advance", exc_info=True)

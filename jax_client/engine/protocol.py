@@ -181,8 +181,16 @@ class Engine(Protocol):
         """
         ...
 
-    def warmup(self, spec: LoraSpec, lengths: list[int], targets_per_position: int) -> Future[list[CompileRecord]]:
+    def warmup(
+        self, spec: LoraSpec, lengths: list[int], targets_per_position: int, *, sampling: bool = False
+    ) -> Future[list[CompileRecord]]:
         """Compile what train_batch over sequences of these lengths, and optim_step, will need.
+
+        Args:
+            spec: of the adapter.
+            lengths: of the sequences.
+            targets_per_position: K of the targets.
+            sampling: compile what sampling from such an adapter will need, too.
 
         Returns:
             What was compiled or loaded for it; programs that were compiled before are left out.

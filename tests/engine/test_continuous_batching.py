@@ -19,6 +19,7 @@ import pytest
 from jax_client.engine.core.requests import AdamSettings, GenerationRequest, GenerationResult
 from jax_client.engine.engine import Engine
 from jax_client.engine.sample import loop as sampler_module
+from jax_client.engine.sample import sized
 from jax_client.engine.sample.pages import PAGE
 from jax_client.errors import RequestFailedError
 from jax_client.values import AdapterState, TrainExample
@@ -130,15 +131,15 @@ def test_the_same_programs_give_the_same_bits(engine: Engine) -> None:
 
 def test_the_length_of_a_block_changes_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow platform runs fewer steps in a block than a fast one."""
-    results, blocks = [], []
+    results, counts = [], []
     send(engine).result()  # so that it is known what a step takes
     for seconds in (1e9, 0.0):
-        monkeypatch.setattr(sampler_module, "BLOCK_S", seconds)
+        monkeypatch.setattr(sized, "BLOCK_S", seconds)
         before = engine.monitor.describe()["sampling"]["decode_blocks"]
         results.append(send(engine, tokens_T=prompt(21, 70), max_tokens=60, num_samples=3).result())
-        blocks.append(engine.monitor.describe()["sampling"]["decode_blocks"] - before)
+        counts.append(engine.monitor.describe()["sampling"]["decode_blocks"] - before)
     same(*results, atol=0)
-    assert blocks == [2, 15]
+    assert counts == [2, 15]
 
 
 def test_identical_prompts_are_computed_once(engine: Engine, snapshots: list[Any]) -> None:
@@ -195,8 +196,7 @@ def test_a_version_keeps_its_answers_and_training_its_state(engine: Engine) -> N
 @pytest.fixture
 def tight(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Engine]:
     """Return an engine whose cache holds one full context and little more."""
-    small = replace(sampler_module.CPU, tokens_per_row=8)
-    monkeypatch.setattr(sampler_module, "CPU", small)
+    monkeypatch.setattr(sized, "CPU", replace(sized.CPU, tokens_per_row=8))
     engine = open_engine(tmp_path / "m", CONFIG)
     yield engine
     engine.close()
@@ -217,7 +217,7 @@ def test_a_cache_that_comes_back_smaller_refuses_what_it_cannot_hold(
 ) -> None:
     """And goes on with the rest; it grows again when it is idle and there is memory."""
     long, short = {"max_tokens": 450, "seed": 2}, {"max_tokens": 250, "seed": 3}
-    extend, fitting = sampler_module.extend, type(tight.sampler)._fitting_pages
+    extend, fitting = sized.extend, type(tight.sampler)._fitting_pages
 
     def release() -> Any:
         monkeypatch.setattr(tight.sampler, "_fitting_pages", lambda there: 10)
@@ -225,11 +225,11 @@ def test_a_cache_that_comes_back_smaller_refuses_what_it_cannot_hold(
         yield
 
     def extend_once_without_cache(*args: Any) -> None:
-        monkeypatch.setattr(sampler_module, "extend", extend)
+        monkeypatch.setattr(sized, "extend", extend)
         assert tight._dispatcher.submit(tight.open_lane(), release()).result()
         extend(*args)
 
-    monkeypatch.setattr(sampler_module, "extend", extend_once_without_cache)
+    monkeypatch.setattr(sized, "extend", extend_once_without_cache)
     futures = [send(tight, **long), send(tight, **short)]
     with pytest.raises(RequestFailedError, match="490 tokens together, but the memory that is left holds 320"):
         futures[0].result(timeout=60)
@@ -258,18 +258,18 @@ def test_an_answered_request_keeps_no_weights(engine: Engine) -> None:
 def test_the_cache_can_go_while_rows_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes after every third block, before what the block drew has been looked at."""
     requests = [{"tokens_T": prompt(60, i), "max_tokens": 150, "seed": i, "num_samples": 2} for i in range(4)]
-    extend, blocks, released = sampler_module.extend, itertools.count(), []
+    extend, calls, released = sized.extend, itertools.count(), []
 
     def release() -> Any:
         return engine.sampler.release_cache()
         yield
 
     def extend_without_cache(*args: Any) -> None:
-        if next(blocks) % 3 == 0:
+        if next(calls) % 3 == 0:
             released.append(engine._dispatcher.submit(engine.open_lane(), release()).result())
         extend(*args)
 
-    monkeypatch.setattr(sampler_module, "extend", extend_without_cache)
+    monkeypatch.setattr(sized, "extend", extend_without_cache)
     futures = [send(engine, **r) for r in requests]
     for future in futures:
         future.result()

@@ -27,6 +27,7 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import ParamSpec, param_specs
 from jax_client.models.parts.block import Remat
 from jax_client.sharding import make_mesh, sharding_for
+from jax_client.threads import Workers
 from jax_client.values import LoraSpec
 from support.children import STRICT
 from support.weight_files import HF_CONFIG, hf_tensors, write_hf
@@ -108,9 +109,11 @@ def compile_step(
     params = jax.tree.map(stored, param_specs(c, dtype), is_leaf=lambda p: isinstance(p, ParamSpec))
     attention = choose_attention(mesh, c, dtype)
     settings: dict[str, Any] = {"max_tokens": tokens, "remat": remat, "memory_fraction": 0.9, "cache_bytes": 0}
-    trainer = Trainer(params, c, dtype, mesh, attention, [], **settings, make_room=bool)
+    compilers = Workers("test-compile", 1)
+    trainer = Trainer(params, c, dtype, mesh, attention, [], **settings, make_room=bool, compilers=compilers)
     plan = Plan(rows=1, length=tokens, slots=())
-    trainer.ahead.compile_pass(spec, plan, targets, "warmup")
+    for compile_ in trainer.ahead.passes(spec, plan, targets, "warmup"):
+        compile_()
     accounts = []
     for program in (trainer.programs.forward, trainer.programs.backward):
         (compiled,) = program._compiled.values()

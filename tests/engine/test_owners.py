@@ -161,6 +161,35 @@ def test_who_samples_does_not_pay_what_those_owe_who_sampled_before() -> None:
     assert turns.take(101.0)[0] is None, "an owner whom no turn can serve does not let the others go first"
 
 
+@pytest.mark.parametrize("owner", ["a", "b"])
+def test_who_waits_for_a_compile_holds_no_one_back_and_saves_nothing_up(owner: str) -> None:
+    turns, trains, samples, comes = Turns(), Lane("a"), Lane(owner, sampling=True), Lane("c")
+    for lane in (trains, samples):
+        turns.enter(lane)
+        turns.make_ready(lane, 0.0)
+    first, _ = turns.take(0.0)
+    assert first is trains
+    turns.wait_elsewhere(trains)
+    for now in range(60):
+        assert turns.take(now)[0] is samples, "at once"
+        turns.charge(samples, now + 1.0)
+        turns.make_ready(samples, now + 1.0)
+        if now == 30:  # who has the lane meanwhile
+            trains.shares, trains.due = {"a": 0.0, "c": 0.0}, {"c"}
+            turns.follow(trains)
+    turns.make_ready(trains, 60.0)
+    turns.enter(comes)
+    turns.make_ready(comes, 60.0)
+    taken = []
+    for now in range(60, 120):
+        while (lane := turns.take(now)[0]) is None:
+            now += 0.1
+        taken.append(lane)
+        turns.charge(lane, now + 1.0)
+        turns.make_ready(lane, now + 1.0)
+    assert taken.count(samples) >= 15, "it goes on as before"
+
+
 def test_a_turn_is_chosen_as_fast_for_many_lanes_as_for_few() -> None:
     def take_s(lanes_each: int) -> float:
         turns = Turns()

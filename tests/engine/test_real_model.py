@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 from jax_client.config import EngineConfig
-from jax_client.engine.core.requests import GenerationRequest, LossSpec
+from jax_client.engine.core.requests import AdamSettings, GenerationRequest, LossSpec
 from jax_client.engine.engine import Engine
-from jax_client.values import TrainExample
+from jax_client.values import LoraSpec, TrainExample
 from jax_client.weights.read.source import EMBEDDED_MODEL, embedded_gguf, resolve
 from jax_client.weights.read.tokenizer import load_tokenizer
+from support.golden_engine import compile_threads
 
 pytestmark = pytest.mark.real
 CROSS_ENTROPY = LossSpec(name="cross_entropy")
+ADAM = AdamSettings(learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, grad_clip_norm=0.0)
 TEXT = """The lighthouse stood at the end of a long spit of sand, and for most of the year nobody came. Every evening
 the keeper climbed one hundred and twelve steps, wound the clockwork, trimmed the wick and wrote the weather
 into a ledger that went back to 1874. He liked the entries of his predecessors: wind from the north-west, a
@@ -87,6 +89,29 @@ def test_greedy_equals_transformers(engine: Engine, tokenizer: Any, reference: A
             for _ in range(32):
                 tokens = torch.cat([tokens, reference(tokens).logits[:, -1:].argmax(-1)], dim=1)
         assert future.result().rows[0].tokens.tolist() == tokens[0, len(prompt) :].tolist()
+
+
+@pytest.mark.full
+def test_a_first_step_compiles_nothing_on_the_dispatch_thread(tokenizer: Any) -> None:
+    """One step of reinforcement learning, with neither a warm-up nor a cache."""
+    with compile_threads() as threads:
+        engine = Engine(resolve(EMBEDDED_MODEL), EngineConfig(dtype="float32", compilation_cache_dir=""))
+        lane = engine.open_lane()
+        adapter = engine.open_adapter(lane, LoraSpec(rank=8, seed=0)).result()
+        del threads[:]
+        prompt_T = np.array(tokenizer.encode(PROMPTS[0]), np.int32)
+        request = GenerationRequest(tokens_T=prompt_T, num_samples=4, max_tokens=16)
+        rows = engine.generate(engine.snapshot(lane, adapter).result(), request).result().rows
+        data = []
+        for row in rows:
+            tokens_T, drawn = np.concatenate([prompt_T, row.tokens]), np.zeros(len(prompt_T) - 1, np.float32)
+            logprobs_T = np.concatenate([drawn, row.logprobs])
+            inputs = {"logprobs": logprobs_T, "advantages": np.where(logprobs_T < 0, 1, 0).astype(np.float32)}
+            data.append(TrainExample(tokens_T=tokens_T[:-1], targets=tokens_T[1:], inputs=inputs))
+        engine.train_batch(lane, adapter, data, LossSpec(name="importance_sampling")).result()
+        engine.optim_step(lane, adapter, ADAM).result()
+        engine.close()
+    assert threads and all(name.startswith(("jax_client-compile", "jax_client-precompile")) for name in threads)
 
 
 @pytest.mark.full

@@ -13,6 +13,7 @@ import pytest
 
 from jax_client.engine.core import adapters
 from jax_client.engine.core.requests import MAX_TARGETS, AdamSettings
+from jax_client.engine.sample.batches import STATE, RowFields
 from jax_client.engine.sample.pages import PAGE
 from jax_client.engine.sample.programs import SamplePrograms
 from jax_client.engine.train import packing
@@ -95,7 +96,7 @@ def prefill(params: Any) -> jax.stages.Lowered:
         "table": array((1, tiles, pages)),
         "scale": array((1, tiles, 1), np.float32),
         "targets": array((1, positions, MAX_TARGETS)),
-        "key": array((1, positions, 2), np.uint32),
+        "number": array((1, positions, 4), np.uint32),
         "temperature": array((1, positions), np.float32),
         "top_k": array((1, positions)),
         "top_p": array((1, positions), np.float32),
@@ -106,18 +107,12 @@ def prefill(params: Any) -> jax.stages.Lowered:
 
 def decode(params: Any) -> jax.stages.Lowered:
     programs, pool = sample_programs()
-    numbers = {name: array((1, 4)) for name in ("token", "position", "count", "max_tokens", "top_k")}
-    settings = {name: array((1, 4), np.float32) for name in ("temperature", "top_p")}
-    flags = {name: array((1, 4), np.bool_) for name in ("top", "done")}
-    rest = {
-        "key": array((1, 4, 2), np.uint32),
-        "stop_ids": array((1, 4, 3)),
-        "table": array((1, 4, 4)),
-        "scale": array((1, 4, 1), np.float32),
-        "copy": array((1, 4, 2)),
+    batch = {
+        "settings": array((1, 4, RowFields(4, 1).width)),
+        "state": array((1, 4, len(STATE))),
         "steps": array(()),
     }
-    return programs.decode.lower(params, (WEIGHTS,), pool, numbers | settings | flags | rest)
+    return programs.decode.lower(params, (WEIGHTS,), pool, batch)
 
 
 def scopes(lowered: jax.stages.Lowered) -> set[str]:

@@ -268,19 +268,23 @@ def test_out_of_memory_in_a_step(bench: Bench, monkeypatch: pytest.MonkeyPatch, 
         assert "cannot hold a sequence of 21 tokens: send shorter ones, or set remat='full'" in str(caught.value)
 
 
-def test_out_of_memory_names_a_batch_that_is_smaller(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_names_a_batch_that_is_smaller(shared: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared.reset(gradients=True)
+    before = shared.weights()
     long = [datum([1] * 100, (1,) * 100)] * 8
     with monkeypatch.context() as patch:
-        patch.setattr(bench.engine.trainer, "limits", packing.Limits(ways=1, tokens=2048))
-        patch.setattr(bench.engine.trainer.programs, "forward", out_of_memory)
+        patch.setattr(shared.engine.trainer, "limits", packing.Limits(ways=1, tokens=2048))
+        patch.setattr(shared.engine.trainer.programs, "forward", out_of_memory)
         with pytest.raises(FAILED, match="in a micro-batch of 1 x 512 tokens") as caught:
-            bench.train(long).result(30)
-        patch.setattr(bench.engine.sampler._programs, "prefill", out_of_memory)
+            shared.train(long).result(30)
+        patch.setattr(shared.engine.sampler._programs, "prefill", out_of_memory)
         with pytest.raises(FAILED, match="fewer samples") as sampling:
-            bench.sample().result(30)
+            shared.sample().result(30)
     assert caught.value.category == sampling.value.category == "server"
     assert "state is intact" in str(sampling.value)
     found = re.search(r"max_tokens_per_micro_batch to (\d+),", str(caught.value))
     assert found is not None and int(found[1]) == 256
     plans = packing.plan_call([100] * 8, packing.Limits(ways=1, tokens=256))
     assert {(plan.rows, plan.length) for plan in plans} == {(1, 256)}
+    # What had to be compiled for the calls stays.
+    assert shared.weights() == before and shared.canary() == shared.expected[True]

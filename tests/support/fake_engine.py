@@ -211,7 +211,9 @@ class FakeEngine:
         weight = 0.0 if state is None else state.weights["w.A"][0]
         return self._run("logits", lambda: np.full((len(tokens_T), self.model.vocab_size), weight, np.float32))
 
-    def warmup(self, spec: LoraSpec, lengths: list[int], targets_per_position: int) -> Future[list[CompileRecord]]:
+    def warmup(
+        self, spec: LoraSpec, lengths: list[int], targets_per_position: int, *, sampling: bool = False
+    ) -> Future[list[CompileRecord]]:
         return self._run("warmup", list)
 
 

@@ -1,11 +1,14 @@
-"""How do the tests run a golden case on the engine?"""
+"""How do the tests run a golden case on the engine, and see on which threads it compiles?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jax_client.config import EngineConfig
@@ -64,3 +67,19 @@ def train(engine: Engine, config: dict[str, Any]) -> tuple[TrainResult, dict[str
             first, grads = result, {n: np.asarray(g) for n, g in flatten(adapter.grads).items()}
         engine.optim_step(lane, adapter, AdamSettings(**ADAM)).result()
     return first, grads, engine.score_batch(lane, adapter, data(config), CROSS_ENTROPY).result()
+
+
+@contextlib.contextmanager
+def compile_threads() -> Iterator[list[str]]:
+    """Collect the name of the thread of each compile in the body, of programs and of single operations."""
+    threads: list[str] = []
+
+    def note(event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            threads.append(threading.current_thread().name)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield threads
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)

@@ -3,7 +3,8 @@
 Two threads that launch programs with collectives can deadlock, so nothing else launches. A task is a generator that
 runs on this thread and yields: a callable, to have it run elsewhere and be resumed with its result (waiting for the
 device, the user's loss function); a future, to be resumed with its result, for which no owner is charged (packing);
-None, to let the other lanes go first; or `Unawaited`, one of these beside programs that still run.
+`Elsewhere`, for a future that takes long (compiling); None, to let the other lanes go first; or `Unawaited`, one of
+these beside programs that still run.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from jax_client import process
-from jax_client.engine.core.turns import Lane, Queued, Request, Task, Turns, Unawaited
+from jax_client.engine.core.turns import Elsewhere, Lane, Queued, Request, Task, Turns, Unawaited
 from jax_client.errors import RequestFailedError
 from jax_client.process import Step
 from jax_client.threads import Workers, start_thread
@@ -203,28 +205,40 @@ class Dispatcher:
         if isinstance(request, Unawaited):
             with self._turn:
                 request = request.after_wait if self._turns.shared() else request.request
+        elif isinstance(request, Elsewhere):
+            with self._turn:
+                self._turns.wait_elsewhere(lane)
+            request = request.future
         if request is None:
             with self._turn:
                 self._turns.charge(lane, time.perf_counter())
                 self._make_ready(lane)
         elif isinstance(request, Future):
             # No thread waits: those of `workers` are for what keeps the device busy.
-            request.add_done_callback(lambda done: self._resume_with(lane, done.result, charged=False))
+            request.add_done_callback(partial(self._resume_from, lane))
         else:
-            self.workers.submit(self._resume_with, lane, request, charged=True)
+            self.workers.submit(self._resume_with, lane, request)
 
-    def _resume_with(self, lane: Lane, request: Callable[[], object], *, charged: bool) -> None:
+    def _resume_from(self, lane: Lane, done: Future[Any]) -> None:
+        # Not raised here: the error would keep this frame, and this frame its future.
+        error = CancelledError() if done.cancelled() else done.exception()
+        self._resume(lane, (done.result(), None) if error is None else (None, error), charged=False)
+
+    def _resume_with(self, lane: Lane, request: Callable[[], object]) -> None:
         resume: tuple[object, BaseException | None]
         try:
             resume = (request(), None)
         except BaseException as error:
             resume = (None, error)
+        self._resume(lane, resume, charged=True)
+        del resume  # as above
+
+    def _resume(self, lane: Lane, resume: tuple[object, BaseException | None], *, charged: bool) -> None:
         self._moved_at = time.monotonic()
         with self._turn:
             if charged:
                 self._turns.charge(lane, time.perf_counter())
             lane.resume = resume
-            del resume  # as above
             if not self._closed:
                 self._make_ready(lane)
 

@@ -1,7 +1,8 @@
 """Which programs have been compiled, for which shapes, why, and how long did each take?
 
 A `Program` compiles its function once per signature and appends a record of each compile to its engine's log. Compiles
-on several threads run side by side; those in the background wait for as long as a request waits for another one.
+on several threads run side by side; those in the background wait for as long as a request waits for another one. A task
+of the dispatch thread has what it needs compiled elsewhere (`begin`), and yields the future of that.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from jax_client import process
 from jax_client.errors import RequestFailedError
 from jax_client.host.memory import give_back
 from jax_client.host.places import expand, needs_home
+from jax_client.threads import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +161,25 @@ class Program(Generic[P, R]):
         """Compile for arguments as those of `prepare`, and wait for that."""
         self._get(args, static, cause)
 
+    def begin(self, workers: Workers, cause: Cause, *args: P.args, **static: P.kwargs) -> Future[jax.stages.Compiled]:
+        """Compile for arguments as those of `prepare` on a thread of `workers`, unless that was begun before.
+
+        Returns:
+            A future that is done when a call waits for nothing any more, or could not be compiled; what fails is tried
+            again by the next call.
+        """
+        key = _signature(args, static)
+        entry, new = self._entry(key, cause)
+        if new:
+            try:
+                job = workers.submit(self._fill, key, entry, jax.tree.map(_shape, args), static)
+            except BaseException as error:
+                self._fail(key, entry, error)
+            else:
+                dropped = RequestFailedError(f"{self.name} is not compiled any more: the engine was closed.")
+                job.add_done_callback(lambda job: self._fail(key, entry, dropped) if job.cancelled() else None)
+        return entry.future
+
     def shapes(self, *args: P.args, **static: P.kwargs) -> R:
         """Return `jax.ShapeDtypeStruct`s in place of the outputs, without places; nothing is compiled."""
         return cast(R, jax.eval_shape(partial(self._fn, **static), *args))
@@ -188,28 +209,46 @@ class Program(Generic[P, R]):
 
     def _get(self, args: tuple[object, ...], static: dict[str, object], cause: Cause) -> jax.stages.Compiled:
         key = _signature(args, static)
+        entry, mine = self._entry(key, cause)
+        if mine:
+            self._fill(key, entry, args, static)
+        try:
+            return entry.future.result()
+        finally:
+            del entry  # else an error has this frame, this frame its future, and both the call's arrays
+
+    def _entry(self, key: object, cause: Cause) -> tuple[_Entry, bool]:
+        """Return the entry of a signature, and whether it is new, for the caller to fill."""
         with self._lock:
             entry = self._compiled.get(key)
-            mine = entry is None
             if entry is None:
                 entry = self._compiled[key] = _Entry(cause)
-        if mine:
-            try:
-                _yield_to_first_use(entry)
-                entry.future.set_result(self._compile(args, static, entry))
-            except BaseException as error:
-                with self._lock:
-                    del self._compiled[key]  # the next call may have the memory that this one lacked
-                entry.future.set_exception(error)
-            else:
-                self._write_note(key)
-        elif cause == "first use" and not entry.future.done():
+                return entry, True
+        if cause == "first use" and not entry.future.done():
             with _changed:
                 entry.cause = cause
                 if entry.running is not None:
                     entry.running.cause = cause
                 _changed.notify_all()
-        return entry.future.result()
+        return entry, False
+
+    def _fill(self, key: object, entry: _Entry, args: tuple[object, ...], static: dict[str, object]) -> None:
+        try:
+            _yield_to_first_use(entry)
+            if process.ending():
+                raise RequestFailedError(f"{self.name} is not compiled any more: the program is ending.")
+            compiled = self._compile(args, static, entry)
+        except BaseException as error:
+            self._fail(key, entry, error)
+            del entry  # as in `_get`
+        else:
+            entry.future.set_result(compiled)
+            self._write_note(key)
+
+    def _fail(self, key: object, entry: _Entry, error: BaseException) -> None:
+        with self._lock:
+            del self._compiled[key]  # the next call may have the memory that this one lacked
+        entry.future.set_exception(error)
 
     def _note(self, key: object) -> Path | None:
         """Return the empty file that says that a program is in the compilation cache; None without one on a disk."""
@@ -226,17 +265,17 @@ class Program(Generic[P, R]):
                 note.touch()
 
     def _compile(self, args: tuple[object, ...], static: dict[str, object], entry: _Entry) -> jax.stages.Compiled:
-        if process.ending():
-            raise RequestFailedError(f"{self.name} is not compiled any more: the program is ending.")
         start, hits = time.perf_counter(), _cache_hits()
         shapes = [] if self._describe is None else [self._describe(*args)]
-        text = ", ".join(shapes + [f"{name}={value}" for name, value in static.items()])
+        shown = [f"{name}={value}" for name, value in static.items() if isinstance(value, str | None)]
+        text = ", ".join(shapes + shown)
         cause = entry.cause
         logger.info("compiling %s (%s): %s", self.name, text, cause)
         running = _Compile(
             log=self._log, program=self.name, shapes=text, kind=self._kind, cause=cause, began=time.monotonic()
         )
         with _runs(running, entry), process.not_waited_for():
+            del entry  # as in `_get`
             compiled = self._lowered(args, static).compile()
         cached, seconds = _cache_hits() > hits, time.perf_counter() - start
         size = compiled.memory_analysis()
@@ -267,6 +306,12 @@ def _without_frames(args: object) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if "cpu" in platforms else config.traceback_in_locations_limit(0)
     except (ImportError, AttributeError):  # a newer jax has it elsewhere, and a newer compiler
         return contextlib.nullcontext()
+
+
+def _shape(array: Any) -> jax.ShapeDtypeStruct:
+    """Return an argument without its memory, which would be kept until the compile ends."""
+    place = array.sharding if getattr(array, "committed", True) else None
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
 
 
 def _signature(args: tuple[object, ...], static: dict[str, object]) -> object:
@@ -302,16 +347,6 @@ def _runs(running: _Compile, entry: _Entry) -> Iterator[None]:
         give_back()
 
 
-def waited_for_s(log: list[CompileRecord]) -> float:
-    """Return the seconds that requests have waited for compiles; two at the same time count once."""
-    waited = ended = 0.0
-    times = [(record.ended_at - record.seconds, record.ended_at) for record in log if record.cause == "first use"]
-    for start, end in sorted(times):
-        waited += max(0.0, end - max(start, ended))
-        ended = max(ended, end)
-    return waited
-
-
 def compiling(log: list[CompileRecord]) -> list[Compiling]:
     """Return the compiles of an engine that run now, those that requests wait for first."""
     now = time.monotonic()
@@ -331,31 +366,45 @@ def compiling(log: list[CompileRecord]) -> list[Compiling]:
 def enable_compilation_cache(directory: str | os.PathLike[str] | None) -> None:
     """Keep compiled programs in `directory` between processes; it is made readable for its owner only.
 
-    Write access to the directory is the right to run code in this process, hence the mode. Where the directory is
+    Write access to the directory is the right to run code in this process, hence the mode. A URL, such as
+    "gs://bucket/path", is jax's to read and write; who may write there is set at the bucket. Where the directory is
     another user's, cannot be written or is None, a warning says so once, and jax's own setting stays as it is.
     """
     if directory is None:
         why = needs_home("compiled programs", _CACHE_SETTINGS)
         _warn_once(f"{why} Until then every start compiles.")
         return
-    path = expand(directory, "EngineConfig.compilation_cache_dir")
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        path.chmod(0o700)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        place = _made(directory)
     except OSError as error:
         _warn_once(
-            f"compiled programs cannot be kept in {path} ({error}): every start compiles. Set {_CACHE_SETTINGS} to a "
-            "directory that belongs to this user."
+            f"compiled programs cannot be kept in {os.fspath(directory)} ({error}): every start compiles. Set "
+            f"{_CACHE_SETTINGS} to a directory that belongs to this user."
         )
         return
-    if jax.config.jax_compilation_cache_dir != str(path):  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(path))
+    if jax.config.jax_compilation_cache_dir != place:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", place)
         compilation_cache.reset_cache()  # jax would keep the directory that it used first
     # Everything: a second start should compile nothing at all.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _made(directory: str | os.PathLike[str]) -> str:
+    """Return a directory, once it is there, or a URL, as jax takes it.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    place = os.fspath(directory)
+    if "://" in place:
+        return place  # jax warns at the first compile if it cannot
+    path = expand(place, "EngineConfig.compilation_cache_dir")
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(0o700)
+    with tempfile.TemporaryFile(dir=path):
+        pass
+    return str(path)
 
 
 @functools.cache

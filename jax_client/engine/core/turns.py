@@ -46,8 +46,18 @@ class Unawaited:
         return None if self.request is None else self.request()
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What a task yields that waits long for what no turn does, such as a compile.
+
+    Meanwhile its lane has no part in the turns: no one is held back for it, and it saves nothing up.
+    """
+
+    future: Future[Any]
+
+
 # What a task yields is described in `dispatch`; it is sent the result of what it yielded, hence Any.
-Request = Callable[[], object] | Future[Any] | Unawaited | None
+Request = Callable[[], object] | Future[Any] | Unawaited | Elsewhere | None
 Task = Generator[Request, Any, T]
 
 
@@ -89,6 +99,7 @@ class Lane:
         shares: by owner, which part of its present turn each one pays. The owners of all that waits in it are named,
             those with no part in this turn too.
         due: of those without a part, whom the next turn can serve.
+        alone: whether no other lane had tasks when its present turn began.
 
     Args:
         owner: whose lane it is.
@@ -102,6 +113,7 @@ class Lane:
         self.sampling = sampling
         self.ready_at = 0.0
         self.turn_began = 0.0
+        self.alone = False
         self.tasks: deque[Queued[Any]] = deque()
         # The value or the error that the head task is resumed with.
         self.resume: tuple[object, BaseException | None] = (None, None)
@@ -121,12 +133,13 @@ class Lane:
 
 @dataclass(slots=True, eq=False)
 class _Group:
-    """Lanes of one kind that serve the same owners: the ready ones, and those in flight; the first came first."""
+    """Lanes of one kind that serve the same owners: ready, in flight, or waiting elsewhere; the first came first."""
 
     owners: tuple[str, ...]
     sampling: bool
     ready: dict[Lane, None] = field(default_factory=dict)
     in_flight: dict[Lane, None] = field(default_factory=dict)
+    elsewhere: dict[Lane, None] = field(default_factory=dict)
 
 
 class Turns:
@@ -165,8 +178,22 @@ class Turns:
         """Take note of the owners that a lane has now; return whether that changes whose turn it may be."""
         return lane in self.lanes and bool(lane.shares) and self._follow(lane, lane.shares)
 
+    def wait_elsewhere(self, lane: Lane) -> None:
+        """Leave a lane out whose turn is over and whose task waits elsewhere, until it is made ready."""
+        group = self._group_of[lane]
+        del group.in_flight[lane]
+        group.elsewhere[lane] = None
+        for name in self.lanes[lane]:
+            self._part(name, sampling=lane.sampling)
+
     def make_ready(self, lane: Lane, now: float) -> None:
         """Queue a lane whose head task can run."""
+        group = self._group_of[lane]
+        if lane in group.elsewhere:
+            del group.elsewhere[lane]
+            group.in_flight[lane] = None
+            for name in self.lanes[lane]:
+                self._join(name, sampling=lane.sampling)
         self.follow(lane)
         lane.ready_at = now
         group = self._group_of[lane]
@@ -186,7 +213,11 @@ class Turns:
         or even for a lane of this one.
         """
         used_s = self._used_s()
-        of_group = {key: min(used_s[name] for name in group.owners) for key, group in self._groups.items()}
+        of_group = {
+            key: min(used_s[name] for name in group.owners)
+            for key, group in self._groups.items()
+            if group.ready or group.in_flight
+        }
         # Of each group the turn that began last: the others are behind it.
         flying = [
             (next(reversed(group.in_flight)).turn_began, of_group[key])
@@ -206,7 +237,7 @@ class Turns:
             if (wait_s := max(wait_s, self._kind_wait_s(lane, group, now))) <= LEAST_S:
                 del group.ready[lane]
                 group.in_flight[lane] = None
-                lane.turn_began = now
+                lane.turn_began, lane.alone = now, len(self.lanes) == 1
                 return lane, None
             waits.append(wait_s)
         return None, min(waits, default=None)
@@ -236,16 +267,18 @@ class Turns:
 
     def _follow(self, lane: Lane, shares: Mapping[str, float]) -> bool:
         before, now = self.lanes[lane], tuple(shares)
-        if before != now:
-            for name in set(now) - set(before):
-                self._join(name, sampling=lane.sampling)
-            for name in set(before) - set(now):
-                self._part(name, sampling=lane.sampling)
-            self.lanes[lane] = now
         old, new = self._group_of[lane], self._group(lane, shares)
+        if before != now:
+            if lane not in old.elsewhere:
+                for name in set(now) - set(before):
+                    self._join(name, sampling=lane.sampling)
+                for name in set(before) - set(now):
+                    self._part(name, sampling=lane.sampling)
+            self.lanes[lane] = now
         if new is old:
             return False
-        for lanes, others in ((old.ready, new.ready), (old.in_flight, new.in_flight)):
+        of_both = (old.ready, new.ready), (old.in_flight, new.in_flight), (old.elsewhere, new.elsewhere)
+        for lanes, others in of_both:
             if lane in lanes:
                 others[lane] = None
         self._remove(lane, old)
@@ -264,7 +297,8 @@ class Turns:
     def _remove(self, lane: Lane, group: _Group) -> None:
         group.ready.pop(lane, None)
         group.in_flight.pop(lane, None)
-        if not (group.ready or group.in_flight):
+        group.elsewhere.pop(lane, None)
+        if not (group.ready or group.in_flight or group.elsewhere):
             self._groups.pop((group.owners, group.sampling), None)
 
     def _join(self, name: str, *, sampling: bool) -> None:
@@ -290,7 +324,7 @@ class Turns:
         """Return what each owner has used, with what its turns in flight will take."""
         used_s = {name: owner.used_s for name, owner in self._owners.items()}
         for group in self._groups.values():
-            if len(group.owners) == 1:
+            if group.in_flight and len(group.owners) == 1:
                 name = group.owners[0]
                 used_s[name] += len(group.in_flight) * self._owners[name].kinds(sampling=group.sampling)[0].turn_s
                 continue

@@ -5,24 +5,106 @@ Arrays have a leading axis W, the ways that a mesh splits rows. `SamplePrograms`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.requests import MAX_TARGETS
-from jax_client.engine.sample.pages import PAGE
-from jax_client.engine.sample.programs import SCORE_CHUNK
+from jax_client.engine.sample.pages import PAGE, SCRATCH
 from jax_client.engine.sample.rows import Row, Tile
+from jax_client.engine.sample.token_sampling import make_keys
 from jax_client.models.kernels.paged import BLOCK
 from jax_client.models.parts.lora import LORA_ALPHA
 from jax_client.sharding import put_rows, put_whole, shape_of_rows, shape_of_whole
 
+SCORE_CHUNK = 64  # positions whose scores over the vocabulary exist at once
 STOP_IDS = 64
 WHOLE = ("wanted", "steps")  # what every way sees
+# Of a row: its newest token, that token's position, how many it has drawn, whether it has ended, and a page with the
+# one that it is copied into before the first step.
+STATE = ("token", "position", "count", "done", "copy_from", "copy_to")
+# The fields of a row's request before its stop ids: max_tokens, top_k, whether the likeliest tokens are wanted,
+# temperature and top_p as bits of float32, and the numbers (4) that make its key.
+OF_REQUEST = 9
 HostBatch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class RowFields:
+    """Where a decode block's settings of a row lie in one row of int32: one array is put on the device for all.
+
+    Attributes:
+        table_width: entries of a row's page table.
+        versions: adapters of the batch.
+    """
+
+    table_width: int
+    versions: int
+
+    @property
+    def of_request(self) -> slice:
+        """Where it says what the request does: `OF_REQUEST` fields and `STOP_IDS` ids, padded with -1."""
+        return slice(0, OF_REQUEST + STOP_IDS)
+
+    @property
+    def scale(self) -> slice:
+        """Where alpha / rank of the row's adapter is, in the column of that adapter, as bits of float32."""
+        return slice(self.of_request.stop, self.of_request.stop + self.versions)
+
+    @property
+    def table(self) -> slice:
+        """Where its pages are."""
+        return slice(self.scale.stop, self.width)
+
+    @property
+    def width(self) -> int:
+        """Fields in all."""
+        return self.scale.stop + self.table_width
+
+    def unpacked(self, settings_RF: jax.Array) -> dict[str, jax.Array]:
+        """Return the settings of rows by name, each (R, ...)."""
+        floats = lambda a: jax.lax.bitcast_convert_type(a, jnp.float32)  # noqa: E731
+        max_tokens, top_k, top, temperature, top_p, *number = jnp.unstack(settings_RF[:, :OF_REQUEST], axis=-1)
+        return {
+            "max_tokens": max_tokens,
+            "top_k": top_k,
+            "top": top > 0,
+            "temperature": floats(temperature),
+            "top_p": floats(top_p),
+            "key": make_keys(jax.lax.bitcast_convert_type(jnp.stack(number, axis=-1), jnp.uint32)),
+            "stop_ids": settings_RF[:, OF_REQUEST : self.of_request.stop],
+            "scale": floats(settings_RF[:, self.scale]),
+            "table": settings_RF[:, self.table],
+        }
+
+
+def pack_drawn(drawn: dict[str, jax.Array], *ends: jax.Array) -> jax.Array:
+    """Return what a block drew as one array, int32 (R, 2 n + 3): one copy to the host for all.
+
+    Args:
+        drawn: `tokens`, int32, and `logprobs`, float32, (R, n).
+        ends: of each row (R,) how many of these count, whether a stop token ended it, and whether it has ended.
+    """
+    bits = jax.lax.bitcast_convert_type(drawn["logprobs"], jnp.int32)
+    return jnp.concatenate([drawn["tokens"], bits, *(end.astype(jnp.int32)[:, None] for end in ends)], axis=-1)
+
+
+def unpack_drawn(packed: np.ndarray) -> dict[str, np.ndarray]:
+    """Return `tokens` and `logprobs` (..., n), `new`, `stopped` and `done` (...) of what `pack_drawn` made."""
+    n = packed.shape[-1] // 2 - 1
+    tokens, bits, ends = np.split(packed, (n, 2 * n), axis=-1)
+    return {
+        "tokens": tokens,
+        "logprobs": bits.view(np.float32),
+        "new": ends[..., 0],
+        "stopped": ends[..., 1] > 0,
+        "done": ends[..., 2] > 0,
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +136,7 @@ class Batches:
             "table": np.zeros((W, t, self.table_width), np.int32),
             "scale": np.zeros((W, t, 0 if snapshot is None else 1), np.float32),
             "targets": np.zeros((W, N, MAX_TARGETS), np.int32),
-            "key": np.zeros((W, N, 2), np.uint32),
+            "number": np.zeros((W, N, 4), np.uint32),
             "temperature": np.ones((W, N), np.float32),
             "top_k": np.full((W, N), -1, np.int32),
             "top_p": np.ones((W, N), np.float32),
@@ -73,47 +155,51 @@ class Batches:
 
     def of_rows(self, rows: list[list[Row]], size: int, versions: list[Snapshot]) -> HostBatch:
         """Return the batch of a decode block of up to `size` rows per way, each with one of the versions' weights."""
-        W, R = self.ways, size
-        batch = {
-            "token": np.zeros((W, R), np.int32),
-            "position": np.zeros((W, R), np.int32),
-            "count": np.zeros((W, R), np.int32),
-            "done": np.ones((W, R), bool),
-            "max_tokens": np.zeros((W, R), np.int32),
-            "temperature": np.ones((W, R), np.float32),
-            "top_k": np.full((W, R), -1, np.int32),
-            "top_p": np.ones((W, R), np.float32),
-            "key": np.zeros((W, R, 2), np.uint32),
-            "stop_ids": np.full((W, R, STOP_IDS), -1, np.int32),
-            "top": np.zeros((W, R), bool),
-            "table": np.zeros((W, R, self.table_width), np.int32),
-            "scale": np.zeros((W, R, len(versions)), np.float32),
-            "copy": np.zeros((W, R, 2), np.int32),
-        }
+        fields = RowFields(self.table_width, len(versions))
+        settings = np.zeros((self.ways, size, fields.width), np.int32)
+        state = np.zeros((self.ways, size, len(STATE)), np.int32)
+        state[:, :, STATE.index("done")] = 1
+        for way, members in enumerate(rows):
+            if not members:
+                continue
+            settings[way, : len(members), fields.of_request] = [_of_request(row) for row in members]
+            scale_RV = settings[way, :, fields.scale].view(np.float32)
+            for i, row in enumerate(members):
+                settings[way, i, fields.table.start : fields.table.start + len(row.pages)] = row.pages
+                if row.job.snapshot is not None:
+                    scale_RV[i, versions.index(row.job.snapshot)] = _scale(row.job.snapshot)
+            state[way, : len(members)] = [
+                (row.newest, row.length - 1, len(row.drawn), 0, *(row.copy or (0, 0))) for row in members
+            ]
+        return {"settings": settings, "state": state}
+
+    def with_new_pages(self, settings: np.ndarray, rows: list[list[Row]], taken: dict[Row, int]) -> np.ndarray:
+        """Return the settings of rows that have taken pages since, or have ended, of a batch that runs once more.
+
+        Args:
+            settings: as `of_rows` made them, or this.
+            rows: of the batch.
+            taken: by row, how many of its pages are new.
+        """
+        fields = RowFields(self.table_width, settings.shape[-1] - RowFields(self.table_width, 0).width)
+        settings = settings.copy()  # a device may still read the other
         for way, members in enumerate(rows):
             for i, row in enumerate(members):
-                request = row.job.request
-                batch["token"][way, i] = row.tokens(row.length - 1, row.length)[0]
-                batch["position"][way, i] = row.length - 1
-                batch["count"][way, i] = len(row.drawn)
-                batch["done"][way, i] = False
-                batch["max_tokens"][way, i] = request.max_tokens
-                batch["temperature"][way, i] = request.temperature
-                batch["top_k"][way, i] = request.top_k
-                batch["top_p"][way, i] = request.top_p
-                batch["key"][way, i] = _key(request.seed, row.sample)
-                batch["stop_ids"][way, i, : len(request.stop_ids)] = request.stop_ids
-                batch["top"][way, i] = request.topk_sample > 0
-                batch["table"][way, i, : len(row.pages)] = row.pages
-                if row.job.snapshot is not None:
-                    batch["scale"][way, i, versions.index(row.job.snapshot)] = _scale(row.job.snapshot)
-                if row.copy is not None:
-                    batch["copy"][way, i] = row.copy
-        return batch
+                if row.stop_reason is not None:
+                    # Its pages may be another's by now.
+                    settings[way, i, fields.table], settings[way, i, fields.of_request.start] = SCRATCH, 0
+                elif count := taken.get(row, 0):
+                    end = fields.table.start + len(row.pages)
+                    settings[way, i, end - count : end] = row.pages[-count:]
+        return settings
 
-    def put(self, batch: HostBatch) -> dict[str, jax.Array]:
-        """Put a batch on the mesh, split by way; what every way sees is whole everywhere."""
-        return {name: (put_whole if name in WHOLE else put_rows)(array, self.mesh) for name, array in batch.items()}
+    def put(self, batch: Mapping[str, np.ndarray | jax.Array]) -> dict[str, jax.Array]:
+        """Put a batch on the mesh, split by way; what every way sees is whole everywhere, what is there stays."""
+        put = lambda name: put_whole if name in WHOLE else put_rows  # noqa: E731
+        return {
+            name: array if isinstance(array, jax.Array) else put(name)(array, self.mesh)
+            for name, array in batch.items()
+        }
 
     def shapes(self, batch: HostBatch) -> dict[str, jax.Array]:
         """Return the shapes and places of what `put` gives, to compile programs with."""
@@ -131,7 +217,7 @@ def _add_scores(batch: HostBatch, way: int, i: int, tile: Tile) -> None:
     if request.alternatives:
         # No row of the request has this number, so that its draws and these are independent.
         positions = range(tile.start, tile.start + PAGE)
-        batch["key"][way, at] = [_key(request.seed, 2**32 + p) for p in positions]
+        batch["number"][way, at] = [_number(request.seed, 2**32 + p) for p in positions]
     batch["temperature"][way, at] = request.temperature
     _want(batch, i, request.topk_prompt, request.alternatives)
 
@@ -141,7 +227,7 @@ def _add_draw(batch: HostBatch, way: int, i: int, tile: Tile) -> None:
     if not tile.draws:
         return
     row, request, last = tile.row, tile.row.job.request, i * PAGE + tile.stop - 1 - tile.start
-    batch["key"][way, last] = _key(request.seed, row.sample)
+    batch["number"][way, last] = _number(request.seed, row.sample)
     batch["temperature"][way, last] = request.temperature
     batch["top_k"][way, last], batch["top_p"][way, last] = request.top_k, request.top_p
     _want(batch, i, request.topk_sample, 1)
@@ -153,10 +239,22 @@ def _want(batch: HostBatch, i: int, top: int, draws: int) -> None:
     batch["wanted"][chunk] = np.maximum(batch["wanted"][chunk], (1, top, draws))
 
 
+def _of_request(row: Row) -> np.ndarray:
+    """Return what a row's request says, the fields `OF_REQUEST` in their order; it is the same in every block."""
+    if row.packed is None:
+        request, packed = row.job.request, np.full(OF_REQUEST + STOP_IDS, -1, np.int32)
+        floats = np.array([request.temperature, request.top_p], np.float32).view(np.int32)
+        key = _number(request.seed, row.sample).view(np.int32)
+        packed[:OF_REQUEST] = (request.max_tokens, request.top_k, request.topk_sample > 0, *floats, *key)
+        packed[OF_REQUEST : OF_REQUEST + len(request.stop_ids)] = request.stop_ids
+        row.packed = packed
+    return row.packed
+
+
 def _scale(snapshot: Snapshot | None) -> float:
     return 0.0 if snapshot is None else LORA_ALPHA / snapshot.spec.rank
 
 
-def _key(seed: int, number: int) -> np.ndarray:
-    """Return the raw key of one row, from the request's seed and the row's number."""
-    return np.random.SeedSequence([seed & (2**64 - 1), number]).generate_state(2)
+def _number(seed: int, number: int) -> np.ndarray:
+    """Return what a key is made of on the device: a request's seed and a row's number, uint32 (4,), lowest first."""
+    return np.array([seed & (2**64 - 1), number], np.uint64).view(np.uint32)

@@ -3,20 +3,19 @@
 One task serves all requests, round by round: it places waiting rows, computes tiles of prompts, runs one block of
 decode steps, and takes out the rows that stopped. Between the rounds the other lanes have their turn. Rows and tiles
 come from short ladders; max_tokens, temperature, top_k, top_p, seeds and stop sets are data, so none of them compiles
-anything.
+anything. Where an adapter's programs are still compiled, the rows of others continue.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,79 +23,39 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_client.engine.core import memory
-from jax_client.engine.core.adapters import Snapshot
+from jax_client.engine.core.adapters import Snapshot, Weights, abstract_weights
 from jax_client.engine.core.device_errors import is_out_of_memory, named_error
 from jax_client.engine.core.paged_check import choose_paged_attention
 from jax_client.engine.core.programs import CompileRecord
 from jax_client.engine.core.requests import GenerationRequest, GenerationResult
-from jax_client.engine.core.turns import Lane, Task, Unawaited
-from jax_client.engine.sample.batches import Batches
+from jax_client.engine.core.turns import Elsewhere, Lane, Task, Unawaited
+from jax_client.engine.sample.batches import Batches, HostBatch
 from jax_client.engine.sample.pages import FEWEST_PAGES, PAGE, fitting_pages, most_pages
 from jax_client.engine.sample.programs import BLOCK_STEPS, Pool, SamplePrograms
-from jax_client.engine.sample.rows import Job, Row, extend, take_scores
-from jax_client.engine.sample.schedule import MAX_VERSIONS, Schedule
-from jax_client.engine.sample.sized import SizedPrograms
+from jax_client.engine.sample.rows import Job, Row, take_scores
+from jax_client.engine.sample.schedule import Schedule
+from jax_client.engine.sample.sized import Block, Counts, Flight, Runnable, SizedPrograms, StepTimes, sizes_on
 from jax_client.engine.sample.weights import DecodeWeights, sampling_params
 from jax_client.errors import RequestFailedError
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params
 from jax_client.models.parts.attention import Attention
 from jax_client.threads import Workers
+from jax_client.values import LoraSpec
 
 MAX_WAITING = 65_536  # rows
 PREFILL_TOKENS = 2048  # of prompts, at most, between two decode blocks
 LINGER_S = 0.003
-# Target seconds of a decode block; new requests wait for its end. An accelerator does all `BLOCK_STEPS` in less; a CPU,
-# which takes tens of milliseconds a step, does fewer.
-BLOCK_S = 0.5
-FEWEST_STEPS = 4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
-    """How large batches are on a platform.
-
-    Attributes:
-        rows: ladder of the rows of a decode block, per way of the mesh that rows are split.
-        tiles: of the two prefills, per way.
-        many_tiles: from how many tiles on the larger prefill is the cheaper one.
-        tokens_per_row: of the cache.
-    """
-
-    rows: tuple[int, ...]
-    tiles: tuple[int, int]
-    many_tiles: int
-    tokens_per_row: int
-
-
-# A CPU's time grows with the rows, padding included; an accelerator's hardly does before 100 rows or so.
-CPU = Sizes(rows=(8, 32), tiles=(4, 16), many_tiles=13, tokens_per_row=512)
-ACCELERATOR = Sizes(rows=(16, 128), tiles=(2, 16), many_tiles=3, tokens_per_row=2048)
-
-
-def sizes_on(platform: str) -> Sizes:
-    """Return the sizes on a device's platform."""
-    return CPU if platform == "cpu" else ACCELERATOR
-
-
-@dataclass(slots=True)
-class Counts:
-    """What the loop has done so far, for `describe`; `slots` are the rows of the decode blocks, empty ones included."""
-
-    prompt_tokens: int = 0
-    computed_prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    sampled_tokens: int = 0
-    blocks: int = 0
-    rows_run: int = 0
-    slots: int = 0
 
 
 class SamplingLoop:
     """Runs sampling requests with the engine's weights.
 
     Attributes:
-        lane: where `serve` runs; the owners of its rows share its turns. And `attention`, that over the cache.
+        lane: where `serve` runs; the owners of its rows share its turns.
+        attention: over the cache.
+        launches_ahead: whether a block may be launched before the one before it has been looked at. A CPU gains nothing
+            by that: a block takes all of it, for longer.
     """
 
     def __init__(
@@ -108,10 +67,13 @@ class SamplingLoop:
         attention: Attention,
         log: list[CompileRecord],
         memory_fraction: float,
+        *,
+        compilers: Workers,
         background: Workers | None = None,
     ):
         self.lane = Lane(sampling=True)
         self._weights = DecodeWeights(sampling_params(params), model, dtype, mesh, log)
+        self._compilers = compilers
         self._model = model
         self._mesh = mesh
         self._sizes = sizes_on(mesh.devices.flat[0].platform)
@@ -119,7 +81,8 @@ class SamplingLoop:
         self._memory_fraction = memory_fraction
         self.attention = choose_paged_attention(mesh, model, dtype)
         self._programs = SamplePrograms(model, dtype, mesh, attention, log, self.attention)
-        self._sized = SizedPrograms(self._programs, self._batches, self._weights, background)
+        self._sized = SizedPrograms(self._programs, self._batches, self._weights, compilers, background)
+        self._runnable = Runnable(self._sized, self._sizes, self._batches.ways, self._fail_rows)
         self._most_pages = most_pages(model.max_context, self._sizes.rows[-1] * self._sizes.tokens_per_row)
         self._pool: Pool | None = None
         self._schedule: Schedule | None = None
@@ -127,7 +90,10 @@ class SamplingLoop:
         self._inbox, self._returned = deque[Job](), deque[Row]()  # the latter are rows that wait for a cache
         self._waiting_rows = 0
         self._serving = self._any_cancelled = False  # the latter since the schedule forgot cancelled rows
-        self._step_s: dict[int, float] = {}  # of a decode step, by rows
+        self._news: Future[None] = Future()  # done once there is something that a waiting round does not know
+        self._times = StepTimes()
+        self._counts: dict[int, jax.Array] = {}  # of steps, on the device
+        self.launches_ahead = mesh.devices.flat[0].platform != "cpu"
         self.counts = Counts()
 
     def enqueue(self, snapshot: Snapshot | None, request: GenerationRequest) -> tuple[Future[GenerationResult], bool]:
@@ -148,6 +114,7 @@ class SamplingLoop:
             self._inbox.append(job)
             self.lane.expect(job.owner)
             start, self._serving = not self._serving, True
+        _ring(self._news)
         job.future.add_done_callback(partial(self._left, job.left))
         return job.future, start
 
@@ -157,12 +124,11 @@ class SamplingLoop:
             jobs = set(self._inbox)
             self._inbox.clear()
         self._weights.drop()
-        schedule, returned = self._schedule, self._returned
+        schedule, returned, self._returned = self._schedule, self._returned, deque()
         self._pool = self._schedule = None
-        self._returned = deque()
         rows = [] if schedule is None else [*schedule.placed, *schedule.waiting]
         for job in jobs | {row.job for row in (*rows, *returned)}:
-            _fail(job, error)
+            job.fail(error)
 
     def serve(self) -> Task[None]:
         """Serve requests until none is left."""
@@ -193,6 +159,17 @@ class SamplingLoop:
         self._returned.clear()
         self._pool = self._schedule = None
 
+    def warm(self, spec: LoraSpec) -> Task[None]:
+        """Compile what sampling from an adapter of this configuration will need."""
+        yield from self._ready_to_open()
+        if self._schedule is None:
+            self._open()
+        weights = cast(Weights, abstract_weights(self._model, spec, self._mesh))
+        version = Snapshot(spec=spec, weights=weights, step=0)
+        begun = deque(self._sized.begin_all(version, self._pool, self._sizes, "warmup"))
+        while begun:
+            yield Elsewhere(begun.popleft())  # an error would keep this frame, and this frame its future
+
     def free_weights(self) -> None:
         """Drop the references to the base weights; nothing can be sampled any more."""
         self._weights.free()
@@ -207,14 +184,14 @@ class SamplingLoop:
         """
         if (schedule := self._schedule) is None:
             return False
-        self._returned = deque([*schedule.placed, *schedule.waiting])
+        self._returned.extend([*schedule.placed, *schedule.waiting])  # after those of a cache that went just before
         self._pool = self._schedule = None
         self._weights.drop()
         return True
 
     def describe(self) -> dict[str, float]:
         """Return the sizes of the cache and of a copy of the weights, and what has been sampled."""
-        counts, schedule = self.counts, self._schedule
+        schedule = self._schedule
         pages = 0 if schedule is None else len(schedule.pages) * schedule.pages[0].count
         return {
             "cache_tokens": pages * PAGE,
@@ -223,14 +200,7 @@ class SamplingLoop:
             "pages_used": 0 if schedule is None else sum(way.used for way in schedule.pages),
             "rows_running": 0 if schedule is None else len(schedule.placed),
             "rows_waiting": self._waiting_rows,
-            "prompt_tokens": counts.prompt_tokens,
-            "prompt_tokens_computed": counts.computed_prompt_tokens,
-            "prompt_tokens_cached": counts.cached_prompt_tokens,
-            "sampled_tokens": counts.sampled_tokens,
-            "decode_blocks": counts.blocks,
-            "decode_rows": counts.rows_run,
-            "decode_slots": counts.slots,
-            "occupancy": counts.rows_run / counts.slots if counts.slots else 0.0,
+            **self.counts.described(),
         }
 
     def _end(self) -> None:
@@ -242,11 +212,13 @@ class SamplingLoop:
         with self._lock:
             self._waiting_rows -= rows
             self._any_cancelled |= done.cancelled()
+        if done.cancelled():
+            _ring(self._news)
 
     def _forget_cancelled(self, schedule: Schedule) -> None:
         if self._any_cancelled:
             self._any_cancelled = False
-            schedule.forget_cancelled()
+            schedule.forget_ended()
 
     def _fail_placed(self, error: BaseException) -> None:
         """Fail the requests of a failed program, or all if it had none; the cache may be gone with it."""
@@ -255,14 +227,19 @@ class SamplingLoop:
             self.fail_waiting(error)
             return
         placed = {row.job for row in schedule.placed}
-        self._returned = deque(row for row in schedule.waiting if row.job not in placed)
+        self._returned.extend(row for row in schedule.waiting if row.job not in placed)
         self._pool = self._schedule = None
         for job in placed:
-            _fail(job, error)
+            job.fail(error)
 
     def _round(self) -> Task[None]:
         """Yield-from: place, prefill, decode one block, and take out what stopped."""
+        yield from self._ready_to_open()
         schedule = self._open()
+        returned, self._returned = self._returned, deque()
+        schedule.waiting.extend(row for row in returned if not row.job.refused_beyond(schedule.capacity))
+        if returned:
+            self._any_cancelled = True  # some of these may have been
         yield from self._run(schedule)
         self._finish(schedule)
 
@@ -271,7 +248,9 @@ class SamplingLoop:
         for row in [row for row in schedule.placed if row.stop_reason or (row.ready and not row.job.rows)]:
             if schedule is self._schedule:
                 schedule.finish(row)
-            elif row in self._returned:  # the cache went while it ran
+            elif row not in self._returned:  # it was taken out before
+                continue
+            else:  # the cache went while it ran
                 self._returned.remove(row)
                 row.job.finish(row)
             if not row.job.left:
@@ -288,9 +267,7 @@ class SamplingLoop:
             self._forget_cancelled(schedule)
             schedule.place()
             before = spent
-            while (pending := schedule.pending_tiles()) and not (decoding and spent >= PREFILL_TOKENS):
-                larger = pending >= self._sizes.many_tiles
-                tiles = self._sized.tiles(schedule.next_version(), self._pool, self._sizes.tiles[larger:])
+            while not (decoding and spent >= PREFILL_TOKENS) and (tiles := self._runnable.tiles(schedule, self._pool)):
                 spent += tiles * PAGE
                 yield from self._prefill(schedule, tiles)
                 if schedule is not self._schedule:
@@ -305,12 +282,34 @@ class SamplingLoop:
             if not self._inbox:
                 break
         self._finish(schedule)  # before a block, whose rows may need their pages
-        snapshots, rows = schedule.next_block()
-        if any(rows):
-            yield from self._decode(schedule, snapshots, rows)
+        block = self._runnable.block(schedule, self._pool)
+        if any(block.rows):
+            yield from self._decode(schedule, block)
+        elif not spent and self._sized.awaited() and (schedule.placed or schedule.waiting):
+            yield Elsewhere(self._news_or_compiled())
         else:
             # The rows wait for pages: the other lanes have their turn.
             yield Unawaited(None, partial(jax.block_until_ready, self._pool))
+
+    def _fail_rows(self, schedule: Schedule, rows: Sequence[Row], error: BaseException) -> None:
+        """Fail the requests of rows whose program cannot be compiled; those of others continue."""
+        if is_out_of_memory(error) and self._weights.bytes:
+            self._weights.drop(for_good=True)  # the program without the copy may fit, and is compiled next
+            return
+        for job in {row.job for row in rows}:
+            job.fail(named_error(error))
+        schedule.forget_ended()
+
+    def _news_or_compiled(self) -> Future[None]:
+        """Return a future that is done at the next request or cancellation, or when one of the compiles has ended."""
+        awaited, news = self._sized.awaited(), Future[None]()
+        with self._lock:
+            self._news = news
+            if self._inbox or self._any_cancelled or not awaited:
+                _ring(news)
+        for compile_ in awaited:
+            compile_.add_done_callback(lambda _: _ring(news))
+        return news
 
     def _receive(self, schedule: Schedule) -> bool:
         """Take what was sent since the last time into the schedule; return whether a request was."""
@@ -318,7 +317,7 @@ class SamplingLoop:
             jobs = list(self._inbox)
             self._inbox.clear()
         for job in jobs:
-            if not job.future.cancelled() and not _refused(job, schedule):
+            if not job.future.cancelled() and not job.refused_beyond(schedule.capacity):
                 schedule.add(job)
                 self.counts.prompt_tokens += len(job.request.tokens_T)
         return bool(jobs)
@@ -342,21 +341,23 @@ class SamplingLoop:
                 if not is_out_of_memory(error) or pages <= FEWEST_PAGES:
                     raise
                 pages //= 2
-        self._weights.choose(memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction))
+        self._weights.choose(self._free_bytes())
         self._schedule = schedule = Schedule(
             ways=self._batches.ways, pages=pages + 2, rows=self._sizes.rows[-1], steps=BLOCK_STEPS
         )
-        returned, self._returned = self._returned, deque()
-        refused = {row.job for row in returned if _refused(row.job, schedule)}
-        schedule.waiting.extend(row for row in returned if row.job not in refused)
-        self._any_cancelled = True  # some of these may have been
         return schedule
+
+    def _ready_to_open(self) -> Task[None]:
+        if self._schedule is None:
+            yield from self._weights.compiled(self._free_bytes(), self._compilers)
 
     def _fitting_pages(self, pages_now: int) -> int:
         """Return how many pages a way's pool may have; `pages_now` is what it has."""
         page_bytes = self._programs.page_bytes() // self._mesh.shape["tensor"]
-        free = memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction) + pages_now * page_bytes
-        return fitting_pages(self._most_pages, page_bytes, free)
+        return fitting_pages(self._most_pages, page_bytes, self._free_bytes() + pages_now * page_bytes)
+
+    def _free_bytes(self) -> int:
+        return memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction)
 
     def cache_bytes(self) -> int:
         """Return the bytes of a device that the cache will take, from what is free now; for before there is one."""
@@ -364,10 +365,6 @@ class SamplingLoop:
 
     def _prefill(self, schedule: Schedule, size: int) -> Task[None]:
         """Yield-from: compute tiles of one version; wait for their scores and draws if any were asked for."""
-        if decoding := sum(row.job.decodes for row in (*schedule.placed, *schedule.waiting)):
-            fewest = min(-(-decoding // self._batches.ways), self._sizes.rows[-1])
-            sizes = [rows for rows in self._sizes.rows if rows >= fewest]
-            self._sized.compile_decode_beside(schedule.next_version(), self._pool, sizes)
         snapshot, tiles = schedule.next_tiles(size)
         loras = () if snapshot is None else (snapshot.weights,)
         batch = self._batches.put(self._batches.of_tiles(tiles, size, snapshot))
@@ -384,26 +381,54 @@ class SamplingLoop:
         self.counts.sampled_tokens += sum(tile.draws for way in tiles for tile in way)
         yield partial(take_scores, tiles, host)
 
-    def _decode(self, schedule: Schedule, snapshots: list[Snapshot], rows: list[list[Row]]) -> Task[None]:
-        """Yield-from: run one block of steps for rows of each way."""
-        # One adapter, or a fixed number of them: those beyond the ones in use are the first again, which no row uses.
-        versions = snapshots if len(snapshots) < 2 else [*snapshots, *[snapshots[0]] * (MAX_VERSIONS - len(snapshots))]
-        R = self._sized.rows(versions, self._pool, [n for n in self._sizes.rows if n >= max(map(len, rows))])
-        loras = tuple(snapshot.weights for snapshot in versions)
-        batch = self._batches.put(self._batches.of_rows(rows, R, versions) | {"steps": self._steps(R)})
-        self._share(schedule, [row for way in rows for row in way])
-        self._pool, out = self._programs.decode(self._weights.now, loras, self._take_pool(), batch)
-        for row in (row for way in rows for row in way):
+    def _decode(self, schedule: Schedule, block: Block) -> Task[None]:
+        """Yield-from: run a block of steps for rows of each way, and those after it that can be launched ahead."""
+        on_host = self._batches.of_rows(block.rows, block.size, block.versions)
+        flight = self._launch(schedule, block, on_host, on_host, self._times.steps(block.size))
+        for row in block.all_rows:
             schedule.copied(row)
-        counts = self.counts
-        counts.blocks += 1
-        counts.rows_run += sum(map(len, rows))
-        counts.slots += self._batches.ways * R
-        launched = time.perf_counter()
-        host = yield partial(jax.device_get, out)
-        counts.sampled_tokens += int(host["new"].sum())
-        self._note_time(R, time.perf_counter() - launched, int(host["new"].max()))
-        yield partial(extend, rows, host)
+        since = time.perf_counter()
+        while flight is not None:
+            ahead = self._launch_ahead(schedule, flight)
+            drawn, steps = yield flight.take
+            now = time.perf_counter()
+            self.counts.sampled_tokens += drawn
+            self._times.note(block.size, now - since, steps)
+            flight, since = ahead, now
+            if flight is not None:
+                self._finish(schedule)
+
+    def _launch(
+        self, schedule: Schedule, block: Block, on_host: HostBatch, arrays: Mapping[str, Any], steps: int
+    ) -> Flight:
+        """Launch a decode block; `arrays` are its settings and state, on the host or on the device."""
+        loras = tuple(version.weights for version in block.versions)
+        if (count := self._counts.get(steps)) is None:
+            count = self._counts[steps] = self._batches.put({"steps": np.asarray(steps, np.int32)})["steps"]
+        batch = self._batches.put({**arrays, "steps": count})
+        rows = block.all_rows
+        if arrays is on_host or len(rows) < block.count:  # else they share as they did
+            self._share(schedule, rows)
+        self._pool, out, state = self._programs.decode(self._weights.now, loras, self._take_pool(), batch)
+        self.counts.note_block(len(rows), self._batches.ways * block.size)
+        on_device = {"settings": batch["settings"], "state": state}
+        return Flight(block=block, settings=on_host["settings"], on_device=on_device, out=out, steps=steps)
+
+    def _launch_ahead(self, schedule: Schedule, flight: Flight) -> Flight | None:
+        """Launch the block after one that runs from the state that this leaves on the device, if no one else waits."""
+        known = schedule is self._schedule and not (self._inbox or self._any_cancelled)
+        if not (known and self.launches_ahead and self.lane.alone) or self._runnable.smaller_fits(flight.block):
+            return None
+        # Half as long: who comes meanwhile waits for two of them.
+        steps = min(self._times.steps(flight.block.size), BLOCK_STEPS // 2)
+        taken = schedule.take_ahead(flight.block.rows, flight.steps, steps)
+        if taken is None:
+            return None
+        settings, arrays = flight.settings, flight.on_device
+        if taken or len(flight.block.all_rows) < flight.block.count:
+            settings = self._batches.with_new_pages(settings, flight.block.rows, taken)
+            arrays = arrays | {"settings": settings}
+        return self._launch(schedule, flight.block, {"settings": settings}, arrays, steps)
 
     def _share(self, schedule: Schedule, rows: Sequence[Row]) -> None:
         """Have the owners of rows pay for the turn; name those of all others, and whom the next turn can serve."""
@@ -411,17 +436,6 @@ class SamplingLoop:
             came = {job.owner for job in self._inbox}
             self.lane.shares = dict.fromkeys(came, 0.0) | schedule.shares(rows)
             self.lane.due = came | {row.owner for row in schedule.placed}
-
-    def _steps(self, rows: int) -> np.ndarray:
-        """Return how many steps a block of `rows` rows may run."""
-        known = self._step_s.get(rows)
-        steps = FEWEST_STEPS if known is None else int(BLOCK_S / known)
-        return np.asarray(min(max(steps, FEWEST_STEPS), BLOCK_STEPS), np.int32)
-
-    def _note_time(self, rows: int, seconds: float, steps: int) -> None:
-        """Learn from a block what a step takes: the least of late, for other work may have run before the block."""
-        if steps:
-            self._step_s[rows] = min(seconds / steps, 1.1 * self._step_s.get(rows, math.inf))
 
     def _take_pool(self) -> Pool:
         """Return the pool for a program that takes its memory over; it is gone if that fails."""
@@ -431,20 +445,6 @@ class SamplingLoop:
         return pool
 
 
-def _fail(job: Job, error: BaseException) -> None:
-    with contextlib.suppress(InvalidStateError):  # cancelled, or answered
-        job.future.set_exception(error)
-
-
-def _refused(job: Job, schedule: Schedule) -> bool:
-    """Fail a request that has no room even alone; return whether it was failed."""
-    tokens = job.request.stored_tokens
-    if tokens <= schedule.capacity:
-        return False
-    error = RequestFailedError(
-        f"sample: prompt and max_tokens are {tokens} tokens together, but the memory that is left holds "
-        f"{schedule.capacity}. Lower max_tokens, close other clients, or raise EngineConfig.memory_fraction.",
-        category="user",
-    )
-    _fail(job, error)
-    return True
+def _ring(news: Future[None]) -> None:
+    with contextlib.suppress(InvalidStateError):  # it has been rung
+        news.set_result(None)

@@ -26,9 +26,10 @@ from jax_client.engine.core.adapters import Weights
 from jax_client.engine.core.paged_check import preferred_attention
 from jax_client.engine.core.programs import CompileRecord, Program, shardings_of
 from jax_client.engine.core.requests import MAX_ALTERNATIVES, MAX_TARGETS, MAX_TOPK_PROMPT, MAX_TOPK_SAMPLE
+from jax_client.engine.sample.batches import SCORE_CHUNK, STATE, RowFields, pack_drawn
 from jax_client.engine.sample.pages import PAGE, page_bytes
 from jax_client.engine.sample.shards import Shards
-from jax_client.engine.sample.token_sampling import draw_tokens
+from jax_client.engine.sample.token_sampling import draw_tokens, make_keys
 from jax_client.engine.sample.weights import WHOLE, Base, partition_specs, whole_specs
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, output_head_VD, param_specs
@@ -43,7 +44,6 @@ from jax_client.sharding import sharding_for
 from jax_client.values import LoraSpec
 
 BLOCK_STEPS = 32
-SCORE_CHUNK = 64  # positions whose scores over the vocabulary exist at once
 HEAD_BLOCK = 16_384  # tokens of the vocabulary whose weights exist at once, where the ways gather them
 # Arrays (W, L, P, S, ...), in the matmul type or its bits; which there are, the attention says.
 Pool = dict[str, jax.Array]
@@ -87,16 +87,14 @@ class SamplePrograms:
         self._split_vocabulary = "tensor" in (Base({}, self._specs).head_spec[0] or ())
         versions = lambda loras: f", {len(loras)} adapters" if len(loras) > 1 else ", 1 adapter" if loras else ""  # noqa: E731
         tiles = lambda _, loras, __, batch: "{}x{} tokens".format(*batch["tokens"].shape[1:]) + versions(loras)  # noqa: E731
-        rows = lambda _, loras, __, batch: f"{batch['token'].shape[1]} rows" + versions(loras)  # noqa: E731
+        rows = lambda _, loras, __, batch: f"{batch['state'].shape[1]} rows" + versions(loras)  # noqa: E731
         whole = NamedSharding(mesh, PartitionSpec())
         outputs = lambda *args: (shardings_of(args[2]), whole)  # noqa: E731
+        with_state = lambda *args: (*outputs(*args), args[3]["state"].sharding)  # noqa: E731
         model = Program.model_text(config, dtype, mesh, self.paged)
-        self.prefill = Program(
-            "prefill", self._on_devices(self._prefill), log, outputs, tiles, donate=(2,), kind="sample", model=model
-        )
-        self.decode = Program(
-            "decode", self._on_devices(self._decode), log, outputs, rows, donate=(2,), kind="sample", model=model
-        )
+        program = partial(Program, donate=(2,), kind="sample", model=model)
+        self.prefill = program("prefill", self._on_devices(self._prefill), log, outputs, tiles)
+        self.decode = program("decode", self._on_devices(self._decode, states=True), log, with_state, rows)
 
     def new_pool(self, ways: int, pages: int) -> Pool:
         """Return an empty pool of zeros, `pages` for each way."""
@@ -118,10 +116,13 @@ class SamplePrograms:
     def _pool_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         return sharding_for(("rows", None, None, None, "kv_heads", None), shape, self._mesh, "key/value cache")
 
-    def _on_devices(self, body: Callable[..., tuple[Pool, Batch]]) -> Callable[..., tuple[Pool, Batch]]:
-        """Return a program of whole arrays from `body`, which each device runs over its own part of them."""
+    def _on_devices(self, body: Callable[..., Any], *, states: bool = False) -> Callable[..., Any]:
+        """Return a program of whole arrays from `body`, which each device runs over its own part of them.
 
-        def run(params: Params, loras: tuple[Weights, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
+        `states` says that it returns the rows' state, too.
+        """
+
+        def run(params: Params, loras: tuple[Weights, ...], pool: Pool, batch: Batch) -> Any:
             base_specs = self._whole_specs if WHOLE in params else self._specs
             params = params.get(WHOLE, params)
             on_device = lambda params, *others: body(Base(params, base_specs), *others)  # noqa: E731
@@ -131,7 +132,8 @@ class SamplePrograms:
             pools = jax.tree.map(lambda a: self._pool_sharding(a.shape).spec, pool)
             batches = {name: PartitionSpec() if name in ("wanted", "steps") else rows for name in batch}
             specs = base_specs, tuple(map(self._lora_specs, loras)), pools, batches
-            return self._shards.run(on_device, specs, (pools, rows))(params, loras, pool, batch)
+            outputs = (pools, rows, rows) if states else (pools, rows)
+            return self._shards.run(on_device, specs, outputs)(params, loras, pool, batch)
 
         run.__name__ = body.__name__
         return run
@@ -162,8 +164,8 @@ class SamplePrograms:
         Args:
             batch: per tile: `tokens` (W, t, S), `start` (W, t) the position of its first token or -1 for no tile,
                 `page` (W, t) where it is stored, `table` (W, t, n) the row's pages up to there, `scale` (W, t, V).
-                Per position (N = t x S): `targets` (W, N, `MAX_TARGETS`), and of the tokens to draw `key` (W, N, 2),
-                `temperature`, `top_k` and `top_p` (W, N).
+                Per position (N = t x S): `targets` (W, N, `MAX_TARGETS`), and of the tokens to draw `number` (W, N, 4),
+                which makes their key, `temperature`, `top_k` and `top_p` (W, N).
                 Per chunk of `SCORE_CHUNK` positions: `wanted` (c, 3) int32, whether to score targets, how many top
                 tokens (none or all), how many alternatives to draw.
 
@@ -201,7 +203,8 @@ class SamplePrograms:
         self, base: Base, loras: tuple[Weights, ...], h_ND: jax.Array, scale_NV: jax.Array, batch: Batch
     ) -> Batch:
         fields = {"h": h_ND, "scale": scale_NV}
-        fields |= {name: batch[name] for name in ("targets", "key", "temperature", "top_k", "top_p")}
+        fields |= {name: batch[name] for name in ("targets", "temperature", "top_k", "top_p")}
+        fields["key"] = make_keys(batch["number"])
         chunks = {name: a.reshape(len(h_ND) // SCORE_CHUNK, SCORE_CHUNK, *a.shape[1:]) for name, a in fields.items()}
         top_tokens = min(MAX_TOPK_PROMPT, self._config.vocab_size)
         empty = {
@@ -242,24 +245,27 @@ class SamplePrograms:
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
     @jax.named_scope("decode")
-    def _decode(self, base: Base, loras: tuple[Weights, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
+    def _decode(
+        self, base: Base, loras: tuple[Weights, ...], pool: Pool, batch: Batch
+    ) -> tuple[Pool, Batch, jax.Array]:
         """Run one block of steps.
 
         Args:
-            batch: per row (W, R): `token` its newest token, `position` of that token, `count` tokens drawn so far,
-                `max_tokens`, `temperature`, `top_k`, `top_p`, `key` (W, R, 2) uint32, `stop_ids` (W, R, n) padded with
-                -1, `top` whether the likeliest tokens are wanted, `table` (W, R, n) its pages, `scale` (W, R, V),
-                `copy` (W, R, 2) a page and the one that it is copied into first; a row without work is `done`. And of
-                the block: `steps`, int32, the most that it runs.
+            batch: `settings` (W, R, F) int32, what `RowFields` says of each row; `state` (W, R, 6) int32, `STATE` of
+                each row, whose "done" is 1 for one without work. And of the block: `steps`, int32, the most that it
+                runs.
 
         Returns:
-            The pool, and what the block drew per row: `tokens` and `logprobs` (W, R, `BLOCK_STEPS`), of which the first
-            `new` count; `stopped` by a stop id; `top_ids` and `top_logprobs` (W, R, `BLOCK_STEPS`, k).
+            The pool; what the block drew per row: `drawn`, which `unpack_drawn` reads, `top_ids` and `top_logprobs`
+            (W, R, `BLOCK_STEPS`, k); and the state, from which the next block can continue before that is looked at.
         """
-        pool = self._copy_pages(pool, batch["copy"][0])
+        table_width = batch["settings"].shape[-1] - RowFields(0, len(loras)).width
+        flat = RowFields(table_width, len(loras)).unpacked(batch["settings"][0])
+        flat |= {name: batch["state"][0, :, i] for i, name in enumerate(STATE)}
+        flat["done"] = (flat["done"] > 0) | (flat["count"] >= flat["max_tokens"])
+        pool = self._copy_pages(pool, jnp.stack([flat.pop("copy_from"), flat.pop("copy_to")], axis=-1))
         # Before the loop, as it is the same at every step.
         layers = base, self._pairs(base, loras)
-        flat = {name: batch[name][0] for name in sorted(batch.keys() - {"copy", "steps"})}
         any_top, R = jnp.any(flat["top"]), len(flat["token"])
         likeliest = min(MAX_TOPK_SAMPLE, self._config.vocab_size)
 
@@ -304,8 +310,11 @@ class SamplePrograms:
         row = {name: flat[name] for name in ("token", "position", "count", "done")} | {"stopped": jnp.zeros(R, bool)}
         start = goes_on(jnp.int32(0), row["done"]), jnp.int32(0), pool, row, drawn
         _, _, pool, row, drawn = jax.lax.while_loop(lambda carry: carry[0], step, start)
-        out = drawn | {"new": row["count"] - flat["count"], "stopped": row["stopped"], "done": row["done"]}
-        return pool, jax.tree.map(lambda a: a[None], out)
+        out = {name: drawn[name] for name in ("top_ids", "top_logprobs")}
+        out["drawn"] = pack_drawn(drawn, row["count"] - flat["count"], row["stopped"], row["done"])
+        nothing_R = jnp.zeros(R, jnp.int32)  # is copied once
+        state = [row.get(name, nothing_R).astype(jnp.int32) for name in STATE]
+        return pool, jax.tree.map(lambda a: a[None], out), jnp.stack(state, axis=-1)[None]
 
     def _pairs(self, base: Base, loras: tuple[Weights, ...]) -> Any:
         """Return the layers' pairs of all adapters: stacks of them, or on one CPU a list."""

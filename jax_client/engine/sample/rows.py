@@ -6,8 +6,9 @@ the last row has finished.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,6 +52,22 @@ class Job:
     def pages_of(self) -> tuple[str, int]:
         """Whose pages this job's rows read and leave, and of which weights: no owner learns of another's prompts."""
         return self.owner, 0 if self.snapshot is None else self.snapshot.number
+
+    def fail(self, error: BaseException) -> None:
+        """Answer with an error, unless it is answered or cancelled."""
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+    def refused_beyond(self, capacity: int) -> bool:
+        """Fail a request that has no room even alone, with this many tokens in the cache; return whether it was."""
+        tokens = self.request.stored_tokens
+        if tokens > capacity:
+            message = (
+                f"sample: prompt and max_tokens are {tokens} tokens together, but the memory that is left holds "
+                f"{capacity}. Lower max_tokens, close other clients, or raise EngineConfig.memory_fraction."
+            )
+            self.fail(RequestFailedError(message, category="user"))
+        return tokens > capacity
 
     def finish(self, row: Row) -> None:
         """Note that a row is done; complete the request with its last one."""
@@ -177,6 +194,7 @@ class Row:
         copy: a page that the row's last page has to become a copy of before its next step.
         after: the last tile that it depends on.
         served: when it last took part in a decode block, in blocks.
+        packed: what its request says, as decode blocks take it.
     """
 
     job: Job
@@ -192,6 +210,7 @@ class Row:
     logprobs: list[np.ndarray] = field(default_factory=list)
     tops: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     stop_reason: Literal["stop", "length"] | None = None
+    packed: np.ndarray | None = None
 
     @property
     def used_pages(self) -> list[int]:
@@ -207,6 +226,20 @@ class Row:
     def length(self) -> int:
         """Tokens of the prompt and of what was drawn; the keys and values of all but the last are stored once ready."""
         return len(self.job.prompt_T) + len(self.drawn)
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still draw."""
+        return self.job.request.max_tokens - len(self.drawn)
+
+    def lacking_pages(self, steps: int) -> int:
+        """Return how many pages it lacks to draw `steps` more tokens, or all that are left; 0 or less for none."""
+        return -(-(self.length - 1 + min(steps, self.left)) // PAGE) - len(self.pages)
+
+    @property
+    def newest(self) -> int:
+        """The last token of the prompt and of what was drawn."""
+        return self.drawn[-1] if self.drawn else int(self.job.prompt_T[-1])
 
     @property
     def prefilled(self) -> int:
@@ -236,16 +269,34 @@ class Row:
         """Whether everything that it reads has been launched."""
         return self.after is None or self.after.launched
 
-    def extend(self, block: dict[str, np.ndarray], new: int, stopped: bool, done: bool) -> None:
-        """Take the `new` tokens that a block drew; cut at a stop string."""
+    def extend(
+        self,
+        tokens: list[int],
+        logprobs: np.ndarray,
+        tops: tuple[np.ndarray, np.ndarray],
+        *,
+        finite: bool,
+        stopped: bool,
+        done: bool,
+    ) -> None:
+        """Take the tokens that a block drew; cut at a stop string.
+
+        Args:
+            tokens: that were drawn.
+            logprobs: of these.
+            tops: ids and logprobs of the likeliest tokens (N, k), at least as many as the request asks for.
+            finite: whether all logprobs are.
+            stopped: whether the last token is a stop token.
+            done: whether the row has ended.
+        """
         request = self.job.request
-        if not np.isfinite(block["logprobs"][:new]).all():
+        if not finite:
             self.job.overflowed, self.stop_reason = True, "length"
             return
-        self.drawn += block["tokens"][:new].tolist()
-        self.logprobs.append(block["logprobs"][:new])
+        self.drawn += tokens
+        self.logprobs.append(logprobs)
         if k := request.topk_sample:
-            self.tops.append((block["top_ids"][:new, :k], block["top_logprobs"][:new, :k]))
+            self.tops.append((tops[0][:, :k], tops[1][:, :k]))
         keep = None if request.find_stop is None else request.find_stop(self.drawn)
         if keep is not None:
             del self.drawn[keep:]
@@ -254,10 +305,10 @@ class Row:
 
     def draw_in_prefill(self, scores: dict[str, np.ndarray]) -> None:
         """Take the one token from the scores of the prompt's last position, arrays (1, ...)."""
-        token = int(scores["alternatives"][0, 0])
-        names = {"tokens": "alternatives", "logprobs": "alternative_logprobs"}
-        block = scores | {name: scores[drawn][:, 0] for name, drawn in names.items()}
-        self.extend(block, 1, stopped=token in self.job.request.stop_ids, done=True)
+        token, logprobs = int(scores["alternatives"][0, 0]), scores["alternative_logprobs"][:, 0]
+        stopped, finite = token in self.job.request.stop_ids, bool(np.isfinite(logprobs).all())
+        tops = scores["top_ids"], scores["top_logprobs"]
+        self.extend([token], logprobs, tops, finite=finite, stopped=stopped, done=True)
 
     def result(self) -> GeneratedRow:
         """Return what was drawn."""
@@ -285,8 +336,25 @@ def take_scores(tiles: Sequence[Sequence[Tile]], host: dict[str, np.ndarray]) ->
 
 
 def extend(rows: Sequence[Sequence[Row]], host: dict[str, np.ndarray]) -> None:
-    """Give the rows of each way what a decode block drew for them."""
+    """Give the rows of each way what a decode block drew for them; those that had ended before take nothing."""
+    logprobs = host["logprobs"]
+    drawn = np.arange(logprobs.shape[-1]) < host["new"][..., None]
+    finite = (np.isfinite(logprobs) | ~drawn).all(axis=-1).tolist()
+    tokens, new, stopped, done = (host[name].tolist() for name in ("tokens", "new", "stopped", "done"))
+    none = np.zeros((0, 0))
     for way, members in enumerate(rows):
         for i, row in enumerate(members):
-            block = {name: host[name][way, i] for name in ("tokens", "logprobs", "top_ids", "top_logprobs")}
-            row.extend(block, int(host["new"][way, i]), bool(host["stopped"][way, i]), bool(host["done"][way, i]))
+            if row.stop_reason is not None:
+                continue
+            n = new[way][i]
+            tops = (
+                (host["top_ids"][way, i, :n], host["top_logprobs"][way, i, :n]) if "top_ids" in host else (none, none)
+            )
+            row.extend(
+                tokens[way][i][:n],
+                logprobs[way, i, :n],
+                tops,
+                finite=finite[way][i],
+                stopped=stopped[way][i],
+                done=done[way][i],
+            )

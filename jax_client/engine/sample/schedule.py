@@ -16,7 +16,7 @@ in the order in which they were planned, and a row decodes only after the last t
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -64,13 +64,13 @@ class Schedule:
         """Whether more rows could run beside those that wait and run."""
         return len(self.placed) + len(self.waiting) < self._most_rows * len(self.pages)
 
-    def forget_cancelled(self) -> None:
-        """Drop the rows of requests that were cancelled, with the tiles that no other row needs."""
-        self.waiting.keep(lambda row: not row.job.future.cancelled())
+    def forget_ended(self) -> None:
+        """Drop the rows of requests that were cancelled or have failed, with the tiles that no other row needs."""
+        self.waiting.keep(lambda row: not row.job.future.done())
         kept = self._without_room.keys() & self.waiting.owners()
         self._without_room = {owner: self._without_room[owner] for owner in kept}
         # The newest first: what it shares with an older one is then that one's alone.
-        for row in [row for row in reversed(self.placed) if row.job.future.cancelled()]:
+        for row in [row for row in reversed(self.placed) if row.job.future.done()]:
             if not row.ready:
                 self._drop_tiles(row)
             self._remove(row)
@@ -155,31 +155,93 @@ class Schedule:
         """Return the number of tiles on the fullest way, of the owner and the version whose turn it is."""
         return max((len(q) for q in next(iter(self._tiles.values()))), default=0) if self._tiles else 0
 
-    def next_block(self) -> tuple[list[Snapshot], list[list[Row]]]:
-        """Return the rows of each way that the next decode block runs, and the adapters that they use.
+    @property
+    def pending_versions(self) -> int:
+        """Owners' versions that have tiles to compute."""
+        return len(self._tiles)
+
+    def pass_version_over(self) -> None:
+        """Give the turn of the `pending_tiles` to the next owner's."""
+        self._tiles.move_to_end(next(iter(self._tiles)))
+
+    def next_rows(self, fits: Callable[[list[Snapshot], int], bool] | None = None) -> tuple[list[Snapshot], list[Row]]:
+        """Return the adapters of the next decode block, and the rows that it can run.
 
         The adapters have one configuration, and are at most `MAX_VERSIONS`; of each owner those that waited longest go
-        first. Each row has pages for the block; where there are too few, newer rows are preempted.
+        first.
+
+        Args:
+            fits: `f(adapters, rows) -> whether` a block can have these, and as many rows of a way; None for any.
         """
         chosen: list[Row] = []
         snapshots: list[Snapshot] = []
+        sizes = Counter[int]()
         for row in _in_turn(r for r in self.placed if r.ready and r.job.decodes):
-            snapshot = row.job.snapshot
-            if row not in self.placed:  # preempted for a row before it
-                continue
+            snapshot, after = row.job.snapshot, snapshots
             if snapshot is not None and snapshot not in snapshots:
                 if len(snapshots) == MAX_VERSIONS or (snapshots and not _alike(snapshot, snapshots[0])):
                     continue
-                snapshots.append(snapshot)
-            if self._extend_pages(row):
-                chosen.append(row)
-        chosen = [row for row in chosen if row in self.placed]  # nor those preempted for a row after them
+                after = [*snapshots, snapshot]
+            if fits is not None and not fits(after, max(max(sizes.values(), default=0), sizes[row.way] + 1)):
+                continue
+            snapshots = after
+            sizes[row.way] += 1
+            chosen.append(row)
+        return snapshots, chosen
+
+    def next_block(self, rows: Iterable[Row] | None = None) -> tuple[list[Snapshot], list[list[Row]]]:
+        """Return the rows of each way that the next decode block runs, and the adapters that they use.
+
+        Each row has pages for the block; where there are too few, newer rows are preempted.
+
+        Args:
+            rows: that it can run, see `next_rows`.
+        """
+        chosen = self.next_rows()[1] if rows is None else list(rows)
+        # One may be preempted for a row before it, or after it.
+        chosen = [row for row in chosen if row in self.placed and self._extend_pages(row)]
+        chosen = [row for row in chosen if row in self.placed]
         for row in chosen:
             row.served = self._block
         self._block += 1
         by_way = [[row for row in chosen if row.way == way] for way in range(len(self.pages))]
-        used = {row.job.snapshot for row in chosen}
-        return [snapshot for snapshot in snapshots if snapshot in used], by_way
+        used = dict.fromkeys(row.job.snapshot for row in chosen)
+        return [snapshot for snapshot in used if snapshot is not None], by_way
+
+    def take_ahead(self, rows: list[list[Row]], flying: int, steps: int) -> dict[Row, int] | None:
+        """Give the rows of a block that runs the pages of the block after it, and preempt none for that.
+
+        Args:
+            rows: of each way; those that have ended are left out.
+            flying: steps that the block runs at most.
+            steps: of the next one.
+
+        Returns:
+            By row how many pages it got; None if a row could join these, none continues, or there are too few pages.
+        """
+        going = [row for members in rows for row in members if row.stop_reason is None]
+        if self.waiting or self._tiles or len(going) != len(self.placed):
+            return None
+        lasting = [row for row in going if row.left > flying]
+        needs = {row: need for row in lasting if (need := row.lacking_pages(flying + steps)) > 0}
+        by_way = Counter[int]()
+        for row, need in needs.items():
+            by_way[row.way] += need
+        if not lasting or any(need > self.pages[way].available for way, need in by_way.items()):
+            return None
+        taken = {row: need for row, need in needs.items() if self._take_more(row, need)}
+        for row in lasting:
+            row.served = self._block
+        self._block += 1
+        return taken
+
+    def _take_more(self, row: Row, need: int) -> bool:
+        """Give a row pages at its end; return whether there were enough."""
+        if (pages := self.pages[row.way].take(need)) is None:
+            return False
+        row.pages += pages
+        self._held.pages[row.owner] += need
+        return True
 
     def shares(self, rows: Iterable[Row]) -> dict[str, float]:
         """Return the part that each owner has of the rows that a program computes, 0 for those of all other rows."""
@@ -298,12 +360,9 @@ class Schedule:
         Of those who have several rows, the one who has most loses the newest; only where no one has several, its only
         one. So a row grows to its end beside those of others, however long it becomes.
         """
-        left = row.job.request.max_tokens - len(row.drawn)
-        need = -(-(row.length - 1 + min(self._steps, left)) // PAGE) - len(row.pages)
+        need = row.lacking_pages(self._steps)
         while need > 0:
-            if (taken := self.pages[row.way].take(need)) is not None:
-                row.pages += taken
-                self._held.pages[row.owner] += need
+            if self._take_more(row, need):
                 break
             ready = [r for r in self.placed if r.way == row.way and r.ready]
             order = {owner: (self._held.rows[owner] > 1, self._held.part(owner)) for owner in self._held.rows}

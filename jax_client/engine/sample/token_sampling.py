@@ -17,6 +17,17 @@ GROUP = 256  # tokens of the first level, of a cumulative sum or of a maximum
 GREEDY = 1e-20
 
 
+def make_keys(number_N4: jax.Array) -> jax.Array:
+    """Return raw keys, uint32 (N, 2), from a request's seed and a row's number, each as two uint32, the lower first."""
+
+    def make(number_4: jax.Array) -> jax.Array:
+        seed_low, seed_high, low, high = number_4
+        key = jax.random.wrap_key_data(jnp.stack([seed_high, seed_low]))
+        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, high), low))
+
+    return jax.vmap(make)(number_N4)
+
+
 def draw_tokens(
     logits_BV: jax.Array,
     key_B2: jax.Array,

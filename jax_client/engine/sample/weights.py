@@ -7,6 +7,7 @@ beside the cache. The copy goes with the cache, when the memory is needed.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,10 +20,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jax_client.engine.core import memory
 from jax_client.engine.core.device_errors import is_out_of_memory
 from jax_client.engine.core.programs import CompileRecord, Program
+from jax_client.engine.core.turns import Elsewhere, Task
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, ParamSpec, output_head_VD, param_specs
 from jax_client.models.layers import from_bits
 from jax_client.sharding import sharding_for
+from jax_client.threads import Workers
 
 # Of the memory that is free beside the cache: the rest is for what the programs compute with.
 WHOLE_SHARE = 0.8
@@ -182,10 +185,20 @@ class DecodeWeights:
         """Bytes of the copy on a device, 0 while there is none."""
         return self._device_bytes if self.now is not self._stored else 0
 
+    def compiled(self, free: int, compilers: Workers) -> Task[None]:
+        """Yield-from: compile what `choose` may run, where `free` bytes are free before there is a cache."""
+        if self._chosen(free):
+            leaves = jax.tree.leaves(self._stored)
+            with contextlib.suppress(Exception):  # `choose` meets the same
+                yield Elsewhere(self._gather.begin(compilers, "first use", [leaves[i] for i in self._moved]))
+
+    def _chosen(self, free: int) -> bool:
+        fits = fit_whole(self._device_bytes * self._devices_at_once, free)
+        return self.allowed and fits and self.now is self._stored
+
     def choose(self, free: int) -> None:
         """Make the copy if it fits into `free` bytes of a device, and is of use."""
-        fits = fit_whole(self._device_bytes * self._devices_at_once, free)
-        if not (self.allowed and fits) or self.now is not self._stored:
+        if not self._chosen(free):
             return
         leaves, tree = jax.tree.flatten(self._stored)
         try:

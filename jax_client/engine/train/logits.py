@@ -5,8 +5,6 @@ Training and sampling never hold (T, V) logits; the check of an export does, for
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
@@ -19,7 +17,6 @@ from jax_client.models.parts.lora import lora_scale
 from jax_client.models.transformer import context, forward_pass
 
 
-@partial(jax.jit, static_argnames=("model", "dtype", "attention"))
 def full_logits(
     params: Params,
     weights: Weights,

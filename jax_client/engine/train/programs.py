@@ -120,6 +120,7 @@ class TrainPrograms:
         model = Program.model_text(config, dtype, mesh, attention)
         self.forward = Program("forward", self._forward, log, forwards, size, model=model)
         self.backward = Program("backward", self._backward, log, lambda *args: shardings_of(args[-1]), size)
+        self.zeros = Program("zeros", _zeros, log, shardings_of)
         self.add = Program("add", _add, log, lambda total, _: shardings_of(total))
         self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*shardings_of(args[:3]), None))
 
@@ -173,6 +174,11 @@ class TrainPrograms:
         lora, total = weights["layers"], accumulated["layers"]
         layers = backward_pass(params, lora, batch["segments_BT"], layers_saved, dh_BTD, c, total)
         return {"layers": layers, "unembed": _add(accumulated["unembed"], unembed)}
+
+
+@jax.named_scope("accumulate")
+def _zeros(like: Tree) -> Tree:
+    return jax.tree.map(jnp.zeros_like, like)
 
 
 @jax.named_scope("accumulate")

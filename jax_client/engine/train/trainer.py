@@ -25,7 +25,7 @@ from jax_client.engine.core.accounting import Work
 from jax_client.engine.core.adapters import Adapter, Weights
 from jax_client.engine.core.device_errors import is_out_of_memory, named_error
 from jax_client.engine.core.memory import PassMemory
-from jax_client.engine.core.programs import CompileRecord, waited_for_s
+from jax_client.engine.core.programs import CompileRecord
 from jax_client.engine.core.requests import AdamSettings, CustomLoss, LossSpec, TrainResult
 from jax_client.engine.core.turns import Task
 from jax_client.engine.train import packing
@@ -70,6 +70,7 @@ class Trainer:
         remat: what the backward pass recomputes; "auto" decides by the size of the micro-batch.
         memory_fraction: of a device's memory that may be filled.
         cache_bytes: of a device, that the sampler's cache will take.
+        compilers: threads that compile what is needed now.
         background: compiles in advance; None compiles nothing that is not needed now.
         make_room: frees memory that can be done without, and says whether there was any; called before a request is
             refused or made smaller for lack of memory.
@@ -89,6 +90,7 @@ class Trainer:
         memory_fraction: float,
         cache_bytes: int,
         make_room: Callable[[], bool],
+        compilers: Workers,
         background: Workers | None = None,
     ):
         self.total = Work()
@@ -97,7 +99,6 @@ class Trainer:
         self._model = model
         self._dtype = dtype
         self._mesh = mesh
-        self._log = log
         self._memory_fraction = memory_fraction
         self._make_room = make_room
         self.memory = PassMemory(
@@ -107,7 +108,8 @@ class Trainer:
             memory=self.memory, attention=attention, free=self.available_bytes(), cache=cache_bytes, setting=remat
         )
         self.limits = self._sizing.limits(max_tokens)
-        self.ahead = CompileAhead(self.programs, params, model, mesh, remat_of=self._remat_of, background=background)
+        threads = {"compilers": compilers, "background": background}
+        self.ahead = CompileAhead(self.programs, params, model, mesh, remat_of=self._remat_of, **threads)
         # One program alone leaves a CPU's cores idle at times.
         self._launchers = Workers("jax_client-train", self.limits.concurrent - 1, ready=self.limits.concurrent - 1)
 
@@ -160,6 +162,8 @@ class Trainer:
                 logprobs_BTC, _, sums, _ = self._forward(weights, self._put(batch), loss, remat=None)
                 return logprobs_BTC, sums
 
+            spec = None if adapter is None else adapter.spec
+            yield from self.ahead.ready(spec, packed.batches, backward=False, add=False)
             for batches in packed.rounds:
                 launched = self._run_concurrently(launch, batches)
                 for batch, (logprobs_BTC, sums) in zip(batches, launched, strict=True):
@@ -175,7 +179,9 @@ class Trainer:
         """Accumulate the gradient of a built-in loss."""
 
         def run(packed: Packed) -> Task[TrainResult]:
+            compile_s = yield from self._ready(adapter, packed)
             out, work, totals = Results(sequences), self._work(adapter, packed), self._accumulators(adapter, packed)
+            work.compile_s = compile_s
 
             def launch(batches: list[MicroBatch], total: Weights) -> tuple[Weights, list[tuple[MicroBatch, Launched]]]:
                 answers = []
@@ -213,7 +219,9 @@ class Trainer:
         """
 
         def run(packed: Packed) -> Task[TrainResult]:
+            compile_s = yield from self._ready(adapter, packed)
             out, work, kept = Results(sequences), self._work(adapter, packed), list[list[tuple[Batch, Kept | None]]]()
+            work.compile_s = compile_s
             room = memory.ACTIVATION_SHARE * self.available_bytes()
 
             def forward(batch: MicroBatch, keep: bool) -> tuple[jax.Array, tuple[Batch, Kept | None]]:
@@ -268,6 +276,7 @@ class Trainer:
         """
         hyper = {name: put_whole(np.float32(value), self._mesh) for name, value in asdict(settings).items()}
         work, step = Work(), put_whole(np.int32(adapter.step), self._mesh)
+        work.compile_s = yield from self.ahead.ready_to_step(adapter.spec)
         with self._clock(work):
             *new, metrics = self.programs.optim_step(adapter.weights, adapter.mu, adapter.nu, grads, step, hyper)
             yield partial(jax.block_until_ready, new)
@@ -345,6 +354,11 @@ class Trainer:
             logger.warning("little memory is free: at most %d tokens are computed at once from now on", most)
         return packed
 
+    def _ready(self, adapter: Adapter, packed: Packed) -> Task[float]:
+        """Yield-from: wait for the programs of a call with a gradient; return for how many seconds."""
+        add = max(map(len, packed.rounds)) > 1
+        return (yield from self.ahead.ready(adapter.spec, packed.batches, backward=True, add=add))
+
     def _refuse_what_does_not_fit(self, adapter: Adapter, packed: Packed) -> None:
         for shapes in {tuple(batch.targets_BTC.shape for batch in batches) for batches in packed.rounds}:
             parts = Counter[str]()
@@ -383,18 +397,16 @@ class Trainer:
 
     @contextmanager
     def _clock(self, work: Work) -> Iterator[None]:
-        start, waited = time.perf_counter(), waited_for_s(self._log)
+        start = time.perf_counter()
         yield
-        compile_s = waited_for_s(self._log) - waited
-        work.compile_s += compile_s
-        work.device_s += max(0.0, time.perf_counter() - start - compile_s)
+        work.device_s += time.perf_counter() - start
 
     def _accumulators(self, adapter: Adapter, packed: Packed) -> list[Weights]:
         """Return a tree to add gradients to for each concurrent micro-batch: the adapter's own first, then zeros."""
         further = max(map(len, packed.rounds)) - 1
         if adapter.grads is not None and not further:
             return [adapter.grads]
-        zeros = jax.tree.map(jnp.zeros_like, adapter.weights)
+        zeros = self.programs.zeros(adapter.weights)
         return [zeros if adapter.grads is None else adapter.grads, *[zeros] * further]
 
     def _sum(self, totals: list[Weights]) -> Weights:

@@ -42,7 +42,7 @@ def test_tiles_that_others_read_are_computed_and_no_others() -> None:
     first, second = job(1, 2, 3, 4, prompt_logprobs=True), job(1, 2, 9)
     schedule, (_, other) = placed(first, second)
     first.future.cancel()
-    schedule.forget_cancelled()
+    schedule.forget_ended()
     assert schedule.placed == [other] and not other.ready
     assert launch_all(schedule) == 3 and other.ready
     schedule.finish(other)
@@ -57,7 +57,7 @@ def test_a_row_that_waits_for_a_dropped_tile_waits_for_the_one_before_it() -> No
     schedule, (row, _, last) = placed(first, gone, known)
     assert last.after is not row.after
     gone.future.cancel()
-    schedule.forget_cancelled()
+    schedule.forget_ended()
     assert last.after is row.after and launch_all(schedule) == 2 and last.ready
 
 
@@ -67,6 +67,6 @@ def test_samples_that_share_a_prompt_leave_nothing_behind() -> None:
     assert len(rows) == 8 and schedule.waiting
     for each in [*requests, *(row.job for row in schedule.waiting)]:
         each.future.cancel()
-    schedule.forget_cancelled()
+    schedule.forget_ended()
     assert not schedule.placed and not schedule.waiting and not schedule.pending_tiles()
     assert schedule.pages[0].used == 0

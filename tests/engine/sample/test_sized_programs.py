@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -32,7 +35,8 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         of_rows=lambda _, size, __: {"x": np.zeros(size, np.float32)},
         put=lambda batch: {name: jnp.asarray(array) for name, array in batch.items()},
     )
-    backgrounds = []
+    compilers = Workers("test-compile-now", 2)
+    backgrounds: list[Workers | None] = [compilers]
 
     def make(*, background: bool = True) -> tuple[Take, Any, list[CompileRecord]]:
         decode = Program("decode", lambda params, loras, pool, batch: batch["x"] + 1, log)
@@ -40,10 +44,11 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         backgrounds.append(workers)
         weights = cast(Any, SimpleNamespace(now={}, bytes=0))
         both = SimpleNamespace(prefill=decode, decode=decode)
-        sized = SizedPrograms(cast(Any, both), cast(Any, batches), weights, workers)
+        sized = SizedPrograms(cast(Any, both), cast(Any, batches), weights, compilers, workers)
 
         def take(sizes: list[int]) -> int:
-            size = sized.rows([], {}, sizes)
+            while (size := sized.rows([], {}, sizes)) is None:
+                wait(sized.awaited(), 20)
             batch = {"x": jnp.zeros(size, jnp.float32), "steps": jnp.asarray(np.int32(1))}
             decode({}, (), {}, batch)  # as the loop runs it
             return size
@@ -81,6 +86,48 @@ def test_decode_is_compiled_beside_prefill_once(compiled: Any) -> None:
         sized.compile_decode_beside(None, {}, [8, 32])
     assert take([8, 32]) == 32 and take([8, 32]) == 32
     assert log[0].cause == "first use" and sum(not record.cached for record in log) <= 2
+
+
+def test_a_compile_that_fails_at_once_is_tried_again(compiled: Any) -> None:
+    """It may end between the two looks at it; its error must not wait for the request after that."""
+
+    class Quick(Future[None]):
+        def __init__(self) -> None:
+            super().__init__()
+            self.set_exception(ValueError("out of memory"))
+            self.looks = 0
+
+        def done(self) -> bool:
+            self.looks += 1
+            return self.looks > 1
+
+    _, sized, _ = compiled(background=False)
+    begun: list[Quick] = []
+    sized._decode.begin = lambda *_: begun.append(Quick()) or begun[-1]
+    for count in (1, 2):
+        answers = [sized.rows([], {}, [8])]
+        if answers[0] is None:
+            answers.append(sized.rows([], {}, [8]))
+        assert isinstance(answers[-1], ValueError) and len(begun) == count
+
+
+def test_what_a_failed_compile_was_given_is_freed_with_its_error() -> None:
+    """Without looking for cycles, which Python does rarely."""
+    program = Program("broken", lambda x: x.no_such_attribute, [])
+    array = jnp.zeros(3)
+    seen = weakref.ref(array)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(AttributeError, match="no_such_attribute"):
+            program(array)
+        with Workers("test-compile", 1) as workers:
+            failed = program.begin(workers, "first use", array).exception(20)
+        assert isinstance(failed, AttributeError)
+        del array, failed
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_a_compile_in_the_background_yields_until_a_request_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
