@@ -3,7 +3,8 @@
 # exists, whose jax and flax are other versions, the tests that compute something and need no torch; and on each Python
 # that exists those of how a process ends.
 # With --faults instead only the tests of kills, power failures, refused calls, damage and wrong requests, at every
-# point: a quarter of an hour, twice that beside other work.
+# point: a quarter of an hour, twice that beside other work. With --aot only what XLA's compiler says of TPUs that are not
+# here: ten minutes.
 # Arguments go to pytest. On Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu (UV_INDEX, where uv is
 # installed) gets a torch without CUDA.
 set -euo pipefail
@@ -11,6 +12,13 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/setup_env.sh
 source "$root/scripts/setup_env.sh"
 cd "$root"
+
+if [ "${1:-}" = --aot ]; then
+  venv=$root/.venv-aot # in any other, jax would find libtpu and look for a TPU
+  make_venv "$venv" 3.11 3.12 3.13
+  install "$venv" -e ".[aot]" "pytest>=9" "hypothesis>=6"
+  exec "$venv/bin/pytest" --aot tests/estimate "${@:2}"
+fi
 
 venv=$root/.venv-test
 tools=("rich>=13" "matplotlib>=3.9")

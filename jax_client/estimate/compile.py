@@ -64,6 +64,8 @@ def compile_programs(found: Estimate, programs: tuple[str, ...] = PROGRAMS) -> I
         finally:
             child.kill()
             code = child.wait()
+            if child.stdout is not None:
+                child.stdout.close()
         if code:
             log.seek(0)
             said = log.read().strip().splitlines()[-1:] or [f"exit code {code}"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jax_client.engine.core import adapters
 from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.attention_check import kernel_of, plain_attention
+from jax_client.engine.core.programs import Program
 from jax_client.engine.sample.batches import Batches
 from jax_client.engine.sample.programs import BLOCK_STEPS, SamplePrograms
 from jax_client.engine.sample.weights import WHOLE, whole_specs
@@ -60,19 +61,19 @@ def _devices(topology: dict[str, Any]) -> list[Any]:
     return list(topologies.get_topology_desc(**fields).devices)
 
 
-def _report(name: str, lower: Callable[[], jax.stages.Lowered], options: dict[str, Any]) -> Any:
+def _report(program: Program[..., Any], options: dict[str, Any], *args: Any, **static: Any) -> Any:
     """Compile a program, print its account, and return it; an error is printed, and None returned."""
     start, cpu = time.perf_counter(), time.process_time()
     try:
-        compiled = lower().compile(compiler_options=options)
+        compiled = program.lower(*args, **static).compile(compiler_options=program.options | options)
     except jax.errors.JaxRuntimeError as error:
-        print(f"{MARK}{json.dumps({'program': name, 'error': str(error)[:4000]})}", flush=True)
+        print(f"{MARK}{json.dumps({'program': program.name, 'error': str(error)[:4000]})}", flush=True)
         return None
     size: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     plain = hlo.argument_bytes(text)
     account = {
-        "program": name,
+        "program": program.name,
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "arguments": size.argument_size_in_bytes,
@@ -121,14 +122,14 @@ def _train(
     batch = batch_shapes(rows, length, 1, mesh)
     arguments = params, weights, batch, loss_shape(mesh)
     if {"forward", "backward"} & set(wanted):
-        compiled = _report("forward", lambda: programs.forward.lower(*arguments, remat=remat), options)
+        compiled = _report(programs.forward, options, *arguments, remat=remat)
         if "backward" in wanted and compiled is not None:
             place = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)  # noqa: E731
             shapes = programs.forward.shapes(*arguments, remat=remat)
             _, g_BTC, _, saved = jax.tree.map(place, shapes, compiled.output_shardings)
-            _report("backward", lambda: programs.backward.lower(params, weights, batch, saved, g_BTC, weights), options)
+            _report(programs.backward, options, params, weights, batch, saved, g_BTC, weights)
     if "optim_step" in wanted:
-        _report("optim_step", lambda: programs.optim_step.lower(*step_shapes(weights, mesh)), options)
+        _report(programs.optim_step, options, *step_shapes(weights, mesh))
 
 
 def _sample(
@@ -157,7 +158,7 @@ def _sample(
         if program.name in wanted:
             arguments: Any = params, loras, pool, batches.shapes(batch)
             with jax.set_mesh(mesh):  # by which a kernel knows the chip
-                _report(program.name, lambda p=program, a=arguments: p.lower(*a), options)
+                _report(program, options, *arguments)
 
 
 if __name__ == "__main__":

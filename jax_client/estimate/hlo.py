@@ -14,7 +14,7 @@ _COLLECTIVE = re.compile(
     r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
     r"|ragged-all-to-all)(-start)?\("
 )
-_COPY = re.compile(r" = (.*?) (copy|transpose)(?:-start)?\(")
+_COPY = re.compile(r" = (.*?) (copy|transpose)(?:-start)?\((?!%?broadcast)")  # else it only fills an array
 _WHILE = re.compile(r" = .*? while\(.*\bbody=%?([\w.-]+)")
 _TURNS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"\b(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)")
@@ -62,8 +62,12 @@ def traffic(text: str) -> list[Traffic]:
 
 
 def copies(text: str, at_least: int) -> list[str]:
-    """Return the shapes of the copies and transposes whose result has at least this number of bytes."""
-    shapes = (f"{m[2]} {_SHAPE.search(m[1])[0]}" for line, _ in _lines(text) if (m := _COPY.search(line)))  # type: ignore[index]
+    """Return the shapes of the copies and transposes whose result has at least this number of bytes.
+
+    One into a TPU's vector memory is none: what is read from there need not be read from the device's memory.
+    """
+    found = (m for line, _ in _lines(text) if (m := _COPY.search(line)) and "S(1)" not in m[1].split("}")[0])
+    shapes = (f"{m[2]} {_SHAPE.search(m[1])[0]}" for m in found)  # type: ignore[index]
     return [shape for shape in shapes if _bytes(shape) >= at_least]
 
 

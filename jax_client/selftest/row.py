@@ -46,7 +46,7 @@ def gap_row(check: str, gap: float, most: float, meaning: str, note: str = "") -
         check=check,
         verdict="PASS" if well else "FAIL",
         measured=f"off by {gap:.2g}" + (f", {note}" if note else ""),
-        bar=f"at most {most:.0e}".replace("e-0", "e-"),
+        bar=f"at most {most:.2g}".replace("e-0", "e-"),
         meaning="" if well else meaning,
         values={"gap": float(gap) if math.isfinite(gap) else None, "most": most},
     )

@@ -70,15 +70,18 @@ def splash(mesh: Mesh, interpret: bool = False) -> Attention:
     return _for_long_rows(Attention(name="splash", forward=forward, backward=backward, row_length=2048))
 
 
-def cudnn(mesh: Mesh, max_segments: int = 64) -> Attention:
+def cudnn(mesh: Mesh, max_segments: int = 64, *, described: bool = False) -> Attention:
     """Return NVIDIA's kernel, for bfloat16; raise RuntimeError where cuDNN is missing or too old.
+
+    Of devices that are only `described`, nothing is asked: nothing will run.
 
     Its softmax statistics take (rows, segments, heads, row length): both limits keep them small. They are not kept for
     the backward pass, in whose program the forward kernel runs again.
     """
     from jax_client.models.kernels.cudnn import cudnn_attention, refuse_old_cudnn
 
-    refuse_old_cudnn()
+    if not described:
+        refuse_old_cudnn()
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return cudnn_attention(q, k, v, segments, dtype=dtype, mesh=mesh, max_segments=max_segments)

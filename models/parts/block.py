@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jax_client.models.config import ModelConfig
 from jax_client.models.layers import rms_norm, rms_norm_backward, rotate
@@ -52,6 +53,7 @@ class Context:
     Attributes:
         on_cpu: whether the program runs on a CPU, where what is kept of bfloat16 are its bits.
         one_cpu: whether it runs on one CPU device, where some layouts are worth a constraint.
+        one_gpu: whether it runs on one GPU, where the layout of what is kept is worth one.
         accelerator: whether it runs on a TPU or a GPU. What the attention and the gated activation read there, and the
             cotangents of what they return, is rounded to the matmul type: the widest results are written and read at
             half the size. They are kept for the backward pass in that type, and products take them in it, all the same.
@@ -67,6 +69,7 @@ class Context:
     sin_BTH: jax.Array
     on_cpu: bool = False
     one_cpu: bool = False
+    one_gpu: bool = False
     accelerator: bool = False
     split_rows: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
 
@@ -135,7 +138,19 @@ def layer_forward(
     x2_MD, saved, kept = _attention(x_BTD, w, linears, c, attend)
     y_MD, mlp_saved = _mlp(x2_MD, w, linears, c)
     saved = saved | mlp_saved | linears.us
-    return y_MD.reshape(x_BTD.shape), jax.tree.map(lambda s: s.astype(c.dtype), saved), kept
+    saved = jax.tree.map(lambda s: s.astype(c.dtype), saved)
+    return y_MD.reshape(x_BTD.shape), _row_major(saved, c), _row_major(kept, c)
+
+
+def _row_major(saved: Any, c: Context) -> Any:
+    """Fix the layout of what is kept: a GPU would lay out the stacks of all layers as the products of one like them.
+
+    They would be copied whole at the end of the forward pass, and before the backward pass. XLA does not split what has
+    a fixed layout over a mesh.
+    """
+    if not c.one_gpu:
+        return saved
+    return jax.tree.map(lambda s: with_layout_constraint(s, Layout(major_to_minor=tuple(range(s.ndim)))), saved)
 
 
 @jax.named_scope("attention")
@@ -200,7 +215,7 @@ def layer_backward(
         lora: the layer's adapters.
         c: what all layers of the pass share.
     """
-    saved = _recompute(kept, segments_BT, w, lora, c)
+    saved = _recompute(_row_major(kept, c), segments_BT, w, lora, c)
     linears = Linears(lora, c, us=saved)
     dx2_MD = _mlp_backward(dy_BTD.reshape(-1, c.config.d_model), saved, w, linears, c)
     dx_MD = _attention_backward(dx2_MD, saved, segments_BT, w, linears, c)

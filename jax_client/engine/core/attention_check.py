@@ -76,12 +76,12 @@ def plain_attention(mesh: Mesh) -> Attention:
 
 
 def kernel_of(mesh: Mesh, dtype: jnp.dtype) -> Attention | None:
-    """Return the kernel of the mesh's platform, unchecked; None where there is none, or it cannot be loaded."""
+    """Return the kernel of a described mesh's platform; None where there is none, or not with this jax."""
     for name in PLATFORMS:
         if not unsuited(name, mesh, dtype):
             try:
-                return make(name, mesh)
-            except Exception as error:
+                return splash(mesh) if name == "splash" else cudnn(mesh, described=True)
+            except ImportError as error:
                 logger.warning("the %s kernel for attention cannot be loaded: %s", name, error)
     return None
 

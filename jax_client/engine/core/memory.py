@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,28 +35,28 @@ logger = logging.getLogger(__name__)
 ACTIVATION_SHARE = 0.25
 _CGROUP = Path("/sys/fs/cgroup")
 # How many float32 arrays of a layer XLA's compilers keep at the same time: as wide as the hidden width, all query heads
-# and the residual stream, each for all tokens. By `estimate --compile` of Qwen3-4B and -8B's widths; see docs/estimate.
+# and the residual stream, each for all tokens. By `scripts/benchmarks/compilers.py`; see docs/benchmarks.
 LIVE_ARRAYS: dict[str, dict[str, tuple[float, float, float]]] = {
     "tpu": {
-        "forward": (4, 0, 1),
-        "none": (4, 0, 1),
-        "selective": (6, 0, 1),
-        "full": (8.5, 4, 5),
-        "scores": (0, 0, 4),
+        "forward": (2.1, 1.7, 5.4),
+        "none": (3, 5, 6),
+        "selective": (3.5, 5.5, 5.5),
+        "full": (5, 6.5, 5.2),
         "attention": (0, 11.3, 0),
     },
     "gpu": {
-        "forward": (4, 0, 1),
-        "none": (4, 0, 1),
-        "selective": (8.5, 0, 1),
-        "full": (8.5, 6.2, 1),
-        "scores": (0, 0, 4),
-        "attention": (0, 11.3, 0),
+        "forward": (2, 0, 1.5),
+        "none": (1, 6.3, 1.5),
+        "selective": (2.5, 4.7, 2.5),
+        "full": (4, 2.5, 6),
+        "attention": (0, 6.3, 0),
     },
 }
-SCORE_ARRAYS = 5.5  # of blockwise attention, off a CPU: scores of all queries against a block of keys
-HEAD_ARRAYS = 2.5  # as wide as the residual stream, beside the scores over a block of the vocabulary
-LOGIT_ARRAYS = 3  # of a decode step
+VECTOR_MEMORY = 128 * 2**20  # of a TPU: what of them lies there takes none of the device's memory
+SCORE_ARRAYS = {"tpu": 5.5, "gpu": 2}  # of blockwise attention: scores of all queries against a block of keys
+GATHERED = 3  # copies of the largest weights, while the ways gather and use them
+# Arrays of logits in a decode step: all, and those that a TPU does not put into its vector memory.
+LOGIT_ARRAYS, FEWEST_LOGIT_ARRAYS = 7, 2.5
 
 
 def available_bytes(device: Device, fraction: float = 1.0) -> int:
@@ -210,23 +210,39 @@ class PassMemory:
     def temporaries(self, remat: Remat, tokens: int) -> dict[str, int]:
         """Return what a forward and a backward pass have beside their arguments and results, on an accelerator.
 
-        Float32 arrays of one layer, as many as XLA's compilers keep together (`LIVE_ARRAYS`), or blocks of scores
-        over the vocabulary with what is summed beside them, or blocks of attention's scores.
+        Float32 arrays of one layer, as many as XLA's compilers keep together (`LIVE_ARRAYS`), with copies of weights;
+        or what the head has; or blocks of attention's scores.
         """
-        c, tensor = self.config, self.mesh.shape["tensor"]
+        c, tensor, platform = self.config, self.mesh.shape["tensor"], _accelerator(self.mesh)
         widths = c.d_ff / tensor, c.n_heads * c.head_dim / tensor, c.d_model
-        live = LIVE_ARRAYS["tpu" if self.mesh.devices.flat[0].platform == "tpu" else "gpu"]
-        # Where the ways have a part of the width each, the gathered weights of a matmul, too.
-        gathered = c.d_ff * c.d_model // tensor * self.dtype.itemsize if self.mesh.shape["fsdp"] > 1 else 0
-        size = lambda name: 4 * tokens * sum(n * width for n, width in zip(live[name], widths, strict=True))  # noqa: E731
-        entries = min(self.blocks.entries, c.vocab_size // tensor)
-        head = tokens * (entries * (4 + 4 + self.dtype.itemsize) + 4 * HEAD_ARRAYS * c.d_model)
-        found = {"forward": max(size("forward") + gathered, head), "backward": max(size(remat) + gathered, head)}
+        live = lambda name: (  # noqa: E731
+            4 * tokens * sum(n * width for n, width in zip(LIVE_ARRAYS[platform][name], widths, strict=True))
+        )
+        # A TPU's matmuls use gathered weights part by part.
+        beside = -VECTOR_MEMORY if platform == "tpu" else self._copies(c.d_ff // tensor)
+        forward, backward = self._head(tokens)
+        forward, backward = max(forward, live("forward") + beside), max(backward, live(remat) + beside)
         if self.attention == "blockwise":
-            scores = 4 * tokens * c.n_heads / tensor * LARGE_BLOCK
-            found["forward"] = max(found["forward"], SCORE_ARRAYS * scores + size("scores"))
-            found["backward"] = max(found["backward"], size("attention"))
-        return {name: int(bytes_) for name, bytes_ in found.items()}
+            scores = SCORE_ARRAYS[platform] * 4 * tokens * c.n_heads / tensor * LARGE_BLOCK
+            forward = max(forward, scores + 4 * 4 * tokens * c.d_model)
+            backward = max(backward, live("attention"))
+        return {"forward": int(forward), "backward": int(backward)}
+
+    def _head(self, tokens: int) -> tuple[float, float]:
+        """Return what the head has forwards and backwards: blocks of scores, the last one smaller, and of the table."""
+        D, shard = self.config.d_model, self.config.vocab_size // self.mesh.shape["tensor"]
+        entries = min(self.blocks.entries, shard)
+        if _accelerator(self.mesh) == "tpu":
+            scores = 4 * tokens * (entries + 2.5 * D)
+            return scores, scores
+        last = shard % entries
+        scores = tokens * (entries * (4 + self.dtype.itemsize) + last * 4 + 2 * 4 * D)
+        return scores + tokens * entries * 4 + self._copies(entries + last), scores
+
+    def _copies(self, width: int) -> int:
+        """Return the copies that a GPU makes of weights (D, width): they are cut out of larger ones, or gathered."""
+        copies = GATHERED if self.mesh.shape["fsdp"] > 1 else 1
+        return copies * self.config.d_model * width * self.dtype.itemsize
 
     def kept_beside(self, tokens: int, spec: LoraSpec) -> int:
         """Return what is kept of the rest: the last residual stream and the head's e, and with an adapter there h."""
@@ -239,8 +255,8 @@ def decode_temporaries(
 ) -> int:
     """Return what a block of decode steps has beside its arguments and results, on a device.
 
-    The adapter in the matmul type, whole over the ways; of the layers, where the ways have a part of the width each,
-    the largest weights as they are gathered, or a block of the table; and a few arrays of logits.
+    The adapter in the matmul type, whole over the ways; the MLP's weights of a layer, where the ways have a part of the
+    width each and gather them, and on a GPU, which cuts them out of their stack; and a few arrays of logits.
 
     Args:
         c, dtype, mesh: the model, the matmul type, the mesh.
@@ -252,9 +268,15 @@ def decode_temporaries(
     arrays = jax.tree.leaves(adapters.param_specs(c, spec), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
     split = lambda p: tensor if {"kv_heads", "ffw", "vocab"} & set(p.axes) else 1  # noqa: E731
     adapter = sum(math.prod(p.shape) // split(p) * size for p in arrays)
-    logits = LOGIT_ARRAYS * 4 * rows * c.vocab_size // tensor
-    gathered = 3 * c.d_ff * c.d_model // tensor * size if mesh.shape["fsdp"] > 1 and not whole else 0
-    return adapter + max(gathered, logits)
+    scores = 4 * rows * c.vocab_size // tensor
+    near = VECTOR_MEMORY if _accelerator(mesh) == "tpu" else 0
+    logits = int(max(FEWEST_LOGIT_ARRAYS * scores, LOGIT_ARRAYS * scores - near))
+    copied = _accelerator(mesh) == "gpu" or (mesh.shape["fsdp"] > 1 and not whole)
+    return adapter + max(3 * c.d_ff * c.d_model // tensor * size * copied, logits)
+
+
+def _accelerator(mesh: Mesh) -> Literal["tpu", "gpu"]:
+    return "tpu" if mesh.devices.flat[0].platform == "tpu" else "gpu"
 
 
 def choose_concurrency(mesh: Mesh) -> int:

@@ -15,11 +15,12 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, Literal, ParamSpec, TypedDict, TypeVar, cast
 
 import jax
@@ -112,6 +113,7 @@ class Program(Generic[P, R]):
         donate: positions of the arguments whose memory the outputs take over. They are gone even if a run fails.
         kind: of the requests that run it.
         model: text that tells the programs of one model on one mesh from those of others, for `is_cached`.
+        options: of XLA's compiler, by name.
     """
 
     def __init__(
@@ -125,8 +127,10 @@ class Program(Generic[P, R]):
         *,
         kind: Kind = "train",
         model: str = "",
+        options: Mapping[str, str | bool] = MappingProxyType({}),
     ):
         self.name = name
+        self.options: dict[str, str | bool] = dict(options)
         self._fn = fn
         self._out_shardings_of = out_shardings_of
         self._describe = describe
@@ -276,7 +280,7 @@ class Program(Generic[P, R]):
         )
         with _runs(running, entry), process.not_waited_for():
             del entry  # as in `_get`
-            compiled = self._lowered(args, static).compile()
+            compiled = self._lowered(args, static).compile(self.options)
         cached, seconds = _cache_hits() > hits, time.perf_counter() - start
         size = compiled.memory_analysis()
         record = CompileRecord(

@@ -44,6 +44,8 @@ from jax_client.sharding import sharding_for
 from jax_client.values import LoraSpec
 
 BLOCK_STEPS = 32
+# Else XLA joins the output table and the adapter's A to one array, a second table, since both are multiplied by h.
+_GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": "0"}
 HEAD_BLOCK = 16_384  # tokens of the vocabulary whose weights exist at once, where the ways gather them
 # Arrays (W, L, P, S, ...), in the matmul type or its bits; which there are, the attention says.
 Pool = dict[str, jax.Array]
@@ -92,7 +94,8 @@ class SamplePrograms:
         outputs = lambda *args: (shardings_of(args[2]), whole)  # noqa: E731
         with_state = lambda *args: (*outputs(*args), args[3]["state"].sharding)  # noqa: E731
         model = Program.model_text(config, dtype, mesh, self.paged)
-        program = partial(Program, donate=(2,), kind="sample", model=model)
+        options = _GPU_OPTIONS if mesh.devices.flat[0].platform == "gpu" else {}
+        program = partial(Program, donate=(2,), kind="sample", model=model, options=options)
         self.prefill = program("prefill", self._on_devices(self._prefill), log, outputs, tiles)
         self.decode = program("decode", self._on_devices(self._decode, states=True), log, with_state, rows)
 

@@ -107,6 +107,7 @@ class TrainPrograms:
             "split_rows": partial(split_rows, mesh=mesh),
             "on_cpu": platform == "cpu",
             "one_cpu": platform == "cpu" and mesh.size == 1,
+            "one_gpu": platform == "gpu" and mesh.size == 1,
             "accelerator": platform != "cpu",
         }
         self.blocks = Blocks.of(platform)
