@@ -342,7 +342,7 @@ def test_a_kernel_that_cannot_be_loaded_is_done_without(
 ) -> None:
     gpu: Any = SimpleNamespace(size=1, devices=np.array([SimpleNamespace(platform="gpu")], object))
 
-    def gone(_: Any) -> Attention:
+    def gone(*_: Any, **__: Any) -> Attention:
         raise ImportError("no module named fused_attention")
 
     monkeypatch.setattr(attention_check, "cudnn", gone)
@@ -369,7 +369,7 @@ def test_the_reason_against_a_kernel_is_said(
         return 0.0
 
     made = replace(attention.blockwise(False), name="cudnn")
-    monkeypatch.setattr(attention_check, "cudnn", lambda mesh: made)
+    monkeypatch.setattr(attention_check, "cudnn", lambda mesh, **_: made)
     monkeypatch.setattr(attention_check, "splash", lambda mesh: replace(made, name="splash"))
     monkeypatch.setattr(attention_check, "_largest_gap", gap)
     choice = attention_check.choose(mesh, model(), jnp.dtype(dtype))

@@ -80,15 +80,15 @@ def kernel_of(mesh: Mesh, dtype: jnp.dtype) -> Attention | None:
     for name in PLATFORMS:
         if not unsuited(name, mesh, dtype):
             try:
-                return splash(mesh) if name == "splash" else cudnn(mesh, described=True)
+                return make(name, mesh, described=True)
             except ImportError as error:
                 logger.warning("the %s kernel for attention cannot be loaded: %s", name, error)
     return None
 
 
-def make(name: str, mesh: Mesh) -> Attention:
-    """Return a vendor's kernel by name, unchecked."""
-    return splash(mesh) if name == "splash" else cudnn(mesh)
+def make(name: str, mesh: Mesh, *, described: bool = False) -> Attention:
+    """Return a vendor's kernel by name, unchecked; `described` as of `cudnn`."""
+    return splash(mesh) if name == "splash" else cudnn(mesh, described=described)
 
 
 def unsuited(kernel: str, mesh: Mesh, dtype: jnp.dtype) -> str:

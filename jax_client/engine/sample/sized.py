@@ -62,6 +62,22 @@ def sizes_on(platform: str) -> Sizes:
     return CPU if platform == "cpu" else ACCELERATOR
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Wanted:
+    """What a batch needs: all that its program depends on but the size.
+
+    Attributes:
+        empty: `f(size) -> batch` of empty tiles or rows.
+        versions: the adapters of the program.
+        pool: the cache.
+    """
+
+    program: Program[Any, Any]
+    empty: Callable[[int], HostBatch]
+    versions: list[Snapshot]
+    pool: Pool | None
+
+
 class SizedPrograms:
     """The sampling programs by size. For the dispatch thread.
 
@@ -104,58 +120,51 @@ class SizedPrograms:
             None while that is compiled, or what compiling raised; asked for again, it is tried again. The error is not
             raised: it would have the callers' frames, and these the pool, for as long as a user has the error.
         """
-        return self._choose(self._prefill, self._no_tiles(version), _list(version), pool, sizes)
+        return self._choose(self._wanted_tiles(version, pool), sizes)
 
     def rows(self, versions: list[Snapshot], pool: Pool | None, sizes: Sequence[int]) -> int | BaseException | None:
         """Return how many rows per way the decode program has that runs next; as `tiles` does."""
-        return self._choose(self._decode, self._no_rows(versions), versions, pool, sizes)
+        return self._choose(self._wanted_rows(versions, pool), sizes)
 
     def rows_compiled(self, versions: list[Snapshot], pool: Pool | None, sizes: Sequence[int]) -> int | None:
         """Return the fewest rows of a decode program that can run at once; None without one. Compiles nothing."""
-        return next((n for n in sizes if self._key(self._decode, versions, pool, n) in self._compiled), None)
+        wanted = self._wanted_rows(versions, pool)
+        return next((size for size in sizes if self._key(wanted, size) in self._compiled), None)
 
     def compile_decode_beside(self, version: Snapshot | None, pool: Pool | None, sizes: Sequence[int]) -> None:
         """Begin to compile the decode program of the next blocks, which `rows` takes, while prefill is compiled."""
-        versions, decode = _list(version), self._decode
-        if self._background is None or any(self._key(decode, versions, pool, size) in self._taken for size in sizes):
+        wanted = self._wanted_rows(_list(version), pool)
+        if self._background is None or any(self._key(wanted, size) in self._taken for size in sizes):
             return
-        empty = self._no_rows(versions)
-        cached = decode.is_cached(*self._arguments(empty, versions, pool, sizes[0]))
+        cached = wanted.program.is_cached(*self._arguments(wanted, sizes[0]))
         size = sizes[0] if cached else sizes[-1]
-        self._taken.add(self._key(decode, versions, pool, size))
-        self._compiling(decode, empty, versions, pool, size)
+        self._taken.add(self._key(wanted, size))
+        self._compiling(wanted, size)
 
     def begin_all(self, version: Snapshot, pool: Pool | None, sizes: Sizes, cause: Cause) -> list[Future[Any]]:
         """Begin to compile the programs of every size for one adapter; return the futures of that."""
-        prefills = [(self._prefill, self._no_tiles(version), size) for size in sizes.tiles]
-        decodes = [(self._decode, self._no_rows([version]), size) for size in sizes.rows]
-        return [
-            program.begin(self._compilers, cause, *self._arguments(empty, [version], pool, size))
-            for program, empty, size in [*prefills, *decodes]
-        ]
+        wanted = [(self._wanted_tiles(version, pool), size) for size in sizes.tiles]
+        wanted += [(self._wanted_rows([version], pool), size) for size in sizes.rows]
+        return [each.program.begin(self._compilers, cause, *self._arguments(each, size)) for each, size in wanted]
 
     def awaited(self) -> list[Future[Any]]:
         """Return the compiles that batches wait for."""
         return [future for future in self._awaited.values() if not future.done()]
 
-    def _no_tiles(self, version: Snapshot | None) -> Callable[[int], HostBatch]:
-        return lambda size: self._batches.of_tiles([], size, version)
+    def _wanted_tiles(self, version: Snapshot | None, pool: Pool | None) -> _Wanted:
+        empty = lambda size: self._batches.of_tiles([], size, version)  # noqa: E731
+        return _Wanted(program=self._prefill, empty=empty, versions=_list(version), pool=pool)
 
-    def _no_rows(self, versions: list[Snapshot]) -> Callable[[int], HostBatch]:
-        return lambda size: self._batches.of_rows([], size, versions) | {"steps": np.asarray(BLOCK_STEPS, np.int32)}
+    def _wanted_rows(self, versions: list[Snapshot], pool: Pool | None) -> _Wanted:
+        steps = np.asarray(BLOCK_STEPS, np.int32)
+        empty = lambda size: self._batches.of_rows([], size, versions) | {"steps": steps}  # noqa: E731
+        return _Wanted(program=self._decode, empty=empty, versions=versions, pool=pool)
 
-    def _choose(
-        self,
-        program: Program[Any, Any],
-        empty: Callable[[int], HostBatch],
-        versions: list[Snapshot],
-        pool: Pool | None,
-        sizes: Sequence[int],
-    ) -> int | BaseException | None:
-        size = self._best(program, empty, versions, pool, sizes)
-        key = self._key(program, versions, pool, size)
+    def _choose(self, wanted: _Wanted, sizes: Sequence[int]) -> int | BaseException | None:
+        size = self._best(wanted, sizes)
+        key = self._key(wanted, size)
         if key not in self._compiled:
-            future = self._compiling(program, empty, versions, pool, size)
+            future = self._compiling(wanted, size)
             if key in self._awaited:  # not whether it is done: it may be by now, and then is asked for next time
                 return None
             if (error := future.exception()) is not None:
@@ -163,42 +172,26 @@ class SizedPrograms:
             self._compiled.add(key)
         return size
 
-    def _best(
-        self,
-        program: Program[Any, Any],
-        empty: Callable[[int], HostBatch],
-        versions: list[Snapshot],
-        pool: Pool | None,
-        sizes: Sequence[int],
-    ) -> int:
-        best, largest = sizes[0], sizes[-1]
-        key = lambda size: self._key(program, versions, pool, size)  # noqa: E731
-        if self._background is None or best == largest or key(best) in self._taken:
-            return best
-        if key(best) not in self._begun and key(largest) not in self._awaited:
-            arguments = self._arguments(empty, versions, pool, best)
+    def _best(self, wanted: _Wanted, sizes: Sequence[int]) -> int:
+        best, largest = self._key(wanted, sizes[0]), self._key(wanted, sizes[-1])
+        if self._background is None or best == largest or best in self._taken:
+            return sizes[0]
+        if best not in self._begun and largest not in self._awaited:
+            program, arguments = wanted.program, self._arguments(wanted, sizes[0])
             if program.is_compiled(*arguments) or program.is_cached(*arguments):
-                self._taken.add(key(best))
-                return best
-            if key(largest) in self._compiled:
-                self._begin_in_background(program, key(best), arguments)
-        self._taken.add(key(largest))
-        return largest
+                self._taken.add(best)
+                return sizes[0]
+            if largest in self._compiled:
+                self._begin_in_background(program, best, arguments)
+        self._taken.add(largest)
+        return sizes[-1]
 
-    def _compiling(
-        self,
-        program: Program[Any, Any],
-        empty: Callable[[int], HostBatch],
-        versions: list[Snapshot],
-        pool: Pool | None,
-        size: int,
-    ) -> Future[Any]:
+    def _compiling(self, wanted: _Wanted, size: int) -> Future[Any]:
         """Return the future of a compile; begin that unless it has begun, and its end has not been asked for."""
-        key = self._key(program, versions, pool, size)
+        key = self._key(wanted, size)
         future = self._awaited.pop(key, None)
         if future is None:
-            arguments = self._arguments(empty, versions, pool, size)
-            future = program.begin(self._compilers, "first use", *arguments)
+            future = wanted.program.begin(self._compilers, "first use", *self._arguments(wanted, size))
         if not future.done():
             self._awaited[key] = future
         return future
@@ -214,22 +207,21 @@ class SizedPrograms:
             self._begun.add(key)
             self._background.submit(compile_)
 
-    def _arguments(
-        self, empty: Callable[[int], HostBatch], versions: list[Snapshot], pool: Pool | None, size: int
-    ) -> tuple[Any, ...]:
+    def _arguments(self, wanted: _Wanted, size: int) -> tuple[Any, ...]:
         """Return the arguments of a run over `size` empty tiles or rows.
 
         All but these are shapes: a run takes the pool, and a copy of the weights or an adapter may go before the
         compile ends.
         """
         shapes = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)  # noqa: E731
-        loras = tuple(version.weights for version in versions)
-        return *jax.tree.map(shapes, (self._weights.now, loras, pool)), self._batches.put(empty(size))
+        loras = tuple(version.weights for version in wanted.versions)
+        return *jax.tree.map(shapes, (self._weights.now, loras, wanted.pool)), self._batches.put(wanted.empty(size))
 
-    def _key(self, program: Program[Any, Any], versions: list[Snapshot], pool: Pool | None, size: int) -> object:
+    def _key(self, wanted: _Wanted, size: int) -> object:
+        versions, pool = wanted.versions, wanted.pool
         kind = replace(versions[0].spec, seed=0) if versions else None
         pages = [] if pool is None else [array.shape for array in pool.values()]
-        return program.name, size, len(versions), kind, self._weights.bytes, *pages[:1]
+        return wanted.program.name, size, len(versions), kind, self._weights.bytes, *pages[:1]
 
 
 class StepTimes:
