@@ -21,11 +21,12 @@ logger = logging.getLogger(__name__)
 
 # Logical axis -> mesh axes. A name that is absent is replicated.
 RULES: dict[str, tuple[str, ...]] = {
-    "rows": ("data", "fsdp"),
+    "rows": ("data", "fsdp", "expert"),
     "embed": ("fsdp",),
     "kv_heads": ("tensor",),
     "ffw": ("tensor",),
     "vocab": ("tensor",),
+    "experts": ("fsdp", "expert"),
 }
 
 
@@ -165,12 +166,13 @@ def put_whole(array: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
     return jax.device_put(array, replicated(mesh))
 
 
-def check_mesh_divides(mesh: Mesh, *, n_kv_heads: int, d_ff: int) -> None:
-    """Raise BadRequestError if the tensor axis cannot keep whole heads and equal slices of the feed-forward layer."""
+def check_mesh_divides(mesh: Mesh, *, n_kv_heads: int, hidden: Sequence[int]) -> None:
+    """Raise BadRequestError if the tensor axis cannot keep whole heads and equal slices of the feed-forward widths."""
     ways = mesh.shape["tensor"]
-    if n_kv_heads % ways or d_ff % ways:
-        fits = [n for n in range(1, n_kv_heads + 1) if n_kv_heads % n == 0 and d_ff % n == 0]
+    if any(size % ways for size in (n_kv_heads, *hidden)):
+        fits = [n for n in range(1, n_kv_heads + 1) if not any(size % n for size in (n_kv_heads, *hidden))]
         raise BadRequestError(
             f"EngineConfig.mesh['tensor'] is {ways}, but the model has {n_kv_heads} key/value heads and a feed-forward "
-            f"width of {d_ff}; the tensor axis must divide both. Sizes that do: {', '.join(map(str, fits))}."
+            f"width of {' and '.join(map(str, hidden))}; the tensor axis must divide them. Sizes that do: "
+            f"{', '.join(map(str, fits))}."
         )

@@ -2,11 +2,12 @@
 
 The one legend of array names: B rows, T query tokens, S key tokens, D model, F feed-forward, N query heads, K key/value
 heads, G query heads per key/value head, J = G + 2 (the group's queries, its key, its value), H head dimension, V
-vocabulary, L layers, R adapter rank, C targets per position.
+vocabulary, L layers, R adapter rank, C targets per position, E experts, k experts per token, M tokens of all rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jax_client.errors import BadRequestError
@@ -23,11 +24,42 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Experts:
+    """The mixture of experts of a model's layers.
+
+    Attributes:
+        count: E, of each layer.
+        per_token: k, how many a token is sent to.
+        d_ff: F, the hidden width of each.
+        normalized: whether a token's weights sum to 1.
+        dense_layers: numbers of the layers that have one MLP of the model's `d_ff` instead.
+    """
+
+    count: int
+    per_token: int
+    d_ff: int
+    normalized: bool
+    dense_layers: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        check_sizes(self, {"count": 2**12, "d_ff": 2**19, "per_token": self.count})
+
+
+def check_sizes(sizes: object, limits: Mapping[str, int]) -> None:
+    """Raise BadRequestError unless each field is an integer from 1 to its limit."""
+    for field, limit in limits.items():
+        value = getattr(sizes, field)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+            raise BadRequestError(f"model config: {field} is {value!r}; it must be an integer in 1..{limit}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Sizes and switches of one decoder-only model.
 
     Attributes:
         family: the name of the `Family` that read it.
+        d_ff: hidden width of the layers that have one MLP.
         max_context: most tokens of a sequence.
         eos_token_ids: ids that end a sampled row when the request names no stop.
 
@@ -49,6 +81,7 @@ class ModelConfig:
     tied_embeddings: bool
     qkv_bias: bool = False
     qk_norm: bool = False
+    experts: Experts | None = None
     max_context: int
     eos_token_ids: tuple[int, ...] = ()
 
@@ -63,10 +96,7 @@ class ModelConfig:
             "head_dim": 2**12,
             "max_context": 2**24,
         }
-        for field, limit in limits.items():
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-                raise BadRequestError(f"model config: {field} is {value!r}; it must be an integer in 1..{limit}.")
+        check_sizes(self, limits)
         if self.n_heads % self.n_kv_heads:
             raise BadRequestError(
                 f"model config: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}."

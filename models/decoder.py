@@ -1,13 +1,13 @@
 """Which parameters does a decoder have, in which layout, under which logical axes?
 
-One stored layout serves training and decoding. It is stacked by layer for `lax.scan`, fuses q|k|v and gate|up into one
-matmul each, and groups the heads so that a tensor shard keeps whole key/value heads with their queries.
+One stored layout serves training and decoding. It is stacked by layer for `lax.scan`, each kind of part for itself,
+fuses q|k|v and gate|up into one matmul each, and groups the heads so that a tensor shard keeps whole key/value heads
+with their queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,17 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_client.models.config import ModelConfig
+from jax_client.models.parts.kind import Kind
+from jax_client.models.plan import count, kinds
+from jax_client.models.specs import ParamSpec
 
 Params = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParamSpec:
-    """Shape, dtype and logical axis names of one stored parameter."""
-
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    axes: tuple[str | None, ...]
 
 
 class Frozen(nnx.Variable):
@@ -40,25 +34,21 @@ def frozen(create: Create, shape: tuple[int, ...], dtype: Any, axes: tuple[str |
     return Frozen(create(shape, dtype), axes=axes)
 
 
+class Stacks(nnx.Module):
+    """Parameters of all parts of one kind, stacked on a leading axis in the order of their layers."""
+
+    def __init__(self, kind: Kind, c: ModelConfig, dtype: Any, create: Create):
+        norm = ParamSpec(shape=(c.d_model,), dtype=jnp.dtype(jnp.float32), axes=(None,))
+        for name, p in ({"norm_LD": norm} | kind.params(c, dtype)).items():
+            setattr(self, name, frozen(create, (count(c, kind), *p.shape), p.dtype, (None, *p.axes)))
+
+
 class Layers(nnx.Module):
-    """Parameters of all layers, stacked on a leading axis."""
+    """Parameters of all layers, by kind of part."""
 
     def __init__(self, c: ModelConfig, dtype: Any, create: Create):
-        L, D, F, K, G, H = c.n_layers, c.d_model, c.d_ff, c.n_kv_heads, c.group, c.head_dim
-        f32 = jnp.float32
-        self.attn_norm_LD = frozen(create, (L, D), f32, (None, None))
-        # q|k|v of a key/value head after those of the one before. Not with the heads apart: a TPU lays out the last two
-        # axes in tiles of 8 x 128, and each use would copy the matrix into another layout first.
-        self.qkv_LDO = frozen(create, (L, D, K * (G + 2) * H), dtype, (None, "embed", "kv_heads"))
-        if c.qkv_bias:
-            self.qkv_bias_LKJH = frozen(create, (L, K, G + 2, H), f32, (None, "kv_heads", None, None))
-        if c.qk_norm:
-            self.q_norm_LH = frozen(create, (L, H), f32, (None, None))
-            self.k_norm_LH = frozen(create, (L, H), f32, (None, None))
-        self.o_LKGHD = frozen(create, (L, K, G, H, D), dtype, (None, "kv_heads", None, None, "embed"))
-        self.mlp_norm_LD = frozen(create, (L, D), f32, (None, None))
-        self.gate_up_L2DF = frozen(create, (L, 2, D, F), dtype, (None, None, "embed", "ffw"))
-        self.down_LFD = frozen(create, (L, F, D), dtype, (None, "ffw", "embed"))
+        for kind in kinds(c):
+            setattr(self, kind.name, Stacks(kind, c, dtype, create))
 
 
 class Decoder(nnx.Module):

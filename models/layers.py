@@ -5,6 +5,7 @@ They are pure functions of arrays. All of them compute in float32, except that a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -38,6 +39,22 @@ def to_bits(tree: Any) -> Any:
 def from_bits(tree: Any) -> Any:
     """Undo `to_bits`."""
     return jax.tree.map(lambda a: jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a, tree)
+
+
+@dataclass(frozen=True, slots=True)
+class InStack:
+    """One layer's array, still in the stack of all layers (L, E, ...), bfloat16 perhaps as its bits.
+
+    A slice of a stack is a copy of a layer. Where a layer has many matrices and a product takes one, only that is cut.
+    """
+
+    stack: jax.Array
+    layer: jax.Array
+
+    def cut(self, e: jax.Array) -> jax.Array:
+        """Return entry e of the layer's array."""
+        start = (self.layer, e, *(0,) * (self.stack.ndim - 2))
+        return from_bits(jax.lax.dynamic_slice(self.stack, start, (1, 1, *self.stack.shape[2:]))[0, 0])
 
 
 @jax.named_scope("norm")

@@ -1,18 +1,20 @@
 """Which arrays does a LoRA adapter of a model have, and in which shapes?
 
-Each covered module has a pair: A (L, R, in...) and B (L, R, out...), stacked by layer, with the heads apart as in the
-base weights; the output projection's pair lacks the leading axis.
+Each covered module has a pair: A (L, R, in...) and B (L, R, out...), stacked over the layers that have the module, with
+the heads apart as in the base weights; the output projection's pair lacks the leading axis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Generic, NamedTuple, TypedDict, TypeVar
+from typing import Generic, TypedDict, TypeVar
 
 import numpy as np
 
 from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
+from jax_client.models.plan import count, kinds
+from jax_client.models.specs import LoraArray
 from jax_client.values import LoraSpec
 
 T = TypeVar("T")
@@ -20,19 +22,11 @@ T = TypeVar("T")
 LARGEST_WEIGHT = 2.0**64
 
 
-class LoraArray(NamedTuple):
-    """One array of an adapter: its logical axes as in `sharding.RULES`, and the inputs of an A (0 for a B)."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    fan_in: int
-
-
 class AdapterTree(TypedDict, Generic[T]):
     """One value for every array of an adapter.
 
     Attributes:
-        layers: by module ("q", "k", "v", "o", "gate", "up", "down"), then "A" or "B".
+        layers: by module as `Kind.modules` has them ("q", ..., "down"), then "A" or "B".
         unembed: "A" and "B" of the output projection; empty where the adapter does not cover it.
     """
 
@@ -42,24 +36,16 @@ class AdapterTree(TypedDict, Generic[T]):
 
 def lora_arrays(c: ModelConfig, spec: LoraSpec) -> AdapterTree[LoraArray]:
     """Return the arrays of an adapter with this configuration; nothing is allocated."""
-    L, D, F, K, G, H, R = c.n_layers, c.d_model, c.d_ff, c.n_kv_heads, c.group, c.head_dim, spec.rank
-    into = LoraArray((L, R, D), (None, None, None), D)
-    out_D, out_F = LoraArray((L, R, D), (None, None, None), 0), LoraArray((L, R, F), (None, None, "ffw"), 0)
-    q_heads, kv_heads = (None, None, "kv_heads", None, None), (None, None, "kv_heads", None)
-    layers: dict[str, dict[str, LoraArray]] = {}
-    if spec.train_attn:
-        layers["q"] = {"A": into, "B": LoraArray((L, R, K, G, H), q_heads, 0)}
-        layers["k"] = {"A": into, "B": LoraArray((L, R, K, H), kv_heads, 0)}
-        layers["v"] = {"A": into, "B": LoraArray((L, R, K, H), kv_heads, 0)}
-        layers["o"] = {"A": LoraArray((L, R, K, G, H), q_heads, K * G * H), "B": out_D}
-    if spec.train_mlp:
-        layers["gate"] = {"A": into, "B": out_F}
-        layers["up"] = {"A": into, "B": out_F}
-        layers["down"] = {"A": LoraArray((L, R, F), (None, None, "ffw"), F), "B": out_D}
+    layers = {
+        module: {ab: LoraArray((count(c, kind), *a.shape), (None, *a.axes), a.fan_in) for ab, a in pair.items()}
+        for kind in kinds(c)
+        if getattr(spec, kind.flag)
+        for module, pair in kind.modules(c, spec.rank).items()
+    }
     unembed: dict[str, LoraArray] = {}
     if spec.train_unembed:
-        unembed["A"] = LoraArray((R, D), (None, None), D)
-        unembed["B"] = LoraArray((R, c.vocab_size), (None, "vocab"), 0)
+        unembed["A"] = LoraArray((spec.rank, c.d_model), (None, None), c.d_model)
+        unembed["B"] = LoraArray((spec.rank, c.vocab_size), (None, "vocab"), 0)
     return {"layers": layers, "unembed": unembed}
 
 

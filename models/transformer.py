@@ -1,6 +1,6 @@
 """How do the layers run in sequence, forwards and backwards?
 
-The layers are scanned over their stacked parameters, so that compile time does not grow with depth.
+Each segment of the plan is scanned over its runs, so that compile time does not grow with depth.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ import jax.numpy as jnp
 from jax_client.models.config import ModelConfig
 from jax_client.models.layers import from_bits, rms_norm, rms_norm_backward, rope_table, to_bits
 from jax_client.models.parts.attention import Attention
-from jax_client.models.parts.block import (
-    SAVED_FOR_BACKWARD,
-    Context,
-    Linears,
-    Remat,
-    Saved,
-    layer_backward,
-    layer_forward,
-    row_attention,
-)
+from jax_client.models.parts.block import layer_backward, layer_forward, row_attention, saved_for_backward
+from jax_client.models.parts.kind import Context, Remat, Saved, Weights
+from jax_client.models.parts.linears import Linears
 from jax_client.models.parts.lora import Adapter
+from jax_client.models.plan import Segment, plan
+from jax_client.models.stacks import SegmentStacks
+
+# Gradients of the stacked adapters, by module, then "A" or "B".
+Gradients = dict[str, dict[str, jax.Array]]
 
 
 def context(
@@ -71,25 +69,33 @@ def forward_pass(
     Args:
         lora: the stacked adapters of the layers, by module name; empty for the base model.
         tokens_BT, segments_BT: int32; segment 0 is padding.
-        remat: what to keep for `backward_pass`, see `block.SAVED_FOR_BACKWARD`; None keeps nothing (no backward pass
-            will follow).
+        remat: what to keep for `backward_pass`, see `Kind.saved`; None keeps nothing (no backward pass will follow).
 
     Returns:
         h_BTD float32, the input of the output projection, and what `backward_pass` needs.
     """
     attend = row_attention(segments_BT, c)
+    x_BTD, kept = c.split_rows(embed(params, tokens_BT)), []
+    for segment in plan(c.config):
+        stacks = SegmentStacks(segment, c.config, params["layers"], lora)
 
-    def step(x_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter]) -> tuple[jax.Array, Any]:
-        w, layer_lora = from_bits(layer)
-        with jax.named_scope("layer"):
-            y_BTD, saved, (_, _, residual) = layer_forward(x_BTD, w, Linears(layer_lora, c), c, attend)
-        saved["attention"] = residual
-        names = () if remat is None else SAVED_FOR_BACKWARD[remat]
-        kept = {name: saved[name] for name in names if name in saved}
-        return c.split_rows(y_BTD), to_bits(kept) if c.on_cpu else kept
+        def step(x_BTD: jax.Array, xs: Any, segment: Segment = segment, stacks: SegmentStacks = stacks) -> Any:
+            i, scanned = xs
+            every = []
+            for layer in segment.layers:
+                ws, loras = stacks.of_layer(layer, i, scanned)
+                kinds = [part.kind for part in layer]
+                linears = [Linears(kind, own, c) for kind, own in zip(kinds, loras, strict=True)]
+                with jax.named_scope("layer"):
+                    x_BTD, saved, _ = layer_forward(x_BTD, kinds, ws, linears, c, attend)
+                names = [()] * len(kinds) if remat is None else saved_for_backward(kinds, remat)
+                found = [{n: own[n] for n in wanted if n in own} for wanted, own in zip(names, saved, strict=True)]
+                every.append(to_bits(found) if c.on_cpu else found)
+                x_BTD = c.split_rows(x_BTD)
+            return x_BTD, every
 
-    x_BTD = c.split_rows(embed(params, tokens_BT))
-    x_BTD, kept = jax.lax.scan(step, x_BTD, (params["layers"], lora))
+        x_BTD, found = jax.lax.scan(step, x_BTD, (jnp.arange(segment.repeats), stacks.scanned))
+        kept.append(found)
     saved = {} if remat is None else {"layers": kept, "last": x_BTD}
     return rms_norm(x_BTD, params["final_norm_D"], c.config.norm_eps), saved
 
@@ -102,18 +108,37 @@ def backward_pass(
     dh_BTD: jax.Array,
     c: Context,
     accumulated: Adapter,
-) -> dict[str, dict[str, jax.Array]]:
+) -> Gradients:
     """Return the accumulated gradients plus those of the stacked adapters for the cotangent of `forward_pass`'s output.
 
     Added layer by layer, so that the gradients of all layers exist once.
     """
-
-    def step(dy_BTD: jax.Array, layer: tuple[dict[str, jax.Array], Adapter, Saved, Adapter]) -> tuple[jax.Array, Any]:
-        w, layer_lora, kept, total = from_bits(layer)
-        with jax.named_scope("layer"):
-            dx_BTD, grads = layer_backward(dy_BTD, kept, segments_BT, w, layer_lora, c)
-        return c.split_rows(dx_BTD), jax.tree.map(jnp.add, total, grads)
-
     dx_BTD = rms_norm_backward(saved["last"], params["final_norm_D"], c.config.norm_eps, c.split_rows(dh_BTD))
-    layers = params["layers"], lora, saved["layers"], accumulated
-    return jax.lax.scan(step, dx_BTD, layers, reverse=True)[1]
+    total = {module: dict(pair) for module, pair in accumulated.items()}
+    for segment, kept in reversed(list(zip(plan(c.config), saved["layers"], strict=True))):
+        stacks = SegmentStacks(segment, c.config, params["layers"], lora)
+        whole = {module: total[module] for _, loras in stacks.scanned.values() for module in loras}
+
+        def step(carry: Any, xs: Any, segment: Segment = segment, stacks: SegmentStacks = stacks) -> Any:
+            (dy_BTD, total), (i, scanned, kept, whole) = carry, xs
+            kept, new = from_bits(kept), {}
+            for layer, found in reversed(list(zip(segment.layers, kept, strict=True))):
+                ws, loras = stacks.of_layer(layer, i, scanned)
+                kinds = [part.kind for part in layer]
+                with jax.named_scope("layer"):
+                    dy_BTD, grads = layer_backward(dy_BTD, found, segments_BT, kinds, ws, loras, c)
+                for part, own in zip(layer, grads, strict=True):
+                    if stacks.is_scanned(part):
+                        new |= jax.tree.map(jnp.add, {module: whole[module] for module in own}, own)
+                    else:
+                        total = total | jax.tree.map(
+                            lambda t, g, at=part.place(i): t.at[at].add(g), {m: total[m] for m in own}, own
+                        )
+                dy_BTD = c.split_rows(dy_BTD)
+            return (dy_BTD, total), new
+
+        rest = {module: pair for module, pair in total.items() if module not in whole}
+        xs = jnp.arange(segment.repeats), stacks.scanned, kept, whole
+        (dx_BTD, rest), new = jax.lax.scan(step, (dx_BTD, rest), xs, reverse=True)
+        total = rest | new
+    return total

@@ -43,6 +43,7 @@ from jax_client.engine.train.trainer import Packed, Trainer
 from jax_client.errors import RequestFailedError
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import param_specs
+from jax_client.models.plan import hidden_widths
 from jax_client.process import Step
 from jax_client.sharding import check_mesh_divides, make_mesh, put_whole
 from jax_client.threads import InTurn
@@ -83,7 +84,7 @@ class Engine:
         self.source = source
         self.model = read_config(source)
         self.mesh = make_mesh(settings.mesh)
-        check_mesh_divides(self.mesh, n_kv_heads=self.model.n_kv_heads, d_ff=self.model.d_ff)
+        check_mesh_divides(self.mesh, n_kv_heads=self.model.n_kv_heads, hidden=hidden_widths(self.model))
         device = self.mesh.devices.flat[0]
         auto = settings.dtype == "auto"
         self.dtype = matmul_benchmark.faster_matmul_dtype(device) if auto else jnp.dtype(settings.dtype)

@@ -26,7 +26,8 @@ from jax_client.losses.logprob_head import Blocks
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import param_specs
 from jax_client.models.parts.attention import Attention
-from jax_client.models.parts.block import Remat
+from jax_client.models.parts.kind import Remat
+from jax_client.models.plan import hidden_widths
 from jax_client.sharding import check_mesh_divides, describe_mesh
 from jax_client.values import LoraSpec
 
@@ -90,7 +91,7 @@ def lay_out(q: Question) -> Layout:
     """
     c, dtype, platform = q.model, jnp.dtype(q.dtype), q.machine.chip.platform
     mesh = describe_mesh(q.mesh, q.machine.devices())
-    check_mesh_divides(mesh, n_kv_heads=c.n_kv_heads, d_ff=c.d_ff)
+    check_mesh_divides(mesh, n_kv_heads=c.n_kv_heads, hidden=hidden_widths(c))
     weights = memory.tree_bytes(param_specs(c, dtype), mesh)
     usable = memory.available_bytes(mesh.devices.flat[0], q.memory_fraction)
     free = max(0, usable - weights)

@@ -18,6 +18,7 @@ from jax_client.models.families.family import Family
 from jax_client.models.families.llama import LLAMA as LLAMA
 from jax_client.models.families.qwen2 import QWEN2 as QWEN2
 from jax_client.models.families.qwen3 import QWEN3 as QWEN3
+from jax_client.models.families.qwen3_moe import QWEN3_MOE as QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {value.name: value for value in tuple(globals().values()) if isinstance(value, Family)}
 # By the name under "architectures" of a config.json.

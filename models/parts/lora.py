@@ -35,31 +35,18 @@ def adapter_scale(lora: Adapter) -> float:
 
 
 @jax.named_scope("lora")
-def layer_pairs(lora: Adapter) -> dict[str, Pair]:
-    """Return the pairs of a layer's matmuls that the adapter covers: qkv, o, gate_up and down.
-
-    The modules of a fused layer have their A's on top of each other. The function is linear in the adapter: its
-    transpose takes the gradients of the pairs to those of the modules.
-    """
-    pairs: dict[str, Pair] = {}
-    for fused, names in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up"))):
-        if names[0] in lora:
-            bs_RO = [lora[name]["B"].reshape(len(lora[name]["B"]), -1) for name in names]
-            pairs[fused] = jnp.concatenate([lora[name]["A"] for name in names]), bs_RO
-    if "o" in lora:
-        a_RKGH = lora["o"]["A"]
-        pairs["o"] = a_RKGH.reshape(len(a_RKGH), -1), [lora["o"]["B"]]
-    if "down" in lora:
-        pairs["down"] = lora["down"]["A"], [lora["down"]["B"]]
-    return pairs
+def fused_pair(lora: Adapter, *modules: str) -> Pair:
+    """Return the pair of a matmul that computes several modules, with their A's on top of each other."""
+    bs_RO = [lora[name]["B"].reshape(len(lora[name]["B"]), -1) for name in modules]
+    return jnp.concatenate([lora[name]["A"] for name in modules]), bs_RO
 
 
 def side_by_side(pairs: Sequence[Pair]) -> Pair:
     """Return one pair with the ranks of several next to each other: where `mix` keeps a row's own, it acts alone."""
     outputs = len(pairs[0][1])
-    a_nI = jnp.concatenate([a_nI.reshape(outputs, -1, a_nI.shape[1]) for a_nI, _ in pairs], axis=1)
+    a_nI = jnp.concatenate([a_nI.reshape(outputs, -1, *a_nI.shape[1:]) for a_nI, _ in pairs], axis=1)
     bs_RO = [jnp.concatenate(list(b_RO)) for b_RO in zip(*(bs_RO for _, bs_RO in pairs), strict=True)]
-    return a_nI.reshape(-1, a_nI.shape[2]), bs_RO
+    return a_nI.reshape(-1, *a_nI.shape[2:]), bs_RO
 
 
 @jax.named_scope("lora")

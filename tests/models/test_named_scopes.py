@@ -20,7 +20,8 @@ from jax_client.engine.train import packing
 from jax_client.engine.train.programs import TrainPrograms
 from jax_client.losses import registry
 from jax_client.models.config import ModelConfig
-from jax_client.models.decoder import ParamSpec, param_specs
+from jax_client.models.decoder import param_specs
+from jax_client.models.specs import ParamSpec
 from jax_client.models.parts import attention
 from jax_client.sharding import make_mesh
 from jax_client.values import LoraSpec, TrainExample
@@ -78,12 +79,12 @@ def sample_programs() -> tuple[SamplePrograms, dict[str, Any]]:
     return programs, programs.new_pool(1, 8)
 
 
-def unrolled(stacks: Any) -> list[Any]:
+def unrolled(stacks: Any) -> dict[str, list[Any]]:
     """Return the layers' parameters apart, as one CPU takes them."""
     cut = lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=a.sharding)  # noqa: E731
     layer = jax.tree.map(cut, stacks)
-    layer["gate_up_L2DF"] = (jax.tree.map(cut, layer["gate_up_L2DF"]),) * 2
-    return [layer] * CONFIG.n_layers
+    layer["dense"]["gate_up_L2DF"] = (cut(layer["dense"]["gate_up_L2DF"]),) * 2
+    return {kind: [leaves] * CONFIG.n_layers for kind, leaves in layer.items()}
 
 
 def prefill(params: Any) -> jax.stages.Lowered:

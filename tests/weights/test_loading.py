@@ -34,7 +34,7 @@ def test_every_tensor_reaches_its_place(family: str, n_shards: int, tmp_path: Pa
     specs = param_specs(found, np.dtype("float32"))
     jax.tree.map(lambda x, s: (x.shape, x.dtype) == (s.shape, s.dtype) or pytest.fail(str(s)), params, specs)
     K, G, H = found.n_kv_heads, found.group, found.head_dim
-    layers = params["layers"]
+    layers = params["layers"]["attention"] | params["layers"]["dense"]
     qkv_LDKJH = layers["qkv_LDO"].reshape(found.n_layers, found.d_model, K, G + 2, H)
     for i in range(found.n_layers):
         attn, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
@@ -55,8 +55,8 @@ def test_every_tensor_reaches_its_place(family: str, n_shards: int, tmp_path: Pa
         np.testing.assert_array_equal(layers["gate_up_L2DF"][i, 0], t[mlp + "gate_proj.weight"].T)
         np.testing.assert_array_equal(layers["gate_up_L2DF"][i, 1], t[mlp + "up_proj.weight"].T)
         np.testing.assert_array_equal(layers["down_LFD"][i], t[mlp + "down_proj.weight"].T)
-        for leaf, name in (("attn_norm_LD", "input_layernorm"), ("mlp_norm_LD", "post_attention_layernorm")):
-            np.testing.assert_array_equal(layers[leaf][i], t[f"model.layers.{i}.{name}.weight"])
+        for kind, name in (("attention", "input_layernorm"), ("dense", "post_attention_layernorm")):
+            np.testing.assert_array_equal(params["layers"][kind]["norm_LD"][i], t[f"model.layers.{i}.{name}.weight"])
         if found.qk_norm:
             np.testing.assert_array_equal(layers["q_norm_LH"][i], t[attn + "q_norm.weight"])
             np.testing.assert_array_equal(layers["k_norm_LH"][i], t[attn + "k_norm.weight"])
@@ -73,9 +73,9 @@ def test_dtypes_are_converted_once(stored: Any, wanted: str, tmp_path: Path) -> 
     t = {name: x.astype(stored) for name, x in hf_tensors(config()).items()}
     params = load(write_hf(tmp_path / "m", config(), t), wanted)
     assert params["embed_VD"].dtype == wanted
-    assert params["final_norm_D"].dtype == params["layers"]["attn_norm_LD"].dtype == np.float32
+    assert params["final_norm_D"].dtype == params["layers"]["attention"]["norm_LD"].dtype == np.float32
     down = t["model.layers.1.mlp.down_proj.weight"].astype(wanted).T
-    np.testing.assert_array_equal(params["layers"]["down_LFD"][1], down)
+    np.testing.assert_array_equal(params["layers"]["dense"]["down_LFD"][1], down)
 
 
 SHARDED = """
@@ -88,7 +88,7 @@ one = load_params(found, read_config(found), "float32", make_mesh("auto", jax.de
 for axes in ("auto", {"fsdp": 4, "tensor": 2}, {"data": 4, "tensor": 2}):
     many = load_params(found, read_config(found), "float32", make_mesh(axes))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), many, one)
-    sizes = {s.data.size for s in many["layers"]["gate_up_L2DF"].addressable_shards}
+    sizes = {s.data.size for s in many["layers"]["dense"]["gate_up_L2DF"].addressable_shards}
     print(len(jax.devices()), sizes)
 """
 

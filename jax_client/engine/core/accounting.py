@@ -8,11 +8,15 @@ limit is what the device would need for them at its measured matmul rate, with w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from jax_client.models.config import ModelConfig
-from jax_client.models.parts.block import Remat
+from jax_client.models.lora_arrays import flatten, lora_arrays
+from jax_client.models.parts.kind import Remat
+from jax_client.models.parts.self_attention import ATTENTION
+from jax_client.models.plan import count, layers
 from jax_client.values import LoraSpec
 
 
@@ -67,19 +71,14 @@ class Work:
 
 def flops(c: ModelConfig, spec: LoraSpec, lengths: Sequence[int], remat: Remat) -> tuple[float, float]:
     """Return the useful FLOPs of forward_backward over sequences of these lengths, and those with recomputation."""
-    D, F, N, K, H, R = c.d_model, c.d_ff, c.n_heads, c.n_kv_heads, c.head_dim, spec.rank
-    qkv, o, gate_up, down = D * (N + 2 * K) * H, N * H * D, 2 * D * F, F * D
-    adapters = 0
-    if spec.train_attn:
-        adapters += R * (D + N * H) * 2 + R * (D + K * H) * 2
-    if spec.train_mlp:
-        adapters += R * (D + F) * 3
-    adapters = adapters * c.n_layers + (R * (D + c.vocab_size) if spec.train_unembed else 0)
-    frozen = c.n_layers * (qkv + o + gate_up + down) + D * c.vocab_size
+    parts = [kind.multiply_adds(c) for layer in layers(c) for kind in layer]
+    every, selective, full = (sum(part[i] for part in parts) for i in range(3))
+    frozen = every + c.d_model * c.vocab_size
+    adapters = sum(math.prod(array.shape) for array in flatten(lora_arrays(c, spec)).values())
     tokens = sum(lengths)
-    attention = sum(2 * n * n * N * H for n in lengths) * c.n_layers
+    attention = sum(2 * n * n * c.n_heads * c.head_dim for n in lengths) * count(c, ATTENTION)
     useful = tokens * (4 * frozen + 6 * adapters) + 3 * attention
-    recomputed_matmuls = {"none": 0, "selective": gate_up, "full": qkv + o + gate_up}[remat] * c.n_layers
+    recomputed_matmuls = {"none": 0, "selective": selective, "full": full}[remat]
     # The backward pass of attention recomputes its scores, whatever is kept.
     recomputed = tokens * (2 * recomputed_matmuls + (2 * adapters if remat == "full" else 0)) + 0.5 * attention
     return float(useful), float(useful + recomputed + (attention if remat == "full" else 0))

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax_client.engine.core.accounting import Work
 from jax_client.errors import BadRequestError, RequestFailedError
 from jax_client.models.config import ModelConfig
-from jax_client.models.decoder import ParamSpec
+from jax_client.models.specs import ParamSpec
 from jax_client.models.lora_arrays import (
     LARGEST_WEIGHT,
     AdapterTree,

@@ -23,9 +23,11 @@ from jax_client.engine.core import adapters
 from jax_client.errors import DoesNotFitError
 from jax_client.losses.logprob_head import Blocks
 from jax_client.models.config import ModelConfig
-from jax_client.models.decoder import ParamSpec
+from jax_client.models.specs import ParamSpec
 from jax_client.models.kernels.blockwise import LARGE_BLOCK
-from jax_client.models.parts.block import SAVED_FOR_BACKWARD, Remat
+from jax_client.models.parts.block import saved_for_backward
+from jax_client.models.parts.kind import Remat
+from jax_client.models.plan import kinds, layers
 from jax_client.sharding import Device, sharding_for
 from jax_client.values import LoraSpec
 
@@ -127,6 +129,12 @@ def tree_bytes(specs: Any, mesh: Mesh) -> int:
     return sum(math.prod(shape) * spec.dtype.itemsize for spec, shape in shards)
 
 
+def live_widths(c: ModelConfig) -> tuple[int, int]:
+    """Return the hidden width and that of all query heads, as wide as arrays get while a layer runs."""
+    hidden, heads = (max(kind.live(c)[i] for kind in kinds(c)) for i in range(2))
+    return hidden, heads
+
+
 def activation_bytes_per_token(c: ModelConfig, dtype: jnp.dtype, remat: Remat, tensor: int = 1) -> int:
     """Return what a training pass keeps per token between forward and backward, all layers together.
 
@@ -136,9 +144,12 @@ def activation_bytes_per_token(c: ModelConfig, dtype: jnp.dtype, remat: Remat, t
         c, dtype, remat: the model, the matmul type, what is kept.
         tensor: ways that heads and hidden widths are split.
     """
-    heads, kv, wide = c.n_heads * c.head_dim // tensor, c.n_kv_heads * c.head_dim // tensor, c.d_ff // tensor
-    widths = {"x": c.d_model, "q": heads, "k": kv, "v": kv, "o": heads, "x2": c.d_model, "gate": wide, "up": wide}
-    return c.n_layers * sum(widths.get(name, 0) for name in SAVED_FOR_BACKWARD[remat]) * dtype.itemsize
+    per_layer = 0
+    for layer in layers(c):
+        for kind, names in zip(layer, saved_for_backward(layer, remat), strict=True):
+            widths = kind.widths(c, tensor)
+            per_layer += sum(widths.get(name, 0) for name in names)
+    return per_layer * dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,7 +194,7 @@ class PassMemory:
         gathered = tokens * targets * c.d_model * (4 + size) if targets > 1 else 0
         gradients = 2 * self.adapter(spec)
         if self.on_cpu:
-            layer = c.d_ff * 6 + c.d_model * 6 + c.n_heads * c.head_dim * 6  # float32, while one layer runs backwards
+            layer = 6 * (sum(live_widths(c)) + c.d_model)  # float32, while one layer runs backwards
             chunk, entries = self.blocks.tokens(tokens), self.blocks.entries
             return {
                 "activations": tokens * self.activations(remat),
@@ -200,12 +211,13 @@ class PassMemory:
 
     def kept(self, remat: Remat, tokens: int, spec: LoraSpec) -> int:
         """Return what is kept of the layers: what their backward pass reads, the adapters' u, attention's sums."""
-        c, names = self.config, SAVED_FOR_BACKWARD[remat]
-        us = {"u_qkv": 3 * spec.train_attn, "u_o": spec.train_attn, "u_gate_up": 2 * spec.train_mlp}
-        us["u_down"] = int(spec.train_mlp)
-        u = spec.rank * sum(us.get(name, 0) for name in names) * self.dtype.itemsize
-        sums = 4 * c.n_heads // self.mesh.shape["tensor"] if "attention" in names else 0
-        return tokens * (self.activations(remat) + c.n_layers * (u + sums))
+        size, sums = self.dtype.itemsize, 4 * self.config.n_heads // self.mesh.shape["tensor"]
+        beside = 0
+        for layer in layers(self.config):
+            for kind, names in zip(layer, saved_for_backward(layer, remat), strict=True):
+                us = kind.us if getattr(spec, kind.flag) else {}
+                beside += size * spec.rank * sum(us.get(name, 0) for name in names) + sums * ("attention" in names)
+        return tokens * (self.activations(remat) + beside)
 
     def temporaries(self, remat: Remat, tokens: int) -> dict[str, int]:
         """Return what a forward and a backward pass have beside their arguments and results, on an accelerator.
@@ -214,12 +226,13 @@ class PassMemory:
         or what the head has; or blocks of attention's scores.
         """
         c, tensor, platform = self.config, self.mesh.shape["tensor"], _accelerator(self.mesh)
-        widths = c.d_ff / tensor, c.n_heads * c.head_dim / tensor, c.d_model
+        hidden, heads = live_widths(c)
+        widths = hidden / tensor, heads / tensor, c.d_model
         live = lambda name: (  # noqa: E731
             4 * tokens * sum(n * width for n, width in zip(LIVE_ARRAYS[platform][name], widths, strict=True))
         )
         # A TPU's matmuls use gathered weights part by part.
-        beside = -VECTOR_MEMORY if platform == "tpu" else self._copies(c.d_ff // tensor)
+        beside = -VECTOR_MEMORY if platform == "tpu" else self._copies(hidden // tensor)
         forward, backward = self._head(tokens)
         forward, backward = max(forward, live("forward") + beside), max(backward, live(remat) + beside)
         if self.attention == "blockwise":
@@ -272,7 +285,7 @@ def decode_temporaries(
     near = VECTOR_MEMORY if _accelerator(mesh) == "tpu" else 0
     logits = int(max(FEWEST_LOGIT_ARRAYS * scores, LOGIT_ARRAYS * scores - near))
     copied = _accelerator(mesh) == "gpu" or (mesh.shape["fsdp"] > 1 and not whole)
-    return adapter + max(3 * c.d_ff * c.d_model // tensor * size * copied, logits)
+    return adapter + max(3 * live_widths(c)[0] * c.d_model // tensor * size * copied, logits)
 
 
 def _accelerator(mesh: Mesh) -> Literal["tpu", "gpu"]:

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from jax_client.models.config import ModelConfig
+from jax_client.models.parts.self_attention import ATTENTION
+from jax_client.models.plan import count
 
 PAGE = 32
 CACHE_SHARE = 0.4  # of the free memory that the pages may take
@@ -27,7 +29,7 @@ _Key = tuple[int, bytes]
 
 def page_bytes(c: ModelConfig, dtype: DTypeLike) -> int:
     """Return the bytes of one page, all layers together, on all devices that share it."""
-    return 2 * c.n_layers * c.n_kv_heads * c.head_dim * PAGE * np.dtype(dtype).itemsize
+    return 2 * count(c, ATTENTION) * c.n_kv_heads * c.head_dim * PAGE * np.dtype(dtype).itemsize
 
 
 def most_pages(max_context: int, tokens: int) -> int:

@@ -37,8 +37,11 @@ from jax_client.models.kernels.cache import PagedAttention
 from jax_client.models.layers import contract, from_bits, rms_norm
 from jax_client.models.lora_arrays import lora_arrays
 from jax_client.models.parts.attention import Attention
-from jax_client.models.parts.block import Context, MixedLinears, layer_forward, mixed_pairs
-from jax_client.models.parts.lora import Pair
+from jax_client.models.parts.block import layer_forward
+from jax_client.models.parts.kind import Context, Kind
+from jax_client.models.parts.linears import MixedLinears
+from jax_client.models.parts.self_attention import ATTENTION
+from jax_client.models.plan import count
 from jax_client.models.transformer import context
 from jax_client.sharding import sharding_for
 from jax_client.values import LoraSpec
@@ -86,7 +89,7 @@ class SamplePrograms:
         self._accelerator = mesh.devices.flat[0].platform != "cpu"
         stored, copied = param_specs(config, dtype), whole_specs(config, dtype)
         self._specs, self._whole_specs = partition_specs(stored, mesh), partition_specs(copied, mesh)
-        self._split_vocabulary = "tensor" in (Base({}, self._specs).head_spec[0] or ())
+        self._split_vocabulary = "tensor" in (Base(config, {}, self._specs).head_spec[0] or ())
         versions = lambda loras: f", {len(loras)} adapters" if len(loras) > 1 else ", 1 adapter" if loras else ""  # noqa: E731
         tiles = lambda _, loras, __, batch: "{}x{} tokens".format(*batch["tokens"].shape[1:]) + versions(loras)  # noqa: E731
         rows = lambda _, loras, __, batch: f"{batch['state'].shape[1]} rows" + versions(loras)  # noqa: E731
@@ -112,7 +115,7 @@ class SamplePrograms:
         c, found = self._config, {}
         kind = np.dtype(np.uint16) if self._dtype == jnp.bfloat16 and not self._accelerator else self._dtype
         for name, token in self.paged.token_shapes(c.n_kv_heads, c.head_dim).items():
-            shape = (ways, c.n_layers, pages, PAGE, *token)
+            shape = (ways, count(c, ATTENTION), pages, PAGE, *token)
             found[name] = jax.ShapeDtypeStruct(shape, kind, sharding=self._pool_sharding(shape))
         return found
 
@@ -128,7 +131,7 @@ class SamplePrograms:
         def run(params: Params, loras: tuple[Weights, ...], pool: Pool, batch: Batch) -> Any:
             base_specs = self._whole_specs if WHOLE in params else self._specs
             params = params.get(WHOLE, params)
-            on_device = lambda params, *others: body(Base(params, base_specs), *others)  # noqa: E731
+            on_device = lambda params, *others: body(Base(self._config, params, base_specs), *others)  # noqa: E731
             if self._mesh.size == 1:
                 return on_device(params, loras, pool, batch)
             rows = PartitionSpec(("data", "fsdp"))
@@ -195,7 +198,7 @@ class SamplePrograms:
             return self.paged.attend(*qkv, pool, table, page, position_tS, self._dtype)
 
         x_tSD = self._shards.rows_of(base.params["embed_VD"], base.specs["embed_VD"], batch["tokens"])
-        layers = base, self._pairs(base, loras)
+        layers = base, base.pairs(loras, self._dtype)
         x_tSD, pool = self._through_layers(layers, scale_MV, c, attend, x_tSD, pool)
         h_ND = rms_norm(x_tSD, base.params["final_norm_D"], self._config.norm_eps).reshape(t * S, -1)
         scores = self._scores(base, loras, h_ND, scale_MV, batch)
@@ -268,7 +271,7 @@ class SamplePrograms:
         flat["done"] = (flat["done"] > 0) | (flat["count"] >= flat["max_tokens"])
         pool = self._copy_pages(pool, jnp.stack([flat.pop("copy_from"), flat.pop("copy_to")], axis=-1))
         # Before the loop, as it is the same at every step.
-        layers = base, self._pairs(base, loras)
+        layers = base, base.pairs(loras, self._dtype)
         any_top, R = jnp.any(flat["top"]), len(flat["token"])
         likeliest = min(MAX_TOPK_SAMPLE, self._config.vocab_size)
 
@@ -319,15 +322,6 @@ class SamplePrograms:
         state = [row.get(name, nothing_R).astype(jnp.int32) for name in STATE]
         return pool, jax.tree.map(lambda a: a[None], out), jnp.stack(state, axis=-1)[None]
 
-    def _pairs(self, base: Base, loras: tuple[Weights, ...]) -> Any:
-        """Return the layers' pairs of all adapters: stacks of them, or on one CPU a list."""
-        if isinstance(base.params["layers"], list):
-            cut = lambda i: [_cut(lora["layers"], i) for lora in loras]  # noqa: E731
-            return [mixed_pairs(cut(i), self._dtype) for i in range(self._config.n_layers)]
-        if not loras:
-            return {}
-        return jax.vmap(lambda *adapters: mixed_pairs(adapters, self._dtype))(*(lora["layers"] for lora in loras))
-
     def _through_layers(
         self,
         layers: tuple[Base, Any],
@@ -339,37 +333,29 @@ class SamplePrograms:
     ) -> tuple[jax.Array, Pool]:
         """Return the residual stream after all layers, and the pool with what they have stored.
 
-        Stacks of layers are scanned, so that none of them exists twice. A list is unrolled; the layer is traced once
-        for all of it: tracing, which one thread does, took as long as a third of XLA's work.
+        A layer is traced once for all that are like it: tracing, which one thread does, took as long as a third of XLA's
+        work.
         """
-        base, of_layers = layers
+        base, pairs_of = layers
         P = next(iter(pool.values())).shape[2]
 
-        @jax.jit
+        @partial(jax.jit, static_argnums=0)
         def layer(
-            x_BTD: jax.Array, w: Params, pairs: dict[str, Pair], pages: Pool, i: jax.Array
+            kinds: tuple[Kind, ...], x_BTD: jax.Array, ws: Any, pairs: Any, pages: Pool, i: jax.Array
         ) -> tuple[jax.Array, Pool]:
             def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Pool]:
                 return attend(q, k.astype(self._dtype), v.astype(self._dtype), pool=pages, first=i * P)
 
-            linears = MixedLinears(pairs, scale_MV, self._dtype, self._shards.total, accelerator=self._accelerator)
-            y_BTD, _, pages = layer_forward(x_BTD, w, linears, c, attention)
+            options: Any = {"accelerator": self._accelerator}
+            linears = [MixedLinears(own, scale_MV, self._dtype, self._shards.total, **options) for own in pairs]
+            y_BTD, _, pages = layer_forward(x_BTD, kinds, ws, linears, c, attention)
             return y_BTD, pages
 
+        def run(kinds: tuple[Kind, ...], carry: Any, ws: Any, pairs: Any, i: jax.Array) -> tuple[jax.Array, Pool]:
+            return layer(kinds, carry[0], ws, pairs, carry[1], i)
+
         carry = x_BTD, {name: a.reshape(-1, *a.shape[3:]) for name, a in pool.items()}
-        if isinstance(of_layers, list):
-            for i, (w, pairs) in enumerate(zip(from_bits(base.params["layers"]), of_layers, strict=True)):
-                with jax.named_scope(f"layer_{i}"):
-                    carry = layer(carry[0], w, pairs, carry[1], jnp.int32(i))
-        else:
-
-            def one(carry: Any, xs: Any) -> tuple[Any, None]:
-                i, pairs = xs
-                w = base.layer(i, self._shards.whole)
-                with jax.named_scope("layer"):
-                    return layer(carry[0], w, pairs, carry[1], i), None
-
-            carry, _ = jax.lax.scan(one, carry, (jnp.arange(self._config.n_layers, dtype=jnp.int32), of_layers))
+        carry = base.each_layer(run, carry, pairs_of, self._shards.whole)
         return carry[0], {name: a.reshape(pool[name].shape) for name, a in carry[1].items()}
 
     @jax.named_scope("copy_pages")
@@ -415,11 +401,6 @@ class SamplePrograms:
             return jax.lax.dynamic_update_slice_in_dim(logits_NV, part_NV, start, axis=1)
 
         return jax.lax.fori_loop(0, -(-V // size), block, jnp.zeros((len(h_ND), V)))
-
-
-def _cut(stacks: object, layer: int) -> Any:
-    """Return one layer of stacked arrays."""
-    return jax.tree.map(lambda a: a[layer], stacks)
 
 
 @jax.named_scope("top")

@@ -8,9 +8,11 @@ beside the cache. The copy goes with the cache, when the memory is needed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import itertools
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +20,18 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_client.engine.core import memory
+from jax_client.engine.core.adapters import Weights
 from jax_client.engine.core.device_errors import is_out_of_memory
 from jax_client.engine.core.programs import CompileRecord, Program
 from jax_client.engine.core.turns import Elsewhere, Task
 from jax_client.models.config import ModelConfig
-from jax_client.models.decoder import Params, ParamSpec, output_head_VD, param_specs
-from jax_client.models.layers import from_bits
+from jax_client.models.decoder import Params, output_head_VD, param_specs
+from jax_client.models.specs import ParamSpec
+from jax_client.models.layers import InStack, from_bits
+from jax_client.models.parts.kind import Kind
+from jax_client.models.parts.linears import mixed_pairs
+from jax_client.models.parts.self_attention import ATTENTION
+from jax_client.models.plan import Part, Segment, count, kinds, plan
 from jax_client.sharding import sharding_for
 from jax_client.threads import Workers
 
@@ -33,30 +41,99 @@ WHOLE_SHARE = 0.8
 WHOLE = "whole"
 
 
+Carry = TypeVar("Carry")
+# f(array, spec) -> array, with the parts of the other ways.
+Gather = Callable[[jax.Array, PartitionSpec], jax.Array]
+
+
 @dataclass(frozen=True, slots=True)
 class Base:
     """The base weights as one device has them, and how each is split over the mesh."""
 
+    config: ModelConfig
     params: Params
     specs: Any
 
-    def layer(self, i: jax.Array, gather: Callable[[jax.Array, PartitionSpec], jax.Array]) -> Params:
-        """Return layer i's weights out of the stacks.
+    def part(self, kind: Kind, place: jax.Array | int, gather: Gather) -> Any:
+        """Return the weights of one part of a layer.
 
         Gate and up are cut out one by one where a way has them whole: of a slice with both XLA makes a copy each step.
 
         Args:
-            i: int32.
+            kind: of the part.
+            place: int32, in the kind's stacks or its list.
             gather: `f(array, spec) -> array`, with the parts of the other ways.
         """
+        stacks, specs = self.params["layers"][kind.name], self.specs["layers"][kind.name]
+        if self.unrolled:
+            return from_bits(stacks[place])
         w: Params = {}
-        for name, stack in self.params["layers"].items():
-            spec = PartitionSpec(*self.specs["layers"][name][1:])
-            if name == "gate_up_L2DF" and not _by_way(spec):
-                w[name] = tuple(_half(stack, i, j) for j in range(2))
+        for name, stack in stacks.items():
+            spec = PartitionSpec(*specs[name][1:])
+            if name in kind.in_stack:
+                w[name] = InStack(stack, jnp.asarray(place))
+            elif name == "gate_up_L2DF" and not _by_way(spec):
+                w[name] = tuple(from_bits(_half(stack, place, j)) for j in range(2))
             else:
-                w[name] = gather(jax.lax.dynamic_index_in_dim(stack, i, keepdims=False), spec)
-        return from_bits(w)
+                w[name] = from_bits(gather(jax.lax.dynamic_index_in_dim(stack, place, keepdims=False), spec))
+        return w
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether each layer's weights are arrays of their own, for a program that unrolls the layers."""
+        return any(isinstance(stacks, list) for stacks in self.params["layers"].values())
+
+    def pairs(self, loras: tuple[Weights, ...], dtype: jnp.dtype) -> dict[str, Any]:
+        """Return the pairs of all adapters by kind of part: stacks of them, or a list as of the weights."""
+
+        def of_kind(kind: Kind) -> Any:
+            modules = kind.modules(self.config, 1)
+            every = [{name: pair for name, pair in lora["layers"].items() if name in modules} for lora in loras]
+            if self.unrolled:
+                entries = range(count(self.config, kind))
+                return [mixed_pairs(kind, [_cut(lora, i) for lora in every], dtype) for i in entries]
+            if not any(every):
+                return {}
+            return jax.vmap(lambda *adapters: mixed_pairs(kind, adapters, dtype))(*every)
+
+        return {kind.name: of_kind(kind) for kind in kinds(self.config)}
+
+    def each_layer(self, run: Callable[..., Carry], carry: Carry, pairs: Mapping[str, Any], gather: Gather) -> Carry:
+        """Return what `run` makes of `carry`, one layer after the other.
+
+        Stacks of layers are scanned, so that none of them exists twice. Lists are unrolled.
+
+        Args:
+            run: `f(kinds, carry, ws, pairs, i) -> carry` for the weights and the pairs of each part of a layer; i is
+                the layer's place among those that attend, int32.
+            carry: what the layers change.
+            pairs: as `pairs` returns them.
+            gather: as for `part`.
+        """
+        numbers = itertools.count()
+
+        def one(parts: tuple[Part, ...], carry: Carry, i: jax.Array | int) -> Carry:
+            cut = operator.getitem if self.unrolled else _cut
+            ws = [self.part(part.kind, part.place(i), gather) for part in parts]
+            own = [cut(pairs[part.kind.name], part.place(i)) for part in parts]
+            at = next((part.place(i) for part in parts if part.kind is ATTENTION), 0)
+            return run(tuple(part.kind for part in parts), carry, ws, own, jnp.asarray(at, jnp.int32))
+
+        for segment in plan(self.config):
+            if self.unrolled:
+                for i, parts in itertools.product(range(segment.repeats), segment.layers):
+                    with jax.named_scope(f"layer_{next(numbers)}"):
+                        carry = one(parts, carry, i)
+                continue
+
+            def block(carry: Carry, i: jax.Array, segment: Segment = segment) -> tuple[Carry, None]:
+                for parts in segment.layers:
+                    with jax.named_scope("layer"):
+                        carry = one(parts, carry, i)
+                return carry, None
+
+            carry, _ = jax.lax.scan(block, carry, jnp.arange(segment.repeats, dtype=jnp.int32))
+        return carry
 
     @property
     def head_spec(self) -> PartitionSpec:
@@ -83,12 +160,14 @@ def sampling_params(params: Params) -> Params:
     if device.platform != "cpu" or len(devices) > 1:
         return params
     numbers = lambda a: a.view(jnp.bfloat16) if a.dtype == np.uint16 else a  # noqa: E731
-    stacks = {name: numbers(np.asarray(stack)) for name, stack in params["layers"].items()}
     view = lambda array: jax.device_put(array, device, may_alias=True)  # noqa: E731
-    layers = []
-    for i in range(len(stacks["down_LFD"])):
-        layers.append({name: view(stack[i]) for name, stack in stacks.items() if name != "gate_up_L2DF"})
-        layers[i]["gate_up_L2DF"] = tuple(view(half) for half in stacks["gate_up_L2DF"][i])
+
+    def of_kind(stacks: Mapping[str, jax.Array]) -> list[Params]:
+        arrays = {name: numbers(np.asarray(stack)) for name, stack in stacks.items()}
+        cut = lambda name, a: tuple(map(view, a)) if name == "gate_up_L2DF" else view(a)  # noqa: E731
+        return [{name: cut(name, a[i]) for name, a in arrays.items()} for i in range(len(arrays["norm_LD"]))]
+
+    layers = {name: of_kind(stacks) for name, stacks in params["layers"].items()}
     # Beside the embedding, whose rows are gathered, also where the two are one.
     return params | {"layers": layers, "unembed_VD": view(numbers(np.asarray(output_head_VD(params))))}
 
@@ -133,6 +212,11 @@ def _moved(model: ModelConfig, dtype: jnp.dtype) -> list[tuple[int, ParamSpec]]:
 def partition_specs(specs: Any, mesh: Mesh) -> Any:
     """Return the tree of how each parameter is split."""
     return jax.tree.map(lambda p: sharding_for(p.axes, p.shape, mesh).spec, specs, is_leaf=_is_spec)
+
+
+def _cut(stacks: Any, layer: jax.Array | int) -> Any:
+    """Return one layer of stacked arrays."""
+    return jax.tree.map(lambda a: a[layer], stacks)
 
 
 def _half(stack_L2DF: jax.Array, i: jax.Array, half: int) -> jax.Array:

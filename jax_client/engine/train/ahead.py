@@ -33,7 +33,7 @@ from jax_client.engine.train.programs import NO_ADAPTER, Batch, TrainPrograms
 from jax_client.engine.train.shapes import batch_shapes, loss_shape, step_shapes
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params
-from jax_client.models.parts.block import Remat
+from jax_client.models.parts.kind import Remat
 from jax_client.threads import Workers
 from jax_client.values import LoraSpec, TrainExample
 

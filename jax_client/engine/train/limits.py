@@ -13,7 +13,7 @@ from jax_client.engine.core.memory import PassMemory
 from jax_client.engine.train.packing import ROW_LENGTHS, Limits
 from jax_client.models.kernels.blockwise import SHORT_ROW
 from jax_client.models.parts.attention import Attention
-from jax_client.models.parts.block import Remat
+from jax_client.models.parts.kind import Remat
 from jax_client.values import LoraSpec
 
 # Of what the weights, the cache and the adapter leave, what a training pass may take on an accelerator.

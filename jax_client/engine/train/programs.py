@@ -25,7 +25,7 @@ from jax_client.losses.logprob_head import Blocks, Order, head_backward, head_fo
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, output_head_VD
 from jax_client.models.parts.attention import Attention
-from jax_client.models.parts.block import Remat, Saved
+from jax_client.models.parts.kind import Remat, Saved
 from jax_client.models.transformer import backward_pass, context, forward_pass
 from jax_client.sharding import split_rows
 

@@ -40,7 +40,7 @@ from jax_client.losses import registry
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params
 from jax_client.models.parts.attention import Attention
-from jax_client.models.parts.block import Remat
+from jax_client.models.parts.kind import Remat
 from jax_client.sharding import put_rows, put_whole
 from jax_client.threads import Workers
 from jax_client.values import LoraSpec, TrainExample

@@ -17,13 +17,14 @@ from numpy.typing import DTypeLike
 
 from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
-from jax_client.models.decoder import Params, ParamSpec, param_specs
+from jax_client.models.decoder import Params, param_specs
+from jax_client.models.specs import ParamSpec
 from jax_client.models.families.registry import config_from_hf
 from jax_client.sharding import sharding_for
 from jax_client.threads import Workers
 from jax_client.weights.read import hf, safetensors
 from jax_client.weights.read.gguf import GgufReader, as_hf_config, read_gguf
-from jax_client.weights.read.names import Part, expected_tensors, leaf_parts
+from jax_client.weights.read.names import Part, expected_tensors, leaf_parts, numbers
 from jax_client.weights.read.progress import Counter
 from jax_client.weights.read.source import ModelSource
 from jax_client.weights.read.tensors import TensorReader, check_tensors
@@ -75,15 +76,16 @@ def load_params(
         UnsupportedError: a tensor dtype that is not read.
     """
     reader = open_tensors(source)
-    check_tensors(reader, expected_tensors(config), tied=config.tied_embeddings, where=str(source.path))
-    leaves = leaf_parts(config)
+    check_tensors(reader, expected_tensors(config, reader.tensors), tied=config.tied_embeddings, where=str(source.path))
+    leaves = leaf_parts(config, reader.tensors)
     specs = param_specs(config, np.dtype(dtype))
     counter = Counter("loading", sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(specs)))
     with Workers("jax_client-read", min(8, os.cpu_count() or 1)) as pool:
 
         def build(key_path: Sequence[Any], spec: ParamSpec) -> jax.Array:
             path = tuple(key.key for key in key_path)
-            return _build_leaf(".".join(path), spec, leaves[path], reader, mesh, pool, bits, counter)
+            job = leaves[path], numbers(path, config)
+            return _build_leaf(".".join(path), spec, *job, reader, mesh, pool, bits, counter)
 
         return jax.tree_util.tree_map_with_path(build, specs)
 
@@ -92,6 +94,7 @@ def _build_leaf(
     name: str,
     spec: ParamSpec,
     parts: Sequence[Part],
+    layers: Sequence[int],
     reader: TensorReader,
     mesh: Mesh,
     pool: Workers,
@@ -107,15 +110,15 @@ def _build_leaf(
     views = {_apart(b, parts[0].apart): a.reshape(_sizes(_apart(b, parts[0].apart))) for b, a in buffers.items()}
 
     def fill(job: tuple[int, Part]) -> None:
-        layer, part = job
-        tensor_name = part.name.format(layer=layer)
+        entry, part = job
+        tensor_name = part.name.format(layer=layers[entry])
         x = part.arrange(reader.read(tensor_name))
         for bounds, buffer in views.items():
             if stacked:
                 (first, end), bounds = bounds[0], bounds[1:]
-                if not first <= layer < end:
+                if not first <= entry < end:
                     continue
-                buffer = buffer[layer - first]
+                buffer = buffer[entry - first]
             if not _copy_overlap(buffer, bounds, x, part):
                 raise BadRequestError(
                     f"{reader.tensors[tensor_name].file}: tensor {tensor_name} holds values that are not finite in "
@@ -123,9 +126,8 @@ def _build_leaf(
                 )
         counter.add(x.size * spec.dtype.itemsize)
 
-    layers = range(spec.shape[0] if stacked else 1)
     # list() is what lets a worker's exception out.
-    pool.map(fill, [(layer, part) for layer in layers for part in parts])
+    pool.map(fill, [(entry, part) for entry in range(len(layers)) for part in parts])
     if bits and spec.dtype.name == "bfloat16":
         buffers = {bounds: buffer.view(np.uint16) for bounds, buffer in buffers.items()}
     array = jax.make_array_from_callback(spec.shape, sharding, lambda index: buffers[_bounds(index or (), spec.shape)])

@@ -1,0 +1,37 @@
+"""What is a Qwen3 mixture of experts? A Qwen3 with experts in place of the MLP of all layers, or of some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_client.errors import BadRequestError
+from jax_client.models.config import Experts, ModelConfig
+from jax_client.models.families.family import Family
+from jax_client.models.families.hf_config import refuse_sliding_window, refuse_unless, shared_fields
+
+
+def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
+    """Read a Qwen3-MoE config.json."""
+    refuse_unless(hf, where, "attention_bias", (None, False))
+    refuse_sliding_window({"use_sliding_window": False, **hf}, where)
+    fields = shared_fields(hf, where)
+    # Two spellings: transformers 5 writes the second. A model without experts is a dense Qwen3 under a wrong name.
+    count = hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"]
+    step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+    if isinstance(step, bool) or not isinstance(step, int) or step < 1:
+        raise BadRequestError(f"{where}: decoder_sparse_step is {step!r}; it must be an integer from 1 on.")
+    layers = range(fields["n_layers"])
+    if not isinstance(dense, list) or not set(dense) <= set(layers):
+        raise BadRequestError(f"{where}: mlp_only_layers is {dense!r}; it must list layers in 0..{len(layers) - 1}.")
+    experts = Experts(
+        count=count,
+        per_token=hf["num_experts_per_tok"],
+        d_ff=hf["moe_intermediate_size"],
+        normalized=bool(hf["norm_topk_prob"]),
+        dense_layers=frozenset(i for i in layers if i in dense or (i + 1) % step),
+    )
+    return ModelConfig(family="qwen3_moe", qk_norm=True, experts=experts, **fields)
+
+
+QWEN3_MOE = Family(name="qwen3_moe", architectures=("Qwen3MoeForCausalLM",), gguf=None, read=config_from_hf)

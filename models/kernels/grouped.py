@@ -1,0 +1,150 @@
+"""How do rows meet the matrices of the expert that each was sent to? Sorted by expert, in tiles of one expert.
+
+A token has k choices, each a row: S = M x k rows, sorted by expert. A tile is t successive rows that begin with one
+expert's; where they reach into the next expert's, the tile of that expert comes later and writes over them. So no row is
+dropped, none is padded, and no array has an axis of experts and one of tokens with a width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+Carry = TypeVar("Carry")
+FEWEST_ROWS, MOST_ROWS = 8, 256
+
+
+class Groups(NamedTuple):
+    """The rows of tokens, sorted by expert.
+
+    Attributes:
+        token_S: int32; the token of each row, with a tile's rows of padding behind them.
+        place_Mk: int32; the row of each choice.
+        start_E, size_E: int32; the first row of each expert, and how many it has.
+    """
+
+    token_S: jax.Array
+    place_Mk: jax.Array
+    start_E: jax.Array
+    size_E: jax.Array
+
+    @property
+    def tile(self) -> int:
+        """Rows of a tile."""
+        return len(self.token_S) - self.place_Mk.size
+
+    def sort(self, values_Mk: jax.Array) -> jax.Array:
+        """Return what each choice has by row (S,), with zeros for the padding."""
+        return jnp.zeros(len(self.token_S), values_Mk.dtype).at[self.place_Mk.ravel()].set(values_Mk.ravel())
+
+    def by_choice(self, rows_S: jax.Array) -> jax.Array:
+        """Return what each row has by choice (M, k, ...)."""
+        return rows_S[self.place_Mk]
+
+    def total(self, rows_SX: jax.Array, weight_Mk: jax.Array | None = None) -> jax.Array:
+        """Return the sum over a token's rows (M, X), float32, each times its weight."""
+        total_MX: Any = 0.0
+        for j in range(self.place_Mk.shape[1]):
+            row_MX = rows_SX[self.place_Mk[:, j]].astype(jnp.float32)
+            total_MX += row_MX if weight_Mk is None else row_MX * weight_Mk[:, j, None]
+        return total_MX
+
+
+class Tile(NamedTuple):
+    """Rows of one expert.
+
+    Attributes:
+        first: of its rows, int32.
+        token_t: int32; the token of each.
+        own_t: whether the row is the expert's; the others are the next one's, or padding.
+    """
+
+    first: jax.Array
+    token_t: jax.Array
+    own_t: jax.Array
+
+    def rows(self, array_SX: jax.Array) -> jax.Array:
+        """Return the tile's rows of an array."""
+        return jax.lax.dynamic_slice_in_dim(array_SX, self.first, len(self.token_t))
+
+    def put(self, array_SX: jax.Array, rows_tX: jax.Array) -> jax.Array:
+        """Return the array with these rows in the tile's place."""
+        return jax.lax.dynamic_update_slice_in_dim(array_SX, rows_tX.astype(array_SX.dtype), self.first, 0)
+
+    def add(self, total: jax.Array, expert: jax.Array, new: jax.Array) -> jax.Array:
+        """Return (R, E, F) sums with (R, F) added to those of an expert."""
+        old = jax.lax.dynamic_index_in_dim(total, expert, 1, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(total, old + new, expert, 1)
+
+
+def group(choice_Mk: jax.Array, experts: int) -> Groups:
+    """Sort the choices of tokens by expert.
+
+    Args:
+        choice_Mk: int32 in [0, experts]; `experts` itself is for none, whose rows are in no tile.
+        experts: how many there are.
+    """
+    S = choice_Mk.size
+    order_S = jnp.argsort(choice_Mk.ravel(), stable=True).astype(jnp.int32)
+    place_S = jnp.zeros(S, jnp.int32).at[order_S].set(jnp.arange(S, dtype=jnp.int32))
+    size_E = jnp.bincount(choice_Mk.ravel(), length=experts).astype(jnp.int32)
+    start_E = jnp.cumsum(size_E) - size_E
+    token_S = jnp.pad(order_S // choice_Mk.shape[1], (0, _tile_rows(S, experts)))
+    return Groups(token_S, place_S.reshape(choice_Mk.shape), start_E, size_E)
+
+
+def _tile_rows(rows: int, experts: int) -> int:
+    """Return the rows of a tile: about those that an expert has, so that its matrices are read once."""
+    return min(MOST_ROWS, max(FEWEST_ROWS, 1 << (-(-rows // experts) - 1).bit_length()))
+
+
+def for_tiles(
+    groups: Groups,
+    cut: Callable[[jax.Array], Any],
+    body: Callable[[Carry, jax.Array, Any, Tile], Carry],
+    carry: Carry,
+    *,
+    on_cpu: bool,
+) -> Carry:
+    """Return what `body` makes of `carry`, one tile after the other, in the order of their rows.
+
+    Args:
+        groups: of the rows.
+        cut: `f(expert) -> arrays`, the matrices of one expert.
+        body: `f(carry, expert, arrays, tile) -> carry`.
+        carry: what it changes.
+        on_cpu: take an expert's matrices once for all of its tiles, and only experts that have rows. Else the loop has
+            as many turns as there may be tiles: a GPU waits for the host after each turn of a loop whose length it
+            learns from an array. Turns beyond the last tile write into the padding.
+    """
+    t, E, S = groups.tile, len(groups.size_E), groups.place_Mk.size
+
+    def tile(e: jax.Array, first: jax.Array) -> Tile:
+        token_t = jax.lax.dynamic_slice_in_dim(groups.token_S, first, t)
+        return Tile(first, token_t, first + jnp.arange(t) < groups.start_E[e] + groups.size_E[e])
+
+    if on_cpu:
+        used_E = jnp.argsort(groups.size_E == 0, stable=True)
+
+        def expert(i: jax.Array, carry: Carry) -> Carry:
+            e = used_E[i]
+            arrays = cut(e)
+            turns = (groups.size_E[e] + t - 1) // t
+            one = lambda j, carry: body(carry, e, arrays, tile(e, groups.start_E[e] + j * t))  # noqa: E731
+            return jax.lax.fori_loop(0, turns, one, carry)
+
+        return jax.lax.fori_loop(0, jnp.sum(groups.size_E > 0), expert, carry)
+
+    most = S // t + min(E, S)
+    tiles_E = (groups.size_E + t - 1) // t
+    end_E = jnp.cumsum(tiles_E)
+
+    def turn(i: jax.Array, carry: Carry) -> Carry:
+        e = jnp.minimum(jnp.searchsorted(end_E, i, side="right"), E - 1).astype(jnp.int32)
+        first = groups.start_E[e] + (i - (end_E[e] - tiles_E[e])) * t
+        return body(carry, e, cut(e), tile(e, jnp.where(i < end_E[-1], first, S)))
+
+    return jax.lax.fori_loop(0, most, turn, carry)

@@ -1,0 +1,128 @@
+"""In which order do a model's layers run, and where are the weights of each?
+
+A layer is a tuple of kinds of parts. Each kind has its parameters in stacks over all layers that have it, in the
+model's order. The plan finds what repeats: a `Segment` is a block of a few layers that runs several times, so that
+compile time does not grow with depth.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import jax
+
+from jax_client.models.config import ModelConfig
+from jax_client.models.parts.dense import DENSE
+from jax_client.models.parts.kind import Kind
+from jax_client.models.parts.moe import MOE
+from jax_client.models.parts.self_attention import ATTENTION
+
+Index = TypeVar("Index", int, jax.Array)
+# Most layers of a block: its program is as large as they are.
+LONGEST_BLOCK = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """A part of a layer in a segment's block.
+
+    Attributes:
+        kind: what it computes.
+        start, stride: in run i of the block its arrays are those at start + i * stride of the kind's stacks.
+    """
+
+    kind: Kind
+    start: int
+    stride: int
+
+    def place(self, i: Index) -> Index:
+        """Return where its arrays are in run i of the block."""
+        return self.start + i * self.stride
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """A block of layers that runs `repeats` times, one run after the other."""
+
+    repeats: int
+    layers: tuple[tuple[Part, ...], ...]
+
+    def parts(self) -> Iterator[Part]:
+        """Give the parts of the block in order."""
+        for layer in self.layers:
+            yield from layer
+
+    def has_all(self, part: Part, c: ModelConfig) -> bool:
+        """Return whether the runs of this part are, in order, all that the kind's stacks hold."""
+        return part.start == 0 and part.stride == 1 and self.repeats == count(c, part.kind)
+
+
+@functools.cache
+def layers(c: ModelConfig) -> tuple[tuple[Kind, ...], ...]:
+    """Return the kinds of every layer's parts."""
+    sparse = set() if c.experts is None else set(range(c.n_layers)) - c.experts.dense_layers
+    return tuple((ATTENTION, MOE if i in sparse else DENSE) for i in range(c.n_layers))
+
+
+@functools.cache
+def kinds(c: ModelConfig) -> tuple[Kind, ...]:
+    """Return the kinds that a model has, each once, in the order in which they first run."""
+    return tuple({kind.name: kind for layer in layers(c) for kind in layer}.values())
+
+
+def count(c: ModelConfig, kind: Kind) -> int:
+    """Return how many layers have a kind, so how long its stacks are."""
+    return sum(layer.count(kind) for layer in layers(c))
+
+
+def hidden_widths(c: ModelConfig) -> tuple[int, ...]:
+    """Return the widths of the model's MLPs, which "tensor" splits."""
+    found = {DENSE: c.d_ff, MOE: 0 if c.experts is None else c.experts.d_ff}
+    return tuple(width for kind, width in found.items() if kind in kinds(c))
+
+
+def layers_of(c: ModelConfig, kind: Kind) -> tuple[int, ...]:
+    """Return the number of the layer of every entry of a kind's stacks."""
+    return tuple(i for i, layer in enumerate(layers(c)) for part in layer if part == kind)
+
+
+@functools.cache
+def plan(c: ModelConfig) -> tuple[Segment, ...]:
+    """Return the segments of a model, in order.
+
+    From each place on, the shortest block is taken that covers most layers by repeating; layers that do not repeat are
+    a segment each.
+    """
+    every, done, segments = layers(c), 0, []
+    seen: Counter[str] = Counter()
+    while done < len(every):
+        size, repeats = _longest_repetition(every, done)
+        block = every[done : done + size]
+        each, within = Counter(kind.name for layer in block for kind in layer), Counter(seen)
+        found = []
+        for layer in block:
+            parts = []
+            for kind in layer:
+                parts.append(Part(kind=kind, start=within[kind.name], stride=each[kind.name]))
+                within[kind.name] += 1
+            found.append(tuple(parts))
+        segments.append(Segment(repeats=repeats, layers=tuple(found)))
+        seen.update({name: n * repeats for name, n in each.items()})
+        done += size * repeats
+    return tuple(segments)
+
+
+def _longest_repetition(every: tuple[tuple[Kind, ...], ...], start: int) -> tuple[int, int]:
+    """Return the size of the block that covers most layers from `start` on by repeating, and how often it does."""
+    best = 1, 1
+    for size in range(1, min(LONGEST_BLOCK, len(every) - start) + 1):
+        block, repeats = every[start : start + size], 1
+        while every[start + repeats * size : start + (repeats + 1) * size] == block:
+            repeats += 1
+        if repeats > 1 and size * repeats > best[0] * best[1]:
+            best = size, repeats
+    return best

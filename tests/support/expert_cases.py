@@ -1,0 +1,209 @@
+"""Which mixtures of experts do the goldens describe, and what does torch say of them?
+
+Weights and data come from seeds. transformers computes the logprobs, and autograd the gradients: through weights with
+the adapter added to them, since peft trains another form of adapter on experts. An adapter's arrays are the engine's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_client.models.config import ModelConfig
+from jax_client.models.families.registry import config_from_hf
+from jax_client.models.lora_arrays import array_shapes
+from jax_client.models.parts.lora import LORA_ALPHA
+from jax_client.values import LoraSpec, TrainExample
+from support.golden_cases import ADAM, RANK, STEPS
+from support.weight_files import write_hf
+
+_BASE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [1],
+    "decoder_sparse_step": 1,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 256,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "qwen3_moe_mixed": _BASE,
+    "qwen3_moe_raw": _BASE
+    | {
+        "num_hidden_layers": 4,
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 2,
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+    },
+}
+SPEC = LoraSpec(rank=RANK, seed=0)
+# With these no token of the data has two experts of almost equal probability.
+SEEDS = {"qwen3_moe_mixed": 7, "qwen3_moe_raw": 8}
+
+
+def model_config(case: str) -> ModelConfig:
+    return config_from_hf(CASES[case], case)
+
+
+def tensors(case: str) -> dict[str, np.ndarray]:
+    """Return random weights under the names of a release, with the experts apart."""
+    c, rng = model_config(case), np.random.default_rng(SEEDS[case])
+    D, V, N, K, H = c.d_model, c.vocab_size, c.n_heads, c.n_kv_heads, c.head_dim
+    assert c.experts is not None
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    if not c.tied_embeddings:
+        shapes["lm_head.weight"] = (V, D)
+    for i in range(c.n_layers):
+        layer = f"model.layers.{i}."
+        heads = {"q": (N * H, D), "k": (K * H, D), "v": (K * H, D), "o": (D, N * H)}
+        shapes |= {f"{layer}self_attn.{name}_proj.weight": shape for name, shape in heads.items()}
+        shapes |= {f"{layer}self_attn.{name}_norm.weight": (H,) for name in "qk"}
+        shapes |= {f"{layer}{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
+        dense = i in c.experts.dense_layers
+        F, prefixes = (c.d_ff, [""]) if dense else (c.experts.d_ff, [f"experts.{e}." for e in range(c.experts.count)])
+        for prefix in prefixes:
+            mlp = {"gate": (F, D), "up": (F, D), "down": (D, F)}
+            shapes |= {f"{layer}mlp.{prefix}{name}_proj.weight": shape for name, shape in mlp.items()}
+        if not dense:
+            shapes[f"{layer}mlp.gate.weight"] = (c.experts.count, D)
+    scale = lambda name, x: 1 + 0.1 * x if "norm" in name else 0.25 * x  # noqa: E731
+    return {name: scale(name, rng.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+def fused(case: str) -> dict[str, np.ndarray]:
+    """Return the weights with the experts of a layer as one tensor, as some programs save them."""
+    c, found = model_config(case), tensors(case)
+    assert c.experts is not None
+    for i in set(range(c.n_layers)) - c.experts.dense_layers:
+        prefix = f"model.layers.{i}.mlp.experts."
+        of = {
+            name: np.stack([found.pop(f"{prefix}{e}.{name}_proj.weight") for e in range(c.experts.count)])
+            for name in ("gate", "up", "down")
+        }
+        found |= {f"{prefix}gate_up_proj": np.concatenate([of["gate"], of["up"]], axis=1)}
+        found |= {f"{prefix}down_proj": of["down"]}
+    return found
+
+
+def adapter(case: str) -> dict[str, np.ndarray]:
+    """Return an adapter's arrays by flat name, none of them zero."""
+    rng, arrays = np.random.default_rng(1), {}
+    for name, shape in array_shapes(model_config(case), SPEC).items():
+        arrays[name] = (rng.normal(size=shape) * (0.1 if name.endswith(".A") else 0.02)).astype(np.float32)
+    return arrays
+
+
+def data(case: str) -> list[TrainExample]:
+    """Return three ragged sequences; one is longer than a page of the sampler, and no multiple of it."""
+    rng, out = np.random.default_rng(2), []
+    for n in (9, 48, 14):
+        tokens = rng.integers(0, CASES[case]["vocab_size"], n + 1).astype(np.int32)
+        inputs = {"weights": rng.uniform(0, 2, n).astype(np.float32)}
+        out.append(TrainExample(tokens_T=tokens[:-1], targets=tokens[1:], inputs=inputs))
+    return out
+
+
+def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
+    """Return logprobs and gradients of the adapter before training, and logprobs after `STEPS` steps of AdamW."""
+    import torch
+    import transformers
+
+    path = write_hf(directory, CASES[case], tensors(case))
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    gaps: list[float] = []
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(lambda gate, args, _: gaps.append(_gap(args[0], gate.weight, CASES[case])))
+    base = dict(model.named_parameters())
+    lora = {name: torch.nn.Parameter(torch.from_numpy(array)) for name, array in adapter(case).items()}
+    rows = [{"tokens": torch.from_numpy(d.tokens_T), "targets": torch.from_numpy(d.targets)} for d in data(case)]
+    weights = [torch.from_numpy(d.inputs["weights"]) for d in data(case)]
+
+    def logprobs(row: dict[str, Any]) -> Any:
+        merged = _merged(model_config(case), base, lora, tied=model.config.tie_word_embeddings)
+        head = merged.pop("lm_head.weight")
+        h = torch.func.functional_call(model.model, _inner(merged), (row["tokens"][None].long(),), {"use_cache": False})
+        logits = h.last_hidden_state[0] @ head.T
+        return torch.log_softmax(logits, -1).gather(-1, row["targets"][:, None].long())[:, 0]
+
+    adam = torch.optim.AdamW(
+        list(lora.values()),
+        lr=ADAM["learning_rate"],
+        betas=(ADAM["beta1"], ADAM["beta2"]),
+        eps=ADAM["eps"],
+        weight_decay=ADAM["weight_decay"],
+    )
+    out: dict[str, np.ndarray] = {}
+    for step in range(STEPS):
+        found = [logprobs(row) for row in rows]
+        loss = -sum((w * p).sum() for w, p in zip(weights, found, strict=True))
+        loss.backward()
+        if step == 0:
+            out = {f"logprobs.{i}": p.detach().numpy() for i, p in enumerate(found)}
+            out |= {f"grad.{name}": np.asarray(p.grad).copy() for name, p in lora.items()}
+            out["loss"] = np.asarray(loss.detach())
+        torch.nn.utils.clip_grad_norm_(list(lora.values()), ADAM["grad_clip_norm"])
+        adam.step()
+        adam.zero_grad()
+    out |= {f"trained.{i}": logprobs(row).detach().numpy() for i, row in enumerate(rows)}
+    # Where two experts are that close, rounding chooses between them, and no tolerance holds.
+    assert min(gaps) > 1e-5, min(gaps)
+    return out
+
+
+def _gap(x: Any, router: Any, config: Mapping[str, Any]) -> float:
+    k = config["num_experts_per_tok"]
+    best = (x.detach().reshape(-1, x.shape[-1]) @ router.detach().T).softmax(-1).topk(k + 1).values
+    return float((best[:, k - 1] - best[:, k]).min())
+
+
+def _inner(merged: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("model."): value for name, value in merged.items()}
+
+
+def _merged(c: ModelConfig, base: Mapping[str, Any], lora: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+    """Return the model's parameters with the adapter added: W (out, in) + alpha / rank (A B)^T."""
+    import torch
+
+    s, merged = LORA_ALPHA / RANK, dict(base)
+    assert c.experts is not None
+    head = base["model.embed_tokens.weight"] if tied else base["lm_head.weight"]
+    merged["lm_head.weight"] = head + s * lora["unembed.B"].T @ lora["unembed.A"]
+    dense = sorted(c.experts.dense_layers)
+    for i in range(c.n_layers):
+        layer = f"model.layers.{i}."
+        for name in "qkvo":
+            a, b = (lora[f"{name}.{ab}"][i].reshape(RANK, -1) for ab in "AB")
+            merged[f"{layer}self_attn.{name}_proj.weight"] = base[f"{layer}self_attn.{name}_proj.weight"] + s * b.T @ a
+        if i in dense:
+            for name in ("gate", "up", "down"):
+                a, b = (lora[f"{name}.{ab}"][dense.index(i)] for ab in "AB")
+                merged[f"{layer}mlp.{name}_proj.weight"] = base[f"{layer}mlp.{name}_proj.weight"] + s * b.T @ a
+            continue
+        at = i - sum(d < i for d in dense)
+        of = {f"{name}.{ab}": lora[f"experts_{name}.{ab}"][at] for name in ("gate", "up", "down") for ab in "AB"}
+        both = [torch.einsum("ref,rd->efd", of[f"{name}.B"], of[f"{name}.A"]) for name in ("gate", "up")]
+        experts = f"{layer}mlp.experts."
+        merged[f"{experts}gate_up_proj"] = base[f"{experts}gate_up_proj"] + s * torch.cat(both, 1)
+        down = torch.einsum("rd,ref->edf", of["down.B"], of["down.A"])
+        merged[f"{experts}down_proj"] = base[f"{experts}down_proj"] + s * down
+    return merged
