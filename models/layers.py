@@ -41,6 +41,7 @@ def from_bits(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a, tree)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class InStack:
     """One layer's array, still in the stack of all layers (L, E, ...), bfloat16 perhaps as its bits.

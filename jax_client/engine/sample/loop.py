@@ -72,7 +72,7 @@ class SamplingLoop:
         background: Workers | None = None,
     ):
         self.lane = Lane(sampling=True)
-        self._weights = DecodeWeights(sampling_params(params), model, dtype, mesh, log)
+        self._weights = DecodeWeights(sampling_params(params, model), model, dtype, mesh, log)
         self._compilers = compilers
         self._model = model
         self._mesh = mesh

@@ -65,9 +65,10 @@ class Base:
             gather: `f(array, spec) -> array`, with the parts of the other ways.
         """
         stacks, specs = self.params["layers"][kind.name], self.specs["layers"][kind.name]
-        if self.unrolled:
-            return from_bits(stacks[place])
         w: Params = {}
+        if self.unrolled:
+            whole = lambda a: InStack(a[None], jnp.int32(0))  # noqa: E731
+            return {n: whole(a) if n in kind.in_stack else from_bits(a) for n, a in stacks[place].items()}
         for name, stack in stacks.items():
             spec = PartitionSpec(*specs[name][1:])
             if name in kind.in_stack:
@@ -147,7 +148,7 @@ class Base:
         return any(map(_by_way, specs))
 
 
-def sampling_params(params: Params) -> Params:
+def sampling_params(params: Params, model: ModelConfig) -> Params:
     """Return the parameters with each layer's in arrays of their own where that costs no memory: on one CPU.
 
     There the arrays are views of the stored ones, in bfloat16 instead of its bits where a matmul takes them. A program
@@ -162,12 +163,14 @@ def sampling_params(params: Params) -> Params:
     numbers = lambda a: a.view(jnp.bfloat16) if a.dtype == np.uint16 else a  # noqa: E731
     view = lambda array: jax.device_put(array, device, may_alias=True)  # noqa: E731
 
-    def of_kind(stacks: Mapping[str, jax.Array]) -> list[Params]:
-        arrays = {name: numbers(np.asarray(stack)) for name, stack in stacks.items()}
+    def of_kind(kind: Kind) -> list[Params]:
+        # Of what a program cuts a matrix out of, it cuts bits: XLA's CPU backend has no slices of bfloat16.
+        stacks = {name: np.asarray(stack) for name, stack in params["layers"][kind.name].items()}
+        arrays = {name: a if name in kind.in_stack else numbers(a) for name, a in stacks.items()}
         cut = lambda name, a: tuple(map(view, a)) if name == "gate_up_L2DF" else view(a)  # noqa: E731
         return [{name: cut(name, a[i]) for name, a in arrays.items()} for i in range(len(arrays["norm_LD"]))]
 
-    layers = {name: of_kind(stacks) for name, stacks in params["layers"].items()}
+    layers = {kind.name: of_kind(kind) for kind in kinds(model)}
     # Beside the embedding, whose rows are gathered, also where the two are one.
     return params | {"layers": layers, "unembed_VD": view(numbers(np.asarray(output_head_VD(params))))}
 
