@@ -19,9 +19,10 @@ from jax_client.host.slices import refuse_part_of_a_slice
 
 logger = logging.getLogger(__name__)
 
+ROWS = ("data", "fsdp", "expert")  # the mesh axes that split the rows of a batch
 # Logical axis -> mesh axes. A name that is absent is replicated.
 RULES: dict[str, tuple[str, ...]] = {
-    "rows": ("data", "fsdp", "expert"),
+    "rows": ROWS,
     "embed": ("fsdp",),
     "kv_heads": ("tensor",),
     "ffw": ("tensor",),
@@ -124,6 +125,11 @@ def sharding_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, n
     if len(used) != len(set(used)):
         raise BadRequestError(f"{name}: the logical axes {tuple(axes)} use a mesh axis twice: {used}.")
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def ways_of(mesh: Mesh) -> int:
+    """Return how many parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

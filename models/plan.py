@@ -21,7 +21,7 @@ from jax_client.models.parts.kind import Kind
 from jax_client.models.parts.moe import MOE
 from jax_client.models.parts.self_attention import ATTENTION
 
-Index = TypeVar("Index", int, jax.Array)
+Index = TypeVar("Index", int, jax.Array, "jax.Array | int")
 # Most layers of a block: its program is as large as they are.
 LONGEST_BLOCK = 8
 

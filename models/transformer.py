@@ -5,6 +5,7 @@ Each segment of the plan is scanned over its runs, so that compile time does not
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.layers import from_bits, rms_norm, rms_norm_backward, rope_table, to_bits
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.block import layer_backward, layer_forward, row_attention, saved_for_backward
-from jax_client.models.parts.kind import Context, Remat, Saved, Weights
+from jax_client.models.parts.kind import Context, Remat, Saved
 from jax_client.models.parts.linears import Linears
 from jax_client.models.parts.lora import Adapter
 from jax_client.models.plan import Segment, plan
@@ -100,6 +101,10 @@ def forward_pass(
     return rms_norm(x_BTD, params["final_norm_D"], c.config.norm_eps), saved
 
 
+def _add_at(place: jax.Array, total: jax.Array, new: jax.Array) -> jax.Array:
+    return total.at[place].add(new)
+
+
 def backward_pass(
     params: dict[str, Any],
     lora: Adapter,
@@ -131,9 +136,8 @@ def backward_pass(
                     if stacks.is_scanned(part):
                         new |= jax.tree.map(jnp.add, {module: whole[module] for module in own}, own)
                     else:
-                        total = total | jax.tree.map(
-                            lambda t, g, at=part.place(i): t.at[at].add(g), {m: total[m] for m in own}, own
-                        )
+                        add = partial(_add_at, part.place(i))
+                        total = total | jax.tree.map(add, {module: total[module] for module in own}, own)
                 dy_BTD = c.split_rows(dy_BTD)
             return (dy_BTD, total), new
 

@@ -31,9 +31,9 @@ from jax_client.engine.train.shapes import batch_shapes, loss_shape, step_shapes
 from jax_client.estimate import hlo
 from jax_client.models.config import ModelConfig, RopeScaling
 from jax_client.models.decoder import Params, param_specs
-from jax_client.models.specs import ParamSpec
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.kind import Remat
+from jax_client.models.specs import ParamSpec
 from jax_client.sharding import make_mesh, sharding_for
 from jax_client.values import LoraSpec
 

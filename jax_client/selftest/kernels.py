@@ -24,7 +24,7 @@ from jax_client.selftest import toy
 from jax_client.selftest.goldens import largest
 from jax_client.selftest.reference import attention, attention_backward
 from jax_client.selftest.row import Row, gap_row
-from jax_client.sharding import put_rows, put_whole
+from jax_client.sharding import put_rows, put_whole, ways_of
 
 DTYPES = ("float32", "bfloat16")
 ROW = 256  # tokens
@@ -195,4 +195,4 @@ def paged_gap(candidate: PagedAttention, mesh: Mesh, width: int, dtype: str) -> 
 
 
 def _rows(mesh: Mesh) -> int:
-    return 2 * mesh.shape["data"] * mesh.shape["fsdp"]
+    return 2 * ways_of(mesh)

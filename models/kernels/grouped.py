@@ -1,8 +1,8 @@
 """How do rows meet the matrices of the expert that each was sent to? Sorted by expert, in tiles of one expert.
 
 A token has k choices, each a row: S = M x k rows, sorted by expert. A tile is t successive rows that begin with one
-expert's; where they reach into the next expert's, the tile of that expert comes later and writes over them. So no row is
-dropped, none is padded, and no array has an axis of experts and one of tokens with a width.
+expert's; where they reach into the next expert's, the tile of that expert comes later and writes over them. So no row
+is dropped, none is padded, and no array has an axis of experts and one of tokens with a width.
 """
 
 from __future__ import annotations
@@ -18,39 +18,58 @@ FEWEST_ROWS, MOST_ROWS = 8, 256
 
 
 class Groups(NamedTuple):
-    """The rows of tokens, sorted by expert.
+    """The rows of tokens, sorted by expert; or of those one round, as many as a buffer holds.
 
     Attributes:
         token_S: int32; the token of each row, with a tile's rows of padding behind them.
-        place_Mk: int32; the row of each choice.
+        place_Mk: int32; the row of each choice. One that is not in [0, S) is in no tile.
         start_E, size_E: int32; the first row of each expert, and how many it has.
+        tile: rows of a tile.
     """
 
     token_S: jax.Array
     place_Mk: jax.Array
     start_E: jax.Array
     size_E: jax.Array
+    tile: int
 
     @property
-    def tile(self) -> int:
-        """Rows of a tile."""
-        return len(self.token_S) - self.place_Mk.size
+    def rows(self) -> int:
+        """S, without the padding."""
+        return len(self.token_S) - self.tile
 
     def sort(self, values_Mk: jax.Array) -> jax.Array:
         """Return what each choice has by row (S,), with zeros for the padding."""
-        return jnp.zeros(len(self.token_S), values_Mk.dtype).at[self.place_Mk.ravel()].set(values_Mk.ravel())
+        return jnp.zeros(len(self.token_S), values_Mk.dtype).at[self._inside()].set(values_Mk, mode="drop")
 
     def by_choice(self, rows_S: jax.Array) -> jax.Array:
-        """Return what each row has by choice (M, k, ...)."""
-        return rows_S[self.place_Mk]
+        """Return what each row has by choice (M, k); 0 for one that is in no tile."""
+        return rows_S.at[self._inside()].get(mode="fill", fill_value=0)
 
     def total(self, rows_SX: jax.Array, weight_Mk: jax.Array | None = None) -> jax.Array:
         """Return the sum over a token's rows (M, X), float32, each times its weight."""
-        total_MX: Any = 0.0
+        total_MX, place_Mk = jnp.zeros(()), self._inside()
         for j in range(self.place_Mk.shape[1]):
-            row_MX = rows_SX[self.place_Mk[:, j]].astype(jnp.float32)
+            row_MX = rows_SX.at[place_Mk[:, j]].get(mode="fill", fill_value=0).astype(jnp.float32)
             total_MX += row_MX if weight_Mk is None else row_MX * weight_Mk[:, j, None]
         return total_MX
+
+    def _inside(self) -> jax.Array:
+        """Return the places, with those in no tile behind the last row: no index counts from the end."""
+        inside_Mk = (self.place_Mk >= 0) & (self.place_Mk < self.rows)
+        return jnp.where(inside_Mk, self.place_Mk, len(self.token_S))
+
+    def round(self, first: jax.Array, rows: int) -> Groups:
+        """Return the groups of `rows` rows from `first` on."""
+        token_S = jnp.pad(self.token_S, (0, rows))  # no slice reaches beyond the end
+        start_E, end_E = (jnp.clip(at - first, 0, rows) for at in (self.start_E, self.start_E + self.size_E))
+        return Groups(
+            jax.lax.dynamic_slice_in_dim(token_S, first, rows + self.tile),
+            self.place_Mk - first,
+            start_E,
+            end_E - start_E,
+            self.tile,
+        )
 
 
 class Tile(NamedTuple):
@@ -84,16 +103,28 @@ def group(choice_Mk: jax.Array, experts: int) -> Groups:
     """Sort the choices of tokens by expert.
 
     Args:
-        choice_Mk: int32 in [0, experts]; `experts` itself is for none, whose rows are in no tile.
+        choice_Mk: int32; one of `experts` itself is in no tile.
         experts: how many there are.
     """
     S = choice_Mk.size
     order_S = jnp.argsort(choice_Mk.ravel(), stable=True).astype(jnp.int32)
     place_S = jnp.zeros(S, jnp.int32).at[order_S].set(jnp.arange(S, dtype=jnp.int32))
-    size_E = jnp.bincount(choice_Mk.ravel(), length=experts).astype(jnp.int32)
+    size_E = jnp.bincount(choice_Mk.ravel(), length=experts + 1)[:experts].astype(jnp.int32)
     start_E = jnp.cumsum(size_E) - size_E
-    token_S = jnp.pad(order_S // choice_Mk.shape[1], (0, _tile_rows(S, experts)))
-    return Groups(token_S, place_S.reshape(choice_Mk.shape), start_E, size_E)
+    tile, place_Mk = _tile_rows(S, experts), place_S.reshape(choice_Mk.shape)
+    token_S = jnp.pad(order_S // choice_Mk.shape[1], (0, tile))
+    return Groups(token_S, jnp.where(choice_Mk < experts, place_Mk, -1), start_E, size_E, tile)
+
+
+def in_rounds(groups: Groups, rows: int, body: Callable[[Carry, Groups], Carry], carry: Carry) -> Carry:
+    """Return what `body` makes of `carry`, a round of at most `rows` rows after the other, until none is left.
+
+    So what a device computes for the tokens of others takes the memory of `rows`, however many they send.
+    """
+    if rows >= groups.rows:
+        return body(carry, groups)
+    rounds = (jnp.sum(groups.size_E) + rows - 1) // rows
+    return jax.lax.fori_loop(0, rounds, lambda i, carry: body(carry, groups.round(i * rows, rows)), carry)
 
 
 def _tile_rows(rows: int, experts: int) -> int:
@@ -120,7 +151,7 @@ def for_tiles(
             as many turns as there may be tiles: a GPU waits for the host after each turn of a loop whose length it
             learns from an array. Turns beyond the last tile write into the padding.
     """
-    t, E, S = groups.tile, len(groups.size_E), groups.place_Mk.size
+    t, E, S = groups.tile, len(groups.size_E), groups.rows
 
     def tile(e: jax.Array, first: jax.Array) -> Tile:
         token_t = jax.lax.dynamic_slice_in_dim(groups.token_S, first, t)

@@ -133,13 +133,14 @@ def _recompute(
 ) -> list[Saved]:
     """Return everything that the backward pass reads; XLA drops the products that it does not read."""
     attend = row_attention(segments_BT, c)
-    x_MD, every = None, []
+    x_MD: Any = None  # a layer begins with a part whose input is kept
+    every = []
     for kind, w, lora, found in zip(layer, ws, loras, kept, strict=True):
         if kind.needed <= set(found):
             every.append(found)
             continue
-        x_MD = found["x"].astype(jnp.float32) if "x" in found else x_MD
-        assert x_MD is not None, "the first part's input is always kept"
+        if "x" in found:
+            x_MD = found["x"].astype(jnp.float32)
         linears = Linears(kind, lora, c)
         x_MD, again, _ = _part_forward(x_MD, segments_BT.shape, kind, w, linears, c, attend, found)
         every.append(again | found)

@@ -87,6 +87,7 @@ DENSE = Kind(
     forward=_forward,
     backward=_backward,
     saved={"none": ("x", "gate", "up", "u_gate_up", "u_down"), "selective": ("x",)},
+    needed=frozenset({"x", "gate", "up"}),
     us={"u_gate_up": 2, "u_down": 1},
     widths=_widths,
     live=lambda c: (c.d_ff, 0),

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts.attention import Attention
@@ -40,6 +41,8 @@ class Context:
         split_rows: `split_rows(x_BTD) -> x_BTD` keeps the residual stream split by rows over a mesh. The embedding and
             the weights are split by width over the same axis: left to itself, XLA would follow them, and compute all
             rows everywhere.
+        mesh: of several devices; None where there is one.
+        on_device: whether the program is one that each device runs over its own part of the arrays.
     """
 
     config: ModelConfig
@@ -52,6 +55,8 @@ class Context:
     one_gpu: bool = False
     accelerator: bool = False
     split_rows: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
+    mesh: Mesh | None = None
+    on_device: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -66,8 +71,8 @@ class Kind:
             kind's own: no other kind has a module of that name.
         pairs: `f(adapter) -> {matmul: Pair}` of the modules that the adapter has, linear in it: its transpose takes the
             gradients of the pairs to those of the modules.
-        forward: `f(h_MD, rows, weights, linears, context, attend, known) -> (y_MD, saved, kept)` for the normed residual
-            stream of `rows` (B, T); `saved` is what `backward` reads, and `kept` what `attend` wants to keep, if it was
+        forward: `f(h_MD, rows, weights, linears, context, attend, known) -> (y_MD, saved, kept)` for the normed stream
+            of `rows` (B, T); `saved` is what `backward` reads, and `kept` what `attend` wants to keep, if it was
             called. `known` is what an earlier run saved, where this one computes the rest of it again.
         backward: `f(dy_MD, h, saved, weights, linears, context, segments_BT) -> dh_MD`; `h() -> h_MD` is computed where
             it is called.
@@ -75,6 +80,7 @@ class Kind:
             kept, by remat setting; "x", the part's input, comes with them. "full" recomputes whole layers from the
             input of their first part, and what is in `always`.
         always: names that every setting keeps.
+        needed: without which `backward` cannot run: `forward` runs again where one of them is not kept.
         exact: of them, those that are not rounded to the matmul type.
         in_stack: leaves that `forward` and `backward` cut out of all layers' stack themselves (`InStack`).
         us: how many ranks wide the adapter's u's are.
@@ -93,6 +99,7 @@ class Kind:
     backward: Callable[..., jax.Array]
     saved: Mapping[Literal["none", "selective"], tuple[str, ...]]
     always: tuple[str, ...] = ()
+    needed: frozenset[str]
     exact: frozenset[str] = field(default_factory=frozenset)
     in_stack: frozenset[str] = field(default_factory=frozenset)
     us: Mapping[str, int]
@@ -104,8 +111,3 @@ class Kind:
     def scope(self) -> str:
         """Its name in profiles."""
         return "attention" if self.flag == "train_attn" else "mlp"
-
-    @property
-    def needed(self) -> frozenset[str]:
-        """What `backward` reads of `saved`, with an adapter or without."""
-        return frozenset(name for name in self.saved["none"] if not name.startswith("u_"))

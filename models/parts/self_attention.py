@@ -167,6 +167,7 @@ ATTENTION = Kind(
     forward=_forward,
     backward=_backward,
     saved={"none": _SAVED, "selective": _SAVED},
+    needed=frozenset({"x", "q", "k", "v", "o", "attention"}),
     us={"u_qkv": 3, "u_o": 1},
     widths=_widths,
     live=lambda c: (0, c.n_heads * c.head_dim),

@@ -25,8 +25,8 @@ from jax_client.engine.train.trainer import Trainer
 from jax_client.losses.logprob_head import Blocks
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import param_specs
-from jax_client.models.specs import ParamSpec
 from jax_client.models.parts.kind import Remat
+from jax_client.models.specs import ParamSpec
 from jax_client.sharding import make_mesh, sharding_for
 from jax_client.threads import Workers
 from jax_client.values import LoraSpec

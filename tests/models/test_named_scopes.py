@@ -21,8 +21,8 @@ from jax_client.engine.train.programs import TrainPrograms
 from jax_client.losses import registry
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import param_specs
-from jax_client.models.specs import ParamSpec
 from jax_client.models.parts import attention
+from jax_client.models.specs import ParamSpec
 from jax_client.sharding import make_mesh
 from jax_client.values import LoraSpec, TrainExample
 

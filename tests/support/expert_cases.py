@@ -1,7 +1,7 @@
 """Which mixtures of experts do the goldens describe, and what does torch say of them?
 
 Weights and data come from seeds. transformers computes the logprobs, and autograd the gradients: through weights with
-the adapter added to them, since peft trains another form of adapter on experts. An adapter's arrays are the engine's own.
+the adapter added to them, since peft trains another form of adapter on experts. An adapter's arrays are the engine's.
 """
 
 from __future__ import annotations

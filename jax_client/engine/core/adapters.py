@@ -17,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax_client.engine.core.accounting import Work
 from jax_client.errors import BadRequestError, RequestFailedError
 from jax_client.models.config import ModelConfig
-from jax_client.models.specs import ParamSpec
 from jax_client.models.lora_arrays import (
     LARGEST_WEIGHT,
     AdapterTree,
@@ -28,6 +27,7 @@ from jax_client.models.lora_arrays import (
     out_of_range,
     refuse_other_shapes,
 )
+from jax_client.models.specs import ParamSpec
 from jax_client.sharding import sharding_for
 from jax_client.values import AdapterState, LoraSpec
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts.attention import Attention, blockwise, cudnn, splash
-from jax_client.sharding import put_rows, replicated
+from jax_client.sharding import put_rows, replicated, ways_of
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def objection(candidate: Attention, plain: Attention, mesh: Mesh, model: ModelCo
 
 
 def _largest_gap(candidate: Attention, plain: Attention, mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> float:
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = ways_of(mesh)
     rows = ways * len(PROBE_LENGTHS)
     K, G, H = model.n_kv_heads, model.group, model.head_dim
     rng = np.random.default_rng(0)

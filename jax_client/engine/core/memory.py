@@ -23,11 +23,11 @@ from jax_client.engine.core import adapters
 from jax_client.errors import DoesNotFitError
 from jax_client.losses.logprob_head import Blocks
 from jax_client.models.config import ModelConfig
-from jax_client.models.specs import ParamSpec
 from jax_client.models.kernels.blockwise import LARGE_BLOCK
 from jax_client.models.parts.block import saved_for_backward
 from jax_client.models.parts.kind import Remat
 from jax_client.models.plan import kinds, layers
+from jax_client.models.specs import ParamSpec
 from jax_client.sharding import Device, sharding_for
 from jax_client.values import LoraSpec
 

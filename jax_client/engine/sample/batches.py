@@ -20,7 +20,7 @@ from jax_client.engine.sample.rows import Row, Tile
 from jax_client.engine.sample.token_sampling import make_keys
 from jax_client.models.kernels.paged import BLOCK
 from jax_client.models.parts.lora import LORA_ALPHA
-from jax_client.sharding import put_rows, put_whole, shape_of_rows, shape_of_whole
+from jax_client.sharding import put_rows, put_whole, shape_of_rows, shape_of_whole, ways_of
 
 SCORE_CHUNK = 64  # positions whose scores over the vocabulary exist at once
 STOP_IDS = 64
@@ -123,7 +123,7 @@ class Batches:
     @classmethod
     def of(cls, mesh: Mesh, max_context: int) -> Batches:
         """Return the builder for sequences of up to `max_context` tokens."""
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        ways = ways_of(mesh)
         return cls(mesh=mesh, ways=ways, table_width=-(-max_context // (PAGE * BLOCK)) * BLOCK)
 
     def of_tiles(self, tiles: list[list[Tile]], size: int, snapshot: Snapshot | None) -> HostBatch:

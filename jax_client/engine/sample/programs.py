@@ -43,7 +43,7 @@ from jax_client.models.parts.linears import MixedLinears
 from jax_client.models.parts.self_attention import ATTENTION
 from jax_client.models.plan import count
 from jax_client.models.transformer import context
-from jax_client.sharding import sharding_for
+from jax_client.sharding import ROWS, sharding_for
 from jax_client.values import LoraSpec
 
 BLOCK_STEPS = 32
@@ -87,6 +87,8 @@ class SamplePrograms:
         self._mesh = mesh
         self._shards = Shards(mesh)
         self._accelerator = mesh.devices.flat[0].platform != "cpu"
+        self._context: Any = {"accelerator": self._accelerator, "mesh": mesh if mesh.size > 1 else None}
+        self._context["on_device"] = True
         stored, copied = param_specs(config, dtype), whole_specs(config, dtype)
         self._specs, self._whole_specs = partition_specs(stored, mesh), partition_specs(copied, mesh)
         self._split_vocabulary = "tensor" in (Base(config, {}, self._specs).head_spec[0] or ())
@@ -134,7 +136,7 @@ class SamplePrograms:
             on_device = lambda params, *others: body(Base(self._config, params, base_specs), *others)  # noqa: E731
             if self._mesh.size == 1:
                 return on_device(params, loras, pool, batch)
-            rows = PartitionSpec(("data", "fsdp"))
+            rows = PartitionSpec(ROWS)
             pools = jax.tree.map(lambda a: self._pool_sharding(a.shape).spec, pool)
             batches = {name: PartitionSpec() if name in ("wanted", "steps") else rows for name in batch}
             specs = base_specs, tuple(map(self._lora_specs, loras)), pools, batches
@@ -189,7 +191,7 @@ class SamplePrograms:
             self._dtype,
             self._attention,
             work=jnp.any(start_t1 >= 0),
-            accelerator=self._accelerator,
+            **self._context,
         )
         scale_MV = jnp.repeat(batch["scale"], S, axis=0)
 
@@ -288,7 +290,7 @@ class SamplePrograms:
         def step(carry: Carry) -> Carry:
             _, i, pool, row, drawn = carry
             position_R, any_row = row["position"], ~jnp.all(row["done"])
-            more: Any = {"work": any_row, "accelerator": self._accelerator}
+            more: Any = {"work": any_row, **self._context}
             c = context(position_R[:, None], self._config, self._dtype, self._attention, **more)
 
             def attend(*qkv: jax.Array, pool: Pool, first: jax.Array) -> tuple[jax.Array, Pool]:
@@ -333,7 +335,7 @@ class SamplePrograms:
     ) -> tuple[jax.Array, Pool]:
         """Return the residual stream after all layers, and the pool with what they have stored.
 
-        A layer is traced once for all that are like it: tracing, which one thread does, took as long as a third of XLA's
+        A layer is traced once for all that are like it. Tracing, which one thread does, took a third as long as XLA's
         work.
         """
         base, pairs_of = layers

@@ -49,7 +49,7 @@ class Shards:
 
     def any_way(self, flag: jax.Array, together: bool) -> jax.Array:
         """Return whether a bool scalar is true on any of the ways, if they gather weights from each other."""
-        return jax.lax.pmax(flag.astype(jnp.int32), "fsdp") > 0 if together else flag
+        return jax.lax.pmax(flag.astype(jnp.int32), ("fsdp", "expert")) > 0 if together else flag
 
     @jax.named_scope("embed")
     def rows_of(self, table_VD: jax.Array, spec: PartitionSpec, ids_BT: jax.Array) -> jax.Array:

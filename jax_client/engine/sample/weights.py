@@ -26,12 +26,12 @@ from jax_client.engine.core.programs import CompileRecord, Program
 from jax_client.engine.core.turns import Elsewhere, Task
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, output_head_VD, param_specs
-from jax_client.models.specs import ParamSpec
 from jax_client.models.layers import InStack, from_bits
 from jax_client.models.parts.kind import Kind
 from jax_client.models.parts.linears import mixed_pairs
 from jax_client.models.parts.self_attention import ATTENTION
 from jax_client.models.plan import Part, Segment, count, kinds, plan
+from jax_client.models.specs import ParamSpec
 from jax_client.sharding import sharding_for
 from jax_client.threads import Workers
 
@@ -222,13 +222,13 @@ def _cut(stacks: Any, layer: jax.Array | int) -> Any:
     return jax.tree.map(lambda a: a[layer], stacks)
 
 
-def _half(stack_L2DF: jax.Array, i: jax.Array, half: int) -> jax.Array:
+def _half(stack_L2DF: jax.Array, i: jax.Array | int, half: int) -> jax.Array:
     """Return layer i's gate (0) or up (1)."""
     return jax.lax.dynamic_slice(stack_L2DF, (i, half, 0, 0), (1, 1, *stack_L2DF.shape[2:]))[0, 0]
 
 
 def _by_way(spec: PartitionSpec) -> bool:
-    return any("fsdp" in (names or ()) for names in spec)
+    return any({"fsdp", "expert"} & set(names or ()) for names in spec)
 
 
 def _is_spec(leaf: object) -> bool:

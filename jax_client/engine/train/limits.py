@@ -14,6 +14,7 @@ from jax_client.engine.train.packing import ROW_LENGTHS, Limits
 from jax_client.models.kernels.blockwise import SHORT_ROW
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.kind import Remat
+from jax_client.sharding import ways_of
 from jax_client.values import LoraSpec
 
 # Of what the weights, the cache and the adapter leave, what a training pass may take on an accelerator.
@@ -60,7 +61,7 @@ class Sizing:
             max_tokens: the user's ceiling of the tokens that are computed at once, all devices together; None chooses.
         """
         mesh = self.memory.mesh
-        ways, concurrent = mesh.shape["data"] * mesh.shape["fsdp"], memory.choose_concurrency(mesh)
+        ways, concurrent = ways_of(mesh), memory.choose_concurrency(mesh)
         tokens = self._tokens() if max_tokens is None else max(1, max_tokens // (ways * concurrent))
         return Limits(
             ways=ways,

@@ -109,6 +109,7 @@ class TrainPrograms:
             "one_cpu": platform == "cpu" and mesh.size == 1,
             "one_gpu": platform == "gpu" and mesh.size == 1,
             "accelerator": platform != "cpu",
+            "mesh": mesh if mesh.size > 1 else None,
         }
         self.blocks = Blocks.of(platform)
         tensor = mesh.shape["tensor"]

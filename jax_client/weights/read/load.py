@@ -18,8 +18,8 @@ from numpy.typing import DTypeLike
 from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, param_specs
-from jax_client.models.specs import ParamSpec
 from jax_client.models.families.registry import config_from_hf
+from jax_client.models.specs import ParamSpec
 from jax_client.sharding import sharding_for
 from jax_client.threads import Workers
 from jax_client.weights.read import hf, safetensors

@@ -1,52 +1,77 @@
 """Which linear layer of a Hugging Face model does each module of an adapter cover? A table names them by projection.
 
 An adapter keeps A (R, in...) and B (R, out...) with heads apart and layers stacked; others keep two matrices per linear
-layer. The views here are matrices: A (R, in) and B (R, out), with in and out counted as Hugging Face counts them.
+layer. The views here are matrices: A (R, in) and B (R, out), with in and out counted as Hugging Face counts them. What
+all experts of a layer share is in the pair of each of them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 
-from jax_client.errors import BadRequestError
+from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.models import lora_arrays
 from jax_client.models.config import ModelConfig
+from jax_client.models.parts.moe import MOE
+from jax_client.models.plan import kinds, layers_of
 from jax_client.values import AdapterState, LoraSpec
 
 UNEMBED = "unembed"
-ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
-MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-PROJECTIONS = ATTENTION | MLP | {UNEMBED: "lm_head"}
+# By module: the part of a layer, and the projection there.
+PROJECTIONS = {
+    "q": ("self_attn.", "q_proj"),
+    "k": ("self_attn.", "k_proj"),
+    "v": ("self_attn.", "v_proj"),
+    "o": ("self_attn.", "o_proj"),
+    "gate": ("mlp.", "gate_proj"),
+    "up": ("mlp.", "up_proj"),
+    "down": ("mlp.", "down_proj"),
+    "experts_gate": ("mlp.experts.{expert}.", "gate_proj"),
+    "experts_up": ("mlp.experts.{expert}.", "up_proj"),
+    "experts_down": ("mlp.experts.{expert}.", "down_proj"),
+    UNEMBED: ("", "lm_head"),
+}
 
 # (A, B) by the name of the linear layer, such as "model.layers.0.self_attn.q_proj".
 Pairs = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
-def covered(spec: LoraSpec) -> list[str]:
+def covered(c: ModelConfig, spec: LoraSpec) -> list[str]:
     """Return the modules that an adapter of this configuration has."""
-    groups = ((spec.train_attn, ATTENTION), (spec.train_mlp, MLP), (spec.train_unembed, (UNEMBED,)))
-    return [module for is_covered, modules in groups if is_covered for module in modules]
+    arrays = lora_arrays.lora_arrays(c, spec)
+    return [*arrays["layers"], *([UNEMBED] if arrays["unembed"] else [])]
 
 
 def linear_names(module: str, c: ModelConfig) -> list[str]:
-    """Return Hugging Face's names of the linear layers that a module covers, without ".weight"."""
+    """Return Hugging Face's names of the linear layers that a module covers, without ".weight"; experts in order."""
+    part, projection = PROJECTIONS[module]
     if module == UNEMBED:
-        return [PROJECTIONS[module]]
-    block = "self_attn" if module in ATTENTION else "mlp"
-    return [f"model.layers.{layer}.{block}.{PROJECTIONS[module]}" for layer in range(c.n_layers)]
+        return [projection]
+    kind = next(kind for kind in kinds(c) if module in kind.modules(c, 1))
+    experts = range(c.experts.count) if kind is MOE and c.experts is not None else (0,)
+    return [
+        f"model.layers.{layer}.{part.format(expert=expert)}{projection}"
+        for layer in layers_of(c, kind)
+        for expert in experts
+    ]
 
 
 def linear_sizes(c: ModelConfig, spec: LoraSpec) -> dict[str, tuple[int, int]]:
     """Return (in, out) of every linear layer that an adapter of this configuration covers."""
-    shapes, sizes = lora_arrays.array_shapes(c, spec), {}
-    for module in covered(spec):
-        names = linear_names(module, c)
-        n_in, n_out = (math.prod(shapes[f"{module}.{ab}"]) // (len(names) * spec.rank) for ab in "AB")
-        sizes |= dict.fromkeys(names, (n_in, n_out))
+    arrays, sizes = lora_arrays.flatten(lora_arrays.lora_arrays(c, spec)), {}
+    for module in covered(c, spec):
+        n_in, n_out = (_width(module, arrays[f"{module}.{ab}"]) for ab in "AB")
+        sizes |= dict.fromkeys(linear_names(module, c), (n_in, n_out))
     return sizes
+
+
+def _width(module: str, array: lora_arrays.LoraArray) -> int:
+    """Return the width of one linear layer's matrix."""
+    rank = 0 if module == UNEMBED else 1
+    return prod(n for n, axis in zip(array.shape[rank + 1 :], array.axes[rank + 1 :], strict=True) if axis != "experts")
 
 
 def to_pairs(state: AdapterState, c: ModelConfig) -> Pairs:
@@ -60,19 +85,50 @@ def to_pairs(state: AdapterState, c: ModelConfig) -> Pairs:
     lora_arrays.refuse_other_shapes("the adapter", state.weights, c, state.spec, advice)
     if (wrong := lora_arrays.out_of_range(state.weights)) is not None:
         raise BadRequestError(f"the adapter cannot be used: {wrong}. Take an earlier checkpoint of its run.")
+    arrays = lora_arrays.flatten(lora_arrays.lora_arrays(c, state.spec))
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for module in covered(state.spec):
+    for module in covered(c, state.spec):
         names = linear_names(module, c)
-        a, b = (state.weights[f"{module}.{ab}"].reshape(len(names), state.spec.rank, -1) for ab in "AB")
+        a, b = (
+            _each(state.weights[name], arrays[name], len(names), state.spec.rank)
+            for name in (f"{module}.A", f"{module}.B")
+        )
         pairs |= dict(zip(names, zip(a, b, strict=True), strict=True))
     return pairs
 
 
+def _each(values: np.ndarray, array: lora_arrays.LoraArray, count: int, rank: int) -> list[np.ndarray]:
+    """Return one array's matrix (R, width) of each of `count` linear layers, with those of experts apart."""
+    if "experts" in array.axes:
+        return [values[layer, :, e] for layer, e in np.ndindex(values.shape[0], values.shape[2])]
+    matrices = values.reshape(-1, rank, prod(values.shape) // rank // (1 if len(array.shape) == 2 else values.shape[0]))
+    return [matrices[i * len(matrices) // count] for i in range(count)]
+
+
 def from_pairs(pairs: Pairs, c: ModelConfig, spec: LoraSpec) -> dict[str, np.ndarray]:
-    """Return an adapter's arrays, float32 by flat name, from the matrices of every linear layer that it covers."""
+    """Return an adapter's arrays, float32 by flat name, from the matrices of every linear layer that it covers.
+
+    Raises:
+        UnsupportedError: experts of a layer have matrices of their own where an adapter here has one for all of them.
+    """
     arrays = {}
-    for name, shape in lora_arrays.array_shapes(c, spec).items():
+    for name, array in lora_arrays.flatten(lora_arrays.lora_arrays(c, spec)).items():
         module, part = name.split(".")
-        matrices = [pairs[linear]["AB".index(part)] for linear in linear_names(module, c)]
-        arrays[name] = np.stack(matrices, dtype=np.float32).reshape(shape)
+        names = linear_names(module, c)
+        matrices = [pairs[linear]["AB".index(part)] for linear in names]
+        if "experts" in array.axes:
+            L, R, E, width = array.shape
+            stacked = np.stack(matrices, dtype=np.float32).reshape(L, E, R, width)
+            arrays[name] = np.ascontiguousarray(np.moveaxis(stacked, 1, 2))
+            continue
+        of_layer = len(names) // (1 if module == UNEMBED else array.shape[0])
+        for i, matrix in enumerate(matrices):
+            first = i - i % of_layer
+            if not np.array_equal(matrix, matrices[first]):
+                raise UnsupportedError(
+                    f"{names[i]}: its {part} is not that of {names[first]}, and an adapter here has one {part} for all "
+                    "experts of a layer. Held apart they would need the rank times the number of experts. Merge the "
+                    "adapter into its base model with the program that trained it, and train on that."
+                )
+        arrays[name] = np.stack(matrices[::of_layer], dtype=np.float32).reshape(array.shape)
     return arrays

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +26,7 @@ from jax_client.weights.read.names import expected_tensors
 from jax_client.weights.read.source import ModelSource
 from jax_client.weights.read.tensors import EMBEDDING, HEAD, TensorReader, check_tensors
 from jax_client.weights.read.tokenizer import load_tokenizer
-from jax_client.weights.write.adapter_names import to_pairs
+from jax_client.weights.write.adapter_names import Pairs, to_pairs
 from jax_client.weights.write.shards import Tensor, check_space, write_model
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,10 @@ DTYPES = {"bfloat16": safetensors.NUMPY_DTYPES["BF16"], "float32": safetensors.N
 # A lightly trained adapter adds less to a weight than half the step to the next bfloat16, and is rounded away.
 LEAST_KEPT = 0.9
 SAMPLE = 2**18  # elements of each weight that are looked at for it
+# f(first, end) -> what is added to rows [first, end) of a tensor.
+Addition = Callable[[int, int], np.ndarray]
+# The end of the name of a tensor that holds all experts of a layer, and which projections it holds of each.
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -78,7 +84,7 @@ def write_merged(
     pairs = {} if state is None else to_pairs(state, config)
     scale = 0.0 if state is None else LORA_ALPHA / state.spec.rank
     reader = open_tensors(source)
-    expected = expected_tensors(config)
+    expected = expected_tensors(config, reader.tensors)
     check_tensors(reader, expected, tied=config.tied_embeddings, where=str(source.path))
     sources = {name: name for name in expected}
     untied = config.tied_embeddings and HEAD.removesuffix(".weight") in pairs
@@ -86,7 +92,7 @@ def write_merged(
         sources[HEAD] = EMBEDDING
     numpy_dtype = DTYPES[dtype]
     parts = {
-        written: _Merged(reader, name, pairs.get(written.removesuffix(".weight")), scale, numpy_dtype)
+        written: _Merged(reader, name, _addition(written, pairs, scale), numpy_dtype)
         for written, name in sources.items()
     }
     tensors = [Tensor(name=n, shape=expected[sources[n]], rows=part.rows) for n, part in parts.items()]
@@ -96,6 +102,29 @@ def write_merged(
     (directory / hf.CONFIG).write_text(json.dumps(_hf_config(source, dtype, untied), indent=2) + "\n")
     write_model(directory, tensors, numpy_dtype, shard_bytes)
     _say_what_rounding_took(list(parts.values()), dtype)
+
+
+def _addition(name: str, pairs: Pairs, scale: float) -> Addition | None:
+    """Return what an adapter adds to a tensor; None where it does not cover it."""
+    if (pair := pairs.get(name.removesuffix(".weight"))) is not None:
+        return lambda first, end: _product(pair, scale, slice(first, end))
+    # The experts of a layer as one tensor, which has their matrices one after the other.
+    prefix, _, last = name.rpartition(".")
+    projections = FUSED.get(last, ())
+    if not projections or f"{prefix}.0.{projections[0]}" not in pairs:
+        return None
+
+    def of_experts(first: int, end: int) -> np.ndarray:
+        each = ([pairs[f"{prefix}.{e}.{projection}"] for projection in projections] for e in range(first, end))
+        return np.stack([np.concatenate([_product(pair, scale, slice(None)) for pair in own]) for own in each])
+
+    return of_experts
+
+
+def _product(pair: tuple[np.ndarray, np.ndarray], scale: float, rows: slice) -> np.ndarray:
+    """Return rows of scale (A B)^T, float32."""
+    a_RI, b_RO = pair
+    return np.float32(scale) * (b_RO[:, rows].T @ a_RI)
 
 
 class _Merged:
@@ -109,13 +138,11 @@ class _Merged:
         self,
         reader: TensorReader,
         name: str,
-        pair: tuple[np.ndarray, np.ndarray] | None,
-        scale: float,
+        addition: Addition | None,
         dtype: np.dtype,
     ) -> None:
         self.wanted = self.kept = 0.0
-        self._reader, self._name, self._pair, self._dtype = reader, name, pair, dtype
-        self._scale = np.float32(scale)
+        self._reader, self._name, self._addition, self._dtype = reader, name, addition, dtype
         self._base: np.ndarray | None = None
 
     def rows(self, first: int, end: int) -> np.ndarray:
@@ -125,11 +152,10 @@ class _Merged:
         x = self._base[first:end].astype(np.float32)
         if end == len(self._base):
             self._base = None  # of a GGUF file it is a float32 array, and not a view of the file
-        if self._pair is not None:
-            a_RI, b_RO = self._pair
-            added = self._scale * (b_RO[:, first:end].T @ a_RI)
+        if self._addition is not None:
+            added = self._addition(first, end)
             if first == 0:
-                sample = slice(0, max(1, SAMPLE // x.shape[1]))
+                sample = slice(0, max(1, SAMPLE // math.prod(x.shape[1:])))
                 wanted, before = added[sample], x[sample]
                 kept = self._rounded(before + wanted) - self._rounded(before)
                 self.wanted, self.kept = float(np.vdot(wanted, wanted)), float(np.vdot(kept, wanted))

@@ -72,7 +72,7 @@ def write_adapter(
         "r": state.spec.rank,
         "lora_alpha": int(LORA_ALPHA),
         "lora_dropout": 0.0,
-        "target_modules": [PROJECTIONS[module] for module in covered(state.spec)],
+        "target_modules": list(dict.fromkeys(PROJECTIONS[module][1] for module in covered(config, state.spec))),
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,

@@ -64,7 +64,7 @@ class AdapterTensors:
 
     def spec(self) -> LoraSpec:
         """Return the smallest configuration that covers these linear layers."""
-        names = {linear.rsplit(".", 2)[-2] if "." in linear else linear for linear in self.linears}
+        names = {part for linear in self.linears for part in linear.split(".")}
         return LoraSpec(
             rank=self.rank,
             seed=0,
@@ -94,7 +94,7 @@ def read_tensors(path: Path, config: PeftConfig, model: ModelConfig, base: Tenso
     """
     entries = {n: e for n, e in safetensors.read_header(path).items() if not n.endswith(UNREAD)}
     every = LoraSpec(rank=1, seed=0)
-    known = {name for module in covered(every) for name in linear_names(module, model)}
+    known = {name for module in covered(model, every) for name in linear_names(module, model)}
     present = {name for name in known if any(tensor_name(name, part) in entries for part in "AB")}
     if not present:
         _refuse_more(path, config, [name for name in entries if name not in COPIES])

@@ -51,7 +51,8 @@ sampler._weights.choose(1000)  # where it does not fit
 found.append((None, None, engine.monitor.describe()["memory_bytes"]["decode_weights"]))
 for i, entry in enumerate(sampler._programs.decode._compiled.values()):
     (directory / f"decode.{{i}}").write_text(entry.future.result().as_text())
-stored = sum(a.nbytes for kind in engine.params["layers"].values() for a in kind.values()) + engine.params["unembed_VD"].nbytes
+layers = engine.params["layers"].values()
+stored = sum(a.nbytes for kind in layers for a in kind.values()) + engine.params["unembed_VD"].nbytes
 print(json.dumps({{"found": found, "stored": stored}}))
 engine.close()
 """

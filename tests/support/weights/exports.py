@@ -17,7 +17,7 @@ from jax_client.weights.write.adapter_names import PROJECTIONS
 from support.golden_cases import ADAM, CASES, sequences
 from support.golden_engine import CROSS_ENTROPY, data
 
-LINEARS = [name for name in PROJECTIONS.values() if name != "lm_head"]
+LINEARS = list(dict.fromkeys(projection for _, projection in PROJECTIONS.values() if projection != "lm_head"))
 
 
 def trained(engine: Engine, case: str, spec: LoraSpec) -> tuple[AdapterState, np.ndarray]:
