@@ -63,7 +63,8 @@ class EngineConfig:
             is half as fast again with it (probed), else float32. "float32" also raises every dot to full float32
             precision.
         mesh: "auto" (all devices on "fsdp"), or sizes by axis, such as {"fsdp": 4, "tensor": 2}; the axes are
-            data, fsdp, sequence, expert, tensor, those left out have size 1, sequence and expert stay 1.
+            data, fsdp, sequence, expert, tensor, those left out have size 1, sequence stays 1. "expert" splits the
+            experts of a layer, as "fsdp" does together with all other weights, and the rows of a batch.
         max_tokens_per_micro_batch: ceiling of the tokens computed at once in a training pass, at most 8,192 for each
             way of the mesh that rows are split (on a CPU for each of the two that run at once); None chooses.
         remat: what the backward pass recomputes to save memory. "none" keeps every layer's activations, "selective" all
@@ -139,9 +140,9 @@ class EngineConfig:
                 raise BadRequestError(f"EngineConfig.mesh has an axis {axis!r}; the axes are {', '.join(MESH_AXES)}.")
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise BadRequestError(f"EngineConfig.mesh[{axis!r}] is {size!r}; give an integer of at least 1.")
-            if axis in ("sequence", "expert") and size != 1:
+            if axis == "sequence" and size != 1:
                 raise BadRequestError(
-                    f"EngineConfig.mesh[{axis!r}] is {size}; this axis stays 1 so far. Use data, fsdp and tensor."
+                    f"EngineConfig.mesh[{axis!r}] is {size}; it stays 1 so far. Use data, fsdp, expert and tensor."
                 )
 
     def check_stability_info(self, record_stability_info: object) -> None:

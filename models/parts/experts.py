@@ -73,17 +73,23 @@ class Sent(NamedTuple):
     u_Mn: jax.Array | None
 
 
+class Lora(NamedTuple):
+    """What an adapter has for each expert: the B's of gate and of up, and the A of down."""
+
+    bs_REF: tuple[jax.Array, jax.Array]
+    a_REF: jax.Array
+
+
 class Owned(NamedTuple):
     """The experts of a device.
 
     Attributes:
         matrices: under the names of `MATRICES`, (E, D, F) or (E, F, D) each.
-        b_REF: of gate and of up; a_REF: of down. None without an adapter.
+        lora: None without an adapter.
     """
 
     matrices: Mapping[str, InStack]
-    bs_REF: tuple[jax.Array, jax.Array] | None
-    a_REF: jax.Array | None
+    lora: Lora | None
 
     def cut(self, e: jax.Array) -> list[jax.Array]:
         """Return the matrices of one expert."""
@@ -125,25 +131,24 @@ def forward(sent: Sent, owned: Owned, how: How) -> tuple[jax.Array, jax.Array | 
             gate_tF, up_tF = _gate_up(sent, owned, e, matrices, tile, dtype)
             a_tF = jax.nn.silu(gate_tF) * up_tF
             new = {"y": contract("tF,FD->tD", a_tF, matrices[2], dtype, how.result)}
-            if owned.a_REF is not None:
-                new["a"] = contract("tF,RF->tR", a_tF, _of_expert(owned.a_REF, e), dtype)
+            if owned.lora is not None:
+                new["a"] = contract("tF,RF->tR", a_tF, _of_expert(owned.lora.a_REF, e), dtype)
             if "gate" in buffers:
                 new |= {"gate": gate_tF, "up": up_tF}
             return {name: tile.put(old, new[name]) for name, old in buffers.items()}
 
         S = len(groups.token_S)
         buffers = {"y": jnp.zeros((S, D), how.result)}
-        if owned.a_REF is not None:
-            buffers["a"] = jnp.zeros((S, len(owned.a_REF)))
+        if owned.lora is not None:
+            buffers["a"] = jnp.zeros((S, len(owned.lora.a_REF)))
         if how.split.count == 1:
             buffers |= {name: jnp.zeros((S, F), dtype) for name in ("gate", "up")}
         buffers = for_tiles(groups, owned.cut, tile, buffers, on_cpu=how.on_cpu)
         new = [groups.total(buffers[name], sent.weight_Mk) for name in ("y", "a") if name in buffers]
-        return [old + n for old, n in zip(sums[0], new, strict=True)], [
-            buffers[n] for n in ("gate", "up") if n in buffers
-        ]
+        kept = [buffers[name] for name in ("gate", "up") if name in buffers]
+        return [old + one for old, one in zip(sums[0], new, strict=True)], kept
 
-    start = [jnp.zeros((M, D))] + ([] if owned.a_REF is None else [jnp.zeros((M, len(owned.a_REF)))])
+    start = [jnp.zeros((M, D))] + ([] if owned.lora is None else [jnp.zeros((M, len(owned.lora.a_REF)))])
     sums, kept = in_rounds(groups, rows, one_round, (start, []))
     y_MD, *a_MR = how.split.scatter(sums)
     return y_MD, a_MR[0] if a_MR else None, tuple(kept)
@@ -172,7 +177,7 @@ def backward(
     sent, dy_MD, db_MR = how.split.gather((sent, dy_MD, db_MR))
     groups, rows = how.groups(sent, owned)
     (M, D), dtype = sent.x_MD.shape, how.dtype
-    adapted = owned.bs_REF is not None and owned.a_REF is not None and sent.u_Mn is not None and db_MR is not None
+    lora, u_Mn = owned.lora, sent.u_Mn
 
     def one_round(sums: Any, groups: Groups) -> Any:
         weight_S = groups.sort(sent.weight_Mk)
@@ -184,9 +189,8 @@ def backward(
             else:
                 gate_tF, up_tF = _gate_up(sent, owned, e, matrices, tile, dtype)
             da_tF = contract("tD,FD->tF", dy_MD[tile.token_t], matrices[2], dtype)
-            if adapted:
-                db_tR = db_MR[tile.token_t]
-                da_tF += contract("tR,RF->tF", db_tR, _of_expert(owned.a_REF, e), dtype)
+            if lora is not None and db_MR is not None:
+                da_tF += contract("tR,RF->tF", db_MR[tile.token_t], _of_expert(lora.a_REF, e), dtype)
             sigmoid_tF = jax.nn.sigmoid(gate_tF)
             a_tF = gate_tF * sigmoid_tF * up_tF
             new = {"weight": jnp.sum(a_tF * da_tF, axis=-1)}
@@ -194,32 +198,33 @@ def backward(
             weight_t1 = jnp.where(tile.own_t, tile.rows(weight_S), 0.0)[:, None]
             da_tF *= weight_t1
             ds_tF = da_tF * up_tF * sigmoid_tF * (1 + gate_tF * (1 - sigmoid_tF)), da_tF * gate_tF * sigmoid_tF
-            new["x"] = sum(
+            into_tD = [
                 contract("tF,DF->tD", d_tF, matrix, dtype, how.result)
                 for d_tF, matrix in zip(ds_tF, matrices[:2], strict=True)
-            )
-            if adapted:
-                us_tR = jnp.split(sent.u_Mn[tile.token_t], 2, axis=1)
-                both = list(zip(us_tR, ds_tF, owned.bs_REF, strict=True))
+            ]
+            new["x"] = into_tD[0] + into_tD[1]
+            if lora is not None and u_Mn is not None and db_MR is not None:
+                us_tR = jnp.split(u_Mn[tile.token_t], 2, axis=1)
+                both = list(zip(us_tR, ds_tF, lora.bs_REF, strict=True))
                 du_tR = [contract("tF,RF->tR", d_tF, _of_expert(b, e), dtype) for _, d_tF, b in both]
                 new["u"] = jnp.concatenate(du_tR, axis=1)
                 of_expert = [contract("tR,tF->RF", u_tR, d_tF, dtype) for u_tR, d_tF, _ in both]
-                of_expert.append(contract("tR,tF->RF", db_tR * weight_t1, a_tF, dtype))
+                of_expert.append(contract("tR,tF->RF", db_MR[tile.token_t] * weight_t1, a_tF, dtype))
                 grads = [tile.add(total, e, one) for total, one in zip(grads, of_expert, strict=True)]
             return {name: tile.put(old, new[name]) for name, old in buffers.items()}, grads
 
         (dx_MD, dweight_Mk, du_Mn), grads = sums
         S = len(groups.token_S)
         buffers = {"x": jnp.zeros((S, D), how.result), "weight": jnp.zeros(S)}
-        if adapted:
-            buffers["u"] = jnp.zeros((S, sent.u_Mn.shape[1]))
+        if u_Mn is not None:
+            buffers["u"] = jnp.zeros((S, u_Mn.shape[1]))
         buffers, grads = for_tiles(groups, owned.cut, tile, (buffers, grads), on_cpu=how.on_cpu)
-        if adapted:
-            du_Mn = du_Mn + groups.total(buffers["u"])
+        if du_Mn is not None:
+            du_Mn += groups.total(buffers["u"])
         return (dx_MD + groups.total(buffers["x"]), dweight_Mk + groups.by_choice(buffers["weight"]), du_Mn), grads
 
-    nothing = jnp.zeros((M, D)), jnp.zeros(sent.weight_Mk.shape), jnp.zeros(sent.u_Mn.shape) if adapted else None
-    grads = [jnp.zeros(a.shape) for a in (*owned.bs_REF, owned.a_REF)] if adapted else []
+    nothing = jnp.zeros((M, D)), jnp.zeros(sent.weight_Mk.shape), None if u_Mn is None else jnp.zeros(u_Mn.shape)
+    grads = [] if lora is None else [jnp.zeros(a.shape) for a in (*lora.bs_REF, lora.a_REF)]
     sums, grads = in_rounds(groups, rows, one_round, (nothing, grads))
     if how.split.replicas:
         grads = jax.tree.map(lambda g: jax.lax.psum(g, how.split.replicas), grads)
@@ -232,12 +237,11 @@ def _gate_up(
     """Return gate and up of a tile's rows, float32."""
     x_tD = sent.x_MD[tile.token_t]
     both = [contract("tD,DF->tF", x_tD, matrix, dtype) for matrix in matrices[:2]]
-    if owned.bs_REF is None or sent.u_Mn is None:
+    if owned.lora is None or sent.u_Mn is None:
         return both
     us_tR = jnp.split(sent.u_Mn[tile.token_t], 2, axis=1)
-    return [
-        y + contract("tR,RF->tF", u, _of_expert(b, e), dtype) for y, u, b in zip(both, us_tR, owned.bs_REF, strict=True)
-    ]
+    bs_RF = [_of_expert(b, e) for b in owned.lora.bs_REF]
+    return [y + contract("tR,RF->tF", u, b, dtype) for y, u, b in zip(both, us_tR, bs_RF, strict=True)]
 
 
 def _of_expert(array_REF: jax.Array, e: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -130,8 +130,8 @@ def _owned(w: Weights, linears: Linears | MixedLinears) -> experts.Owned:
     matrices = {name: w[name] for name in experts.MATRICES}
     into, out = linears.pair("experts_gate_up"), linears.pair("experts_down")
     if into is None or out is None:
-        return experts.Owned(matrices, None, None)
-    return experts.Owned(matrices, (into[1][0], into[1][1]), out[0])
+        return experts.Owned(matrices, None)
+    return experts.Owned(matrices, experts.Lora((into[1][0], into[1][1]), out[0]))
 
 
 def _on_devices(function: Callable[..., Any], c: Context, results: tuple[str, ...]) -> Callable[..., Any]:
@@ -161,12 +161,11 @@ def _on_devices(function: Callable[..., Any], c: Context, results: tuple[str, ..
         return run
     tokens, each = PartitionSpec(ROWS), PartitionSpec(None, ways or None, "tensor")
     into, down = PartitionSpec(None, ways or None, None, "tensor"), PartitionSpec(None, ways or None, "tensor", None)
-    stacks = dict(zip(experts.MATRICES, (into, into, down), strict=True))
+    in_stack, of_device = cast(Any, InStack), cast(Any, experts.Owned)  # of specs in place of arrays
+    stacks = {n: in_stack(p, PartitionSpec()) for n, p in zip(experts.MATRICES, (into, into, down), strict=True)}
 
     def on_mesh(sent: experts.Sent, owned: experts.Owned, *others: Any) -> Any:
-        place: Any = InStack
-        matrices: Any = {name: place(spec, PartitionSpec()) for name, spec in stacks.items()}
-        specs = tokens, owned._replace(matrices=matrices, bs_REF=each, a_REF=each), *(tokens,) * len(others)
+        specs = tokens, of_device(stacks, each), *(tokens,) * len(others)
         out = tuple(each if by == "experts" else tokens for by in results)
         return jax.shard_map(run, mesh=c.mesh, in_specs=specs, out_specs=out, check_vma=False)(sent, owned, *others)
 

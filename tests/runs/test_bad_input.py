@@ -55,7 +55,12 @@ CREATION: list[Row] = [
     (6, lambda b: jax_client.ServiceClient({"a": "x" * 2**20}), REFUSED, ["1048577 bytes", "limit is 65536"]),
     (8, lambda b: settings(b.home, mesh={"heads": 2}), ValueError, ["'heads'", "data, fsdp, sequence, expert, tensor"]),
     (8, lambda b: settings(b.home, mesh={"tensor": 0}), ValueError, ["mesh['tensor'] is 0", "at least 1"]),
-    (8, lambda b: settings(b.home, mesh={"expert": 2}), ValueError, ["mesh['expert'] is 2", "data, fsdp and tensor"]),
+    (
+        8,
+        lambda b: settings(b.home, mesh={"sequence": 2}),
+        ValueError,
+        ["mesh['sequence'] is 2", "data, fsdp, expert and tensor"],
+    ),
 ]
 TRAINING: list[Row] = [
     (20, lambda b: b.train([]), REFUSED, ["No data provided"]),
