@@ -228,7 +228,7 @@ def _half(stack_L2DF: jax.Array, i: jax.Array | int, half: int) -> jax.Array:
 
 
 def _by_way(spec: PartitionSpec) -> bool:
-    return any({"fsdp", "expert"} & set(names or ()) for names in spec)
+    return any(axis in (names or ()) for names in spec for axis in ("fsdp", "expert"))
 
 
 def _is_spec(leaf: object) -> bool:
