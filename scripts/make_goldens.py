@@ -6,6 +6,7 @@ Run it from the repository root with the extras torch and dev; it rewrites tests
 from __future__ import annotations
 
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from support.experts import cases as expert_cases
 from support.golden_cases import ADAM, CASES, GOLDENS, RANK, STEPS, base_values, lora_values, sequences
 
 
@@ -81,4 +83,8 @@ if __name__ == "__main__":
     GOLDENS.mkdir(exist_ok=True)
     for case, config in CASES.items():
         np.savez_compressed(GOLDENS / f"{case}.npz", **reference(config))
+        print(f"wrote {case}.npz, {(GOLDENS / f'{case}.npz').stat().st_size} bytes")
+    for case in expert_cases.CASES:
+        with tempfile.TemporaryDirectory() as directory:
+            np.savez_compressed(GOLDENS / f"{case}.npz", **expert_cases.reference(case, Path(directory)))
         print(f"wrote {case}.npz, {(GOLDENS / f'{case}.npz').stat().st_size} bytes")

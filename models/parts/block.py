@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from jax_client.models.layers import rms_norm, rms_norm_backward
-from jax_client.models.parts.kind import Attend, Context, Kind, Remat, Saved, Weights
+from jax_client.models.parts.kind import Attend, Context, Kept, Kind, Remat, Saved, Weights
 from jax_client.models.parts.linears import Linears, MixedLinears
 from jax_client.models.parts.lora import Adapter
 
@@ -35,7 +35,7 @@ def layer_forward(
     linears: Sequence[Linears] | Sequence[MixedLinears],
     c: Context,
     attend: Attend,
-) -> tuple[jax.Array, list[Saved], Any]:
+) -> tuple[jax.Array, list[Saved], Kept]:
     """Apply one layer.
 
     Args:
@@ -66,7 +66,7 @@ def _part_forward(
     c: Context,
     attend: Attend,
     known: Saved,
-) -> tuple[jax.Array, Saved, Any]:
+) -> tuple[jax.Array, Saved, Kept]:
     with jax.named_scope(kind.scope):
         h_MD = rms_norm(x_MD, w["norm_LD"], c.config.norm_eps)
         y_MD, saved, kept = kind.forward(h_MD, rows, w, linears, c, attend, known)
@@ -142,15 +142,15 @@ def _recompute(
         if "x" in found:
             x_MD = found["x"].astype(jnp.float32)
         linears = Linears(kind, lora, c)
-        x_MD, again, _ = _part_forward(x_MD, segments_BT.shape, kind, w, linears, c, attend, found)
-        every.append(again | found)
+        x_MD, rerun, _ = _part_forward(x_MD, segments_BT.shape, kind, w, linears, c, attend, found)
+        every.append(rerun | found)
     return every
 
 
 def row_attention(segments_BT: jax.Array, c: Context) -> Attend:
     """Return the attention of training: causal within the segments of a row; keeps what its backward pass needs."""
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Kept]:
         return c.attention.forward(q, k, v, segments_BT, c.dtype)
 
     return attend

@@ -9,13 +9,12 @@ Every x W that the adapter covers is x W + (alpha / R) (x A) B.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_client.models.config import ModelConfig
-from jax_client.models.parts.kind import Attend, Context, Kind, Saved, Weights
+from jax_client.models.parts.kind import Attend, Context, Kept, Kind, Saved, Weights
 from jax_client.models.parts.linears import Linears, MixedLinears
 from jax_client.models.parts.lora import Adapter, Pair, fused_pair
 from jax_client.models.specs import LoraArray, ParamSpec
@@ -50,7 +49,7 @@ def _forward(
     c: Context,
     attend: Attend,
     known: Saved,
-) -> tuple[jax.Array, Saved, Any]:
+) -> tuple[jax.Array, Saved, Kept]:
     gate_MF, up_MF = linears.forward("gate_up", h_MD, *w["gate_up_L2DF"])
     activated_MF = jax.nn.silu(gate_MF.astype(jnp.float32)) * up_MF.astype(jnp.float32)
     (y_MD,) = linears.forward("down", activated_MF, w["down_LFD"])

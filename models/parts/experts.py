@@ -8,7 +8,7 @@ hidden width is split over "tensor".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,11 @@ import jax.numpy as jnp
 from jax_client.models.kernels.grouped import Groups, Tile, for_tiles, group, in_rounds
 from jax_client.models.layers import InStack, contract
 
+Tree = TypeVar("Tree")
+Arrays = dict[str, jax.Array]
+Sums = list[jax.Array]
+# Of x, the weights and u.
+Cotangents = tuple[jax.Array, jax.Array, jax.Array | None]
 MATRICES = ("experts_gate_LEDF", "experts_up_LEDF", "experts_down_LEFD")
 # Rows for which a device of several has buffers, times those that it gets if experts are equally busy.
 ROUND = 2
@@ -36,13 +41,13 @@ class Split(NamedTuple):
     tensor: tuple[str, ...] = ()
     count: int = 1
 
-    def gather(self, tree: Any) -> Any:
+    def gather(self, tree: Tree) -> Tree:
         """Return arrays (M, ...) with the tokens of all ways."""
         if not self.ways:
             return tree
         return jax.tree.map(lambda a: jax.lax.all_gather(a, self.ways, axis=0, tiled=True), tree)
 
-    def scatter(self, tree: Any) -> Any:
+    def scatter(self, tree: Tree) -> Tree:
         """Return, of sums (M, ...) over the experts of each way, those over all of them for this way's tokens."""
         if self.tensor:
             tree = jax.tree.map(lambda a: jax.lax.psum(a, self.tensor), tree)
@@ -91,7 +96,7 @@ class Owned(NamedTuple):
     matrices: Mapping[str, InStack]
     lora: Lora | None
 
-    def cut(self, e: jax.Array) -> list[jax.Array]:
+    def cut(self, e: jax.Array) -> Sums:
         """Return the matrices of one expert."""
         return [self.matrices[name].cut(e) for name in MATRICES]
 
@@ -126,8 +131,8 @@ def forward(sent: Sent, owned: Owned, how: How) -> tuple[jax.Array, jax.Array | 
     groups, rows = how.groups(sent, owned)
     (M, D), (_, F), dtype = sent.x_MD.shape, owned.sizes, how.dtype
 
-    def one_round(sums: Any, groups: Groups) -> Any:
-        def tile(buffers: Any, e: jax.Array, matrices: Any, tile: Tile) -> Any:
+    def one_round(sums: tuple[Sums, Sums], groups: Groups) -> tuple[Sums, Sums]:
+        def tile(buffers: Arrays, e: jax.Array, matrices: Sums, tile: Tile) -> Arrays:
             gate_tF, up_tF = _gate_up(sent, owned, e, matrices, tile, dtype)
             a_tF = jax.nn.silu(gate_tF) * up_tF
             new = {"y": contract("tF,FD->tD", a_tF, matrices[2], dtype, how.result)}
@@ -179,10 +184,10 @@ def backward(
     (M, D), dtype = sent.x_MD.shape, how.dtype
     lora, u_Mn = owned.lora, sent.u_Mn
 
-    def one_round(sums: Any, groups: Groups) -> Any:
+    def one_round(sums: tuple[Cotangents, Sums], groups: Groups) -> tuple[Cotangents, Sums]:
         weight_S = groups.sort(sent.weight_Mk)
 
-        def tile(carry: Any, e: jax.Array, matrices: Any, tile: Tile) -> Any:
+        def tile(carry: tuple[Arrays, Sums], e: jax.Array, matrices: Sums, tile: Tile) -> tuple[Arrays, Sums]:
             buffers, grads = carry
             if kept:
                 gate_tF, up_tF = (tile.rows(a).astype(jnp.float32) for a in kept)

@@ -21,10 +21,11 @@ from jax_client.models.parts.lora import Adapter, Pair
 from jax_client.models.specs import LoraArray, ParamSpec
 
 Saved = dict[str, Any]
+Kept = Any  # what an attention keeps, as one tree of arrays
 Remat = Literal["none", "selective", "full"]
 Weights = Mapping[str, Any]
 # attend(q_BTKGH, k_BTKH, v_BTKH) -> (o_BTKGH, what the caller wants to keep), with rotated q and k.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Kept]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +96,7 @@ class Kind:
     params: Callable[[ModelConfig, jnp.dtype], dict[str, ParamSpec]]
     modules: Callable[[ModelConfig, int], dict[str, dict[str, LoraArray]]]
     pairs: Callable[[Adapter], dict[str, Pair]]
-    forward: Callable[..., tuple[jax.Array, Saved, Any]]
+    forward: Callable[..., tuple[jax.Array, Saved, Kept]]
     backward: Callable[..., jax.Array]
     saved: Mapping[Literal["none", "selective"], tuple[str, ...]]
     always: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from jax_client.models.config import Experts, ModelConfig
 from jax_client.models.layers import InStack, contract
 from jax_client.models.parts import experts
-from jax_client.models.parts.kind import Attend, Context, Kind, Saved, Weights
+from jax_client.models.parts.kind import Attend, Context, Kept, Kind, Saved, Weights
 from jax_client.models.parts.linears import Linears, MixedLinears
 from jax_client.models.parts.lora import Adapter, Pair, fused_pair
 from jax_client.models.parts.router import route, route_backward
@@ -73,7 +73,7 @@ def _forward(
     c: Context,
     attend: Attend,
     known: Saved,
-) -> tuple[jax.Array, Saved, Any]:
+) -> tuple[jax.Array, Saved, Kept]:
     if "choice" in known:
         choice_Mk, weight_Mk = known["choice"], known["weight"]
     else:

@@ -14,14 +14,13 @@ Source: Llama, arXiv 2302.13971; grouped queries, arXiv 2305.13245; LoRA, arXiv 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_client.models.config import ModelConfig
 from jax_client.models.layers import rms_norm, rms_norm_backward, rotate
-from jax_client.models.parts.kind import Attend, Context, Kind, Saved, Weights
+from jax_client.models.parts.kind import Attend, Context, Kept, Kind, Saved, Weights
 from jax_client.models.parts.linears import Linears, MixedLinears
 from jax_client.models.parts.lora import Adapter, Pair, fused_pair
 from jax_client.models.specs import LoraArray, ParamSpec
@@ -99,7 +98,7 @@ def _forward(
     c: Context,
     attend: Attend,
     known: Saved,
-) -> tuple[jax.Array, Saved, Any]:
+) -> tuple[jax.Array, Saved, Kept]:
     heads = (-1, c.config.group + 2, c.config.head_dim)
 
     def parts(qkv_MO: jax.Array) -> list[jax.Array]:

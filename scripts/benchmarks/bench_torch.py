@@ -41,6 +41,9 @@ def run(job: Job) -> Contender:
         )
     model: Any = load(job).to(device)
     config = LoraConfig(r=RANK, lora_alpha=32, target_modules=MODULES, lora_dropout=0.0, bias="none")
+    if getattr(model.config, "num_experts", 0):  # transformers has the experts of a layer as two parameters
+        config.target_modules = set(MODULES[:4])
+        config.target_parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     model = get_peft_model(model, config)
     step = generation(model, job, device) if job.row.kind == "generate" else training(model, job, device)
     return Contender(step=step, device_peak_mib=device_peak_mib)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -42,6 +41,9 @@ WHOLE = "whole"
 
 
 Carry = TypeVar("Carry")
+Tree = TypeVar("Tree")
+# The pairs of all layers of a kind: stacks of them by matmul, or a list of each layer's.
+Pairs = dict[str, Any] | list[dict[str, Any]]
 # f(array, spec) -> array, with the parts of the other ways.
 Gather = Callable[[jax.Array, PartitionSpec], jax.Array]
 
@@ -54,7 +56,7 @@ class Base:
     params: Params
     specs: Any
 
-    def part(self, kind: Kind, place: jax.Array | int, gather: Gather) -> Any:
+    def part(self, kind: Kind, place: jax.Array | int, gather: Gather) -> Params:
         """Return the weights of one part of a layer.
 
         Gate and up are cut out one by one where a way has them whole: of a slice with both XLA makes a copy each step.
@@ -84,10 +86,10 @@ class Base:
         """Whether each layer's weights are arrays of their own, for a program that unrolls the layers."""
         return any(isinstance(stacks, list) for stacks in self.params["layers"].values())
 
-    def pairs(self, loras: tuple[Weights, ...], dtype: jnp.dtype) -> dict[str, Any]:
+    def pairs(self, loras: tuple[Weights, ...], dtype: jnp.dtype) -> dict[str, Pairs]:
         """Return the pairs of all adapters by kind of part: stacks of them, or a list as of the weights."""
 
-        def of_kind(kind: Kind) -> Any:
+        def of_kind(kind: Kind) -> Pairs:
             modules = kind.modules(self.config, 1)
             every = [{name: pair for name, pair in lora["layers"].items() if name in modules} for lora in loras]
             if self.unrolled:
@@ -99,7 +101,7 @@ class Base:
 
         return {kind.name: of_kind(kind) for kind in kinds(self.config)}
 
-    def each_layer(self, run: Callable[..., Carry], carry: Carry, pairs: Mapping[str, Any], gather: Gather) -> Carry:
+    def each_layer(self, run: Callable[..., Carry], carry: Carry, pairs: Mapping[str, Pairs], gather: Gather) -> Carry:
         """Return what `run` makes of `carry`, one layer after the other.
 
         Stacks of layers are scanned, so that none of them exists twice. Lists are unrolled.
@@ -114,9 +116,8 @@ class Base:
         numbers = itertools.count()
 
         def one(parts: tuple[Part, ...], carry: Carry, i: jax.Array | int) -> Carry:
-            cut = operator.getitem if self.unrolled else _cut
             ws = [self.part(part.kind, part.place(i), gather) for part in parts]
-            own = [cut(pairs[part.kind.name], part.place(i)) for part in parts]
+            own = [_entry(pairs[part.kind.name], part.place(i)) for part in parts]
             at = next((part.place(i) for part in parts if part.kind is ATTENTION), 0)
             return run(tuple(part.kind for part in parts), carry, ws, own, jnp.asarray(at, jnp.int32))
 
@@ -217,7 +218,11 @@ def partition_specs(specs: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda p: sharding_for(p.axes, p.shape, mesh).spec, specs, is_leaf=_is_spec)
 
 
-def _cut(stacks: Any, layer: jax.Array | int) -> Any:
+def _entry(pairs: Pairs, place: jax.Array | int) -> dict[str, Any]:
+    return pairs[int(place)] if isinstance(pairs, list) else _cut(pairs, place)
+
+
+def _cut(stacks: Tree, layer: jax.Array | int) -> Tree:
     """Return one layer of stacked arrays."""
     return jax.tree.map(lambda a: a[layer], stacks)
 

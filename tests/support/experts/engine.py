@@ -1,0 +1,69 @@
+"""How do the tests run a mixture of experts on the engine? They train a golden case, then sample from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_client.config import EngineConfig
+from jax_client.engine.core.requests import AdamSettings, GenerationRequest, LossSpec
+from jax_client.engine.engine import Engine
+from jax_client.models.lora_arrays import flatten
+from jax_client.values import AdapterState, TrainExample
+from jax_client.weights.read.source import resolve
+from support.experts import cases as expert_cases
+from support.golden_cases import ADAM, GOLDENS, STEPS
+from support.weight_files import write_hf
+
+CROSS_ENTROPY = LossSpec(name="cross_entropy")
+
+
+def open_engine(directory: Path, case: str, tensors: dict[str, np.ndarray] | None = None, **settings: Any) -> Engine:
+    path = write_hf(directory, expert_cases.CASES[case], expert_cases.tensors(case) if tensors is None else tensors)
+    settings = {"dtype": "float32", "compilation_cache_dir": "", "precompile": False} | settings
+    return Engine(resolve(str(path)), EngineConfig(**settings))
+
+
+def check_training(engine: Engine, case: str) -> tuple[Any, Any]:
+    """Train a case and compare it with its goldens; return the lane and the trained adapter."""
+    golden = np.load(GOLDENS / f"{case}.npz")
+    lane = engine.open_lane()
+    state = AdapterState(spec=expert_cases.SPEC, step=0, weights=expert_cases.adapter(case))
+    adapter = engine.open_adapter(lane, state).result()
+    first: Any = None
+    grads: dict[str, np.ndarray] = {}
+    for _ in range(STEPS):
+        result = engine.train_batch(lane, adapter, expert_cases.data(case), CROSS_ENTROPY).result()
+        if first is None:
+            assert adapter.grads is not None
+            first, grads = result, {name: np.asarray(g) for name, g in flatten(adapter.grads).items()}
+        engine.optim_step(lane, adapter, AdamSettings(**ADAM)).result()
+    trained = engine.score_batch(lane, adapter, expert_cases.data(case), CROSS_ENTROPY).result()
+    np.testing.assert_allclose(first.metrics["loss:sum"], golden["loss"], rtol=1e-5)
+    for i, (before, after) in enumerate(zip(first.logprobs, trained.logprobs, strict=True)):
+        np.testing.assert_allclose(before, golden[f"logprobs.{i}"], atol=1e-4)
+        np.testing.assert_allclose(after, golden[f"trained.{i}"], atol=1e-4)
+    assert grads.keys() == expert_cases.adapter(case).keys()
+    for name, grad in grads.items():
+        error = np.linalg.norm(grad - golden[f"grad.{name}"]) / np.linalg.norm(golden[f"grad.{name}"])
+        assert error < 1e-4, (name, error)
+    return lane, adapter
+
+
+def check_sampling(engine: Engine, case: str, lane: Any, adapter: Any) -> list[list[int]]:
+    """Sample two rows of each prompt; compare their logprobs with the trainer's, and return the tokens."""
+    snapshot, found = engine.snapshot(lane, adapter).result(), []
+    for example in expert_cases.data(case):
+        prompt = example.tokens_T
+        request = GenerationRequest(tokens_T=prompt, max_tokens=24, num_samples=2, seed=3, prompt_logprobs=True)
+        answer = engine.generate(snapshot, request).result()
+        for row in answer.rows:
+            whole = np.concatenate([prompt, row.tokens]).astype(np.int32)
+            scored = TrainExample(tokens_T=whole[:-1], targets=whole[1:])
+            (logprobs,) = engine.score_batch(lane, adapter, [scored], CROSS_ENTROPY).result().logprobs
+            np.testing.assert_allclose(row.logprobs, logprobs[len(prompt) - 1 :], atol=5e-5)
+            np.testing.assert_allclose(answer.prompt_logprobs[1:], logprobs[: len(prompt) - 1], atol=5e-5)
+            found.append([int(token) for token in row.tokens])
+    return found
