@@ -53,7 +53,7 @@ def layer_forward(
     for kind, w, own in zip(layer, ws, linears, strict=True):
         x_MD, saved, found = _part_forward(x_MD, x_BTD.shape[:2], kind, w, own, c, attend, {})
         kept = kept if found is None else found
-        every.append(saved)
+        every.append(_rounded(saved, kind, c))
     return x_MD.reshape(x_BTD.shape), every, kept
 
 
@@ -71,10 +71,13 @@ def _part_forward(
         h_MD = rms_norm(x_MD, w["norm_LD"], c.config.norm_eps)
         y_MD, saved, kept = kind.forward(h_MD, rows, w, linears, c, attend, known)
     saved = {"x": x_MD} | saved | linears.us
-    saved = {name: a if name in kind.exact else a.astype(c.dtype) for name, a in saved.items()}
-    if kept is not None:
-        saved["attention"] = kept
-    return x_MD + y_MD, _row_major(saved, c), kept
+    return x_MD + y_MD, saved if kept is None else saved | {"attention": kept}, kept
+
+
+def _rounded(saved: Saved, kind: Kind, c: Context) -> Saved:
+    """Return what is saved as it is kept: in the matmul type but for what is exact, and what the attention keeps."""
+    exact = kind.exact | {"attention"}
+    return _row_major({name: a if name in exact else a.astype(c.dtype) for name, a in saved.items()}, c)
 
 
 def _row_major(saved: Any, c: Context) -> Any:
@@ -134,6 +137,7 @@ def _recompute(
     """Return everything that the backward pass reads; XLA drops the products that it does not read."""
     attend = row_attention(segments_BT, c)
     x_MD: Any = None  # a layer begins with a part whose input is kept
+    whole = not layer[0].needed <= set(kept[0])
     every = []
     for kind, w, lora, found in zip(layer, ws, loras, kept, strict=True):
         if kind.needed <= set(found):
@@ -143,7 +147,8 @@ def _recompute(
             x_MD = found["x"].astype(jnp.float32)
         linears = Linears(kind, lora, c)
         x_MD, rerun, _ = _part_forward(x_MD, segments_BT.shape, kind, w, linears, c, attend, found)
-        every.append(rerun | found)
+        # A whole layer as if it had been kept; of a part alone nothing need be rounded.
+        every.append((_rounded(rerun, kind, c) if whole else rerun) | found)
     return every
 
 

@@ -64,6 +64,6 @@ def check_sampling(engine: Engine, case: str, lane: Any, adapter: Any) -> list[l
             scored = TrainExample(tokens_T=whole[:-1], targets=whole[1:])
             (logprobs,) = engine.score_batch(lane, adapter, [scored], CROSS_ENTROPY).result().logprobs
             np.testing.assert_allclose(row.logprobs, logprobs[len(prompt) - 1 :], atol=5e-5)
-            np.testing.assert_allclose(answer.prompt_logprobs[1:], logprobs[: len(prompt) - 1], atol=5e-5)
+            np.testing.assert_allclose(answer.prompt_logprobs_T[1:], logprobs[: len(prompt) - 1], atol=5e-5)
             found.append([int(token) for token in row.tokens])
     return found
