@@ -50,7 +50,7 @@ def write_release(
         file = f"model-{i + 1:05}-of-{n_shards:05}.safetensors"
         write_safetensors(directory / file, {name: tensors[name] for name in names[i::n_shards]})
         weight_map |= dict.fromkeys(names[i::n_shards], file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return directory
 
 

@@ -78,7 +78,7 @@ def test_random_fp8(rows: int, columns: int, block: tuple[int, int], seed: int) 
     codes = numbers(rng, (rows, columns))
     scales = rng.normal(size=(-(-rows // block[0]), -(-columns // block[1]))).astype(np.float32)
     out = np.empty((rows, columns), np.float32)
-    fp8.decode(codes, scales, block, out)
+    assert fp8.decode(codes, scales, block, out)
     same_bits(out, decoded_fp8(codes, scales, block))
 
 
@@ -89,6 +89,13 @@ def test_strips_of_fp8_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     out = np.empty((37, 50), np.float32)
     fp8.decode(codes, scales, (10, 30), out)
     same_bits(out, decoded_fp8(codes, scales, (10, 30)))
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_one_code_of_no_number_is_seen(code: int) -> None:
+    codes = np.zeros((300, 300), np.uint8)
+    codes[299, 299] = code
+    assert not fp8.decode(codes.view(E4M3), np.ones((3, 3), np.float32), (128, 128), np.empty((300, 300), np.float32))
 
 
 def test_strips_of_mxfp4_meet(monkeypatch: pytest.MonkeyPatch) -> None:

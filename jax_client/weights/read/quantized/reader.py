@@ -138,9 +138,8 @@ class Fp8:
         for codes_OI, scales_PQ, out_OI in zip(
             codes.reshape(stacked), scales.reshape(-1, *scales.shape[-2:]), out.reshape(stacked), strict=True
         ):
-            if not fp8.is_finite(codes_OI):
+            if not fp8.decode(codes_OI, scales_PQ, self.block, out_OI):
                 raise _not_finite(files, self.codes)
-            fp8.decode(codes_OI, scales_PQ, self.block, out_OI)
         return out
 
 
