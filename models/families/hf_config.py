@@ -29,7 +29,6 @@ def shared_fields(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
     refuse_unless(hf, where, "hidden_act", (None, "silu"))
     refuse_unless(hf, where, "pretraining_tp", (None, 1))
     refuse_unless(hf, where, "mlp_bias", (None, False))
-    refuse_unless(hf, where, "quantization_config", (None,))
     rope_theta, scaling = read_rope(hf, where)
     eos = hf.get("eos_token_id")
     n_heads = int(hf["num_attention_heads"])

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_client.errors import BadRequestError, UnsupportedError
+from jax_client.models import quantization
 from jax_client.models.config import ModelConfig
 from jax_client.models.families.family import Family
 
@@ -33,7 +34,8 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
         where: the file, for messages.
 
     Raises:
-        UnsupportedError: an architecture, or a key of it, that is not computed here.
+        UnsupportedError: an architecture, or a key of it, that is not computed here; a quantised format that is
+            not read.
         BadRequestError: a value that no model can have.
     """
     architectures = hf.get("architectures") or []
@@ -43,6 +45,8 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
     family = SUPPORTED_ARCHITECTURES.get(architectures[0])
     if family is None:
         raise UnsupportedError(f"{where}: architecture {architectures[0]!r} is not supported; supported are {known}.")
+    # Only to refuse a format that is not read, before any weight is looked at.
+    quantization.read_quantization(hf, where)
     try:
         return family.read(hf, where)
     except KeyError as missing:

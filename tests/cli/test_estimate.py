@@ -38,6 +38,17 @@ def test_a_model_that_does_not_fit_fails_with_what_would_help(cli: Any, config_o
     assert done.code == 1 and "the weights alone are" in done.out and "times as many devices" in done.out
 
 
+def test_a_quantised_release_is_estimated_as_its_plain_numbers(cli: Any, config_only: Path) -> None:
+    plain = cli("estimate", config_only, "--on", "v5e-1", *SIZES, "--json")
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (config_only / "config.json").write_text(json.dumps(CASES["qwen3_tied"] | {"quantization_config": fp8}))
+    assert cli("estimate", config_only, "--on", "v5e-1", *SIZES, "--json").out == plain.out
+    gptq = {"quant_method": "gptq", "bits": 4}
+    (config_only / "config.json").write_text(json.dumps(CASES["qwen3_tied"] | {"quantization_config": gptq}))
+    done = cli("estimate", config_only, "--on", "v5e-1", *SIZES)
+    assert done.code == 1 and "'gptq'" in done.err and "unquantised release" in done.err
+
+
 def test_compile_says_what_it_needs(cli: Any, config_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     done = cli("estimate", config_only, "--on", "v5e-1", *SIZES, "--compile")

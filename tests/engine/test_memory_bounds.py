@@ -32,6 +32,7 @@ from jax_client.threads import Workers
 from jax_client.values import LoraSpec
 from support.children import STRICT
 from support.weight_files import HF_CONFIG, hf_tensors, write_hf
+from support.weights.quantized import E4M3, FP8, write_release
 
 # 232 MB in float32; the largest tensor is a fortieth of it, as in the models that fill a machine's memory.
 LARGE = HF_CONFIG | {
@@ -73,15 +74,33 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_hf(tmp_path_factory.mktemp("large"), LARGE, hf_tensors(LARGE), n_shards=5)
 
 
+@pytest.fixture(scope="module")
+def large_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a model of 218 MB in float32, in FP8 with random codes and blocks of 128 x 128.
+
+    Each thread that reads has the codes of a tensor and its rounded numbers, so the layers are small and many.
+    """
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LARGE | sizes | {"num_hidden_layers": 56}
+    rng, stored = np.random.default_rng(0), hf_tensors(config)
+    for name in [name for name in stored if name.endswith("_proj.weight")]:
+        codes = rng.integers(0, 0x7F, stored[name].shape, dtype=np.uint8).view(E4M3)
+        scales = rng.random([-(-side // 128) for side in codes.shape], np.float32)
+        stored |= {name: codes, name + "_scale_inv": scales}
+    config["quantization_config"] = FP8
+    return write_release(tmp_path_factory.mktemp("large_release"), config, stored, n_shards=5)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for a process's peak")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loading_holds_the_weights_once(large_model: Path, dtype: str) -> None:
-    """The files are float32: bfloat16 is converted on the way, and not in a second copy of a stack or of the model.
+@pytest.mark.parametrize("files", ["large_model", "large_release"])
+def test_loading_holds_the_weights_once(files: str, dtype: str, request: pytest.FixtureRequest) -> None:
+    """The files are float32 or FP8: a tensor is converted on the way, and not in a second copy of a stack or the model.
 
     The peak counts the mapped pages of the tensors being read, too, which the kernel could drop.
     """
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [*STRICT, "-c", LOAD, str(large_model), dtype]
+    command = [*STRICT, "-c", LOAD, str(request.getfixturevalue(files)), dtype]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     before, peak, weights = json.loads(done.stdout.splitlines()[-1])

@@ -314,6 +314,10 @@ class GgufReader:
             return interleaved_to_halves(x, heads)
         return x
 
+    def read_expert(self, name: str, expert: int) -> np.ndarray:
+        """Return `read(name)[expert]`."""
+        return self.read(name)[expert]
+
 
 def interleaved_to_halves(x_ND: np.ndarray, heads: int) -> np.ndarray:
     """Undo the row order of llama-architecture GGUF files.

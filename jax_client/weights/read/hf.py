@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
 from jax_client.models.families.registry import SUPPORTED_ARCHITECTURES
+from jax_client.models.quantization import read_quantization
 from jax_client.values import JsonObject
 from jax_client.weights.read import safetensors
-from jax_client.weights.read.tensors import TensorInfo
+from jax_client.weights.read.quantized.reader import QuantizedReader
+from jax_client.weights.read.tensors import TensorInfo, TensorReader
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -50,8 +53,28 @@ class HfReader:
                 )
 
     def read(self, name: str) -> np.ndarray:
-        """Return a lazy view of one tensor, float32, float16 or bfloat16."""
+        """Return a lazy view of one tensor in the file's own dtype, one of `safetensors.STORED_DTYPES`."""
         return safetensors.view(*self._places[name])
+
+    def read_expert(self, name: str, expert: int) -> np.ndarray:
+        """Return `read(name)[expert]`, a lazy view."""
+        return self.read(name)[expert]
+
+
+def open_weights(directory: Path, dtype: DTypeLike = np.float32) -> TensorReader:
+    """Open a directory's shards; of a quantised release, as the tensors that its codes and scales stand for.
+
+    Args:
+        directory: with a config.json.
+        dtype: that FP8 weights are read in. Others are read as they are stored.
+
+    Raises:
+        BadRequestError: as `HfReader`; codes and scales that do not fit each other.
+        UnsupportedError: a quantised format that is not read.
+    """
+    quantization = read_quantization(read_json(directory, CONFIG), str(directory / CONFIG))
+    files = HfReader(directory)
+    return files if quantization is None else QuantizedReader(files, quantization, dtype)
 
 
 def has_weights(directory: Path) -> bool:

@@ -50,9 +50,9 @@ def read_config(source: ModelSource) -> ModelConfig:
     return config_from_hf(hf.read_hf_config(source.path), str(source.path / hf.CONFIG))
 
 
-def open_tensors(source: ModelSource) -> TensorReader:
-    """Open a model's files. Raises BadRequestError for damaged ones."""
-    return GgufReader(read_gguf(source.path)) if source.kind == "gguf" else hf.HfReader(source.path)
+def open_tensors(source: ModelSource, dtype: DTypeLike = np.float32) -> TensorReader:
+    """Open a model's files; `dtype` is as `hf.open_weights` takes it. Raises BadRequestError for damaged ones."""
+    return GgufReader(read_gguf(source.path)) if source.kind == "gguf" else hf.open_weights(source.path, dtype)
 
 
 def load_params(
@@ -75,7 +75,7 @@ def load_params(
         BadRequestError: damaged files; missing, extra or misshapen tensors; values that are not finite.
         UnsupportedError: a tensor dtype that is not read.
     """
-    reader = open_tensors(source)
+    reader = open_tensors(source, dtype)
     check_tensors(reader, expected_tensors(config, reader.tensors), tied=config.tied_embeddings, where=str(source.path))
     leaves = leaf_parts(config, reader.tensors)
     specs = param_specs(config, np.dtype(dtype))

@@ -31,6 +31,13 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# `NUMPY_DTYPES` are those of weights. The others are of codes and scales, which stand for weights only together.
+STORED_DTYPES = NUMPY_DTYPES | {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype("<i4"),
+}
 MAX_HEADER_BYTES = 100_000_000
 AGAIN = "The file is damaged: delete it and download it again."
 
@@ -76,8 +83,8 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def view(path: Path, entry: Entry) -> np.ndarray:
-    """Return a tensor as a view of the mapped file; pages are read when touched."""
-    dtype = NUMPY_DTYPES[entry.dtype]
+    """Return a tensor as a view of the mapped file, in one of `STORED_DTYPES`; pages are read when touched."""
+    dtype = STORED_DTYPES[entry.dtype]
     if entry.begin == entry.end:
         return np.zeros(entry.shape, dtype)
     raw = np.memmap(path, dtype=np.uint8, mode="r", offset=entry.begin, shape=(entry.end - entry.begin,))

@@ -38,6 +38,10 @@ class TensorReader(Protocol):
         """Return one tensor in Hugging Face's layout and a float dtype; a lazy view of the file where possible."""
         ...
 
+    def read_expert(self, name: str, expert: int) -> np.ndarray:
+        """Return `read(name)[expert]`, of stacked experts one; of a quantised release no other is decoded."""
+        ...
+
 
 # Buffers that old checkpoints saved and no layer reads.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias")

@@ -18,6 +18,7 @@ import numpy as np
 from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts.lora import LORA_ALPHA
+from jax_client.models.quantization import without_quantization
 from jax_client.values import AdapterState, JsonObject
 from jax_client.weights.read import hf, safetensors
 from jax_client.weights.read.gguf import architecture, as_hf_config, read_gguf
@@ -190,7 +191,8 @@ def _hf_config(source: ModelSource, dtype: str, untied: bool) -> JsonObject:
         if (bos := file.metadata.get("tokenizer.ggml.bos_token_id")) is not None:
             config["bos_token_id"] = bos
     else:
-        config = hf.read_json(source.path, hf.CONFIG)
+        # The weights are written as plain numbers, whatever they were.
+        config = without_quantization(hf.read_json(source.path, hf.CONFIG))
     # transformers 5 writes `dtype`; versions before 4.56, and servers built on them, read `torch_dtype` alone.
     config |= {"dtype": dtype, "torch_dtype": dtype}
     return config | {"tie_word_embeddings": False} if untied else config
