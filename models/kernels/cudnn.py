@@ -73,8 +73,8 @@ def cudnn_attention(
     """
     q = sharding_for(("rows", None, "kv_heads", None, None), q_BTKGH.shape, mesh, "attention's queries").spec
     kv, rows = PartitionSpec(q[0], None, q[2], None), PartitionSpec(q[0], None)
-    scale = q_BTKGH.shape[-1] ** -0.5 if scale is None else scale
-    attend = partial(_attend, dtype=dtype, M=max(max_segments, 2), scale=scale)
+    factor = q_BTKGH.shape[-1] ** -0.5 if scale is None else scale
+    attend = partial(_attend, dtype=dtype, M=max(max_segments, 2), scale=factor)
     run = jax.shard_map(attend, mesh=mesh, in_specs=(q, kv, kv, rows), out_specs=q, check_vma=False)
     return run(q_BTKGH, k_BTKH, v_BTKH, segments_BT)
 
