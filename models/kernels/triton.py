@@ -100,18 +100,23 @@ def triton_attention(
         interpret=interpret,
         name="paged_attention",
     )(table_Rn, turns_R, position_RX, q_RKXH, k_NSKH, v_NSKH, *first_R)
+    sinks_KX = None if sinks is None else jnp.pad(jnp.repeat(sinks, T, axis=1), ((0, 0), (0, extra)))
+    o_RKXH = _joined(m_pRKX, l_pRKX, o_pRKXH, sinks_KX)
+    return jnp.transpose(o_RKXH[:, :, : G * T].reshape(R, K, G, T, H), (0, 3, 1, 2, 4))
+
+
+def _joined(m_pRKX: jax.Array, l_pRKX: jax.Array, o_pRKXH: jax.Array, sinks_KX: jax.Array | None) -> jax.Array:
+    """Return the result (R, K, X, H) of a row's parts; sinks are one more, without values."""
     m_RKX = jnp.max(m_pRKX, axis=0)
-    if sinks is not None:  # one more part, without values
-        sink_KX = jnp.pad(jnp.repeat(sinks, T, axis=1), ((0, 0), (0, extra)))
-        sink_m_KX, sink_l_KX = start_with_sinks(sink_KX)
+    if sinks_KX is not None:
+        sink_m_KX, sink_l_KX = start_with_sinks(sinks_KX)
         m_RKX = jnp.maximum(m_RKX, sink_m_KX)
     decay_pRKX = jnp.exp(m_pRKX - m_RKX)
     l_RKX = jnp.sum(l_pRKX * decay_pRKX, axis=0)
-    if sinks is not None:
+    if sinks_KX is not None:
         l_RKX += sink_l_KX * jnp.exp(sink_m_KX - m_RKX)
     l_RKX = jnp.maximum(l_RKX, jnp.finfo(jnp.float32).tiny)
-    o_RKXH = jnp.sum(o_pRKXH * decay_pRKX[..., None], axis=0) / l_RKX[..., None]
-    return jnp.transpose(o_RKXH[:, :, : G * T].reshape(R, K, G, T, H), (0, 3, 1, 2, 4))
+    return jnp.sum(o_pRKXH * decay_pRKX[..., None], axis=0) / l_RKX[..., None]
 
 
 def _kernel(
