@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.models.config import LinearScaling, Llama3Scaling, ModelConfig, Rope, YarnScaling, rope_scaling
 from jax_client.models.families.hf_config import read_rope
+from jax_client.models.families.registry import config_from_hf
 from jax_client.models.rope import frequencies, rope_table, rotate
 from support.weights.loading import config
 
@@ -167,9 +169,15 @@ def test_what_cannot_be_is_named(rope: dict[str, Any], words: str) -> None:
         read_rope(config() | {"rope_parameters": rope}, WHERE)
 
 
-def test_a_scaling_comes_back_from_its_fields() -> None:
-    from dataclasses import asdict
+@pytest.mark.parametrize("form", ["beside", "within"])
+def test_families_that_rotate_whole_heads_refuse_a_part(form: str) -> None:
+    part = {"partial_rotary_factor": 0.5}
+    hf = config() | (part if form == "beside" else {"rope_parameters": {"rope_type": "default", **part}})
+    with pytest.raises(UnsupportedError, match="partial_rotary_factor makes 8 of 16 values of a head rotate"):
+        config_from_hf(hf, WHERE)
 
+
+def test_a_scaling_comes_back_from_its_fields() -> None:
     for scaling in (
         LinearScaling(factor=2.0),
         YarnScaling(factor=4.0, original_context=64, attention_factor=1.1),
