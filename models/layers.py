@@ -1,4 +1,4 @@
-"""What are the small pieces of a decoder layer: matmul, norm, rotary positions?
+"""What are the small pieces of a decoder layer: matmul, norm?
 
 They are pure functions of arrays. All of them compute in float32, except that a matmul's operands have the matmul type.
 """
@@ -10,8 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from jax_client.models.config import ModelConfig
 
 
 def contract(
@@ -72,32 +70,3 @@ def rms_norm_backward(x: jax.Array, weight: jax.Array, eps: float, g: jax.Array)
     r = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
     g = g * weight
     return r * (g - x * (r * r) * jnp.mean(x * g, axis=-1, keepdims=True))
-
-
-@jax.named_scope("rope")
-def rope_table(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Return cos and sin (B, T, H/2) float32 of the rotary angles, with Llama 3's frequency scaling where configured.
-
-    Source: RoFormer, arXiv 2104.09864; the scaling as published with Llama 3.1.
-    """
-    half = config.head_dim // 2
-    freq_H = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if (scaling := config.rope_scaling) is not None:
-        turns_H = scaling.original_context * freq_H / (2 * jnp.pi)
-        smooth_H = (turns_H - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        smooth_H = jnp.clip(smooth_H, 0.0, 1.0)
-        freq_H = freq_H * (smooth_H + (1 - smooth_H) / scaling.factor)
-    angle_BTH = positions_BT[..., None].astype(jnp.float32) * freq_H
-    return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
-
-
-def rotate(x_BTH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    """Rotate the pairs (i, i + H/2) of the last axis by the table's angles; with -sin it is its own transpose.
-
-    Axes between T and H (heads) broadcast.
-    """
-    middle = (1,) * (x_BTH.ndim - 3)
-    cos = cos_BTH.reshape(*cos_BTH.shape[:2], *middle, -1)
-    sin = sin_BTH.reshape(*sin_BTH.shape[:2], *middle, -1)
-    left, right = jnp.split(x_BTH, 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)

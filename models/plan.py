@@ -64,7 +64,7 @@ class Segment:
 @functools.cache
 def layers(c: ModelConfig) -> tuple[tuple[Kind, ...], ...]:
     """Return the kinds of every layer's parts."""
-    sparse = set() if c.experts is None else set(range(c.n_layers)) - c.experts.dense_layers
+    sparse = set() if c.experts is None else set(range(c.n_layers)) - set(c.experts.dense_layers)
     return tuple((ATTENTION, MOE if i in sparse else DENSE) for i in range(c.n_layers))
 
 

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_client.models.config import ModelConfig
-from jax_client.models.layers import from_bits, rms_norm, rms_norm_backward, rope_table, to_bits
+from jax_client.models.layers import from_bits, rms_norm, rms_norm_backward, to_bits
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.block import layer_backward, layer_forward, row_attention, saved_for_backward
 from jax_client.models.parts.kind import Context, Remat, Saved
 from jax_client.models.parts.linears import Linears
 from jax_client.models.parts.lora import Adapter
 from jax_client.models.plan import Segment, plan
+from jax_client.models.rope import rope_table
 from jax_client.models.stacks import SegmentStacks
 
 # Gradients of the stacked adapters, by module, then "A" or "B".

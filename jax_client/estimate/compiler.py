@@ -29,7 +29,7 @@ from jax_client.engine.sample.weights import WHOLE, whole_specs
 from jax_client.engine.train.programs import TrainPrograms
 from jax_client.engine.train.shapes import batch_shapes, loss_shape, step_shapes
 from jax_client.estimate import hlo
-from jax_client.models.config import ModelConfig, RopeScaling
+from jax_client.models.config import ModelConfig, config_from_fields
 from jax_client.models.decoder import Params, param_specs
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.kind import Remat
@@ -45,10 +45,7 @@ GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
 def main() -> None:
     """Compile what the question on the standard input asks for."""
     question = json.load(sys.stdin)
-    fields = question["model"]
-    if fields["rope_scaling"] is not None:
-        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-    config = ModelConfig(**fields | {"eos_token_ids": tuple(fields["eos_token_ids"])})
+    config = config_from_fields(question["model"])
     mesh = make_mesh(question["mesh"], _devices(question["topology"]))
     spec, dtype, wanted = LoraSpec(**question["adapter"]), jnp.dtype(question["dtype"]), question["programs"]
     options = GPU_OPTIONS if question["topology"]["platform"] == "cuda" else {}

@@ -6,17 +6,17 @@ the rotary keys in either of their two forms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from jax_client.errors import BadRequestError, UnsupportedError
-from jax_client.models.config import RopeScaling
+from jax_client.models.config import LinearScaling, Llama3Scaling, Rope, RopeScaling, YarnScaling
 
-# Rope types that are not computed: what will come, and the way out until then.
+# Rope types that a file may have and that are not computed from it: why, and the way out.
 ROPE_TYPES = {
-    "yarn": "it will come with gpt-oss and DeepSeek V3. Where the release offers it as an option for long contexts, as "
-    "Qwen 2.5 and 3 do, take it out of the config.json",
-    "linear": "it will come with Gemma 3. Use a model without it",
+    "yarn": "it is read from a config.json only. Load the same model in Hugging Face layout (safetensors)",
+    "linear": "it is read from a config.json only. Load the same model in Hugging Face layout (safetensors)",
     "dynamic": "it is not planned. It changes nothing up to max_position_embeddings: take it out of the config.json",
     "longrope": "it is not planned. Use a model without it",
     "su": "it is not planned. Use a model without it",
@@ -25,11 +25,19 @@ ROPE_TYPES = {
 
 
 def shared_fields(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the `ModelConfig` fields that every family reads alike; refuse what the layers do not compute."""
+    """Return the `ModelConfig` fields that every family reads alike; refuse what the layers do not compute.
+
+    Partial rotation is refused, since transformers ignores its key in the families that have no use for it.
+    """
     refuse_unless(hf, where, "hidden_act", (None, "silu"))
     refuse_unless(hf, where, "pretraining_tp", (None, 1))
     refuse_unless(hf, where, "mlp_bias", (None, False))
-    rope_theta, scaling = read_rope(hf, where)
+    rope = read_rope(hf, where)
+    if rope.dim is not None:
+        raise UnsupportedError(
+            f"{where}: partial_rotary_factor makes {rope.dim} of {head_width(hf)} values of a head rotate, which is "
+            "not supported in this architecture. Use a model without it."
+        )
     eos = hf.get("eos_token_id")
     n_heads = int(hf["num_attention_heads"])
     return {
@@ -39,10 +47,10 @@ def shared_fields(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
         "n_layers": hf["num_hidden_layers"],
         "n_heads": n_heads,
         "n_kv_heads": hf.get("num_key_value_heads") or n_heads,
-        "head_dim": hf.get("head_dim") or (hf["hidden_size"] // n_heads if n_heads > 0 else 0),
+        "head_dim": head_width(hf),
         "norm_eps": float(hf["rms_norm_eps"]),
-        "rope_theta": rope_theta,
-        "rope_scaling": scaling,
+        "rope_theta": rope.theta,
+        "rope_scaling": rope.scaling,
         "tied_embeddings": bool(hf.get("tie_word_embeddings", False)),
         "max_context": hf["max_position_embeddings"],
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
@@ -70,37 +78,154 @@ def refuse_sliding_window(hf: Mapping[str, Any], where: str) -> None:
         )
 
 
+def head_width(hf: Mapping[str, Any]) -> int:
+    """Return the width of a head; 0 where the config has no heads, which `ModelConfig` refuses."""
+    n_heads = int(hf["num_attention_heads"])
+    return hf.get("head_dim") or (hf["hidden_size"] // n_heads if n_heads > 0 else 0)
+
+
 def rope_advice(kind: object) -> str:
-    """Return what will become of a rope type that is not computed, and the way out until then."""
+    """Return why a rope type is not computed, and the way out."""
     known = ROPE_TYPES.get(kind) if isinstance(kind, str) else None
     return f"About {kind!r}: {known}." if known else "Use a model with one of them."
 
 
-def read_rope(hf: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Return (theta, scaling) from the flat keys or from `rope_parameters`.
+def read_rope(hf: Mapping[str, Any], where: str, layer_type: str | None = None, default_theta: float = 10000.0) -> Rope:
+    """Return the rotation from `rope_parameters` (transformers 5), or from `rope_scaling` and keys beside it.
+
+    Args:
+        hf: the parsed config.json.
+        where: the file, for messages.
+        layer_type: of the layers that are meant, for a family that rotates by layer type, such as Gemma 3 with
+            "sliding_attention" and "full_attention". Its older files have one `rope_scaling`, for the layers of full
+            attention, and the others' theta under `rope_local_base_freq`.
+        default_theta: where the config has none.
 
     Raises:
-        UnsupportedError: a rope type other than "default" and "llama3", or partial rotation.
+        UnsupportedError: a rope type that is not computed, or rotation by layer type where no `layer_type` was given.
+        BadRequestError: a missing key, or a value that cannot be.
     """
-    refuse_unless(hf, where, "partial_rotary_factor", (None, 1, 1.0))
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
+    beside = dict(hf)
+    by_type = sorted(name for name, value in rope.items() if isinstance(value, Mapping))
+    if by_type and layer_type is None:
         raise UnsupportedError(
-            f"{where}: rope type {kind!r} is not supported; supported are 'default' and 'llama3'. {rope_advice(kind)}"
+            f"{where}: rope_parameters are given by layer type ({', '.join(by_type)}); this architecture rotates in "
+            "all layers alike. Use a model that has one set of them."
         )
-    scaling = RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_context=int(rope["original_max_position_embeddings"]),
-    )
-    if not (scaling.factor >= 1 and 0 < scaling.low_freq_factor < scaling.high_freq_factor):
+    if by_type:
+        rope = dict(rope.get(layer_type) or {})
+    elif layer_type == "sliding_attention":
+        rope = {}
+        beside["rope_theta"] = hf.get("rope_local_base_freq")
+    theta = rope.get("rope_theta") or beside.get("rope_theta") or default_theta
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if not isinstance(kind, str) or kind not in _SCALINGS:
+        raise UnsupportedError(
+            f"{where}: rope type {kind!r} is not supported; supported are "
+            f"{', '.join(map(repr, _SCALINGS))}. {rope_advice(kind)}"
+        )
+    original = beside.get("original_max_position_embeddings")  # beside the others it has priority in transformers
+    values = _Numbers(rope | ({} if original is None else {"original_max_position_embeddings": original}), kind, where)
+    part = rope.get("partial_rotary_factor") or beside.get("partial_rotary_factor")
+    dim = int(head_width(hf) * values.check("partial_rotary_factor", part, least=0.0)) if part else None
+    if dim is not None and not 2 <= dim <= head_width(hf):
         raise BadRequestError(
-            f"{where}: rope scaling {rope} is not usable; it needs factor >= 1 and "
-            "0 < low_freq_factor < high_freq_factor."
+            f"{where}: partial_rotary_factor {part!r} makes {dim} of {head_width(hf)} values of a head rotate; it must "
+            "be 2 at least, and no more than all."
         )
-    return theta, scaling
+    return Rope(
+        theta=values.check("rope_theta", theta, least=2.0 if kind == "yarn" else 0.0),
+        scaling=_SCALINGS[kind](values),
+        dim=None if dim == head_width(hf) else dim,
+    )
+
+
+class _Numbers:
+    """The numbers of a rope scaling; a missing or wrong one is refused by its key."""
+
+    def __init__(self, rope: Mapping[str, Any], kind: str, where: str):
+        self._rope, self._kind, self._where = rope, kind, where
+
+    def get(self, key: str, default: float | None = None, *, least: float = 0.0) -> float:
+        """Return the number of a key, or the default where the key is absent or null."""
+        value = self._rope.get(key)
+        if value is None and default is not None:
+            return default
+        if value is None:
+            raise BadRequestError(
+                f"{self._where}: the rope type {self._kind!r} needs the key {key!r}, which is missing; a complete "
+                "config.json is needed."
+            )
+        return self.check(key, value, least=least)
+
+    def check(self, key: str, value: Any, *, least: float) -> float:
+        """Return the value as a float if it is a finite number, above 0 and not below `least`."""
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value <= 0 or value < least:
+            above = f"{least:g} or more" if least else "a number above 0"
+            raise BadRequestError(f"{self._where}: {key} of the rotary positions is {value!r}; it must be {above}.")
+        return float(value)
+
+    def has(self, key: str) -> bool:
+        """Return whether a key has a value other than null and 0."""
+        return bool(self._rope.get(key))
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return the boolean of a key."""
+        value = self._rope.get(key, default)
+        if not isinstance(value, bool):
+            raise BadRequestError(
+                f"{self._where}: {key} of the rotary positions is {value!r}; it must be true or false."
+            )
+        return value
+
+    def refuse_unless_above(self, high: str, above: float, low: str, below: float) -> None:
+        """Raise BadRequestError unless one number is above another."""
+        if not above > below:
+            raise BadRequestError(
+                f"{self._where}: {high} {above:g} of the rope type {self._kind!r} must be above {low} {below:g}."
+            )
+
+
+def _default(_: _Numbers) -> None:
+    return None
+
+
+def _linear(values: _Numbers) -> RopeScaling:
+    return LinearScaling(factor=values.get("factor", least=1.0))
+
+
+def _llama3(values: _Numbers) -> RopeScaling:
+    low, high = values.get("low_freq_factor"), values.get("high_freq_factor")
+    values.refuse_unless_above("high_freq_factor", high, "low_freq_factor", low)
+    return Llama3Scaling(
+        factor=values.get("factor", least=1.0),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_context=int(values.get("original_max_position_embeddings", least=1.0)),
+    )
+
+
+def _yarn(values: _Numbers) -> RopeScaling:
+    factor = values.get("factor", least=1.0)
+    fast, slow = values.get("beta_fast", 32.0), values.get("beta_slow", 1.0)
+    values.refuse_unless_above("beta_fast", fast, "beta_slow", slow)
+
+    def attention(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0
+
+    usual = attention(1.0)
+    if values.has("mscale") and values.has("mscale_all_dim"):  # one alone does not count in transformers either
+        usual = attention(values.get("mscale")) / attention(values.get("mscale_all_dim"))
+    return YarnScaling(
+        factor=factor,
+        original_context=int(values.get("original_max_position_embeddings", least=1.0)),
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=values.flag("truncate", True),
+        attention_factor=values.get("attention_factor", usual),
+    )
+
+
+_SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}

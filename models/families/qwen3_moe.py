@@ -29,7 +29,7 @@ def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
         per_token=hf["num_experts_per_tok"],
         d_ff=hf["moe_intermediate_size"],
         normalized=bool(hf["norm_topk_prob"]),
-        dense_layers=frozenset(i for i in layers if i in dense or (i + 1) % step),
+        dense_layers=tuple(i for i in layers if i in dense or (i + 1) % step),
     )
     return ModelConfig(family="qwen3_moe", qk_norm=True, experts=experts, **fields)
 

@@ -36,6 +36,9 @@ def blockwise_forward(
     dtype: jnp.dtype,
     *,
     one_cpu: bool,
+    window: int | None = None,
+    sinks: jax.Array | None = None,
+    scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attend causally within segments.
 
@@ -48,13 +51,20 @@ def blockwise_forward(
             first query's segment begins: the work follows the segments and not the row. Else all rows and heads are
             computed at once, over every key that causality allows: a loop whose length differs by row would
             synchronise the devices of a mesh at every turn.
+        window: a query sees that many tokens at most, itself included; None for all. Blocks of keys outside are
+            skipped.
+        sinks: (K, G) float32, a score of each query head that takes its share of the softmax and has no value; None for
+            none. They are frozen.
+        scale: of the scores; None for 1 / sqrt(H).
 
     Returns:
-        o_BTKGH float32, and lse_BKnX float32, the logsumexp of each query's scores, for the backward pass.
+        o_BTKGH float32, and lse_BKnX float32, the logsumexp of each query's scores and sink, for the backward pass.
 
     Source: online softmax, arXiv 1805.02867.
     """
-    blocks = _Blocks(q_BTKGH, segments_BT, one_cpu)
+    blocks = _Blocks(q_BTKGH, segments_BT, one_cpu, window)
+    factor = q_BTKGH.shape[-1] ** -0.5 if scale is None else scale
+    sinks_KX = None if sinks is None else blocks.by_query(sinks)
     v_BKHT = jnp.moveaxis(v_BTKH, 1, 3)
     if one_cpu:
 
@@ -64,25 +74,31 @@ def blockwise_forward(
             def keys(j: jax.Array) -> tuple[jax.Array, jax.Array]:
                 return blocks.keys(k_BTKH, at, j), blocks.transposed_keys(v_BKHT, at, j)
 
-            o_HX, lse_X = _attend(blocks.queries(q_BTKGH, at), keys, blocks.visible(at), blocks.visits(at), dtype)
+            sink_X = None if sinks_KX is None else sinks_KX[at[1]]
+            queries = blocks.queries(q_BTKGH, at)
+            o_HX, lse_X = _attend(queries, keys, blocks.visible(at), blocks.visits(at), dtype, factor, sink_X)
             return blocks.put_queries(o_BTKGH, o_HX, at), lse_BKnX.at[at].set(lse_X)
 
         nothing = jnp.zeros(q_BTKGH.shape, jnp.float32), jnp.zeros(blocks.shape_BKnX, jnp.float32)
         return jax.lax.fori_loop(0, blocks.count, one, nothing)
 
-    def head(q_nXH: jax.Array, k_TH: jax.Array, v_HT: jax.Array, start_nX: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def head(
+        q_nXH: jax.Array, k_TH: jax.Array, v_HT: jax.Array, start_nX: jax.Array, sink_X: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         def one(block: Any) -> tuple[jax.Array, jax.Array]:
-            q_XH, start_X, position_X, end = block
+            q_XH, start_X, position_X, first, end = block
 
             def keys(j: jax.Array) -> tuple[jax.Array, jax.Array]:
                 return blocks.slice(k_TH, j, 0), blocks.slice(v_HT, j, 1)
 
-            return _attend(q_XH, keys, (start_X, position_X), (0, end), dtype)
+            visits = 0 if first is None else first, end
+            return _attend(q_XH, keys, (start_X, position_X), visits, dtype, factor, sink_X)
 
-        return jax.lax.map(one, (q_nXH, start_nX, blocks.position_nX, blocks.end_n))
+        return jax.lax.map(one, (q_nXH, start_nX, blocks.position_nX, blocks.first_n, blocks.end_n))
 
-    heads = jax.vmap(jax.vmap(head))
-    o_BKnHX, lse_BKnX = heads(blocks.split(q_BTKGH), jnp.moveaxis(k_BTKH, 1, 2), v_BKHT, blocks.start_BKnX())
+    heads = jax.vmap(jax.vmap(head), in_axes=(0, 0, 0, 0, None))
+    queries = blocks.split(q_BTKGH)
+    o_BKnHX, lse_BKnX = heads(queries, jnp.moveaxis(k_BTKH, 1, 2), v_BKHT, blocks.start_BKnX(), sinks_KX)
     return blocks.join(o_BKnHX), lse_BKnX
 
 
@@ -97,12 +113,17 @@ def blockwise_backward(
     dtype: jnp.dtype,
     *,
     one_cpu: bool,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the cotangents of q, k and v for the cotangent do of `blockwise_forward`'s output.
 
+    Sinks are frozen, and lse contains them: there is nothing of them to compute.
+
     Source: FlashAttention-2, arXiv 2307.08691, section 3.1.
     """
-    blocks = _Blocks(q_BTKGH, segments_BT, one_cpu)
+    blocks = _Blocks(q_BTKGH, segments_BT, one_cpu, window)
+    factor = q_BTKGH.shape[-1] ** -0.5 if scale is None else scale
     k_BKHT = jnp.moveaxis(k_BTKH, 1, 3)
     # A product with ones, since XLA sums x * y over a short last axis at 12 ns an element on a CPU, 20 times slower.
     ones_H = jnp.ones(q_BTKGH.shape[-1])
@@ -119,7 +140,8 @@ def blockwise_backward(
             def add(sum_BTKH: jax.Array, new_sH: jax.Array, j: jax.Array) -> jax.Array:
                 return blocks.add_keys(sum_BTKH, new_sH, at, j)
 
-            dq_HX, sums = _attend_backward(queries, keys, blocks.visible(at), blocks.visits(at), sums, add, dtype)
+            visible, visits = blocks.visible(at), blocks.visits(at)
+            dq_HX, sums = _attend_backward(queries, keys, visible, visits, sums, add, dtype, factor)
             return blocks.put_queries(dq_BTKGH, dq_HX, at), sums
 
         dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q_BTKGH, k_BTKH, v_BTKH))
@@ -130,17 +152,17 @@ def blockwise_backward(
         queries_n: tuple[jax.Array, ...], k_TH: jax.Array, k_HT: jax.Array, v_TH: jax.Array, start_nX: jax.Array
     ) -> tuple[Any, jax.Array]:
         def one(sums: Any, block: Any) -> tuple[Any, jax.Array]:
-            queries, start_X, position_X, end = block
+            queries, start_X, position_X, first, end = block
 
             def keys(j: jax.Array) -> tuple[jax.Array, ...]:
                 return blocks.slice(k_TH, j, 0), blocks.slice(k_HT, j, 1), blocks.slice(v_TH, j, 0)
 
-            visible, visits = (start_X, position_X), (0, end)
-            dq_HX, sums = _attend_backward(queries, keys, visible, visits, sums, blocks.add_slice, dtype)
+            visible, visits = (start_X, position_X), (0 if first is None else first, end)
+            dq_HX, sums = _attend_backward(queries, keys, visible, visits, sums, blocks.add_slice, dtype, factor)
             return sums, dq_HX
 
         nothing = jnp.zeros(k_TH.shape, jnp.float32), jnp.zeros(v_TH.shape, jnp.float32)
-        return jax.lax.scan(one, nothing, (queries_n, start_nX, blocks.position_nX, blocks.end_n))
+        return jax.lax.scan(one, nothing, (queries_n, start_nX, blocks.position_nX, blocks.first_n, blocks.end_n))
 
     queries = blocks.split(q_BTKGH), blocks.split(do_BTKGH), lse_BKnX, delta_BKnX
     k_BKTH, v_BKTH = jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2)
@@ -157,24 +179,34 @@ def softmax_shift(max_score: jax.Array) -> jax.Array:
     return jnp.ceil(max_score * (1 / math.log(2))) * math.log(2)
 
 
+def start_with_sinks(sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the maximum and the sum of exponentials with which an online softmax begins where there are sinks."""
+    sinks = sinks.astype(jnp.float32)
+    shift = jnp.maximum(softmax_shift(sinks), sinks)  # rounded up, but for a sink of 1e8 and more, whose steps are wide
+    return shift, jnp.exp(sinks - shift)
+
+
 def _attend(
     q_XH: jax.Array,
     keys: Callable[..., Any],
     visible: tuple[jax.Array, jax.Array],
     visits: tuple[Any, Any],
     dtype: jnp.dtype,
+    scale: float,
+    sink_X: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return o (H, X) of one block of queries and the logsumexp (X,) of their scores.
+    """Return o (H, X) of one block of queries and the logsumexp (X,) of their scores and sinks.
 
     Args:
         keys: `keys(j) -> (k_sH, v_Hs)` of block j of the keys.
         visible: start_X and position_X, the first and the last place that each query sees.
         visits: the first block of keys to visit, and the one after the last.
+        sink_X: scores of the queries' sinks.
     """
 
     def step(j: jax.Array, carry: Any) -> Any:
         (m_X, l_X, o_HX), (k_sH, v_Hs) = carry, keys(j)
-        s_sX = _scores(q_XH, k_sH, *visible, j * len(k_sH), dtype)
+        s_sX = _scores(q_XH, k_sH, *visible, j * len(k_sH), dtype, scale)
         new_m_X = jnp.maximum(m_X, softmax_shift(jnp.max(s_sX, axis=0)))
         # Rounded before they are summed, too: the weights of the values then add up to 1. Summed before, they did not,
         # and trainer and sampler in bfloat16 were 1.7 times as far apart.
@@ -183,7 +215,8 @@ def _attend(
         return new_m_X, l_X * decay_X + jnp.sum(p_sX, axis=0, dtype=jnp.float32), o_HX * decay_X + pv_HX
 
     X, H = q_XH.shape
-    m_X, l_X, o_HX = jax.lax.fori_loop(*visits, step, (jnp.full(X, MASKED), jnp.zeros(X), jnp.zeros((H, X))))
+    start = (jnp.full(X, MASKED), jnp.zeros(X)) if sink_X is None else start_with_sinks(sink_X)
+    m_X, l_X, o_HX = jax.lax.fori_loop(*visits, step, (*start, jnp.zeros((H, X))))
     return o_HX / l_X, m_X + jnp.log(l_X)
 
 
@@ -195,6 +228,7 @@ def _attend_backward(
     sums: Any,
     add: Callable[..., jax.Array],
     dtype: jnp.dtype,
+    scale: float,
 ) -> tuple[jax.Array, Any]:
     """Return dq (H, X) of one block of queries, and the sums of dk and dv with its part added.
 
@@ -205,12 +239,11 @@ def _attend_backward(
         add: `add(sum, new_sH, j) -> sum` adds to block j of the keys.
     """
     q_XH, do_XH, lse_X, delta_X = queries
-    scale = q_XH.shape[-1] ** -0.5
 
     def step(j: jax.Array, carry: Any) -> Any:
         (dq_HX, (dk, dv)), (k_sH, k_Hs, v_sH) = carry, keys(j)
         # Rounded as in the forward pass, and therefore one array for both of its uses.
-        p_sX = jnp.exp(_scores(q_XH, k_sH, *visible, j * len(k_sH), dtype) - lse_X).astype(dtype)
+        p_sX = jnp.exp(_scores(q_XH, k_sH, *visible, j * len(k_sH), dtype, scale) - lse_X).astype(dtype)
         ds_sX = p_sX * (contract("sH,XH->sX", v_sH, do_XH, dtype) - delta_X) * scale
         dq_HX += contract("Hs,sX->HX", k_Hs, ds_sX, dtype)
         dk = add(dk, contract("sX,XH->sH", ds_sX, q_XH, dtype), j)
@@ -220,11 +253,17 @@ def _attend_backward(
 
 
 def _scores(
-    q_XH: jax.Array, k_sH: jax.Array, start_X: jax.Array, position_X: jax.Array, key: jax.Array, dtype: jnp.dtype
+    q_XH: jax.Array,
+    k_sH: jax.Array,
+    start_X: jax.Array,
+    position_X: jax.Array,
+    key: jax.Array,
+    dtype: jnp.dtype,
+    scale: float,
 ) -> jax.Array:
     """Return the scaled scores (s, X) against the keys from place `key` on, masked where one is not visible."""
     key_s1 = key + jnp.arange(len(k_sH), dtype=jnp.int32)[:, None]
-    s_sX = contract("sH,XH->sX", k_sH, q_XH, dtype) * q_XH.shape[-1] ** -0.5
+    s_sX = contract("sH,XH->sX", k_sH, q_XH, dtype) * scale
     return jnp.where((key_s1 >= start_X) & (key_s1 <= position_X), s_sX, MASKED)
 
 
@@ -234,14 +273,20 @@ class _Blocks:
     `place`, and what takes its answer `at`, are for one block after the other; the rest for all at once.
     """
 
-    def __init__(self, q_BTKGH: jax.Array, segments_BT: jax.Array, one_cpu: bool):
+    def __init__(self, q_BTKGH: jax.Array, segments_BT: jax.Array, one_cpu: bool, window: int | None):
         self._shape = B, T, K, G, _ = q_BTKGH.shape
         self._queries = self._keys = _divisor(T, SMALL_BLOCK if one_cpu and T <= SHORT_ROW else LARGE_BLOCK)
         n = T // self._queries
         self.count, self.shape_BKnX = B * K * n, (B, K, n, self._queries * G)
         self._start_BT = _segment_starts(segments_BT)
+        if window is not None:
+            # A row holds each segment in one piece: the difference of places is that of positions.
+            self._start_BT = jnp.maximum(self._start_BT, jnp.arange(T, dtype=jnp.int32) - (window - 1))
         places = np.arange(T, dtype=np.int32).reshape(n, self._queries)
         self.position_nX = jnp.asarray(np.repeat(places, G, axis=1))
+        # The first block of keys of each block of queries, where a window decides it, and the one after the last.
+        first_n = None if window is None else np.maximum(places[:, 0] - (window - 1), 0) // self._keys
+        self.first_n = None if first_n is None else jnp.asarray(first_n)
         self.end_n = jnp.asarray(places[:, -1] // self._keys + 1)
 
     def place(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -290,6 +335,10 @@ class _Blocks:
         b, k, _ = at
         new = (self.keys(x_BTKH, at, j) + new_sH)[None, :, None]
         return jax.lax.dynamic_update_slice(x_BTKH, new, (b, j * self._keys, k, 0))
+
+    def by_query(self, x_KG: jax.Array) -> jax.Array:
+        """Return what each query head has for each query of a block, (K, X)."""
+        return jnp.tile(x_KG, (1, self._queries))
 
     def split(self, x_BTKG: jax.Array) -> jax.Array:
         """Turn (B, T, K, G, ...) into (B, K, n, X, ...)."""

@@ -6,9 +6,10 @@ in the pool. There are two in plain JAX, for a CPU and for the others, and a ker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +39,23 @@ class PagedAttention:
             the new tokens of each row in the page `page_R`, T of them from the page's start on, or one at its place,
             and attends to what the pages of `table_Rn` hold up to each query. Queries and results are float32, new keys
             and values of the matmul type, which is also that of the products' operands. A position of -1 sees nothing
-            and gets an undefined, finite result.
+            and gets an undefined, finite result. Its keywords are `window`, `sinks` and `scale`, as for
+            `paged_attention`; None, the default of each, is for attention without it.
+        lacks: those of the keywords that it does not take; see `fitting`.
     """
 
     name: str
     token_shapes: Callable[[int, int], Mapping[str, tuple[int, ...]]]
     attend: Callable[..., tuple[jax.Array, Pool]]
+    lacks: frozenset[str] = frozenset()
+
+
+def fitting(attention: PagedAttention, needed: Iterable[str]) -> PagedAttention:
+    """Return the attention, or the one in plain JAX if it lacks a keyword that a layer of the model needs.
+
+    The layout of the pool may be another then: the answer is for all layers.
+    """
+    return wide_turns() if attention.lacks.intersection(needed) else attention
 
 
 def _heads(K: int, H: int) -> dict[str, tuple[int, ...]]:
@@ -65,7 +77,8 @@ def _two_arrays(name: str, read: Callable[..., jax.Array]) -> PagedAttention:
 
     Args:
         name: of it.
-        read: `f(q_RTKGH, k_NSKH, v_NSKH, table_Rn, position_RT, dtype) -> o_RTKGH`, once the new tokens are stored.
+        read: `f(q_RTKGH, k_NSKH, v_NSKH, table_Rn, position_RT, dtype) -> o_RTKGH`, with the keywords of `attend`, once
+            the new tokens are stored.
     """
 
     def attend(
@@ -77,9 +90,10 @@ def _two_arrays(name: str, read: Callable[..., jax.Array]) -> PagedAttention:
         page_R: jax.Array,
         position_RT: jax.Array,
         dtype: jnp.dtype,
+        **more: Any,
     ) -> tuple[jax.Array, Pool]:
         k_NSKH, v_NSKH = _write(k_RTKH, v_RTKH, pool, page_R, position_RT)
-        o_RTKGH = read(q_RTKGH, k_NSKH, v_NSKH, table_Rn, position_RT, dtype)
+        o_RTKGH = read(q_RTKGH, k_NSKH, v_NSKH, table_Rn, position_RT, dtype, **more)
         return o_RTKGH, {"k": k_NSKH, "v": v_NSKH}
 
     return PagedAttention(name=name, token_shapes=_heads, attend=attend)
@@ -93,7 +107,8 @@ def small_turns() -> PagedAttention:
 def wide_turns() -> PagedAttention:
     """Return the attention of a GPU or TPU without its kernel: wide turns, their number known to the compiler.
 
-    There is a loop for each of a few lengths, and the shortest runs that holds the longest row.
+    There is a loop for each of a few lengths, and the shortest runs that holds the longest row. With a window these are
+    the lengths up to it, and one loop over the window for rows that are longer.
     """
 
     def read(
@@ -103,18 +118,34 @@ def wide_turns() -> PagedAttention:
         table_Rn: jax.Array,
         position_RT: jax.Array,
         dtype: jnp.dtype,
+        *,
+        window: int | None = None,
+        **more: Any,
     ) -> jax.Array:
         (R, n), page = table_Rn.shape, k_NSKH.shape[1]
-        block = max(BLOCK, min(ROW_KEYS, ALL_KEYS // R) // page)
+        keys, lengths = min(ROW_KEYS, ALL_KEYS // R), _lengths(n, page)
+        if window is not None:
+            # A turn no longer than the window: a row's window lies in two, or few.
+            keys, lengths = min(keys, window), (*(pages for pages in lengths[:-1] if pages * page <= window), n)
+        block = max(BLOCK, keys // page)
 
         def run(pages: int) -> jax.Array:
             cut_Rn = jnp.pad(table_Rn[:, :pages], ((0, 0), (0, -pages % block)))
-            counted = pages * page <= LONGEST_COUNTED
+            counted = min(pages * page, window or pages * page) <= LONGEST_COUNTED
             return paged_attention(
-                q_RTKGH, k_NSKH, v_NSKH, cut_Rn, position_RT, dtype, block=block, whole_table=counted
+                q_RTKGH,
+                k_NSKH,
+                v_NSKH,
+                cut_Rn,
+                position_RT,
+                dtype,
+                block=block,
+                whole_table=counted,
+                window=window,
+                **more,
             )
 
-        lengths, last = _lengths(n, page), jnp.max(position_RT) // page
+        last = jnp.max(position_RT) // page
         which = sum((last >= pages).astype(jnp.int32) for pages in lengths[:-1])
         # The condition reads the pool and does not return it: of one that goes through XLA makes a copy on a GPU.
         return jax.lax.switch(jnp.asarray(which), [partial(run, pages) for pages in lengths])
@@ -151,10 +182,18 @@ def ragged_pages(kernel: ragged.Kernel = ragged.tpu_kernel) -> PagedAttention:
         page_R: jax.Array,
         position_RT: jax.Array,
         dtype: jnp.dtype,
+        *,
+        window: int | None = None,
+        sinks: jax.Array | None = None,
+        scale: float | None = None,
     ) -> tuple[jax.Array, Pool]:
+        if sinks is not None:
+            raise NotImplementedError("the ragged kernel takes no sinks; ask `fitting` for an attention that does")
         place_R = position_RT[:, 0] % pool["kv"].shape[1] if k_RTKH.shape[1] == 1 else None
         kv_NSCH = ragged.write(pool["kv"], k_RTKH, v_RTKH, page_R, place_R)
-        return ragged.ragged_attention(q_RTKGH, kv_NSCH, table_Rn, position_RT, dtype, kernel), {"kv": kv_NSCH}
+        more: Any = {"window": window, "scale": scale}
+        o_RTKGH = ragged.ragged_attention(q_RTKGH, kv_NSCH, table_Rn, position_RT, dtype, kernel, **more)
+        return o_RTKGH, {"kv": kv_NSCH}
 
     shapes = lambda K, H: {"kv": ragged.token_shape(K, H)}  # noqa: E731
-    return PagedAttention(name="ragged", token_shapes=shapes, attend=attend)
+    return PagedAttention(name="ragged", token_shapes=shapes, attend=attend, lacks=frozenset({"sinks"}))

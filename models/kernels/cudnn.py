@@ -53,6 +53,7 @@ def cudnn_attention(
     dtype: jnp.dtype,
     mesh: Mesh,
     max_segments: int,
+    scale: float | None = None,
 ) -> jax.Array:
     """Attend causally within segments; differentiable by `jax.vjp`.
 
@@ -63,6 +64,7 @@ def cudnn_attention(
         dtype: of the matmul operands, bfloat16 or float16; the output and the cotangents are rounded to it.
         mesh: rows are split over its data and fsdp axes, key/value heads over its tensor axis.
         max_segments: the most segments that a row may have, padding not counted. The tokens of a further one are NaN.
+        scale: of the scores; None for 1 / sqrt(H).
 
     Returns:
         o_BTKGH float32; 0 at padding, and so are the cotangents of q, k and v.
@@ -71,13 +73,21 @@ def cudnn_attention(
     """
     q = sharding_for(("rows", None, "kv_heads", None, None), q_BTKGH.shape, mesh, "attention's queries").spec
     kv, rows = PartitionSpec(q[0], None, q[2], None), PartitionSpec(q[0], None)
-    attend = partial(_attend, dtype=dtype, M=max(max_segments, 2))
+    factor = q_BTKGH.shape[-1] ** -0.5 if scale is None else scale
+    attend = partial(_attend, dtype=dtype, M=max(max_segments, 2), scale=factor)
     run = jax.shard_map(attend, mesh=mesh, in_specs=(q, kv, kv, rows), out_specs=q, check_vma=False)
     return run(q_BTKGH, k_BTKH, v_BTKH, segments_BT)
 
 
 def _attend(
-    q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, *, dtype: jnp.dtype, M: int
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    M: int,
+    scale: float,
 ) -> jax.Array:
     """Attend on one device; M is the most segments of a row, at least 2."""
     B, T, K, G, H = q_BTKGH.shape
@@ -99,7 +109,7 @@ def _attend(
         kv_seqlen=lengths_BM,
         q_offsets=offsets_BM,
         kv_offsets=offsets_BM,
-        scale=H**-0.5,
+        scale=scale,
         mask_type=fused.MaskType.PADDING_CAUSAL,
     )
     o_BTNH = jnp.where(number_BT11 >= 0, o_BTNH.astype(jnp.float32), 0)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jax_client.models.kernels.blockwise import MASKED, softmax_shift
+from jax_client.models.kernels.blockwise import MASKED, softmax_shift, start_with_sinks
 from jax_client.models.layers import contract, from_bits, to_bits
 
 BLOCK = 2  # pages of one turn: 64 keys; one page or four took a CPU longer, and eight a prompt, too
@@ -61,6 +61,9 @@ def paged_attention(
     *,
     block: int = BLOCK,
     whole_table: bool = False,
+    window: int | None = None,
+    sinks: jax.Array | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Attend causally to what the rows' pages hold, which includes the queries' own tokens.
 
@@ -71,24 +74,54 @@ def paged_attention(
         position_RT: int32 position of each query in its row; -1 sees nothing and gets an undefined, finite result.
         dtype: of the matmul operands.
         block: pages of a turn.
-        whole_table: take all turns that the table has, a number that the compiler knows, instead of those that the
-            longest row needs.
+        whole_table: take all turns that the table or the window has, a number that the compiler knows, instead of
+            those that the longest row needs.
+        window: a query sees that many tokens at most, itself included; None for all. Each row then begins at the turn
+            that holds the first key of its window: the work is that of the window. The queries of a row have successive
+            positions, or -1.
+        sinks: (K, G) float32, a score of each query head that takes its share of the softmax and has no value; None for
+            none.
+        scale: of the scores; None for 1 / sqrt(H).
 
     Returns:
         o_RTKGH float32.
 
     Source: online softmax, arXiv 1805.02867; pages, arXiv 2309.06180.
     """
-    R, _, K, _, H = q_RTKGH.shape
+    (R, T, K, _, H), n = q_RTKGH.shape, table_Rn.shape[1]
     size = block * k_NSKH.shape[1]
+    more = {"sinks": sinks, "scale": scale}
 
-    def read(j: jax.Array) -> tuple[jax.Array, jax.Array]:
-        pages_Rp = jax.lax.dynamic_slice_in_dim(table_Rn, j * block, block, axis=1)
+    def gathered(pages_Rp: jax.Array) -> tuple[jax.Array, jax.Array]:
         k_RsKH, v_RsKH = (from_bits(pool[pages_Rp]).reshape(R, size, K, H) for pool in (k_NSKH, v_NSKH))
         return k_RsKH, v_RsKH
 
-    turns = table_Rn.shape[1] // block if whole_table else jnp.max(position_RT) // size + 1
-    return attend_in_turns(q_RTKGH, read, size, turns, position_RT, dtype)
+    if window is not None and window < n // block * size:
+        first_R = first_turns(position_RT, window, size)
+
+        def read_own(j: jax.Array) -> tuple[jax.Array, jax.Array]:
+            # A turn behind the table's end is that of its last page: all of it lies behind the queries.
+            place_Rp = (first_R + j)[:, None] * block + jnp.arange(block)
+            return gathered(jnp.take_along_axis(table_Rn, jnp.minimum(place_Rp, n - 1), axis=1))
+
+        most = min(n // block, (window + T - 3 + size) // size + 1)
+        turns = most if whole_table else jnp.max(jnp.max(position_RT, axis=1) // size - first_R) + 1
+        return attend_in_turns(
+            q_RTKGH, read_own, size, turns, position_RT, dtype, window=window, first_R=first_R, **more
+        )
+
+    def read(j: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return gathered(jax.lax.dynamic_slice_in_dim(table_Rn, j * block, block, axis=1))
+
+    turns = n // block if whole_table else jnp.max(position_RT) // size + 1
+    return attend_in_turns(q_RTKGH, read, size, turns, position_RT, dtype, **more)
+
+
+def first_turns(position_RT: jax.Array, window: int, size: int) -> jax.Array:
+    """Return which turn of `size` keys holds the first key that a row's queries see, (R,) int32; 0 for a row of -1."""
+    last = jnp.iinfo(jnp.int32).max
+    earliest_R = jnp.min(jnp.where(position_RT < 0, last, position_RT), axis=1)
+    return jnp.where(earliest_R == last, 0, jnp.maximum(earliest_R - (window - 1), 0) // size)
 
 
 def attend_in_turns(
@@ -99,14 +132,21 @@ def attend_in_turns(
     position_RT: jax.Array,
     dtype: jnp.dtype,
     scale: float | None = None,
+    *,
+    window: int | None = None,
+    first_R: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attend causally to keys and values that come in turns; arguments and result as those of `paged_attention`.
 
     Args:
-        read: `f(j) -> (k_RsKH, v_RsKH)`, the keys and values of turn j, those of the positions from j * size on.
+        read: `f(j) -> (k_RsKH, v_RsKH)`, the keys and values of turn j, those of the positions from j * size on; in row
+            r, of the turn first_R[r] + j.
         size: keys of a turn.
         turns: how many there are.
         scale: of the scores; None for 1 / sqrt(H).
+        window, sinks: as for `paged_attention`.
+        first_R: the turn with which each row begins; None for 0.
     """
     R, T, K, G, H = q_RTKGH.shape
     q_RKXH = jnp.transpose(q_RTKGH, (0, 2, 3, 1, 4)).reshape(R, K, G * T, H)
@@ -117,7 +157,11 @@ def attend_in_turns(
         m_RKX, l_RKX, o_RKXH = carry
         k_RsKH, v_RsKH = read(j)
         s_RKXs = contract("RKXH,RsKH->RKXs", q_RKXH, k_RsKH, dtype) * factor
-        visible_RXs = j * size + jnp.arange(size) <= position_RX[..., None]
+        turn = j if first_R is None else (first_R + j)[:, None, None]
+        key = turn * size + jnp.arange(size)
+        visible_RXs = key <= position_RX[..., None]
+        if window is not None:
+            visible_RXs &= key > position_RX[..., None] - window
         s_RKXs = jnp.where(visible_RXs[:, None], s_RKXs, MASKED)
         new_m_RKX = jnp.maximum(m_RKX, softmax_shift(jnp.max(s_RKXs, axis=-1)))
         # Rounded before they are summed, as in `blockwise_forward`: there is why.
@@ -127,7 +171,11 @@ def attend_in_turns(
         return new_m_RKX, l_RKX, o_RKXH * decay_RKX[..., None] + pv_RKXH
 
     zeros_RKX = jnp.zeros((R, K, G * T))
-    start = zeros_RKX + MASKED, zeros_RKX, jnp.zeros((R, K, G * T, H))
+    if sinks is None:
+        start = zeros_RKX + MASKED, zeros_RKX, jnp.zeros((R, K, G * T, H))
+    else:
+        m_RKX, l_RKX = start_with_sinks(zeros_RKX + jnp.repeat(sinks, T, axis=1))
+        start = m_RKX, l_RKX, jnp.zeros((R, K, G * T, H))
     _, l_RKX, o_RKXH = jax.lax.fori_loop(0, turns, step, start)
     o_RKGTH = (o_RKXH / jnp.maximum(l_RKX, jnp.finfo(jnp.float32).tiny)[..., None]).reshape(R, K, G, T, H)
     return jnp.transpose(o_RKGTH, (0, 3, 1, 2, 4))

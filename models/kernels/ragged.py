@@ -20,7 +20,7 @@ LANES = 128
 PAGES_AT_ONCE = 16
 QUERIES_AT_ONCE = 32
 TABLE_BYTES = 2**19  # of the rows of one call; the scalar memory that tables lie in is a megabyte
-# f(q_MNH, kv_NSCH, lengths_R, table_Rn, starts_R, count, scale) -> o_MNH
+# f(q_MNH, kv_NSCH, lengths_R, table_Rn, starts_R, count, scale) -> o_MNH, with the keyword `window` where there is one
 Kernel = Callable[..., jax.Array]
 
 
@@ -67,6 +67,9 @@ def ragged_attention(
     position_RT: jax.Array,
     dtype: jnp.dtype,
     kernel: Kernel,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """Attend causally to what the rows' pages hold, which includes the queries' own tokens.
 
@@ -77,6 +80,9 @@ def ragged_attention(
         position_RT: int32, successive positions of each row's queries; -1 for a row that is none, whose result is 0.
         dtype: of the queries and the result within the kernel.
         kernel: `tpu_kernel`, or `plain_kernel` on other platforms.
+        window: a query sees that many tokens at most, itself included; None for all. The kernel masks the others, but
+            reads their pages.
+        scale: of the scores; None for 1 / sqrt(H).
 
     Returns:
         o_RTKGH float32.
@@ -93,13 +99,15 @@ def ragged_attention(
     live_R = position_RT[:, 0] >= 0
     length_R = jnp.where(live_R, position_RT[:, 0], 0) + T
     rows = max(1, TABLE_BYTES // (4 * table_Rn.shape[1]))
-    parts = []
+    parts, scale = [], H**-0.5 if scale is None else scale
+    more = {} if window is None else {"window": window}
     for first in range(0, R, rows):
         at = slice(first, min(first + rows, R))
         count = at.stop - first
         starts = jnp.arange(count + 1, dtype=jnp.int32) * T
         q_MNH = q_RTNH[at].reshape(count * T, K * G, LANES)
-        o_MNH = kernel(q_MNH, kv_NSCH, length_R[at], table_Rn[at], starts, jnp.full(1, count, jnp.int32), H**-0.5)
+        rest = starts, jnp.full(1, count, jnp.int32), scale
+        o_MNH = kernel(q_MNH, kv_NSCH, length_R[at], table_Rn[at], *rest, **more)
         parts.append(o_MNH.reshape(count, T, K // share, share, G, share, H))
     o_RTkeGeH = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     o_RTkeGH = jnp.stack([o_RTkeGeH[:, :, :, e, :, e] for e in range(share)], axis=3)
@@ -115,6 +123,8 @@ def tpu_kernel(
     starts: jax.Array,
     count: jax.Array,
     scale: float,
+    *,
+    window: int | None = None,
 ) -> jax.Array:
     """Run jax's kernel.
 
@@ -126,6 +136,7 @@ def tpu_kernel(
         starts: int32 (R + 1,), where each row's queries begin, and where the last one's end.
         count: int32 (1,), the number of rows.
         scale: of the scores.
+        window: most tokens that a query sees; None for all.
     """
     # Here: Pallas is large, and only a TPU needs this part of it.
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
@@ -138,6 +149,7 @@ def tpu_kernel(
         starts,
         count,
         sm_scale=scale,
+        sliding_window=window,
         num_kv_pages_per_block=min(PAGES_AT_ONCE, table_Rn.shape[1]),
         num_queries_per_block=min(QUERIES_AT_ONCE, len(q_MNH)),
     )
@@ -151,6 +163,8 @@ def plain_kernel(
     starts: jax.Array,
     count: jax.Array,
     scale: float,
+    *,
+    window: int | None = None,
 ) -> jax.Array:
     """Return what `tpu_kernel` returns, in plain JAX, for rows that have as many queries each."""
     R, page, K = len(table_Rn), kv_NSCH.shape[1], kv_NSCH.shape[2] // 2
@@ -163,5 +177,5 @@ def plain_kernel(
 
     turns = jnp.max(length_R + page - 1) // page
     q_RTKGH = q_MNH.reshape(R, T, K, -1, q_MNH.shape[2])
-    o_RTKGH = attend_in_turns(q_RTKGH, read, page, turns, position_RT, kv_NSCH.dtype, scale)
+    o_RTKGH = attend_in_turns(q_RTKGH, read, page, turns, position_RT, kv_NSCH.dtype, scale, window=window)
     return o_RTKGH.reshape(q_MNH.shape).astype(q_MNH.dtype)

@@ -6,13 +6,14 @@ rows and key/value heads. The segments only mask: a row costs the same however m
 
 Forward and backward are two programs here. So the forward pass returns the log-sum-exp of every query, which the
 kernel's own derivative would compute a second time, and the backward pass calls the private function behind that
-derivative. It takes the residuals of one row: q, k and v, the segments, sinks (none), o, the log-sum-exp, and the
-blocks of the mask.
+derivative. It takes the residuals of one row: q, k and v, the segments, sinks (none: they are frozen, and the
+log-sum-exp contains them), o, the log-sum-exp, and the blocks of the mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     BlockSizes,
     CausalMask,
+    LocalMask,
     MultiHeadMask,
     SegmentIds,
     make_splash_mha_single_device,
@@ -44,6 +46,9 @@ def splash_forward(
     dtype: jnp.dtype,
     mesh: Mesh,
     interpret: bool = False,
+    window: int | None = None,
+    sinks: jax.Array | None = None,
+    scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attend causally within segments.
 
@@ -56,22 +61,27 @@ def splash_forward(
             q, k and v are rounded to it.
         mesh: rows are split over its data and fsdp axes, key/value heads over its tensor axis.
         interpret: emulate the kernel on any platform, for tests; slow.
+        window, sinks, scale: as for `blockwise_forward`.
 
     Returns:
-        o_BTKGH float32, and float32 lse_BNT, the log-sum-exp of each query's scores, for `splash_backward`.
+        o_BTKGH float32, and float32 lse_BNT, the log-sum-exp of each query's scores and sink, for `splash_backward`.
 
     Source: FlashAttention-2, arXiv 2307.08691; the kernel is jax.experimental.pallas.ops.tpu.splash_attention.
     """
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        operands, segments = _operands(q, k, v, dtype), SegmentIds(segments_BT, segments_BT)
-        kernel = _kernel(operands[0].shape, dtype, interpret, save_residuals=True)
-        o_BNTH, (lse_BNT,) = jax.vmap(kernel)(*operands, segments)
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array, *sinks_KG: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        operands, segments = _operands(q, k, v, dtype, scale), SegmentIds(segments_BT, segments_BT)
+        kernel = _kernel(operands[0].shape, dtype, interpret, window, save_residuals=True)
+        more = {"sinks": sinks_KG[0].astype(jnp.float32).reshape(-1)} if sinks_KG else {}
+        o_BNTH, (lse_BNT,) = jax.vmap(partial(kernel, **more))(*operands, segments)
         return jnp.swapaxes(o_BNTH, 1, 2).reshape(q.shape).astype(jnp.float32), lse_BNT
 
     q, kv, rows, lse = _specs(q_BTKGH.shape, mesh)
-    run = _on_mesh(attend, mesh, (q, kv, kv, rows), (q, lse), dtype)
-    return run(q_BTKGH, k_BTKH, v_BTKH, segments_BT)
+    more = () if sinks is None else (sinks,)
+    run = _on_mesh(attend, mesh, (q, kv, kv, rows, *(PartitionSpec(q[2], None) for _ in more)), (q, lse), dtype)
+    return run(q_BTKGH, k_BTKH, v_BTKH, segments_BT, *more)
 
 
 def splash_backward(
@@ -86,6 +96,8 @@ def splash_backward(
     dtype: jnp.dtype,
     mesh: Mesh,
     interpret: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the float32 cotangents of q, k and v for that of the output; arguments as those of `splash_forward`.
 
@@ -97,10 +109,10 @@ def splash_backward(
     def pull(
         q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array, o: jax.Array, lse_BNT: jax.Array, do: Any
     ) -> tuple[jax.Array, ...]:
-        operands = _operands(q, k, v, dtype)
+        operands = _operands(q, k, v, dtype, scale)
         H = q.shape[-1]
         shape = *q.shape[:2], -1, H
-        kernel = _kernel(operands[0].shape, dtype, interpret)
+        kernel = _kernel(operands[0].shape, dtype, interpret, window)
         o_BNTH, do_BNTH = (jnp.swapaxes(x.astype(dtype).reshape(shape), 1, 2) for x in (o, do))
 
         def of_row(*row: Any) -> tuple[jax.Array, ...]:
@@ -114,24 +126,29 @@ def splash_backward(
         segments = SegmentIds(segments_BT, segments_BT)
         dq_BNTH, dk_BKTH, dv_BKTH = jax.vmap(of_row)(*operands, segments, o_BNTH, lse_BNT, do_BNTH)
         dq, dk, dv = (jnp.swapaxes(d, 1, 2).astype(jnp.float32) for d in (dq_BNTH, dk_BKTH, dv_BKTH))
-        return dq.reshape(q.shape) * H**-0.5, dk, dv
+        return dq.reshape(q.shape) * (H**-0.5 if scale is None else scale), dk, dv
 
     q, kv, rows, lse = _specs(q_BTKGH.shape, mesh)
     run = _on_mesh(pull, mesh, (q, kv, kv, rows, q, lse, q), (q, kv, kv), dtype)
     return run(q_BTKGH, k_BTKH, v_BTKH, segments_BT, o_BTKGH, lse_BNT, do_BTKGH)
 
 
-def _operands(q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+def _operands(
+    q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, dtype: jnp.dtype, scale: float | None
+) -> tuple[jax.Array, ...]:
     """Return q_BNTH, k_BKTH and v_BKTH; the kernel does not scale, and takes query head n to key/value head n // G."""
     B, T, K, G, H = q_BTKGH.shape
-    q_BTNH = (q_BTKGH * H**-0.5).astype(dtype).reshape(B, T, K * G, H)
+    q_BTNH = (q_BTKGH * (H**-0.5 if scale is None else scale)).astype(dtype).reshape(B, T, K * G, H)
     return tuple(jnp.swapaxes(x.astype(dtype), 1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
 
 
-def _kernel(shape_BNTH: tuple[int, ...], dtype: jnp.dtype, interpret: bool, save_residuals: bool = False) -> Any:
+def _kernel(
+    shape_BNTH: tuple[int, ...], dtype: jnp.dtype, interpret: bool, window: int | None, save_residuals: bool = False
+) -> Any:
     _, N, T, H = shape_BNTH
+    mask = CausalMask((T, T)) if window is None else LocalMask((T, T), (window - 1, 0), 0)
     return make_splash_mha_single_device(
-        MultiHeadMask([CausalMask((T, T))] * N),
+        MultiHeadMask([mask] * N),
         block_sizes=_block_sizes(T, H, dtype),
         save_residuals=save_residuals,
         interpret=interpret,

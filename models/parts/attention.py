@@ -6,7 +6,7 @@ what the backward one needs besides the inputs and the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,10 +27,13 @@ class Attention:
     Attributes:
         name: for `describe()` and the log.
         forward: `forward(q_BTKGH, k_BTKH, v_BTKH, segments_BT, dtype) -> (o_BTKGH, residual)`, float32.
-        backward: `backward(q, k, v, segments, o, residual, do, dtype) -> (dq, dk, dv)`, float32.
+        backward: `backward(q, k, v, segments, o, residual, do, dtype) -> (dq, dk, dv)`, float32. Both take the keywords
+            `window`, `sinks` and `scale`, as for `blockwise_forward`; None, the default of each, is for attention
+            without it. Both get the same.
         row_length: longest row that several sequences should share. None: the work follows the segments' lengths and
             not the row's, so a long row of short ones is cheap.
         max_segments: most segments of a row; None for any number.
+        lacks: those of the keywords that the vendor's kernels do not take: layers that need one go blockwise.
     """
 
     name: str
@@ -38,16 +41,17 @@ class Attention:
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     row_length: int | None
     max_segments: int | None = None
+    lacks: frozenset[str] = frozenset()
 
 
 def blockwise(one_cpu: bool) -> Attention:
     """Return the attention that runs everywhere, in plain JAX; `one_cpu` as for its functions."""
 
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: jnp.dtype) -> Any:
-        return blockwise_forward(q, k, v, segments, dtype, one_cpu=one_cpu)
+    def forward(*args: Any, **more: Any) -> Any:
+        return blockwise_forward(*args, one_cpu=one_cpu, **more)
 
-    def backward(*args: Any) -> Any:
-        return blockwise_backward(*args, one_cpu=one_cpu)
+    def backward(*args: Any, sinks: jax.Array | None = None, **more: Any) -> Any:
+        return blockwise_backward(*args, one_cpu=one_cpu, **more)
 
     return Attention(name="blockwise", forward=forward, backward=backward, row_length=None if one_cpu else 2048)
 
@@ -57,15 +61,15 @@ def splash(mesh: Mesh, interpret: bool = False) -> Attention:
     # Here and below: only the platform that runs a kernel imports it, for Pallas is large and cuDNN's part is private.
     from jax_client.models.kernels.splash import splash_backward, splash_forward
 
-    more = {"mesh": mesh, "interpret": interpret}
+    own = {"mesh": mesh, "interpret": interpret}
 
-    def forward(*args: Any) -> Any:
+    def forward(*args: Any, **more: Any) -> Any:
         *operands, dtype = args
-        return splash_forward(*operands, dtype=dtype, **more)
+        return splash_forward(*operands, dtype=dtype, **own, **more)
 
-    def backward(*args: Any) -> Any:
+    def backward(*args: Any, sinks: jax.Array | None = None, **more: Any) -> Any:
         *operands, dtype = args
-        return splash_backward(*operands, dtype=dtype, **more)
+        return splash_backward(*operands, dtype=dtype, **own, **more)
 
     return _for_long_rows(Attention(name="splash", forward=forward, backward=backward, row_length=2048))
 
@@ -76,36 +80,63 @@ def cudnn(mesh: Mesh, max_segments: int = 64, *, described: bool = False) -> Att
     Of devices that are only `described`, nothing is asked: nothing will run.
 
     Its softmax statistics take (rows, segments, heads, row length): both limits keep them small. They are not kept for
-    the backward pass, in whose program the forward kernel runs again.
+    the backward pass, in whose program the forward kernel runs again. jax's derivative of it is wrong where the
+    statistics are used, as sinks would, and its windows were never measured here: such layers go blockwise.
     """
     from jax_client.models.kernels.cudnn import cudnn_attention, refuse_old_cudnn
 
     if not described:
         refuse_old_cudnn()
 
-    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return cudnn_attention(q, k, v, segments, dtype=dtype, mesh=mesh, max_segments=max_segments)
+    def kernel(segments: jax.Array, dtype: jnp.dtype, more: dict[str, Any]) -> Callable[..., jax.Array]:
+        scale = more.get("scale")
+        options: Any = {"dtype": dtype, "mesh": mesh, "max_segments": max_segments, "scale": scale}
+        return lambda q, k, v: cudnn_attention(q, k, v, segments, **options)
 
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: jnp.dtype) -> Any:
-        return kernel(q, k, v, segments, dtype), ()
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: jnp.dtype, **more: Any) -> Any:
+        return kernel(segments, dtype, more)(q, k, v), ()
 
     def backward(
-        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, o: Any, residual: Any, do: Any, dtype: Any
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        segments: jax.Array,
+        o: Any,
+        residual: Any,
+        do: Any,
+        dtype: Any,
+        **more: Any,
     ) -> Any:
-        return jax.vjp(lambda q, k, v: kernel(q, k, v, segments, dtype), q, k, v)[1](do)
+        return jax.vjp(kernel(segments, dtype, more), q, k, v)[1](do)
 
-    kernels = Attention(name="cudnn", forward=forward, backward=backward, row_length=4096, max_segments=max_segments)
+    kernels = Attention(
+        name="cudnn",
+        forward=forward,
+        backward=backward,
+        row_length=4096,
+        max_segments=max_segments,
+        lacks=frozenset({"window", "sinks"}),
+    )
     return _for_long_rows(kernels)
 
 
+def kernel_name(attention: Attention, needed: Iterable[str]) -> str:
+    """Return what runs the layers that need these keywords, for the log."""
+    return "blockwise" if attention.lacks.intersection(needed) else attention.name
+
+
 def _for_long_rows(kernels: Attention) -> Attention:
-    """Return an attention that runs a vendor's kernels on rows that they take, and else blockwise."""
+    """Return an attention that runs a vendor's kernels on rows and layers that they take, and else blockwise."""
     plain = blockwise(one_cpu=False)
 
-    def forward(*args: Any) -> Any:
-        return (plain if args[0].shape[1] % KERNEL_ROWS else kernels).forward(*args)
+    def chosen(q_BTKGH: jax.Array, more: dict[str, Any]) -> Attention:
+        needed = {name for name, value in more.items() if value is not None}
+        return plain if q_BTKGH.shape[1] % KERNEL_ROWS or kernels.lacks & needed else kernels
 
-    def backward(*args: Any) -> Any:
-        return (plain if args[0].shape[1] % KERNEL_ROWS else kernels).backward(*args)
+    def forward(*args: Any, **more: Any) -> Any:
+        return chosen(args[0], more).forward(*args, **more)
+
+    def backward(*args: Any, **more: Any) -> Any:
+        return chosen(args[0], more).backward(*args, **more)
 
     return replace(kernels, forward=forward, backward=backward)

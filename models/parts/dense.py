@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from jax_client.models.config import ModelConfig
+from jax_client.models.parts.activations import swiglu
 from jax_client.models.parts.kind import Attend, Context, Kept, Kind, Saved, Weights
 from jax_client.models.parts.linears import Linears, MixedLinears
 from jax_client.models.parts.lora import Adapter, Pair, fused_pair
 from jax_client.models.specs import LoraArray, ParamSpec
+
+ACTIVATION = swiglu()
 
 
 def _params(c: ModelConfig, dtype: jnp.dtype) -> dict[str, ParamSpec]:
@@ -51,8 +54,7 @@ def _forward(
     known: Saved,
 ) -> tuple[jax.Array, Saved, Kept]:
     gate_MF, up_MF = linears.forward("gate_up", h_MD, *w["gate_up_L2DF"])
-    activated_MF = jax.nn.silu(gate_MF.astype(jnp.float32)) * up_MF.astype(jnp.float32)
-    (y_MD,) = linears.forward("down", activated_MF, w["down_LFD"])
+    (y_MD,) = linears.forward("down", ACTIVATION.forward(gate_MF, up_MF), w["down_LFD"])
     return y_MD, {"gate": gate_MF, "up": up_MF}, None
 
 
@@ -65,12 +67,10 @@ def _backward(
     c: Context,
     segments_BT: jax.Array,
 ) -> jax.Array:
-    gate_MF, up_MF = saved["gate"].astype(jnp.float32), saved["up"].astype(jnp.float32)
-    sigmoid_MF = jax.nn.sigmoid(gate_MF)
-    da_MF = linears.backward("down", [dy_MD], gate_MF * sigmoid_MF * up_MF, w["down_LFD"]).astype(jnp.float32)
-    d_gate_MF = da_MF * up_MF * sigmoid_MF * (1 + gate_MF * (1 - sigmoid_MF))
-    d_up_MF = da_MF * gate_MF * sigmoid_MF
-    return linears.backward("gate_up", [d_gate_MF, d_up_MF], h(), *w["gate_up_L2DF"])
+    gate_MF, up_MF = saved["gate"], saved["up"]
+    da_MF = linears.backward("down", [dy_MD], ACTIVATION.forward(gate_MF, up_MF), w["down_LFD"])
+    _, dgate_MF, dup_MF = ACTIVATION.backward(da_MF, gate_MF, up_MF)
+    return linears.backward("gate_up", [dgate_MF, dup_MF], h(), *w["gate_up_L2DF"])
 
 
 def _widths(c: ModelConfig, tensor: int) -> dict[str, int]:

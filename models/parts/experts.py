@@ -15,12 +15,14 @@ import jax.numpy as jnp
 
 from jax_client.models.kernels.grouped import Groups, Tile, for_tiles, group, in_rounds
 from jax_client.models.layers import InStack, contract
+from jax_client.models.parts.activations import swiglu
 
 Tree = TypeVar("Tree")
 Arrays = dict[str, jax.Array]
 Sums = list[jax.Array]
 # Of x, the weights and u.
 Cotangents = tuple[jax.Array, jax.Array, jax.Array | None]
+ACTIVATION = swiglu()
 MATRICES = ("experts_gate_LEDF", "experts_up_LEDF", "experts_down_LEFD")
 # Rows for which a device of several has buffers, times those that it gets if experts are equally busy.
 ROUND = 2
@@ -134,7 +136,7 @@ def forward(sent: Sent, owned: Owned, how: How) -> tuple[jax.Array, jax.Array | 
     def one_round(sums: tuple[Sums, Sums], groups: Groups) -> tuple[Sums, Sums]:
         def tile(buffers: Arrays, e: jax.Array, matrices: Sums, tile: Tile) -> Arrays:
             gate_tF, up_tF = _gate_up(sent, owned, e, matrices, tile, dtype)
-            a_tF = jax.nn.silu(gate_tF) * up_tF
+            a_tF = ACTIVATION.forward(gate_tF, up_tF)
             new = {"y": contract("tF,FD->tD", a_tF, matrices[2], dtype, how.result)}
             if owned.lora is not None:
                 new["a"] = contract("tF,RF->tR", a_tF, _of_expert(owned.lora.a_REF, e), dtype)
@@ -190,19 +192,17 @@ def backward(
         def tile(carry: tuple[Arrays, Sums], e: jax.Array, matrices: Sums, tile: Tile) -> tuple[Arrays, Sums]:
             buffers, grads = carry
             if kept:
-                gate_tF, up_tF = (tile.rows(a).astype(jnp.float32) for a in kept)
+                gate_tF, up_tF = (tile.rows(a) for a in kept)
             else:
                 gate_tF, up_tF = _gate_up(sent, owned, e, matrices, tile, dtype)
             da_tF = contract("tD,FD->tF", dy_MD[tile.token_t], matrices[2], dtype)
             if lora is not None and db_MR is not None:
                 da_tF += contract("tR,RF->tF", db_MR[tile.token_t], _of_expert(lora.a_REF, e), dtype)
-            sigmoid_tF = jax.nn.sigmoid(gate_tF)
-            a_tF = gate_tF * sigmoid_tF * up_tF
+            a_tF = ACTIVATION.forward(gate_tF, up_tF)
             new = {"weight": jnp.sum(a_tF * da_tF, axis=-1)}
             # Rows of others get no cotangent: they are in the tile, but not in the sums over it.
             weight_t1 = jnp.where(tile.own_t, tile.rows(weight_S), 0.0)[:, None]
-            da_tF *= weight_t1
-            ds_tF = da_tF * up_tF * sigmoid_tF * (1 + gate_tF * (1 - sigmoid_tF)), da_tF * gate_tF * sigmoid_tF
+            ds_tF = ACTIVATION.backward(da_tF * weight_t1, gate_tF, up_tF)[1:]
             into_tD = [
                 contract("tF,DF->tD", d_tF, matrix, dtype, how.result)
                 for d_tF, matrix in zip(ds_tF, matrices[:2], strict=True)

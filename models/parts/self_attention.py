@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from jax_client.models.config import ModelConfig
-from jax_client.models.layers import rms_norm, rms_norm_backward, rotate
+from jax_client.models.layers import rms_norm, rms_norm_backward
 from jax_client.models.parts.kind import Attend, Context, Kept, Kind, Saved, Weights
 from jax_client.models.parts.linears import Linears, MixedLinears
 from jax_client.models.parts.lora import Adapter, Pair, fused_pair
+from jax_client.models.rope import rotate
 from jax_client.models.specs import LoraArray, ParamSpec
 
 

@@ -63,8 +63,6 @@ def test_a_missing_head_names_the_flag(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "advice"),
     [
-        ("yarn", "will come with gpt-oss and DeepSeek V3. .*take it out of the config.json"),
-        ("linear", "will come with Gemma 3"),
         ("dynamic", "is not planned. It changes nothing up to max_position_embeddings"),
         ("longrope", "is not planned"),
         ("su", "is not planned"),
@@ -72,7 +70,7 @@ def test_a_missing_head_names_the_flag(tmp_path: Path) -> None:
         ("spiral", "Use a model with one of them"),
     ],
 )
-def test_other_rope_types_are_named_with_what_will_come(kind: str, advice: str, tmp_path: Path) -> None:
+def test_other_rope_types_are_named_with_the_way_out(kind: str, advice: str, tmp_path: Path) -> None:
     tensors = hf_tensors(config())
     for keys in (
         {"rope_scaling": {"type": kind, "factor": 4.0}},
@@ -84,6 +82,13 @@ def test_other_rope_types_are_named_with_what_will_come(kind: str, advice: str, 
     gguf = write_gguf(tmp_path / "m.gguf", config(), tensors, metadata={"llama.rope.scaling.type": kind})
     with pytest.raises(UnsupportedError, match=f"rope.scaling.type is '{kind}', which is not .*{advice}"):
         read_config(resolve(str(gguf)))
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+def test_gguf_rope_scalings_are_refused_with_the_layout_that_has_them(kind: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", config(), hf_tensors(config()), metadata={"llama.rope.scaling.type": kind})
+    with pytest.raises(UnsupportedError, match=rf"scaling.type is '{kind}', .*Load the same model in Hugging Face"):
+        read_config(resolve(str(path)))
 
 
 def parts_of(tmp_path: Path, **more: Any) -> list[Path]:

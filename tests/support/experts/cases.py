@@ -92,7 +92,7 @@ def fused(case: str) -> dict[str, np.ndarray]:
     """Return the weights with the experts of a layer as one tensor, as some programs save them."""
     c, found = model_config(case), tensors(case)
     assert c.experts is not None
-    for i in set(range(c.n_layers)) - c.experts.dense_layers:
+    for i in set(range(c.n_layers)) - set(c.experts.dense_layers):
         prefix = f"model.layers.{i}.mlp.experts."
         of = {
             name: np.stack([found.pop(f"{prefix}{e}.{name}_proj.weight") for e in range(c.experts.count)])
