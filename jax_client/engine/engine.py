@@ -82,7 +82,7 @@ class Engine:
             enable_compilation_cache(default_compilation_cache_dir() if cache is None else cache)
         self.source = source
         self.model = read_config(source)
-        self.mesh = make_mesh(settings.mesh)
+        self.mesh = make_mesh(settings.mesh, model=self.model)
         check_mesh_divides(self.mesh, n_kv_heads=self.model.n_kv_heads, d_ff=self.model.d_ff)
         device = self.mesh.devices.flat[0]
         auto = settings.dtype == "auto"

@@ -89,7 +89,7 @@ def lay_out(q: Question) -> Layout:
         BadRequestError: the mesh does not have as many devices as the machine, or does not divide the model.
     """
     c, dtype, platform = q.model, jnp.dtype(q.dtype), q.machine.chip.platform
-    mesh = describe_mesh(q.mesh, q.machine.devices())
+    mesh = describe_mesh(q.mesh, q.machine.devices(), c)
     check_mesh_divides(mesh, n_kv_heads=c.n_kv_heads, d_ff=c.d_ff)
     weights = memory.tree_bytes(param_specs(c, dtype), mesh)
     usable = memory.available_bytes(mesh.devices.flat[0], q.memory_fraction)
