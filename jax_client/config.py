@@ -64,7 +64,7 @@ class EngineConfig:
             precision.
         mesh: "auto", or sizes by axis, such as {"fsdp": 4, "tensor": 2}; the axes are data, fsdp, sequence, expert,
             tensor, those left out have size 1, sequence and expert stay 1. "auto" has all devices on "fsdp"; on TPUs
-            only so many that parts of the model's width are multiples of 128, and the rest on "tensor", where that
+            at most those whose parts of the model's width are multiples of 128, and the rest on "tensor", where that
             divides the model.
         max_tokens_per_micro_batch: ceiling of the tokens computed at once in a training pass, at most 8,192 for each
             way of the mesh that rows are split (on a CPU for each of the two that run at once); None chooses.

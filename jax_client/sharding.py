@@ -27,7 +27,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "ffw": ("tensor",),
     "vocab": ("tensor",),
 }
-LANES = 128  # of a TPU's tile: the last axis of an array lies in memory as whole tiles of so many numbers
+LANES = 128  # of a TPU's tile: the last axis of an array lies in memory as whole tiles of 128 numbers
 
 
 class Device(Protocol):
