@@ -62,9 +62,11 @@ class EngineConfig:
         dtype: storage and matmul operand type of the frozen weights. "auto" takes bfloat16 where this device's matmul
             is half as fast again with it (probed), else float32. "float32" also raises every dot to full float32
             precision.
-        mesh: "auto" (all devices on "fsdp"), or sizes by axis, such as {"fsdp": 4, "tensor": 2}; the axes are
-            data, fsdp, sequence, expert, tensor, those left out have size 1, sequence stays 1. "expert" splits the
-            experts of a layer, as "fsdp" does together with all other weights, and the rows of a batch.
+        mesh: "auto", or sizes by axis, such as {"fsdp": 4, "tensor": 2}; the axes are data, fsdp, sequence, expert,
+            tensor, those left out have size 1, sequence stays 1. "expert" splits the experts of a layer, as "fsdp" does
+            together with all other weights, and the rows of a batch. "auto" has all devices on "fsdp"; on TPUs at most
+            those whose parts of the model's width are multiples of 128, and the rest on "tensor", where that divides
+            the model.
         max_tokens_per_micro_batch: ceiling of the tokens computed at once in a training pass, at most 8,192 for each
             way of the mesh that rows are split (on a CPU for each of the two that run at once); None chooses.
         remat: what the backward pass recomputes to save memory. "none" keeps every layer's activations, "selective" all

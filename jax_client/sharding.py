@@ -29,6 +29,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "experts": ("fsdp", "expert"),
 }
+LANES = 128  # of a TPU's tile: the last axis of an array lies in memory as whole tiles of 128 numbers
 
 
 class Device(Protocol):
@@ -41,6 +42,30 @@ class Device(Protocol):
 
     def memory_stats(self) -> dict[str, Any] | None:
         """Bytes by kind of use, None where the device does not count them."""
+        ...
+
+
+class ModelSizes(Protocol):
+    """What a mesh splits of a model: a `ModelConfig` has it."""
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream, over "fsdp"."""
+        ...
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key/value heads, over "tensor"."""
+        ...
+
+    @property
+    def hidden_widths(self) -> tuple[int, ...]:
+        """Hidden widths of the feed-forward layers, over "tensor"."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output table, over "tensor"."""
         ...
 
 
@@ -57,11 +82,19 @@ def only_devices(devices: Sequence[Device]) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def make_mesh(axes: Literal["auto"] | Mapping[str, int], devices: Sequence[Device] | None = None) -> Mesh:
+def make_mesh(
+    axes: Literal["auto"] | Mapping[str, int],
+    devices: Sequence[Device] | None = None,
+    model: ModelSizes | None = None,
+) -> Mesh:
     """Build the device mesh with every axis of `MESH_AXES`.
 
-    "auto" puts all devices on "fsdp"; they are those of `only_devices` where none are given. Axis types are Auto: jax's
-    default is Explicit since 0.10.
+    Axis types are Auto: jax's default is Explicit since 0.10.
+
+    Args:
+        axes: sizes by axis, or "auto" for those of `auto_axes`.
+        devices: None for those of `only_devices`, else all.
+        model: what the mesh is for, if for one.
 
     Raises:
         BadRequestError: the sizes do not multiply to the number of devices.
@@ -71,11 +104,13 @@ def make_mesh(axes: Literal["auto"] | Mapping[str, int], devices: Sequence[Devic
         refuse_part_of_a_slice()
         devices = _chosen.get() or jax.devices()
     devices = list(devices)
-    shape = mesh_shape(axes, len(devices))
+    shape = mesh_shape(axes, devices, model)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
-def describe_mesh(axes: Literal["auto"] | Mapping[str, int], devices: Sequence[Device]) -> Mesh:
+def describe_mesh(
+    axes: Literal["auto"] | Mapping[str, int], devices: Sequence[Device], model: ModelSizes | None = None
+) -> Mesh:
     """Build the mesh of devices that are not here, of which only what `Device` names is known.
 
     Shapes and bytes per device come from it as from a real one; nothing can be compiled or put there.
@@ -83,19 +118,22 @@ def describe_mesh(axes: Literal["auto"] | Mapping[str, int], devices: Sequence[D
     Raises:
         BadRequestError: as `make_mesh`.
     """
-    shape = mesh_shape(axes, len(devices))
+    shape = mesh_shape(axes, devices, model)
     places = np.empty(len(devices), object)
     places[:] = devices
     return Mesh(places.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def mesh_shape(axes: Literal["auto"] | Mapping[str, int], count: int) -> tuple[int, ...]:
-    """Return the sizes of `MESH_AXES` for this number of devices.
+def mesh_shape(
+    axes: Literal["auto"] | Mapping[str, int], devices: Sequence[Device], model: ModelSizes | None = None
+) -> tuple[int, ...]:
+    """Return the sizes of `MESH_AXES` for these devices.
 
     Raises:
         BadRequestError: the sizes do not multiply to the number of devices.
     """
-    sizes = {"fsdp": count} if axes == "auto" else dict(axes)
+    count = len(devices)
+    sizes = auto_axes(devices, model) if axes == "auto" else dict(axes)
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     if math.prod(shape) != count:
         raise BadRequestError(
@@ -103,6 +141,23 @@ def mesh_shape(axes: Literal["auto"] | Mapping[str, int], count: int) -> tuple[i
             f"whose product is {count}, or leave mesh='auto'."
         )
     return shape
+
+
+def auto_axes(devices: Sequence[Device], model: ModelSizes | None) -> dict[str, int]:
+    """Return the sizes by axis that "auto" means: all devices on "fsdp", but for some models on TPUs.
+
+    There a part of the model's width has to fill whole tiles. XLA lays out anew what does not, in copies of the stacks
+    and of the table. So "fsdp" is the largest size whose parts do, and "tensor" has the rest, where that divides the
+    model; else all devices are on "fsdp".
+    """
+    count = len(devices)
+    if model is not None and devices[0].platform == "tpu":
+        for tensor in (n for n in range(1, count + 1) if count % n == 0):
+            fsdp = count // tensor
+            split = model.n_kv_heads, *model.hidden_widths, model.vocab_size
+            if model.d_model % (fsdp * LANES) == 0 and not any(size % tensor for size in split):
+                return {"fsdp": fsdp, "tensor": tensor}
+    return {"fsdp": count}
 
 
 def sharding_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str = "array") -> NamedSharding:
@@ -172,13 +227,13 @@ def put_whole(array: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
     return jax.device_put(array, replicated(mesh))
 
 
-def check_mesh_divides(mesh: Mesh, *, n_kv_heads: int, hidden: Sequence[int]) -> None:
+def check_mesh_divides(mesh: Mesh, model: ModelSizes) -> None:
     """Raise BadRequestError if the tensor axis cannot keep whole heads and equal slices of the feed-forward widths."""
-    ways = mesh.shape["tensor"]
-    if any(size % ways for size in (n_kv_heads, *hidden)):
-        fits = [n for n in range(1, n_kv_heads + 1) if not any(size % n for size in (n_kv_heads, *hidden))]
+    ways, sizes = mesh.shape["tensor"], (model.n_kv_heads, *model.hidden_widths)
+    if any(size % ways for size in sizes):
+        fits = [n for n in range(1, model.n_kv_heads + 1) if not any(size % n for size in sizes)]
         raise BadRequestError(
-            f"EngineConfig.mesh['tensor'] is {ways}, but the model has {n_kv_heads} key/value heads and a feed-forward "
-            f"width of {' and '.join(map(str, hidden))}; the tensor axis must divide them. Sizes that do: "
-            f"{', '.join(map(str, fits))}."
+            f"EngineConfig.mesh['tensor'] is {ways}, but the model has {model.n_kv_heads} key/value heads and a "
+            f"feed-forward width of {' and '.join(map(str, model.hidden_widths))}; the tensor axis must divide them. "
+            f"Sizes that do: {', '.join(map(str, fits))}."
         )

@@ -161,6 +161,13 @@ class ModelConfig:
             )
 
     @property
+    def hidden_widths(self) -> tuple[int, ...]:
+        """The hidden widths of the layers' MLPs and experts."""
+        if self.experts is None:
+            return (self.d_ff,)
+        return (self.experts.d_ff, self.d_ff) if self.experts.dense_layers else (self.experts.d_ff,)
+
+    @property
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.n_heads // self.n_kv_heads

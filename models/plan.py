@@ -79,12 +79,6 @@ def count(c: ModelConfig, kind: Kind) -> int:
     return sum(layer.count(kind) for layer in layers(c))
 
 
-def hidden_widths(c: ModelConfig) -> tuple[int, ...]:
-    """Return the widths of the model's MLPs, which "tensor" splits."""
-    found = {DENSE: c.d_ff, MOE: 0 if c.experts is None else c.experts.d_ff}
-    return tuple(width for kind, width in found.items() if kind in kinds(c))
-
-
 def layers_of(c: ModelConfig, kind: Kind) -> tuple[int, ...]:
     """Return the number of the layer of every entry of a kind's stacks."""
     return tuple(i for i, layer in enumerate(layers(c)) for part in layer if part == kind)

@@ -43,7 +43,6 @@ from jax_client.engine.train.trainer import Packed, Trainer
 from jax_client.errors import RequestFailedError
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import param_specs
-from jax_client.models.plan import hidden_widths
 from jax_client.process import Step
 from jax_client.sharding import check_mesh_divides, make_mesh, put_whole
 from jax_client.threads import InTurn
@@ -83,8 +82,8 @@ class Engine:
             enable_compilation_cache(default_compilation_cache_dir() if cache is None else cache)
         self.source = source
         self.model = read_config(source)
-        self.mesh = make_mesh(settings.mesh)
-        check_mesh_divides(self.mesh, n_kv_heads=self.model.n_kv_heads, hidden=hidden_widths(self.model))
+        self.mesh = make_mesh(settings.mesh, model=self.model)
+        check_mesh_divides(self.mesh, self.model)
         device = self.mesh.devices.flat[0]
         auto = settings.dtype == "auto"
         self.dtype = matmul_benchmark.faster_matmul_dtype(device) if auto else jnp.dtype(settings.dtype)

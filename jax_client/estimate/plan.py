@@ -27,7 +27,6 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import param_specs
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.kind import Remat
-from jax_client.models.plan import hidden_widths
 from jax_client.sharding import check_mesh_divides, describe_mesh
 from jax_client.values import LoraSpec
 
@@ -90,8 +89,8 @@ def lay_out(q: Question) -> Layout:
         BadRequestError: the mesh does not have as many devices as the machine, or does not divide the model.
     """
     c, dtype, platform = q.model, jnp.dtype(q.dtype), q.machine.chip.platform
-    mesh = describe_mesh(q.mesh, q.machine.devices())
-    check_mesh_divides(mesh, n_kv_heads=c.n_kv_heads, hidden=hidden_widths(c))
+    mesh = describe_mesh(q.mesh, q.machine.devices(), c)
+    check_mesh_divides(mesh, c)
     weights = memory.tree_bytes(param_specs(c, dtype), mesh)
     usable = memory.available_bytes(mesh.devices.flat[0], q.memory_fraction)
     free = max(0, usable - weights)

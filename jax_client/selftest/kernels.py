@@ -134,7 +134,8 @@ def gap(candidate: Attention, mesh: Mesh, given: Operands, dtype: str) -> float:
 
 def sampling_rows(mesh: Mesh) -> Iterator[Row]:
     """Compare each attention that may sample here with plain softmax on one device: of prompts, and single tokens."""
-    plain = small_turns() if mesh.devices.flat[0].platform == "cpu" else wide_turns()
+    platform = mesh.devices.flat[0].platform
+    plain = small_turns() if platform == "cpu" else wide_turns(platform)
     for dtype in DTYPES:
         gaps: dict[str, dict[int, float]] = {}
         for width in WIDTHS:

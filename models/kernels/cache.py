@@ -50,12 +50,12 @@ class PagedAttention:
     lacks: frozenset[str] = frozenset()
 
 
-def fitting(attention: PagedAttention, needed: Iterable[str]) -> PagedAttention:
-    """Return the attention, or the one in plain JAX if it lacks a keyword that a layer of the model needs.
+def fitting(attention: PagedAttention, needed: Iterable[str], platform: str) -> PagedAttention:
+    """Return the attention, or the platform's in plain JAX if it lacks a keyword that a layer of the model needs.
 
     The layout of the pool may be another then: the answer is for all layers.
     """
-    return wide_turns() if attention.lacks.intersection(needed) else attention
+    return wide_turns(platform) if attention.lacks.intersection(needed) else attention
 
 
 def _heads(K: int, H: int) -> dict[str, tuple[int, ...]]:
@@ -63,22 +63,23 @@ def _heads(K: int, H: int) -> dict[str, tuple[int, ...]]:
 
 
 def _write(
-    k_RTKH: jax.Array, v_RTKH: jax.Array, pool: Pool, page_R: jax.Array, position_RT: jax.Array
+    k_RTKH: jax.Array, v_RTKH: jax.Array, pool: Pool, page_R: jax.Array, position_RT: jax.Array, *, one_by_one: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Return the pool of keys, and that of values, with new tokens."""
     if k_RTKH.shape[1] > 1:
-        return write_pages(pool["k"], pool["v"], k_RTKH, v_RTKH, page_R)
+        return write_pages(pool["k"], pool["v"], k_RTKH, v_RTKH, page_R, one_by_one=one_by_one)
     place_R = position_RT[:, 0] % pool["k"].shape[1]
     return write_tokens(pool["k"], pool["v"], k_RTKH[:, 0], v_RTKH[:, 0], page_R, place_R)
 
 
-def _two_arrays(name: str, read: Callable[..., jax.Array]) -> PagedAttention:
+def _two_arrays(name: str, read: Callable[..., jax.Array], *, one_by_one: bool = False) -> PagedAttention:
     """Return an attention over a pool of keys and one of values.
 
     Args:
         name: of it.
         read: `f(q_RTKGH, k_NSKH, v_NSKH, table_Rn, position_RT, dtype) -> o_RTKGH`, with the keywords of `attend`, once
             the new tokens are stored.
+        one_by_one: store whole pages one after the other.
     """
 
     def attend(
@@ -92,7 +93,7 @@ def _two_arrays(name: str, read: Callable[..., jax.Array]) -> PagedAttention:
         dtype: jnp.dtype,
         **more: Any,
     ) -> tuple[jax.Array, Pool]:
-        k_NSKH, v_NSKH = _write(k_RTKH, v_RTKH, pool, page_R, position_RT)
+        k_NSKH, v_NSKH = _write(k_RTKH, v_RTKH, pool, page_R, position_RT, one_by_one=one_by_one)
         o_RTKGH = read(q_RTKGH, k_NSKH, v_NSKH, table_Rn, position_RT, dtype, **more)
         return o_RTKGH, {"k": k_NSKH, "v": v_NSKH}
 
@@ -104,11 +105,12 @@ def small_turns() -> PagedAttention:
     return _two_arrays("paged", paged_attention)
 
 
-def wide_turns() -> PagedAttention:
+def wide_turns(platform: str) -> PagedAttention:
     """Return the attention of a GPU or TPU without its kernel: wide turns, their number known to the compiler.
 
     There is a loop for each of a few lengths, and the shortest runs that holds the longest row. With a window these are
     the lengths up to it, and one loop over the window for rows that are longer.
+    A TPU stores a prompt's pages one after the other, for the reason that `store_one_by_one` gives.
     """
 
     def read(
@@ -150,7 +152,7 @@ def wide_turns() -> PagedAttention:
         # The condition reads the pool and does not return it: of one that goes through XLA makes a copy on a GPU.
         return jax.lax.switch(jnp.asarray(which), [partial(run, pages) for pages in lengths])
 
-    return _two_arrays("paged in wide turns", read)
+    return _two_arrays("paged in wide turns", read, one_by_one=platform == "tpu")
 
 
 def _lengths(pages: int, page: int) -> tuple[int, ...]:

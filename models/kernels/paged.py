@@ -28,11 +28,37 @@ def write_tokens(
 
 
 def write_pages(
-    k_NSKH: jax.Array, v_NSKH: jax.Array, k_RSKH: jax.Array, v_RSKH: jax.Array, page_R: jax.Array
+    k_NSKH: jax.Array,
+    v_NSKH: jax.Array,
+    k_RSKH: jax.Array,
+    v_RSKH: jax.Array,
+    page_R: jax.Array,
+    *,
+    one_by_one: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the pool with a whole page of each row stored."""
+    """Return the pool with a whole page of each row stored, at once or as `store_one_by_one` does."""
     k_RSKH, v_RSKH = (_as_stored(x, k_NSKH) for x in storable(k_RSKH, v_RSKH))
+    if one_by_one:
+        return store_one_by_one(k_NSKH, k_RSKH, page_R), store_one_by_one(v_NSKH, v_RSKH, page_R)
     return k_NSKH.at[page_R].set(k_RSKH), v_NSKH.at[page_R].set(v_RSKH)
+
+
+def store_one_by_one(pool_NSCH: jax.Array, new_RSCH: jax.Array, page_R: jax.Array) -> jax.Array:
+    """Return the pool with a whole page of each row stored, one after the other, as a TPU has to.
+
+    Of few heads, XLA's compiler for TPUs lays a pool that whole pages are scattered into out with tokens and not heads
+    in the tiles: it copies the pool as the program begins and ends, and in each layer for the kernel that reads it.
+
+    Args:
+        pool_NSCH: N pages of S tokens.
+        new_RSCH: in the pool's type.
+        page_R: int32, where they are stored.
+    """
+
+    def store(i: jax.Array, pool_NSCH: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(pool_NSCH, new_RSCH[i], page_R[i], axis=0)
+
+    return jax.lax.fori_loop(0, len(page_R), store, pool_NSCH)
 
 
 def _as_stored(x: jax.Array, pool: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jax_client.models.kernels.paged import attend_in_turns, storable
+from jax_client.models.kernels.paged import attend_in_turns, storable, store_one_by_one
 
 LANES = 128
 # Of one step of the kernel: 512 keys, and the queries of 32 rows, or of one tile of a prompt.
@@ -56,7 +56,7 @@ def write(
     k, v = (x.reshape(R, T, -1, LANES) for x in storable(k_RTKH, v_RTKH))
     kv_RTCH = jnp.stack([k, v], axis=3).reshape(R, T, -1, LANES)
     if place_R is None:
-        return kv_NSCH.at[page_R].set(kv_RTCH)
+        return store_one_by_one(kv_NSCH, kv_RTCH, page_R)
     return kv_NSCH.at[page_R, place_R].set(kv_RTCH[:, 0])
 
 

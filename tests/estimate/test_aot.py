@@ -6,10 +6,12 @@ It compiles for TPUs that are not here. Two layers of Qwen3-8B's widths: what gr
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from jax_client.engine.sample.pages import PAGE
 from jax_client.estimate.chips import parse_machine
 from jax_client.estimate.compile import compile_programs
 from jax_client.estimate.plan import Question, estimate
@@ -72,3 +74,29 @@ def test_no_activations_travel(compiled: dict[str, dict[str, Any]]) -> None:
         inner = [each for each in account["collectives"] if each["loops"]]
         wrong = [each for each in inner if each["kind"] == "all-gather" and each["bytes"] > 2 * 2 * D * F]
         assert not wrong, f"{name}: {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("machine", "mesh", "heads", "dtype", "programs"),
+    [
+        ("v5e-8", {"tensor": 8}, 8, "bfloat16", ("decode", "prefill")),
+        ("v5e-1", {}, 2, "bfloat16", ("prefill",)),
+        ("v5e-4", {"tensor": 4}, 8, "float32", ("prefill",)),  # without the kernel
+    ],
+    ids=str,
+)
+def test_sampling_has_no_second_cache(
+    machine: str, mesh: dict[str, int], heads: int, dtype: str, programs: tuple[str, ...]
+) -> None:
+    """Neither at the ends of a program nor in a layer, also where a device has one or two heads of a page."""
+    model = replace(MODEL, d_model=1024, d_ff=3072, vocab_size=8192, n_kv_heads=heads, max_context=512)
+    sizes: Any = {"dtype": dtype, "length": 512, "sampled_rows": 16, "sampled_tokens": 512}
+    found = estimate(Question(model=model, machine=parse_machine(machine), mesh=mesh or "auto", **sizes))
+    pages = found.layout.pages + 2
+    for account in compile_programs(found, programs):
+        assert "error" not in account, account
+        wrong = [
+            shape for shape in account["copies"] if f",{pages},{PAGE}," in shape or f"[{L * pages},{PAGE}" in shape
+        ]
+        assert not wrong, f"{account['program']}: {wrong}"
+        assert account["temporaries"] < found.layout.pages * found.layout.page_bytes / 8, account["program"]

@@ -14,7 +14,7 @@ from jax_client.engine.core.memory import PassMemory
 from jax_client.engine.train.limits import Sizing
 from jax_client.errors import BadRequestError
 from jax_client.estimate.chips import machine_of, parse_machine
-from jax_client.estimate.plan import Question, estimate, hints
+from jax_client.estimate.plan import Question, estimate, hints, lay_out
 from jax_client.estimate.speed import speed
 from jax_client.losses.logprob_head import Blocks
 from jax_client.models.config import ModelConfig
@@ -71,6 +71,29 @@ def test_what_does_not_fit_says_what_helps() -> None:
     found = hints(question)
     assert found and all("devices" in text for text in found), found
     assert estimate(replace(question, machine=parse_machine("v5e-16"), length=2048)).fits
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "axes"),
+    [
+        (QWEN_32B, "v5e-16", {"fsdp": 8, "tensor": 2}),  # sixteenths of 5,120 are two and a half tiles of 128 lanes
+        (QWEN_32B, "v5e-8", {"fsdp": 8}),
+        (QWEN_4B, "v5p-16", {"fsdp": 4, "tensor": 2}),
+        (QWEN_8B, "v6e-32", {"fsdp": 32}),
+        (QWEN_32B, "v5e-256", {"fsdp": 256}),  # 32 would be left for "tensor", and there are 8 heads
+        (replace(QWEN_4B, d_ff=9729), "v5e-8", {"fsdp": 8}),
+        (replace(QWEN_4B, vocab_size=151935), "v5e-8", {"fsdp": 8}),
+        (replace(QWEN_4B, n_heads=28, n_kv_heads=7), "v5e-8", {"fsdp": 8}),
+        (replace(QWEN_4B, d_model=2500), "v5e-8", {"fsdp": 8}),
+        (QWEN_4B, "v5e-1", {}),
+        (QWEN_32B, "h100-16", {"fsdp": 16}),
+    ],
+)
+def test_on_tpus_auto_gives_each_way_whole_tiles_of_the_width(
+    model: ModelConfig, machine: str, axes: dict[str, int]
+) -> None:
+    shape = lay_out(Question(model=model, machine=parse_machine(machine))).mesh.shape
+    assert {axis: size for axis, size in shape.items() if size > 1} == axes
 
 
 def test_tokens_and_remat_are_chosen_together() -> None:

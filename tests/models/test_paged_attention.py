@@ -23,7 +23,8 @@ from jax_client.models.kernels.cache import PagedAttention
 R, S, PAGES = 3, 32, 20
 DEVICE = jax.devices()[0]
 LAYOUTS = {
-    "wide": cache.wide_turns(),
+    "wide": cache.wide_turns("gpu"),
+    "wide, page by page": cache.wide_turns("tpu"),
     "ragged": cache.ragged_pages(ragged.plain_kernel),
     "triton": cache.triton_pages(interpret=True),
 }
@@ -37,6 +38,7 @@ def gap(candidate: PagedAttention, heads: tuple[int, int, int], dtype: Any, page
     ("layout", "heads", "dtype"),
     [
         ("wide", (2, 2, 16), jnp.float32),
+        ("wide, page by page", (2, 2, 16), jnp.float32),
         ("ragged", (4, 3, 64), jnp.float32),
         ("ragged", (2, 2, 128), jnp.bfloat16),
         ("triton", (2, 3, 16), jnp.float32),

@@ -206,7 +206,7 @@ def attended(kernel: PagedAttention, operands: tuple[Any, ...], **more: Any) -> 
 
 PAGED = {
     "small": (cache.small_turns(), (2, 16)),
-    "wide": (cache.wide_turns(), (2, 16)),
+    "wide": (cache.wide_turns("gpu"), (2, 16)),
     "triton": (cache.triton_pages(interpret=True), (2, 16)),
     "ragged": (cache.ragged_pages(ragged.plain_kernel), (2, 64)),
 }
@@ -230,9 +230,9 @@ def test_paged_rows(
     if sinks is not None and "sinks" in kernel.lacks:
         with pytest.raises(NotImplementedError, match="no sinks"):
             attended(kernel, operands, **more)
-        assert cache.fitting(kernel, {"sinks"}).name == "paged in wide turns"
+        assert cache.fitting(kernel, {"sinks"}, "tpu").name == "paged in wide turns"
         return
-    assert cache.fitting(kernel, {"window", "scale"}) is kernel
+    assert cache.fitting(kernel, {"window", "scale"}, "tpu") is kernel
     o = attended(kernel, operands, **more)
     q, k, v, _, position = operands
     for r, last in enumerate(np.asarray(position)[:-1, -1]):

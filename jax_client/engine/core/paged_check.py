@@ -50,7 +50,7 @@ def preferred_attention(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Cho
     platform = mesh.devices.flat[0].platform
     if platform == "cpu":
         return Choice(attention=small_turns())
-    plain = wide_turns()
+    plain = wide_turns(platform)
     if dtype != jnp.bfloat16:
         return Choice(attention=plain, refused=f"it takes bfloat16, not {dtype.name}")
     try:
@@ -67,7 +67,7 @@ def preferred_attention(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Cho
 
 def choose(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Choice:
     """Return the preferred attention; one in plain JAX if that is a kernel that differs from it here."""
-    preferred, plain = preferred_attention(mesh, model, dtype), wide_turns()
+    preferred, plain = preferred_attention(mesh, model, dtype), wide_turns(mesh.devices.flat[0].platform)
     if preferred.attention.name in (plain.name, small_turns().name):
         return preferred
     heads = model.n_kv_heads // mesh.shape["tensor"], model.group, model.head_dim
