@@ -86,12 +86,17 @@ def layers_of(c: ModelConfig, kind: Kind) -> tuple[int, ...]:
 
 @functools.cache
 def plan(c: ModelConfig) -> tuple[Segment, ...]:
-    """Return the segments of a model, in order.
+    """Return the segments of a model, in order."""
+    return segments(layers(c))
+
+
+def segments(every: tuple[tuple[Kind, ...], ...]) -> tuple[Segment, ...]:
+    """Return layers as blocks that repeat.
 
     From each place on, the shortest block is taken that covers most layers by repeating; layers that do not repeat are
     a segment each.
     """
-    every, done, segments = layers(c), 0, []
+    done, taken = 0, []
     seen: Counter[str] = Counter()
     while done < len(every):
         size, repeats = _longest_repetition(every, done)
@@ -104,10 +109,10 @@ def plan(c: ModelConfig) -> tuple[Segment, ...]:
                 parts.append(Part(kind=kind, start=within[kind.name], stride=each[kind.name]))
                 within[kind.name] += 1
             found.append(tuple(parts))
-        segments.append(Segment(repeats=repeats, layers=tuple(found)))
+        taken.append(Segment(repeats=repeats, layers=tuple(found)))
         seen.update({name: n * repeats for name, n in each.items()})
         done += size * repeats
-    return tuple(segments)
+    return tuple(taken)
 
 
 def _longest_repetition(every: tuple[tuple[Kind, ...], ...], start: int) -> tuple[int, int]:

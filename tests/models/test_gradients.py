@@ -15,6 +15,7 @@ from jax_client.models.decoder import param_specs
 from jax_client.models.kernels import blockwise
 from jax_client.models.parts import attention
 from jax_client.models.transformer import backward_pass, context, forward_pass
+from support.models.plain_attention import PLAIN
 
 F32 = jnp.dtype("float32")
 
@@ -40,23 +41,6 @@ def random_lora(c: ModelConfig, rank: int, seed: int) -> dict[str, Any]:
     }  # fmt: skip
     rng = np.random.default_rng(seed)
     return {n: {"A": jnp.asarray(rng.normal(size=(L, *a)) * 0.3, F32), "B": jnp.asarray(rng.normal(size=(L, *b)) * 0.3, F32)} for n, (a, b) in shapes.items()}  # fmt: skip # noqa: E501
-
-
-def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
-    """Masked softmax over all pairs, which autodiff can take the derivative of."""
-    place = jnp.arange(q.shape[1])
-    seen = (segments[:, :, None] == segments[:, None]) & (place[:, None] >= place)
-    s = jnp.einsum("BTKGH,BSKH->BKGTS", q, k) * q.shape[-1] ** -0.5
-    p = jax.nn.softmax(jnp.where(seen[:, None, None], s, -1e30), axis=-1)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", p, v), ()
-
-
-PLAIN = attention.Attention(
-    name="plain",
-    forward=plain_attention,
-    backward=lambda *_: (_ for _ in ()).throw(AssertionError),
-    row_length=None,
-)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,45 @@
+"""Has an adapter as many parameters as the hosted service's has, for each model and each train_* flag?
+
+The figures are those that tinker-cookbook 0.6.1 publishes, per unit of rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from jax_client.models.config import Experts, ModelConfig
+from jax_client.models.lora_arrays import array_shapes
+from jax_client.values import LoraSpec
+
+
+def model(D: int, L: int, N: int, K: int, F: int, V: int, H: int = 128, E: int = 0) -> ModelConfig:
+    experts = Experts(count=E, per_token=8, d_ff=F, normalized=True) if E else None
+    return ModelConfig(
+        family="llama", vocab_size=V, d_model=D, d_ff=F, n_layers=L, n_heads=N, n_kv_heads=K, head_dim=H,
+        norm_eps=1e-6, rope_theta=1e6, tied_embeddings=False, max_context=4096, experts=experts,
+    )  # fmt: skip
+
+
+# Model, then mlp, attn and unembed.
+PUBLISHED = {
+    "Llama-3.2-1B": (model(2048, 16, 32, 8, 8192, 128256, H=64), 491_520, 212_992, 130_304),
+    "Llama-3.2-3B": (model(3072, 28, 24, 8, 8192, 128256), 946_176, 573_440, 131_328),
+    "Llama-3.1-8B": (model(4096, 32, 32, 8, 14336, 128256), 1_769_472, 851_968, 132_352),
+    "Llama-3.3-70B-Instruct": (model(8192, 80, 64, 8, 28672, 128256), 8_847_360, 4_096_000, 136_448),
+    "Qwen3-4B-Instruct-2507": (model(2560, 36, 32, 8, 9728, 151936), 1_327_104, 737_280, 154_496),
+    "Qwen3-8B": (model(4096, 36, 32, 8, 12288, 151936), 1_769_472, 958_464, 156_032),
+    "Qwen3-32B": (model(5120, 64, 64, 8, 25600, 151936), 5_898_240, 2_490_368, 157_056),
+    "Qwen3-30B-A3B": (model(2048, 48, 32, 4, 768, 151936, E=128), 14_450_688, 835_584, 153_984),
+    "Qwen3-235B-A22B": (model(4096, 94, 64, 4, 1536, 151936, E=128), 56_598_528, 3_176_448, 156_032),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_are_those_published(name: str) -> None:
+    c, *published = PUBLISHED[name]
+    for flag, count in zip(("train_mlp", "train_attn", "train_unembed"), published, strict=True):
+        off = {"train_mlp": False, "train_attn": False, "train_unembed": False}
+        shapes = array_shapes(c, LoraSpec(rank=4, seed=0, **off | {flag: True}))
+        assert sum(map(math.prod, shapes.values())) == 4 * count

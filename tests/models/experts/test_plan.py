@@ -1,0 +1,43 @@
+"""Which blocks does the plan find, and where are the arrays of their parts?"""
+
+from __future__ import annotations
+
+import pytest
+
+from jax_client.models.parts.dense import DENSE
+from jax_client.models.parts.kind import Kind
+from jax_client.models.parts.moe import MOE
+from jax_client.models.parts.self_attention import ATTENTION
+from jax_client.models.plan import segments
+
+A, M = (ATTENTION, DENSE), (ATTENTION, MOE)
+
+
+@pytest.mark.parametrize(
+    ("layers", "blocks"),
+    [
+        ([A] * 5, [(5, 1)]),
+        ([M, A, M], [(1, 1), (1, 1), (1, 1)]),
+        ([A, A, A, M, M, M, M], [(3, 1), (4, 1)]),
+        ([A, M] * 4, [(4, 2)]),
+        ([A, A, A, M] * 3 + [A, A], [(3, 4), (2, 1)]),
+        ([A] + [M] * 9, [(1, 1), (9, 1)]),
+        ([A], [(1, 1)]),
+    ],
+)
+def test_every_layer_runs_once_with_its_own_arrays(
+    layers: list[tuple[Kind, ...]], blocks: list[tuple[int, int]]
+) -> None:
+    found = segments(tuple(layers))
+    assert [(segment.repeats, len(segment.layers)) for segment in found] == blocks
+    ran = [
+        [(part.kind.name, part.place(i)) for part in layer]
+        for segment in found
+        for i in range(segment.repeats)
+        for layer in segment.layers
+    ]
+    used = {"attention": 0, "dense": 0, "moe": 0}
+    for layer, kinds in zip(ran, layers, strict=True):
+        for (name, place), kind in zip(layer, kinds, strict=True):
+            assert (name, place) == (kind.name, used[name])
+            used[name] += 1
