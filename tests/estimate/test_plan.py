@@ -124,8 +124,8 @@ def test_times_are_ranges_that_scale_with_the_machine() -> None:
 def test_whole_weights_to_decode_with_are_counted_where_they_fit() -> None:
     """Eight ways of a v6e have room for a copy of 4B weights, and none for one of 32B; one device makes none."""
     small, large, alone = (
-        estimate(Question(model=model, machine=parse_machine(name), length=1024))
-        for model, name in ((QWEN_4B, "v6e-8"), (QWEN_32B, "v6e-8"), (QWEN_4B, "v6e-1"))
+        estimate(Question(model=model, machine=parse_machine(f"v6e-{ways}"), mesh={"fsdp": ways}, length=1024))
+        for model, ways in ((QWEN_4B, 8), (QWEN_32B, 8), (QWEN_4B, 1))
     )
     assert small.sampling is not None and large.sampling is not None and alone.sampling is not None
     assert small.sampling.whole > 7 * small.layout.weights and (large.sampling.whole, alone.sampling.whole) == (0, 0)
