@@ -20,9 +20,10 @@ from jax_client.models.parts.lora import LORA_ALPHA
 from jax_client.values import AdapterState
 from jax_client.weights.read import hf
 from jax_client.weights.read.tensors import TensorReader
+from jax_client.weights.write import expert_layouts
 from jax_client.weights.write.adapter_names import PROJECTIONS, covered, from_pairs, linear_sizes, to_pairs
 from jax_client.weights.write.peft_config import CONFIG, PEFT_VERSION, PeftConfig, read_peft_config
-from jax_client.weights.write.peft_tensors import AdapterTensors, read_tensors, tensor_name
+from jax_client.weights.write.peft_tensors import PREFIX, AdapterTensors, read_tensors
 from jax_client.weights.write.shards import Tensor, check_space, write_file
 
 logger = logging.getLogger(__name__)
@@ -56,12 +57,27 @@ def write_adapter(
     pairs = to_pairs(state, config)
     if state.spec.train_unembed and config.tied_embeddings:
         _refuse_tied_head(program)
-    matrices = {
-        tensor_name(name, part): matrix
-        for name, (a_RI, b_RO) in pairs.items()
-        for part, matrix in (("A", a_RI), ("B", b_RO.T))
-    }
-    tensors = [Tensor(name=name, shape=m.shape, rows=_slicer(m)) for name, m in matrices.items()]
+    modules = list(dict.fromkeys(PROJECTIONS[module][1] for module in covered(config, state.spec)))
+    changes: dict[str, object] = {"target_modules": modules}
+    matrices = {f"{name}.lora_{ab}": m for name, (a, b) in pairs.items() for ab, m in (("A", a), ("B", b.T))}
+    if expert_layouts.has_experts(config, pairs):
+        if program == "peft":
+            _refuse_dense_layers(config)
+            matrices = expert_layouts.fused(config, pairs)
+            changes = {
+                "target_modules": [name for name in pairs if ".experts." not in name],
+                "target_parameters": expert_layouts.TARGETS,
+                "rank_pattern": {expert_layouts.GATE_UP: 2 * state.spec.rank},
+                "alpha_pattern": {expert_layouts.GATE_UP: 2 * int(LORA_ALPHA)},
+            }
+        elif program == "sglang":
+            matrices = expert_layouts.shared(config, pairs)
+        elif program is None:
+            logger.warning(
+                "the adapter covers experts, which programs read in layouts of their own: this one is for vLLM. For "
+                "others name the program: --for peft, --for sglang"
+            )
+    tensors = [Tensor(name=f"{PREFIX}{n}.weight", shape=m.shape, rows=_slicer(m)) for n, m in matrices.items()]
     check_space(directory, sum(tensor.nbytes(F32) for tensor in tensors))
     write_file(directory / WEIGHTS, tensors, F32)
     adapter_config = {
@@ -72,7 +88,6 @@ def write_adapter(
         "r": state.spec.rank,
         "lora_alpha": int(LORA_ALPHA),
         "lora_dropout": 0.0,
-        "target_modules": list(dict.fromkeys(PROJECTIONS[module][1] for module in covered(config, state.spec))),
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
@@ -82,7 +97,17 @@ def write_adapter(
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    (directory / CONFIG).write_text(json.dumps(adapter_config, indent=2) + "\n")
+    (directory / CONFIG).write_text(json.dumps(adapter_config | changes, indent=2) + "\n")
+
+
+def _refuse_dense_layers(config: ModelConfig) -> None:
+    """Raise UnsupportedError for a model with dense layers beside experts: peft leaves adapters out of the former."""
+    if config.experts is not None and config.experts.dense_layers:
+        raise UnsupportedError(
+            f"the layers {', '.join(map(str, config.experts.dense_layers[:5]))} of this model have one MLP and the "
+            "others have experts: peft reads gate_proj, up_proj and down_proj as the experts' and leaves them out of "
+            "the former, without a word. Export the merged model (--format merged), or the adapter --for vllm."
+        )
 
 
 def _refuse_tied_head(program: Program | None) -> None:
