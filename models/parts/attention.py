@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,23 @@ from jax.sharding import Mesh
 
 from jax_client.models.kernels.blockwise import blockwise_backward, blockwise_forward
 
+Output = tuple[jax.Array, Any]
+Gradients = tuple[jax.Array, jax.Array, jax.Array]
 # The vendors' kernels take rows in multiples of this; shorter prompts go blockwise.
 KERNEL_ROWS = 128
+
+
+class Reach(TypedDict, total=False):
+    """How far a query sees, and the scale of its scores, as for `blockwise_forward`."""
+
+    window: int | None
+    scale: float | None
+
+
+class Extras(Reach, total=False):
+    """What an attention may have beside causality and segments."""
+
+    sinks: jax.Array | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +52,8 @@ class Attention:
     """
 
     name: str
-    forward: Callable[..., tuple[jax.Array, Any]]
-    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    forward: Callable[..., Output]
+    backward: Callable[..., Gradients]
     row_length: int | None
     max_segments: int | None = None
     lacks: frozenset[str] = frozenset()
@@ -47,11 +62,11 @@ class Attention:
 def blockwise(one_cpu: bool) -> Attention:
     """Return the attention that runs everywhere, in plain JAX; `one_cpu` as for its functions."""
 
-    def forward(*args: Any, **more: Any) -> Any:
+    def forward(*args: Any, **more: Unpack[Extras]) -> Output:
         return blockwise_forward(*args, one_cpu=one_cpu, **more)
 
-    def backward(*args: Any, sinks: jax.Array | None = None, **more: Any) -> Any:
-        return blockwise_backward(*args, one_cpu=one_cpu, **more)
+    def backward(*args: Any, **more: Unpack[Extras]) -> Gradients:
+        return blockwise_backward(*args, one_cpu=one_cpu, **_without_sinks(more))
 
     return Attention(name="blockwise", forward=forward, backward=backward, row_length=None if one_cpu else 2048)
 
@@ -63,13 +78,13 @@ def splash(mesh: Mesh, interpret: bool = False) -> Attention:
 
     own = {"mesh": mesh, "interpret": interpret}
 
-    def forward(*args: Any, **more: Any) -> Any:
+    def forward(*args: Any, **more: Unpack[Extras]) -> Output:
         *operands, dtype = args
         return splash_forward(*operands, dtype=dtype, **own, **more)
 
-    def backward(*args: Any, sinks: jax.Array | None = None, **more: Any) -> Any:
+    def backward(*args: Any, **more: Unpack[Extras]) -> Gradients:
         *operands, dtype = args
-        return splash_backward(*operands, dtype=dtype, **own, **more)
+        return splash_backward(*operands, dtype=dtype, **own, **_without_sinks(more))
 
     return _for_long_rows(Attention(name="splash", forward=forward, backward=backward, row_length=2048))
 
@@ -88,12 +103,14 @@ def cudnn(mesh: Mesh, max_segments: int = 64, *, described: bool = False) -> Att
     if not described:
         refuse_old_cudnn()
 
-    def kernel(segments: jax.Array, dtype: jnp.dtype, more: dict[str, Any]) -> Callable[..., jax.Array]:
+    def kernel(segments: jax.Array, dtype: jnp.dtype, more: Extras) -> Callable[..., jax.Array]:
         scale = more.get("scale")
         options: Any = {"dtype": dtype, "mesh": mesh, "max_segments": max_segments, "scale": scale}
         return lambda q, k, v: cudnn_attention(q, k, v, segments, **options)
 
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: jnp.dtype, **more: Any) -> Any:
+    def forward(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, dtype: jnp.dtype, **more: Unpack[Extras]
+    ) -> Output:
         return kernel(segments, dtype, more)(q, k, v), ()
 
     def backward(
@@ -101,12 +118,12 @@ def cudnn(mesh: Mesh, max_segments: int = 64, *, described: bool = False) -> Att
         k: jax.Array,
         v: jax.Array,
         segments: jax.Array,
-        o: Any,
-        residual: Any,
-        do: Any,
-        dtype: Any,
-        **more: Any,
-    ) -> Any:
+        o: jax.Array,
+        residual: tuple[()],
+        do: jax.Array,
+        dtype: jnp.dtype,
+        **more: Unpack[Extras],
+    ) -> Gradients:
         return jax.vjp(kernel(segments, dtype, more), q, k, v)[1](do)
 
     kernels = Attention(
@@ -120,6 +137,11 @@ def cudnn(mesh: Mesh, max_segments: int = 64, *, described: bool = False) -> Att
     return _for_long_rows(kernels)
 
 
+def _without_sinks(more: Extras) -> Reach:
+    """Return what a backward pass is told: sinks are in the sums that it reads."""
+    return Reach(window=more.get("window"), scale=more.get("scale"))
+
+
 def kernel_name(attention: Attention, needed: Iterable[str]) -> str:
     """Return what runs the layers that need these keywords, for the log."""
     return "blockwise" if attention.lacks.intersection(needed) else attention.name
@@ -129,14 +151,14 @@ def _for_long_rows(kernels: Attention) -> Attention:
     """Return an attention that runs a vendor's kernels on rows and layers that they take, and else blockwise."""
     plain = blockwise(one_cpu=False)
 
-    def chosen(q_BTKGH: jax.Array, more: dict[str, Any]) -> Attention:
+    def chosen(q_BTKGH: jax.Array, more: Extras) -> Attention:
         needed = {name for name, value in more.items() if value is not None}
         return plain if q_BTKGH.shape[1] % KERNEL_ROWS or kernels.lacks & needed else kernels
 
-    def forward(*args: Any, **more: Any) -> Any:
+    def forward(*args: Any, **more: Unpack[Extras]) -> Output:
         return chosen(args[0], more).forward(*args, **more)
 
-    def backward(*args: Any, **more: Any) -> Any:
+    def backward(*args: Any, **more: Unpack[Extras]) -> Gradients:
         return chosen(args[0], more).backward(*args, **more)
 
     return replace(kernels, forward=forward, backward=backward)
