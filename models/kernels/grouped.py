@@ -129,8 +129,8 @@ def in_rounds(groups: Groups, rows: int, body: Callable[[Carry, Groups], Carry],
 
 
 def _tile_rows(rows: int, experts: int) -> int:
-    """Return the rows of a tile: a quarter of those that an expert has, as its last tile is half empty on average."""
-    return min(MOST_ROWS, max(FEWEST_ROWS, (1 << (-(-rows // experts) - 1).bit_length()) // 4))
+    """Return the rows of a tile: half of those that an expert has, as its last tile is half empty on average."""
+    return min(MOST_ROWS, max(FEWEST_ROWS, (1 << (-(-rows // experts) - 1).bit_length()) // 2))
 
 
 def for_tiles(
