@@ -102,6 +102,27 @@ def forward_pass(
     return rms_norm(x_BTD, params["final_norm_D"], c.config.norm_eps), saved
 
 
+@jax.named_scope("load")
+def expert_load(saved: Saved, segments_BT: jax.Array, config: ModelConfig) -> jax.Array | None:
+    """Return how many tokens each expert got (L, E), float32, padding not counted; None for a model without experts.
+
+    Args:
+        saved: of `forward_pass`.
+        segments_BT: as it was given.
+        config: the model.
+    """
+    if config.experts is None:
+        return None
+    E, real_M1 = config.experts.count, (segments_BT > 0).reshape(-1, 1).astype(jnp.float32)
+
+    def of_layer(choice_Mk: jax.Array) -> jax.Array:
+        return jnp.zeros(E).at[choice_Mk].add(jnp.broadcast_to(real_M1, choice_Mk.shape))
+
+    layers = [layer for segment in saved["layers"] for layer in segment]
+    choices = [part["choice"] for layer in layers for part in layer if "choice" in part]
+    return jnp.concatenate([jax.vmap(of_layer)(choice_LMk) for choice_LMk in choices])
+
+
 def _add_at(place: jax.Array, total: jax.Array, new: jax.Array) -> jax.Array:
     return total.at[place].add(new)
 

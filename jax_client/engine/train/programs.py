@@ -26,10 +26,11 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, output_head_VD
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.kind import Remat, Saved
-from jax_client.models.transformer import backward_pass, context, forward_pass
+from jax_client.models.transformer import backward_pass, context, expert_load, forward_pass
 from jax_client.sharding import split_rows
 
 Tree = TypeVar("Tree")
+EXPERT_LOAD = "expert_load"  # among the sums
 NO_ADAPTER: Weights = {"layers": {}, "unembed": {}}
 # The values that the layers and the head saved for their backward passes.
 Kept = tuple[Saved, dict[str, jax.Array]]
@@ -137,7 +138,8 @@ class TrainPrograms:
             remat: what to keep for `backward`; None keeps nothing.
 
         Returns:
-            logprobs_BTC, their cotangents g_BTC, the loss's sums, and what `backward` needs.
+            logprobs_BTC, their cotangents g_BTC, the loss's sums, and what `backward` needs. With experts, and where a
+            backward pass follows, the load of each (L, E) is among the sums.
         """
         c = context(batch["positions_BT"], self._config, self._dtype, self._attention, **self._mesh_options)
         h_BTD, saved = forward_pass(params, weights["layers"], batch["tokens_BT"], batch["segments_BT"], c, remat)
@@ -153,6 +155,8 @@ class TrainPrograms:
             with_backward=remat is not None,
         )
         g_BTC, sums = registry.apply_loss(loss, logprobs_BTC, batch["inputs"], batch["real_BTC"], batch["segments_BT"])
+        if remat is not None and (load_LE := expert_load(saved, batch["segments_BT"], self._config)) is not None:
+            sums |= {EXPERT_LOAD: load_LE}
         return logprobs_BTC, g_BTC, sums, (saved, head_saved)
 
     @jax.named_scope("backward")

@@ -17,6 +17,7 @@ from jax_client.engine.core.requests import LossSpec, TrainResult
 from jax_client.engine.core.turns import Task, Unawaited
 from jax_client.engine.train import packing
 from jax_client.engine.train.packing import MicroBatch
+from jax_client.engine.train.programs import EXPERT_LOAD
 from jax_client.errors import RequestFailedError
 from jax_client.losses import registry
 from jax_client.values import TrainExample
@@ -39,6 +40,7 @@ class Results:
         self._sequences = sequences
         self._logprobs: list[np.ndarray | None] = [None] * len(sequences)
         self._sums: dict[str, float] = {}
+        self._load_LE: np.ndarray | None = None
         self._pending: list[tuple[MicroBatch, Launched]] = []
 
     def add(
@@ -71,7 +73,10 @@ class Results:
         start = time.perf_counter()
         packing.unpack(batch.plan, self._sequences, logprobs_BTC, self._logprobs)
         for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+            if name == EXPERT_LOAD:
+                self._load_LE = value if self._load_LE is None else self._load_LE + value
+            else:
+                self._sums[name] = self._sums.get(name, 0.0) + float(value)
         self.host_s += time.perf_counter() - start
 
     def logprobs(self) -> list[np.ndarray]:
@@ -83,4 +88,22 @@ class Results:
 
     def result(self, loss: LossSpec) -> TrainResult:
         """Return the call's answer."""
-        return TrainResult(logprobs=self.logprobs(), metrics=registry.metrics(loss.name, self._sums))
+        metrics = registry.metrics(loss.name, self._sums)
+        if self._load_LE is not None:
+            metrics |= load_metrics(self._load_LE)
+        return TrainResult(logprobs=self.logprobs(), metrics=metrics)
+
+
+def load_metrics(load_LE: np.ndarray) -> dict[str, float]:
+    """Return how evenly the tokens of a call went to the experts, by the names that the hosted service has.
+
+    `e_frac_with_tokens` is the share of a layer's experts that got a token; `e_max_violation` how much more than an
+    equal share its busiest expert got, 0 for none and E - 1 for all.
+    """
+    share_LE = load_LE / load_LE.sum(axis=-1, keepdims=True)
+    violation_L = share_LE.max(axis=-1) * share_LE.shape[-1] - 1
+    return {
+        "e_frac_with_tokens:mean": float((load_LE > 0).mean()),
+        "e_max_violation:mean": float(violation_L.mean()),
+        "e_max_violation:max": float(violation_L.max()),
+    }

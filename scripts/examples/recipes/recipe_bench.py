@@ -98,8 +98,9 @@ def server(bench: Bench, name: str, *options: str) -> Iterator[None]:
         options: of `jax_client serve`.
     """
     log = bench.out / f"{name}.log"
+    # The bars are those of float32, which "auto" takes only where a processor has no fast bfloat16.
     command = [
-        str(Path(sys.executable).parent / "jax_client"), "serve", "--port", "0",
+        str(Path(sys.executable).parent / "jax_client"), "serve", "--port", "0", "--dtype", "float32",
         "--state-dir", str(bench.out / f"{name}_state"), *options,
     ]  # fmt: skip
     with log.open("w") as file:

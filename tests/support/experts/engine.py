@@ -42,6 +42,8 @@ def check_training(engine: Engine, case: str) -> tuple[Any, Any]:
         engine.optim_step(lane, adapter, AdamSettings(**ADAM)).result()
     trained = engine.score_batch(lane, adapter, expert_cases.data(case), CROSS_ENTROPY).result()
     np.testing.assert_allclose(first.metrics["loss:sum"], golden["loss"], rtol=1e-5)
+    assert first.metrics["e_frac_with_tokens:mean"] == 1.0  # of 8 experts, by 71 tokens with two choices each
+    assert 0 < first.metrics["e_max_violation:mean"] <= first.metrics["e_max_violation:max"] < 7
     for i, (before, after) in enumerate(zip(first.logprobs, trained.logprobs, strict=True)):
         np.testing.assert_allclose(before, golden[f"logprobs.{i}"], atol=1e-4)
         np.testing.assert_allclose(after, golden[f"trained.{i}"], atol=1e-4)
