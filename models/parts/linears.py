@@ -79,10 +79,6 @@ class Linears:
         """Return what u (M, n) of a matmul is multiplied by."""
         return self._scale
 
-    def total(self, y_MD: jax.Array) -> jax.Array:
-        """Return a sum over devices that have a part of the inputs each: XLA makes it."""
-        return y_MD
-
     def put_grad(self, name: str, grad: Pair) -> None:
         """Note the gradient of the pair of a matmul that a kind computes itself."""
         self._grads[name] = grad

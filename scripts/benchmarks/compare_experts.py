@@ -18,6 +18,9 @@ from safetensors.numpy import save_file
 
 from bench_rows import ROWS, Job, machine, medians
 from compare_torch import DTYPES, OURS, TORCH, spawn
+from jax_client.models.families.registry import config_from_hf
+from jax_client.models.plan import layers
+from jax_client.weights.read.names import expected_tensors
 
 VOCABULARY, WIDTH, LAYERS, HEADS, HEAD_WIDTH, HIDDEN, EXPERTS, EACH = 32_000, 768, 11, 12, 64, 1536, 16, 2
 SHARED: dict[str, Any] = {
@@ -56,25 +59,10 @@ CONTENDERS = (("mixture", OURS, "mixture"), ("dense", OURS, "dense"), ("torch", 
 def write(directory: Path, config: dict[str, Any]) -> Path:
     """Write a model with random weights of the scale that training starts from, and return its directory."""
     rng = np.random.default_rng(0)
-    D, N, K, H = WIDTH, HEADS, HEADS // 3, HEAD_WIDTH
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, D), "model.norm.weight": (D,)}
-    for i in range(LAYERS):
-        layer = f"model.layers.{i}."
-        heads = {"q": (N * H, D), "k": (K * H, D), "v": (K * H, D), "o": (D, N * H)}
-        shapes |= {f"{layer}self_attn.{name}_proj.weight": shape for name, shape in heads.items()}
-        shapes |= {f"{layer}self_attn.{name}_norm.weight": (H,) for name in "qk"}
-        shapes |= {f"{layer}{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
-        prefixes, F = [""], HIDDEN * EACH
-        if "num_experts" in config:
-            prefixes, F = [f"experts.{e}." for e in range(EXPERTS)], HIDDEN
-            shapes[f"{layer}mlp.gate.weight"] = (EXPERTS, D)
-        for prefix in prefixes:
-            mlp = {"gate": (F, D), "up": (F, D), "down": (D, F)}
-            shapes |= {f"{layer}mlp.{prefix}{name}_proj.weight": shape for name, shape in mlp.items()}
     directory.mkdir(parents=True)
     tensors = {
         name: np.ones(shape, np.float32) if "norm" in name else rng.normal(0, 0.02, shape).astype(np.float32)
-        for name, shape in shapes.items()
+        for name, shape in expected_tensors(config_from_hf(config, str(directory))).items()
     }
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config))
@@ -83,9 +71,8 @@ def write(directory: Path, config: dict[str, Any]) -> Path:
 
 def active(config: dict[str, Any]) -> float:
     """Return the millions of weights that a token is multiplied with."""
-    heads = WIDTH * HEAD_WIDTH * (2 * HEADS + 2 * (HEADS // 3))
-    router = WIDTH * EXPERTS if "num_experts" in config else 0
-    return (LAYERS * (heads + 3 * WIDTH * HIDDEN * EACH + router) + VOCABULARY * WIDTH) / 1e6
+    c = config_from_hf(config, "the mixture")
+    return (sum(kind.multiply_adds(c)[0] for layer in layers(c) for kind in layer) + VOCABULARY * WIDTH) / 1e6
 
 
 def main() -> None:

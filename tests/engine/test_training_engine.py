@@ -22,7 +22,7 @@ from jax_client.engine.core.requests import AdamSettings, LossSpec
 from jax_client.engine.engine import Engine
 from jax_client.errors import RequestFailedError
 from jax_client.models import lora_arrays
-from jax_client.models.config import ModelConfig
+from jax_client.models.config import Experts, ModelConfig
 from jax_client.models.parts import attention
 from jax_client.models.parts.attention import Attention
 from jax_client.sharding import make_mesh
@@ -311,6 +311,18 @@ def test_useful_flops_of_a_known_model() -> None:
     _, hardware = accounting.flops(qwen, spec, [4096], "full")
     assert useful / 4096 == pytest.approx(20.1e9, rel=0.01)
     assert hardware / 4096 == pytest.approx(28.3e9 - 2 * 0.39e9, rel=0.03)  # the head is not recomputed here
+
+
+def test_of_experts_those_of_a_token_count() -> None:
+    """Qwen3-30B-A3B at 4,096 tokens: 4 x 3.04 billion weights at work, 6 x 64.5 million of the adapter, attention."""
+    experts = Experts(count=128, per_token=8, d_ff=768, normalized=True)
+    qwen = ModelConfig(
+        family="qwen3_moe", vocab_size=151936, d_model=2048, d_ff=6144, n_layers=48, n_heads=32, n_kv_heads=4,
+        head_dim=128, norm_eps=1e-6, rope_theta=1e6, tied_embeddings=False, qk_norm=True, max_context=40960,
+        experts=experts,
+    )  # fmt: skip
+    useful, _ = accounting.flops(qwen, LoraSpec(rank=32, seed=0, train_unembed=False), [4096], "none")
+    assert useful / 4096 == pytest.approx(4 * 3.04e9 + 6 * 64.5e6 + 3 * 2 * 4096 * 32 * 128 * 48, rel=0.005)
 
 
 def model() -> ModelConfig:

@@ -8,6 +8,7 @@ limit is what the device would need for them at its measured matmul rate, with w
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -71,10 +72,7 @@ class Work:
 
 def flops(c: ModelConfig, spec: LoraSpec, lengths: Sequence[int], remat: Remat) -> tuple[float, float]:
     """Return the useful FLOPs of forward_backward over sequences of these lengths, and those with recomputation."""
-    parts = [kind.multiply_adds(c) for layer in layers(c) for kind in layer]
-    every, selective, full = (sum(part[i] for part in parts) for i in range(3))
-    frozen = every + c.d_model * c.vocab_size
-    adapters = sum(math.prod(array.shape) for array in flatten(lora_arrays(c, spec)).values())
+    frozen, selective, full, adapters = _multiply_adds(c, spec)
     tokens = sum(lengths)
     attention = sum(2 * n * n * c.n_heads * c.head_dim for n in lengths) * count(c, ATTENTION)
     useful = tokens * (4 * frozen + 6 * adapters) + 3 * attention
@@ -82,3 +80,17 @@ def flops(c: ModelConfig, spec: LoraSpec, lengths: Sequence[int], remat: Remat) 
     # The backward pass of attention recomputes its scores, whatever is kept.
     recomputed = tokens * (2 * recomputed_matmuls + (2 * adapters if remat == "full" else 0)) + 0.5 * attention
     return float(useful), float(useful + recomputed + (attention if remat == "full" else 0))
+
+
+@functools.lru_cache(maxsize=64)  # asked for every micro-batch; a server meets many adapters
+def _multiply_adds(c: ModelConfig, spec: LoraSpec) -> tuple[int, int, int, float]:
+    """Return those of a token with the frozen weights, what of them "selective" and "full" recompute, and an adapter's.
+
+    Of arrays that have a part for each expert a token meets those of its own experts.
+    """
+    parts = [kind.multiply_adds(c) for layer in layers(c) for kind in layer]
+    every, selective, full = (sum(part[i] for part in parts) for i in range(3))
+    met = 1.0 if c.experts is None else c.experts.per_token / c.experts.count
+    arrays = flatten(lora_arrays(c, spec)).values()
+    adapters = sum(math.prod(array.shape) * (met if "experts" in array.axes else 1) for array in arrays)
+    return every + c.d_model * c.vocab_size, selective, full, adapters
