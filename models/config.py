@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from jax_client.errors import BadRequestError
 
@@ -33,6 +33,7 @@ class Experts:
         per_token: k, how many a token is sent to.
         d_ff: F, the hidden width of each.
         normalized: whether a token's weights sum to 1.
+        biased: whether the router and the experts' matrices have biases.
         dense_layers: numbers of the layers that have one MLP of the model's `d_ff` instead.
     """
 
@@ -40,6 +41,7 @@ class Experts:
     per_token: int
     d_ff: int
     normalized: bool
+    biased: bool = False
     dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -99,6 +101,45 @@ class Rope:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Windows:
+    """Layers whose queries see the last tokens of their context only.
+
+    Attributes:
+        size: tokens that a query sees at most, itself included.
+        layers: numbers of these layers.
+        rope: how they rotate, where it is not as the others do.
+    """
+
+    size: int
+    layers: tuple[int, ...]
+    rope: Rope | None = None
+
+    def __post_init__(self) -> None:
+        check_sizes(self, {"size": 2**24})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerOptions:
+    """In what layers with the same parts may differ.
+
+    Attributes:
+        window: tokens that a query sees at most, itself included; None for all.
+        rope: how queries and keys rotate.
+    """
+
+    window: int | None
+    rope: Rope
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwigluClamp:
+    """How gpt-oss bounds its gated activation; see `activations.clamped_swiglu`."""
+
+    limit: float
+    alpha: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Sizes and switches of one decoder-only model.
 
@@ -106,6 +147,14 @@ class ModelConfig:
         family: the name of the `Family` that read it.
         d_ff: hidden width of the layers that have one MLP.
         rope_dim: the first values of a head that rotate; None for all.
+        qkv_bias, o_bias: whether attention's matrices in, and the one out, have biases.
+        sinks: whether each query head has a score that takes its share of the softmax and has no value.
+        query_scale: that scores are multiplied by; None for 1 / sqrt(head_dim).
+        windows: the layers with a window; None for none.
+        activation: of the MLPs and the experts: "swiglu", or "geglu".
+        clamp: of a swiglu; None for a plain one.
+        post_norms: whether the output of each part of a layer has a norm of its own.
+        embedding_scale: that embeddings are multiplied by on their way into the first layer.
         max_context: most tokens of a sequence.
         eos_token_ids: ids that end a sampled row when the request names no stop.
 
@@ -127,7 +176,15 @@ class ModelConfig:
     rope_dim: int | None = None
     tied_embeddings: bool
     qkv_bias: bool = False
+    o_bias: bool = False
     qk_norm: bool = False
+    sinks: bool = False
+    query_scale: float | None = None
+    windows: Windows | None = None
+    activation: Literal["swiglu", "geglu"] = "swiglu"
+    clamp: SwigluClamp | None = None
+    post_norms: bool = False
+    embedding_scale: float = 1.0
     experts: Experts | None = None
     max_context: int
     eos_token_ids: tuple[int, ...] = ()
@@ -177,13 +234,38 @@ class ModelConfig:
         """How the layers rotate that have no rotation of their own."""
         return Rope(theta=self.rope_theta, scaling=self.rope_scaling, dim=self.rope_dim)
 
+    def layer_options(self, layer: int) -> LayerOptions:
+        """Return in what a layer may differ from others with the same parts."""
+        if self.windows is None or layer not in self.windows.layers:
+            return LayerOptions(window=None, rope=self.rope)
+        return LayerOptions(window=self.windows.size, rope=self.windows.rope or self.rope)
+
+    @property
+    def attention_extras(self) -> frozenset[str]:
+        """Which keywords some layer's attention needs, as `parts.attention.Extras` has them."""
+        needed = {"window": self.windows is not None, "sinks": self.sinks, "scale": self.query_scale is not None}
+        return frozenset(name for name, is_needed in needed.items() if is_needed)
+
 
 def config_from_fields(fields: Mapping[str, Any]) -> ModelConfig:
     """Return the config that `dataclasses.asdict` gave these fields of, also if they were JSON in between."""
     found: dict[str, Any] = dict(fields) | {"eos_token_ids": tuple(fields["eos_token_ids"])}
-    if (scaling := found["rope_scaling"]) is not None:  # each kind has fields of its own
-        kinds = {frozenset(kind.__dataclass_fields__): kind for kind in get_args(RopeScaling)}
-        found["rope_scaling"] = kinds[frozenset(scaling)](**scaling)
+    found["rope_scaling"] = _scaling(found["rope_scaling"])
+    if (windows := found["windows"]) is not None:
+        found["windows"] = Windows(**windows | {"layers": tuple(windows["layers"]), "rope": _rope(windows["rope"])})
+    if (clamp := found["clamp"]) is not None:
+        found["clamp"] = SwigluClamp(**clamp)
     if (experts := found["experts"]) is not None:
         found["experts"] = Experts(**experts | {"dense_layers": tuple(experts["dense_layers"])})
     return ModelConfig(**found)
+
+
+def _rope(fields: Mapping[str, Any] | None) -> Rope | None:
+    return None if fields is None else Rope(**fields | {"scaling": _scaling(fields["scaling"])})
+
+
+def _scaling(fields: Mapping[str, Any] | None) -> RopeScaling | None:
+    if fields is None:
+        return None
+    kinds = {frozenset(kind.__dataclass_fields__): kind for kind in get_args(RopeScaling)}  # each has fields of its own
+    return kinds[frozenset(fields)](**fields)

@@ -39,7 +39,8 @@ class Stacks(nnx.Module):
 
     def __init__(self, kind: Kind, c: ModelConfig, dtype: Any, create: Create):
         norm = ParamSpec(shape=(c.d_model,), dtype=jnp.dtype(jnp.float32), axes=(None,))
-        for name, p in ({"norm_LD": norm} | kind.params(c, dtype)).items():
+        norms = dict.fromkeys(("norm_LD", "post_norm_LD")[: 1 + c.post_norms], norm)
+        for name, p in (norms | kind.params(c, dtype)).items():
             setattr(self, name, frozen(create, (count(c, kind), *p.shape), p.dtype, (None, *p.axes)))
 
 

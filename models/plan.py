@@ -1,8 +1,8 @@
 """In which order do a model's layers run, and where are the weights of each?
 
-A layer is a tuple of kinds of parts. Each kind has its parameters in stacks over all layers that have it, in the
-model's order. The plan finds what repeats: a `Segment` is a block of a few layers that runs several times, so that
-compile time does not grow with depth.
+A `Layer` is a tuple of kinds of parts, with options. Each kind has its parameters in stacks over all layers that have
+it, in the model's order. The plan finds what repeats: a `Segment` is a block of a few layers that runs several times,
+so that compile time does not grow with depth.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 
-from jax_client.models.config import ModelConfig
+from jax_client.models.config import LayerOptions, ModelConfig
 from jax_client.models.parts.dense import DENSE
 from jax_client.models.parts.kind import Kind
 from jax_client.models.parts.moe import MOE
@@ -24,6 +24,13 @@ from jax_client.models.parts.self_attention import ATTENTION
 Index = TypeVar("Index", int, jax.Array, "jax.Array | int")
 # Most layers of a block: its program is as large as they are.
 LONGEST_BLOCK = 8
+
+
+class Layer(NamedTuple):
+    """The kinds of a layer's parts, and in what it may differ from others with the same parts."""
+
+    kinds: tuple[Kind, ...]
+    options: LayerOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,16 +52,29 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PlacedLayer:
+    """A layer of a segment's block."""
+
+    parts: tuple[Part, ...]
+    options: LayerOptions
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of its parts."""
+        return tuple(part.kind for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
     """A block of layers that runs `repeats` times, one run after the other."""
 
     repeats: int
-    layers: tuple[tuple[Part, ...], ...]
+    layers: tuple[PlacedLayer, ...]
 
     def parts(self) -> Iterator[Part]:
         """Give the parts of the block in order."""
         for layer in self.layers:
-            yield from layer
+            yield from layer.parts
 
     def has_all(self, part: Part, c: ModelConfig) -> bool:
         """Return whether the runs of this part are, in order, all that the kind's stacks hold."""
@@ -62,26 +82,26 @@ class Segment:
 
 
 @functools.cache
-def layers(c: ModelConfig) -> tuple[tuple[Kind, ...], ...]:
-    """Return the kinds of every layer's parts."""
+def layers(c: ModelConfig) -> tuple[Layer, ...]:
+    """Return every layer of a model."""
     sparse = set() if c.experts is None else set(range(c.n_layers)) - set(c.experts.dense_layers)
-    return tuple((ATTENTION, MOE if i in sparse else DENSE) for i in range(c.n_layers))
+    return tuple(Layer((ATTENTION, MOE if i in sparse else DENSE), c.layer_options(i)) for i in range(c.n_layers))
 
 
 @functools.cache
 def kinds(c: ModelConfig) -> tuple[Kind, ...]:
     """Return the kinds that a model has, each once, in the order in which they first run."""
-    return tuple({kind.name: kind for layer in layers(c) for kind in layer}.values())
+    return tuple({kind.name: kind for layer in layers(c) for kind in layer.kinds}.values())
 
 
 def count(c: ModelConfig, kind: Kind) -> int:
     """Return how many layers have a kind, so how long its stacks are."""
-    return sum(layer.count(kind) for layer in layers(c))
+    return sum(layer.kinds.count(kind) for layer in layers(c))
 
 
 def layers_of(c: ModelConfig, kind: Kind) -> tuple[int, ...]:
     """Return the number of the layer of every entry of a kind's stacks."""
-    return tuple(i for i, layer in enumerate(layers(c)) for part in layer if part == kind)
+    return tuple(i for i, layer in enumerate(layers(c)) for part in layer.kinds if part == kind)
 
 
 @functools.cache
@@ -90,7 +110,7 @@ def plan(c: ModelConfig) -> tuple[Segment, ...]:
     return segments(layers(c))
 
 
-def segments(every: tuple[tuple[Kind, ...], ...]) -> tuple[Segment, ...]:
+def segments(every: tuple[Layer, ...]) -> tuple[Segment, ...]:
     """Return layers as blocks that repeat.
 
     From each place on, the shortest block is taken that covers most layers by repeating; layers that do not repeat are
@@ -101,21 +121,21 @@ def segments(every: tuple[tuple[Kind, ...], ...]) -> tuple[Segment, ...]:
     while done < len(every):
         size, repeats = _longest_repetition(every, done)
         block = every[done : done + size]
-        each, within = Counter(kind.name for layer in block for kind in layer), Counter(seen)
+        each, within = Counter(kind.name for layer in block for kind in layer.kinds), Counter(seen)
         found = []
         for layer in block:
             parts = []
-            for kind in layer:
+            for kind in layer.kinds:
                 parts.append(Part(kind=kind, start=within[kind.name], stride=each[kind.name]))
                 within[kind.name] += 1
-            found.append(tuple(parts))
+            found.append(PlacedLayer(parts=tuple(parts), options=layer.options))
         taken.append(Segment(repeats=repeats, layers=tuple(found)))
         seen.update({name: n * repeats for name, n in each.items()})
         done += size * repeats
     return tuple(taken)
 
 
-def _longest_repetition(every: tuple[tuple[Kind, ...], ...], start: int) -> tuple[int, int]:
+def _longest_repetition(every: tuple[Layer, ...], start: int) -> tuple[int, int]:
     """Return the size of the block that covers most layers from `start` on by repeating, and how often it does."""
     best = 1, 1
     for size in range(1, min(LONGEST_BLOCK, len(every) - start) + 1):

@@ -10,7 +10,7 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.layers import InStack, from_bits
 from jax_client.models.parts.kind import Weights
 from jax_client.models.parts.lora import Adapter
-from jax_client.models.plan import Part, Segment
+from jax_client.models.plan import Part, PlacedLayer, Segment
 
 
 class SegmentStacks:
@@ -41,10 +41,10 @@ class SegmentStacks:
         """Return whether a part's stacks are among `scanned`."""
         return self._segment.has_all(part, self._c)
 
-    def of_layer(self, layer: tuple[Part, ...], i: jax.Array, scanned: Any) -> tuple[list[Weights], list[Adapter]]:
+    def of_layer(self, layer: PlacedLayer, i: jax.Array, scanned: Any) -> tuple[list[Weights], list[Adapter]]:
         """Return the weights and the adapters of each part of a layer in run i of the block."""
         ws, loras = [], []
-        for part in layer:
+        for part in layer.parts:
             kind, place = part.kind, part.place(i)
             stacks = self._layers[kind.name]
             if self.is_scanned(part):

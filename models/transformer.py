@@ -18,7 +18,7 @@ from jax_client.models.parts.block import layer_backward, layer_forward, row_att
 from jax_client.models.parts.kind import Context, Remat, Saved
 from jax_client.models.parts.linears import Linears
 from jax_client.models.parts.lora import Adapter
-from jax_client.models.plan import Segment, plan
+from jax_client.models.plan import Segment, layers, plan
 from jax_client.models.rope import rope_table
 from jax_client.models.stacks import SegmentStacks
 
@@ -38,24 +38,34 @@ def context(
     """Return what every layer of a pass over these positions shares; `more` are fields of `Context`.
 
     Args:
-        work: bool scalar, for a pass that unrolls its layers: whether there are rows to compute. The rotary table is
+        work: bool scalar, for a pass that unrolls its layers: whether there are rows to compute. The rotary tables are
             computed under this condition, which keeps XLA from computing it again in every layer.
     """
 
-    def table() -> tuple[jax.Array, jax.Array]:
-        return rope_table(positions_BT, config)
+    ropes = tuple(dict.fromkeys(layer.options.rope for layer in layers(config)))
 
-    def zeros() -> tuple[jax.Array, jax.Array]:
-        return jax.tree.map(jnp.zeros_like, jax.eval_shape(table))
+    def tables() -> list[tuple[jax.Array, jax.Array]]:
+        return [rope_table(positions_BT, config, rope) for rope in ropes]
 
-    cos_BTH, sin_BTH = table() if work is None else jax.lax.cond(work, table, zeros)
-    return Context(config=config, dtype=dtype, attention=attention, cos_BTH=cos_BTH, sin_BTH=sin_BTH, **more)
+    def zeros() -> list[tuple[jax.Array, jax.Array]]:
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(tables))
+
+    found = tables() if work is None else jax.lax.cond(work, tables, zeros)
+    cos_BTH, sin_BTH = found[0]
+    shared: Any = {"config": config, "dtype": dtype, "attention": attention, "cos_BTH": cos_BTH, "sin_BTH": sin_BTH}
+    return Context(**shared, tables=dict(zip(ropes, found, strict=True)), **more)
 
 
 @jax.named_scope("embed")
-def embed(params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
+def embed(params: dict[str, Any], tokens_BT: jax.Array, c: Context) -> jax.Array:
     """Return the float32 residual stream (B, T, D) that enters the first layer."""
-    return from_bits(jnp.take(params["embed_VD"], tokens_BT, axis=0)).astype(jnp.float32)
+    return scaled(from_bits(jnp.take(params["embed_VD"], tokens_BT, axis=0)).astype(jnp.float32), c)
+
+
+def scaled(x_BTD: jax.Array, c: Context) -> jax.Array:
+    """Return embeddings as the first layer takes them. The scale is rounded to the matmul type, as a release's is."""
+    scale = c.config.embedding_scale
+    return x_BTD if scale == 1 else x_BTD * jnp.asarray(scale, c.dtype).astype(jnp.float32)
 
 
 def forward_pass(
@@ -77,7 +87,7 @@ def forward_pass(
         h_BTD float32, the input of the output projection, and what `backward_pass` needs.
     """
     attend = row_attention(segments_BT, c)
-    x_BTD, kept = c.split_rows(embed(params, tokens_BT)), []
+    x_BTD, kept = c.split_rows(embed(params, tokens_BT, c)), []
     for segment in plan(c.config):
         stacks = SegmentStacks(segment, c.config, params["layers"], lora)
 
@@ -86,11 +96,11 @@ def forward_pass(
             every = []
             for layer in segment.layers:
                 ws, loras = stacks.of_layer(layer, i, scanned)
-                kinds = [part.kind for part in layer]
-                linears = [Linears(kind, own, c) for kind, own in zip(kinds, loras, strict=True)]
+                kinds, own_c = layer.kinds, c.of_layer(layer.options)
+                linears = [Linears(kind, own, own_c) for kind, own in zip(kinds, loras, strict=True)]
                 with jax.named_scope("layer"):
-                    x_BTD, saved, _ = layer_forward(x_BTD, kinds, ws, linears, c, attend)
-                names = [()] * len(kinds) if remat is None else saved_for_backward(kinds, remat)
+                    x_BTD, saved, _ = layer_forward(x_BTD, kinds, ws, linears, own_c, attend)
+                names = [()] * len(kinds) if remat is None else saved_for_backward(kinds, remat, c.config)
                 found = [{n: own[n] for n in wanted if n in own} for wanted, own in zip(names, saved, strict=True)]
                 every.append(to_bits(found) if c.on_cpu else found)
                 x_BTD = c.split_rows(x_BTD)
@@ -118,8 +128,8 @@ def expert_load(saved: Saved, segments_BT: jax.Array, config: ModelConfig) -> ja
     def of_layer(choice_Mk: jax.Array) -> jax.Array:
         return jnp.zeros(E).at[choice_Mk].add(jnp.broadcast_to(real_M1, choice_Mk.shape))
 
-    layers = [layer for segment in saved["layers"] for layer in segment]
-    choices = [part["choice"] for layer in layers for part in layer if "choice" in part]
+    every = [layer for segment in saved["layers"] for layer in segment]
+    choices = [part["choice"] for layer in every for part in layer if "choice" in part]
     return jnp.concatenate([jax.vmap(of_layer)(choice_LMk) for choice_LMk in choices])
 
 
@@ -151,10 +161,10 @@ def backward_pass(
             kept, new = from_bits(kept), {}
             for layer, found in reversed(list(zip(segment.layers, kept, strict=True))):
                 ws, loras = stacks.of_layer(layer, i, scanned)
-                kinds = [part.kind for part in layer]
+                own_c = c.of_layer(layer.options)
                 with jax.named_scope("layer"):
-                    dy_BTD, grads = layer_backward(dy_BTD, found, segments_BT, kinds, ws, loras, c)
-                for part, own in zip(layer, grads, strict=True):
+                    dy_BTD, grads = layer_backward(dy_BTD, found, segments_BT, layer.kinds, ws, loras, own_c)
+                for part, own in zip(layer.parts, grads, strict=True):
                     if stacks.is_scanned(part):
                         new |= jax.tree.map(jnp.add, {module: whole[module] for module in own}, own)
                     else:

@@ -17,7 +17,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from support.experts import cases as expert_cases
+from support.families import cases as family_cases
 from support.golden_cases import ADAM, CASES, GOLDENS, RANK, STEPS, base_values, lora_values, sequences
 
 
@@ -84,7 +84,7 @@ if __name__ == "__main__":
     for case, config in CASES.items():
         np.savez_compressed(GOLDENS / f"{case}.npz", **reference(config))
         print(f"wrote {case}.npz, {(GOLDENS / f'{case}.npz').stat().st_size} bytes")
-    for case in expert_cases.CASES:
+    for case in family_cases.CASES:
         with tempfile.TemporaryDirectory() as directory:
-            np.savez_compressed(GOLDENS / f"{case}.npz", **expert_cases.reference(case, Path(directory)))
+            np.savez_compressed(GOLDENS / f"{case}.npz", **family_cases.reference(case, Path(directory)))
         print(f"wrote {case}.npz, {(GOLDENS / f'{case}.npz').stat().st_size} bytes")

@@ -96,9 +96,9 @@ def _params(specs: Any, mesh: Mesh) -> Params:
     return jax.tree.map(placed, specs, is_leaf=lambda p: isinstance(p, ParamSpec))
 
 
-def _attention(mesh: Mesh, dtype: jnp.dtype) -> Attention:
+def _attention(mesh: Mesh, c: ModelConfig, dtype: jnp.dtype) -> Attention:
     """Return the attention of training: cuDNN's needs the device's library, which is not here."""
-    kernel = kernel_of(mesh, dtype) if mesh.devices.flat[0].platform == "tpu" else None
+    kernel = kernel_of(mesh, c, dtype) if mesh.devices.flat[0].platform == "tpu" else None
     return kernel or plain_attention(mesh)
 
 
@@ -114,7 +114,7 @@ def _train(
 ) -> None:
     """Compile a pass over a micro-batch of (rows, length), and an optimizer step."""
     rows, length = rectangle
-    programs = TrainPrograms(c, dtype, mesh, _attention(mesh, dtype), [])
+    programs = TrainPrograms(c, dtype, mesh, _attention(mesh, c, dtype), [])
     params = _params(param_specs(c, dtype), mesh)
     weights: Any = adapters.abstract_weights(c, spec, mesh)
     batch = batch_shapes(rows, length, 1, mesh)
@@ -145,7 +145,7 @@ def _sample(
 
     `whole` has the ways hold whole weights to decode with.
     """
-    programs = SamplePrograms(c, dtype, mesh, _attention(mesh, dtype), [])
+    programs = SamplePrograms(c, dtype, mesh, _attention(mesh, c, dtype), [])
     rows, tiles, pages = sizes
     batches = Batches.of(mesh, c.max_context)
     params = {WHOLE: _params(whole_specs(c, dtype), mesh)} if whole else _params(param_specs(c, dtype), mesh)

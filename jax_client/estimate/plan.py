@@ -97,7 +97,7 @@ def lay_out(q: Question) -> Layout:
     page_bytes = pages.page_bytes(c, dtype) // mesh.shape["tensor"]
     sizes = loop.sizes_on(platform)
     most = pages.most_pages(c.max_context, sizes.rows[-1] * sizes.tokens_per_row)
-    attention = kernel_of(mesh, dtype) or plain_attention(mesh)
+    attention = kernel_of(mesh, c, dtype) or plain_attention(mesh)
     passes = PassMemory(config=c, dtype=dtype, mesh=mesh, attention=attention.name, blocks=Blocks.of(platform))
     adapter = passes.adapter(q.spec)
     cache = pages.fitting_pages(most, page_bytes, free) * page_bytes

@@ -8,9 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jax_client.models.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Files:
+    """How the weight files of a family name and order what others have too.
+
+    Attributes:
+        norms: of a layer: before attention and, with norms of outputs, behind it; then those of the MLP.
+        added_to_one: whether a norm's weight is stored as what is added to 1.
+        router: of a layer with experts, without "weight".
+        experts: the matrices of a layer where they are one tensor: "rows", gate above up (E, 2F, D) and down (E, D, F);
+            or with the input first, (E, D, 2F) and (E, F, D), "columns" with gate beside up, or "interleaved" with a
+            column of gate and one of up by turns.
+    """
+
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    added_to_one: bool = False
+    router: str = "mlp.gate"
+    experts: Literal["rows", "columns", "interleaved"] = "rows"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,9 +44,11 @@ class Family:
         read: `read(hf, where) -> ModelConfig`, for a parsed config.json and the file's name in messages. Raises
             UnsupportedError for what the layers do not compute, KeyError for a missing key, BadRequestError for a value
             that no model can have.
+        files: how its weight files differ from a Llama's.
     """
 
     name: str
     architectures: tuple[str, ...]
     gguf: str | None
     read: Callable[[Mapping[str, Any], str], ModelConfig]
+    files: Files = Files()

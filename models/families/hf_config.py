@@ -7,11 +7,11 @@ the rotary keys in either of their two forms.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax_client.errors import BadRequestError, UnsupportedError
-from jax_client.models.config import LinearScaling, Llama3Scaling, Rope, RopeScaling, YarnScaling
+from jax_client.models.config import LinearScaling, Llama3Scaling, Rope, RopeScaling, Windows, YarnScaling
 
 # Rope types that a file may have and that are not computed from it: why, and the way out.
 ROPE_TYPES = {
@@ -24,15 +24,20 @@ ROPE_TYPES = {
 }
 
 
-def shared_fields(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
+def shared_fields(hf: Mapping[str, Any], where: str, rope: Rope | None = None) -> dict[str, Any]:
     """Return the `ModelConfig` fields that every family reads alike; refuse what the layers do not compute.
 
     Partial rotation is refused, since transformers ignores its key in the families that have no use for it.
+
+    Args:
+        hf: the parsed config.json.
+        where: the file, for messages.
+        rope: of a family that reads it itself.
     """
     refuse_unless(hf, where, "hidden_act", (None, "silu"))
     refuse_unless(hf, where, "pretraining_tp", (None, 1))
     refuse_unless(hf, where, "mlp_bias", (None, False))
-    rope = read_rope(hf, where)
+    rope = read_rope(hf, where) if rope is None else rope
     if rope.dim is not None:
         raise UnsupportedError(
             f"{where}: partial_rotary_factor makes {rope.dim} of {head_width(hf)} values of a head rotate, which is "
@@ -76,6 +81,54 @@ def refuse_sliding_window(hf: Mapping[str, Any], where: str) -> None:
             f"{where}: sliding_window is {window!r} with layer_types {sorted(layer_types)}; sliding-window attention "
             "is not supported. Use a model with full attention."
         )
+
+
+def read_windows(hf: Mapping[str, Any], where: str, layers: Sequence[int], rope: Rope | None = None) -> Windows | None:
+    """Return the windows of these layers; None where none of them has one, or it is as long as the context.
+
+    Raises:
+        BadRequestError: there are such layers, and `sliding_window` is no size.
+    """
+    window = hf.get("sliding_window")
+    if not layers:
+        return None
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise BadRequestError(
+            f"{where}: sliding_window is {window!r}; it must be an integer from 1 on, since layers have a window. A "
+            "complete config.json is needed."
+        )
+    if rope is None and window >= hf["max_position_embeddings"]:
+        return None
+    return Windows(size=window, layers=tuple(layers), rope=rope)
+
+
+def windowed_layers(hf: Mapping[str, Any], where: str, usual: Callable[[int], bool]) -> list[int]:
+    """Return which layers have a window by `layer_types`; where it is absent, those of which `usual(layer)` says so.
+
+    Raises:
+        UnsupportedError: a type of layer that is not computed.
+        BadRequestError: not one type for each layer.
+    """
+    n, types = int(hf["num_hidden_layers"]), hf.get("layer_types")
+    if types is None:
+        return [i for i in range(n) if usual(i)]
+    if not isinstance(types, list) or len(types) != n:
+        raise BadRequestError(f"{where}: layer_types is {types!r:.200}; it must list a type for each of {n} layers.")
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedError(
+                f"{where}: layer_types has {kind!r}, which is not supported; supported are 'full_attention' and "
+                "'sliding_attention'. Use a model without such layers."
+            )
+    return [i for i, kind in enumerate(types) if kind == "sliding_attention"]
+
+
+def positive(hf: Mapping[str, Any], where: str, key: str, default: float) -> float:
+    """Return the number of a key, or the default where it is absent or null; BadRequestError unless it is above 0."""
+    value = default if hf.get(key) is None else hf[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise BadRequestError(f"{where}: {key} is {value!r}; it must be a number above 0.")
+    return float(value)
 
 
 def head_width(hf: Mapping[str, Any]) -> int:

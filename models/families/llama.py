@@ -1,4 +1,4 @@
-"""What is a Llama (Llama 3.x, SmolLM2, Mistral without a sliding window)? The plain decoder: no biases, no q/k norm."""
+"""What is a Llama (Llama 3.x, SmolLM2)? The plain decoder: no biases, no q/k norm."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from jax_client.models.families.hf_config import refuse_sliding_window, refuse_u
 
 
 def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
-    """Read a Llama or Mistral config.json."""
+    """Read a Llama config.json."""
     refuse_unless(hf, where, "attention_bias", (None, False))
     refuse_sliding_window(hf, where)
     return ModelConfig(family="llama", **shared_fields(hf, where))
 
 
-LLAMA = Family(
-    name="llama", architectures=("LlamaForCausalLM", "MistralForCausalLM"), gguf="llama", read=config_from_hf
-)
+LLAMA = Family(name="llama", architectures=("LlamaForCausalLM",), gguf="llama", read=config_from_hf)

@@ -16,7 +16,10 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.families.family import Family
 
 # A family is known by its import here: `FAMILIES` collects every `Family` among this module's names.
+from jax_client.models.families.gemma3 import GEMMA3 as GEMMA3
+from jax_client.models.families.gpt_oss import GPT_OSS as GPT_OSS
 from jax_client.models.families.llama import LLAMA as LLAMA
+from jax_client.models.families.mistral import MISTRAL as MISTRAL
 from jax_client.models.families.qwen2 import QWEN2 as QWEN2
 from jax_client.models.families.qwen3 import QWEN3 as QWEN3
 from jax_client.models.families.qwen3_moe import QWEN3_MOE as QWEN3_MOE

@@ -6,7 +6,7 @@ in the pool. There are two in plain JAX, for a CPU and for the others, and a ker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,21 +41,13 @@ class PagedAttention:
             and values of the matmul type, which is also that of the products' operands. A position of -1 sees nothing
             and gets an undefined, finite result. Its keywords are `window`, `sinks` and `scale`, as for
             `paged_attention`; None, the default of each, is for attention without it.
-        lacks: those of the keywords that it does not take; see `fitting`.
+        lacks: those of the keywords that it does not take.
     """
 
     name: str
     token_shapes: Callable[[int, int], Mapping[str, tuple[int, ...]]]
     attend: Callable[..., tuple[jax.Array, Pool]]
     lacks: frozenset[str] = frozenset()
-
-
-def fitting(attention: PagedAttention, needed: Iterable[str], platform: str) -> PagedAttention:
-    """Return the attention, or the platform's in plain JAX if it lacks a keyword that a layer of the model needs.
-
-    The layout of the pool may be another then: the answer is for all layers.
-    """
-    return wide_turns(platform) if attention.lacks.intersection(needed) else attention
 
 
 def _heads(K: int, H: int) -> dict[str, tuple[int, ...]]:
@@ -190,7 +182,7 @@ def ragged_pages(kernel: ragged.Kernel = ragged.tpu_kernel) -> PagedAttention:
         scale: float | None = None,
     ) -> tuple[jax.Array, Pool]:
         if sinks is not None:
-            raise NotImplementedError("the ragged kernel takes no sinks; ask `fitting` for an attention that does")
+            raise NotImplementedError("the ragged kernel takes no sinks; see `PagedAttention.lacks`")
         place_R = position_RT[:, 0] % pool["kv"].shape[1] if k_RTKH.shape[1] == 1 else None
         kv_NSCH = ragged.write(pool["kv"], k_RTKH, v_RTKH, page_R, place_R)
         more: Any = {"window": window, "scale": scale}

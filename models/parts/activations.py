@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jax_client.models.config import ModelConfig
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activation:
@@ -28,6 +30,13 @@ class Activation:
     name: str
     forward: Callable[[jax.Array, jax.Array], jax.Array]
     backward: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def activation_of(c: ModelConfig) -> Activation:
+    """Return the activation of a model's MLPs and experts."""
+    if c.clamp is not None:
+        return clamped_swiglu(c.clamp.limit, c.clamp.alpha)
+    return {"swiglu": swiglu, "geglu": geglu}[c.activation]()
 
 
 def swiglu() -> Activation:

@@ -6,7 +6,7 @@ what the backward one needs besides the inputs and the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
@@ -140,11 +140,6 @@ def cudnn(mesh: Mesh, max_segments: int = 64, *, described: bool = False) -> Att
 def _without_sinks(more: Extras) -> Reach:
     """Return what a backward pass is told: sinks are in the sums that it reads."""
     return Reach(window=more.get("window"), scale=more.get("scale"))
-
-
-def kernel_name(attention: Attention, needed: Iterable[str]) -> str:
-    """Return what runs the layers that need these keywords, for the log."""
-    return "blockwise" if attention.lacks.intersection(needed) else attention.name
 
 
 def _for_long_rows(kernels: Attention) -> Attention:

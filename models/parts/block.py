@@ -1,31 +1,45 @@
 """What does one decoder layer compute, and what is its backward pass?
 
-A layer is a tuple of residual parts: x + f(norm(x)) each, `f` of the part's kind. The backward passes are written by
-hand, because that decides what is kept: only the inputs of the matmuls and of the attention, in the matmul type. They
-recompute norms and gated activations, and more where memory is short (`Kind.saved`). Frozen weights get no gradient.
-The tests compare them with `jax.vjp` of the forward pass.
+A layer is a tuple of residual parts: x + f(norm(x)) each, or x + norm(f(norm(x))), `f` of the part's kind. The backward
+passes are written by hand, because that decides what is kept: only the inputs of the matmuls and of the attention, in
+the matmul type. They recompute norms and gated activations, and more where memory is short (`Kind.saved`). Frozen
+weights get no gradient. The tests compare them with `jax.vjp` of the forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jax_client.models.config import ModelConfig
 from jax_client.models.layers import rms_norm, rms_norm_backward
+from jax_client.models.parts.attention import Extras
 from jax_client.models.parts.kind import Attend, Context, Kept, Kind, Remat, Saved, Weights
 from jax_client.models.parts.linears import Linears, MixedLinears
 from jax_client.models.parts.lora import Adapter
 
 
-def saved_for_backward(layer: Sequence[Kind], remat: Remat) -> list[tuple[str, ...]]:
-    """Return the names that are kept of each part of a layer for its backward pass."""
+def saved_for_backward(layer: Sequence[Kind], remat: Remat, c: ModelConfig) -> list[tuple[str, ...]]:
+    """Return the names that are kept of each part of a layer for its backward pass.
+
+    Where the outputs of parts have norms, "y" is among them: an output before its norm.
+    """
     if remat == "full":
         return [("x",) * (i == 0) + kind.always for i, kind in enumerate(layer)]
-    return [kind.saved[remat] for kind in layer]
+    return [kind.saved[remat] + ("y",) * c.post_norms for kind in layer]
+
+
+def kept_widths(kind: Kind, c: ModelConfig, tensor: int) -> dict[str, int]:
+    """Return values per token of the names that `saved_for_backward` has, on each of `tensor` devices."""
+    return kind.widths(c, tensor) | ({"y": c.d_model} if c.post_norms else {})
+
+
+def _needed(kind: Kind, c: Context) -> set[str]:
+    return set(kind.needed) | ({"y"} if c.config.post_norms else set())
 
 
 def layer_forward(
@@ -44,7 +58,7 @@ def layer_forward(
         ws: the parameters of each part, without the leading axis of the stacks.
         linears: the matmuls of each part with their adapters.
         c: what all layers of the pass share.
-        attend: `f(q, k, v) -> (o, kept)`, the attention over the row (training) or over a cache (sampling).
+        attend: `f(q, k, v, **extras) -> (o, kept)`, the attention over the row (training) or over a cache (sampling).
 
     Returns:
         The new residual stream, everything that `layer_backward` reads of each part, and what `attend` kept.
@@ -70,7 +84,10 @@ def _part_forward(
     with jax.named_scope(kind.scope):
         h_MD = rms_norm(x_MD, w["norm_LD"], c.config.norm_eps)
         y_MD, saved, kept = kind.forward(h_MD, rows, w, linears, c, attend, known)
-    saved = {"x": x_MD} | saved | linears.us
+        saved = {"x": x_MD} | saved | linears.us
+        if c.config.post_norms:
+            saved["y"] = y_MD
+            y_MD = rms_norm(y_MD, w["post_norm_LD"], c.config.norm_eps)
     return x_MD + y_MD, saved if kept is None else saved | {"attention": kept}, kept
 
 
@@ -119,7 +136,10 @@ def layer_backward(
             return rms_norm(saved["x"], w["norm_LD"], c.config.norm_eps)
 
         with jax.named_scope(kind.scope):
-            dh_MD = kind.backward(dx_MD, h, saved, w, linears, c, segments_BT)
+            dy_MD = dx_MD
+            if c.config.post_norms:
+                dy_MD = rms_norm_backward(saved["y"], w["post_norm_LD"], c.config.norm_eps, dx_MD)
+            dh_MD = kind.backward(dy_MD, h, saved, w, linears, c, segments_BT)
             dx_MD += rms_norm_backward(saved["x"], w["norm_LD"], c.config.norm_eps, dh_MD)
         grads.append(linears.adapter_grads())
     return dx_MD.reshape(dy_BTD.shape), grads[::-1]
@@ -137,10 +157,10 @@ def _recompute(
     """Return everything that the backward pass reads; XLA drops the products that it does not read."""
     attend = row_attention(segments_BT, c)
     x_MD: Any = None  # a layer begins with a part whose input is kept
-    whole = not layer[0].needed <= set(kept[0])
+    whole = not _needed(layer[0], c) <= set(kept[0])
     every = []
     for kind, w, lora, found in zip(layer, ws, loras, kept, strict=True):
-        if kind.needed <= set(found):
+        if _needed(kind, c) <= set(found):
             every.append(found)
             continue
         if "x" in found:
@@ -155,7 +175,7 @@ def _recompute(
 def row_attention(segments_BT: jax.Array, c: Context) -> Attend:
     """Return the attention of training: causal within the segments of a row; keeps what its backward pass needs."""
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Kept]:
-        return c.attention.forward(q, k, v, segments_BT, c.dtype)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, **extras: Unpack[Extras]) -> tuple[jax.Array, Kept]:
+        return c.attention.forward(q, k, v, segments_BT, c.dtype, **extras)
 
     return attend

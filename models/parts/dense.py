@@ -1,7 +1,7 @@
 """What is a gated MLP as a residual part? Fused gate|up, an activation, a down projection.
 
     g, u = h (W_gate, W_up)
-    y    = (silu(g) * u) W_down
+    y    = (silu(g) * u) W_down          or another activation of g and u, see `activations`
 
 Every x W that the adapter covers is x W + (alpha / R) (x A) B.
 """
@@ -14,13 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from jax_client.models.config import ModelConfig
-from jax_client.models.parts.activations import swiglu
+from jax_client.models.parts.activations import activation_of
 from jax_client.models.parts.kind import Attend, Context, Kept, Kind, Saved, Weights
 from jax_client.models.parts.linears import Linears, MixedLinears
 from jax_client.models.parts.lora import Adapter, Pair, fused_pair
 from jax_client.models.specs import LoraArray, ParamSpec
-
-ACTIVATION = swiglu()
 
 
 def _params(c: ModelConfig, dtype: jnp.dtype) -> dict[str, ParamSpec]:
@@ -54,7 +52,7 @@ def _forward(
     known: Saved,
 ) -> tuple[jax.Array, Saved, Kept]:
     gate_MF, up_MF = linears.forward("gate_up", h_MD, *w["gate_up_L2DF"])
-    (y_MD,) = linears.forward("down", ACTIVATION.forward(gate_MF, up_MF), w["down_LFD"])
+    (y_MD,) = linears.forward("down", activation_of(c.config).forward(gate_MF, up_MF), w["down_LFD"])
     return y_MD, {"gate": gate_MF, "up": up_MF}, None
 
 
@@ -67,9 +65,9 @@ def _backward(
     c: Context,
     segments_BT: jax.Array,
 ) -> jax.Array:
-    gate_MF, up_MF = saved["gate"], saved["up"]
-    da_MF = linears.backward("down", [dy_MD], ACTIVATION.forward(gate_MF, up_MF), w["down_LFD"])
-    _, dgate_MF, dup_MF = ACTIVATION.backward(da_MF, gate_MF, up_MF)
+    gate_MF, up_MF, activation = saved["gate"], saved["up"], activation_of(c.config)
+    da_MF = linears.backward("down", [dy_MD], activation.forward(gate_MF, up_MF), w["down_LFD"])
+    _, dgate_MF, dup_MF = activation.backward(da_MF, gate_MF, up_MF)
     return linears.backward("gate_up", [dgate_MF, dup_MF], h(), *w["gate_up_L2DF"])
 
 

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 
 from jax_client.models.kernels.grouped import Groups, Tile, for_tiles, group, in_rounds
 from jax_client.models.layers import InStack, contract
-from jax_client.models.parts.activations import swiglu
+from jax_client.models.parts.activations import Activation
 
 Tree = TypeVar("Tree")
 Arrays = dict[str, jax.Array]
 Sums = list[jax.Array]
 # Of x, the weights and u.
 Cotangents = tuple[jax.Array, jax.Array, jax.Array | None]
-ACTIVATION = swiglu()
 MATRICES = ("experts_gate_LEDF", "experts_up_LEDF", "experts_down_LEFD")
+BIASES = ("experts_gate_bias_LEF", "experts_up_bias_LEF", "experts_down_bias_LED")
 # Rows for which a device of several has buffers, times those that it gets if experts are equally busy.
 ROUND = 2
 
@@ -93,14 +93,20 @@ class Owned(NamedTuple):
     Attributes:
         matrices: under the names of `MATRICES`, (E, D, F) or (E, F, D) each.
         lora: None without an adapter.
+        biases: of `BIASES`, (E, F), (E, F) and (E, D), float32; None for experts without.
     """
 
     matrices: Mapping[str, InStack]
     lora: Lora | None
+    biases: tuple[jax.Array, ...] | None = None
 
     def cut(self, e: jax.Array) -> Sums:
         """Return the matrices of one expert."""
         return [self.matrices[name].cut(e) for name in MATRICES]
+
+    def bias(self, which: int, e: jax.Array) -> jax.Array | float:
+        """Return a bias of one expert, by its place in `BIASES`."""
+        return 0.0 if self.biases is None else jax.lax.dynamic_index_in_dim(self.biases[which], e, 0, keepdims=False)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -109,12 +115,21 @@ class Owned(NamedTuple):
 
 
 class How(NamedTuple):
-    """How a device computes: the matmul type, that of wide results, on a CPU or not, and beside which others."""
+    """How a device computes: the matmul type, that of wide results, on a CPU or not, what, and beside which others."""
 
     dtype: jnp.dtype
     result: jnp.dtype
     on_cpu: bool
+    activation: Activation
     split: Split
+
+    def down_bias(self, owned: Owned, e: jax.Array) -> jax.Array | None:
+        """Return the bias that this device adds behind an expert's down; None where experts have none."""
+        if owned.biases is None:
+            return None
+        bias_D = jnp.asarray(owned.bias(2, e))
+        # Of the devices that split a hidden width one adds it, as their results are summed.
+        return jnp.where(jax.lax.axis_index(self.split.tensor) == 0, bias_D, 0) if self.split.tensor else bias_D
 
     def groups(self, sent: Sent, owned: Owned) -> tuple[Groups, int]:
         """Return the rows by expert of this device, and of how many a round is."""
@@ -136,8 +151,10 @@ def forward(sent: Sent, owned: Owned, how: How) -> tuple[jax.Array, jax.Array | 
     def one_round(sums: tuple[Sums, Sums], groups: Groups) -> tuple[Sums, Sums]:
         def tile(buffers: Arrays, e: jax.Array, matrices: Sums, tile: Tile) -> Arrays:
             gate_tF, up_tF = _gate_up(sent, owned, e, matrices, tile, dtype)
-            a_tF = ACTIVATION.forward(gate_tF, up_tF)
+            a_tF, bias_D = how.activation.forward(gate_tF, up_tF), how.down_bias(owned, e)
             new = {"y": contract("tF,FD->tD", a_tF, matrices[2], dtype, how.result)}
+            if bias_D is not None:
+                new["y"] += bias_D
             if owned.lora is not None:
                 new["a"] = contract("tF,RF->tR", a_tF, _of_expert(owned.lora.a_REF, e), dtype)
             if "gate" in buffers:
@@ -198,11 +215,13 @@ def backward(
             da_tF = contract("tD,FD->tF", dy_MD[tile.token_t], matrices[2], dtype)
             if lora is not None and db_MR is not None:
                 da_tF += contract("tR,RF->tF", db_MR[tile.token_t], _of_expert(lora.a_REF, e), dtype)
-            a_tF = ACTIVATION.forward(gate_tF, up_tF)
+            a_tF, bias_D = how.activation.forward(gate_tF, up_tF), how.down_bias(owned, e)
             new = {"weight": jnp.sum(a_tF * da_tF, axis=-1)}
+            if bias_D is not None:
+                new["weight"] += jnp.sum(dy_MD[tile.token_t].astype(jnp.float32) * bias_D, axis=-1)
             # Rows of others get no cotangent: they are in the tile, but not in the sums over it.
             weight_t1 = jnp.where(tile.own_t, tile.rows(weight_S), 0.0)[:, None]
-            ds_tF = ACTIVATION.backward(da_tF * weight_t1, gate_tF, up_tF)[1:]
+            ds_tF = how.activation.backward(da_tF * weight_t1, gate_tF, up_tF)[1:]
             into_tD = [
                 contract("tF,DF->tD", d_tF, matrix, dtype, how.result)
                 for d_tF, matrix in zip(ds_tF, matrices[:2], strict=True)
@@ -242,6 +261,8 @@ def _gate_up(
     """Return gate and up of a tile's rows, float32."""
     x_tD = sent.x_MD[tile.token_t]
     both = [contract("tD,DF->tF", x_tD, matrix, dtype) for matrix in matrices[:2]]
+    if owned.biases is not None:
+        both = [y + owned.bias(i, e) for i, y in enumerate(both)]
     if owned.lora is None or sent.u_Mn is None:
         return both
     us_tR = jnp.split(sent.u_Mn[tile.token_t], 2, axis=1)

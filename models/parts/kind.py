@@ -8,15 +8,15 @@ decoding share the forward function; only the attention that they give it differ
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jax_client.models.config import ModelConfig
-from jax_client.models.parts.attention import Attention
+from jax_client.models.config import LayerOptions, ModelConfig, Rope
+from jax_client.models.parts.attention import Attention, Extras
 from jax_client.models.parts.lora import Adapter, Pair
 from jax_client.models.specs import LoraArray, ParamSpec
 
@@ -24,8 +24,9 @@ Saved = dict[str, Any]
 Kept = Any  # what an attention keeps, as one tree of arrays
 Remat = Literal["none", "selective", "full"]
 Weights = Mapping[str, Any]
-# attend(q_BTKGH, k_BTKH, v_BTKH) -> (o_BTKGH, what the caller wants to keep), with rotated q and k.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Kept]]
+# attend(q_BTKGH, k_BTKH, v_BTKH, **extras) -> (o_BTKGH, what the caller wants to keep), with rotated q and k, and the
+# keywords of `Context.extras`.
+Attend = Callable[..., tuple[jax.Array, Kept]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,9 @@ class Context:
     """What every layer of a pass shares: the model, the matmul type, the attention, the rotary table (B, T, H/2).
 
     Attributes:
+        tables: by rotation, cos and sin (B, T, d/2) of all that layers of the model have.
+        window: tokens that a query of this layer sees at most; None for all. It, and the rotary table, are of one layer
+            (`of_layer`).
         on_cpu: whether the program runs on a CPU, where what is kept of bfloat16 are its bits.
         one_cpu: whether it runs on one CPU device, where some layouts are worth a constraint.
         one_gpu: whether it runs on one GPU, where the layout of what is kept is worth one.
@@ -51,6 +55,8 @@ class Context:
     attention: Attention
     cos_BTH: jax.Array
     sin_BTH: jax.Array
+    tables: Mapping[Rope, tuple[jax.Array, jax.Array]] = field(default_factory=dict)
+    window: int | None = None
     on_cpu: bool = False
     one_cpu: bool = False
     one_gpu: bool = False
@@ -58,6 +64,22 @@ class Context:
     split_rows: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
     mesh: Mesh | None = None
     on_device: bool = False
+
+    def of_layer(self, options: LayerOptions) -> Context:
+        """Return what a layer with these options has."""
+        cos_BTH, sin_BTH = self.tables[options.rope]
+        return replace(self, cos_BTH=cos_BTH, sin_BTH=sin_BTH, window=options.window)
+
+    def extras(self, w: Weights) -> Extras:
+        """Return what this layer's attention has beside causality and segments; `w` are its weights."""
+        found: Extras = {}
+        if self.window is not None:
+            found["window"] = self.window
+        if self.config.query_scale is not None:
+            found["scale"] = self.config.query_scale
+        if self.config.sinks:
+            found["sinks"] = w["sinks_LKG"]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

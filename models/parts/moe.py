@@ -3,6 +3,7 @@
     w, e = the k largest of softmax(h W_r), and which these are
     y    = sum_j w_j (silu(h W_gate,e) * (h W_up,e)) W_down,e           e = e_j
 
+gpt-oss has biases beside all four matrices, and another activation.
 An adapter has for gate and up one A that all experts share and a B of each, for down an A of each and one B: the
 shared-outer form, at full rank. So (h A) is computed once per token, and what the experts add for down is summed at the
 width of the rank. Router and experts are frozen; the gradient goes through the weights w.
@@ -24,6 +25,7 @@ from jax.sharding import PartitionSpec
 from jax_client.models.config import Experts, ModelConfig
 from jax_client.models.layers import InStack, contract
 from jax_client.models.parts import experts
+from jax_client.models.parts.activations import activation_of
 from jax_client.models.parts.kind import Attend, Context, Kept, Kind, Saved, Weights
 from jax_client.models.parts.linears import Linears, MixedLinears
 from jax_client.models.parts.lora import Adapter, Pair, fused_pair
@@ -40,12 +42,22 @@ def _experts(c: ModelConfig) -> Experts:
 
 def _params(c: ModelConfig, dtype: jnp.dtype) -> dict[str, ParamSpec]:
     D, E, F = c.d_model, _experts(c).count, _experts(c).d_ff
-    into = ParamSpec(shape=(E, D, F), dtype=dtype, axes=("experts", None, "ffw"))
+    f32, into = jnp.dtype(jnp.float32), ParamSpec(shape=(E, D, F), dtype=dtype, axes=("experts", None, "ffw"))
+    biases = {}
+    if _experts(c).biased:
+        bias = ParamSpec(shape=(E, F), dtype=f32, axes=("experts", "ffw"))
+        biases = {
+            "router_bias_LE": ParamSpec(shape=(E,), dtype=f32, axes=(None,)),
+            "experts_gate_bias_LEF": bias,
+            "experts_up_bias_LEF": bias,
+            "experts_down_bias_LED": ParamSpec(shape=(E, D), dtype=f32, axes=("experts", None)),
+        }
     return {
-        "router_LDE": ParamSpec(shape=(D, E), dtype=jnp.dtype(jnp.float32), axes=(None, None)),
+        "router_LDE": ParamSpec(shape=(D, E), dtype=f32, axes=(None, None)),
         "experts_gate_LEDF": into,
         "experts_up_LEDF": into,
         "experts_down_LEFD": ParamSpec(shape=(E, F, D), dtype=dtype, axes=("experts", "ffw", None)),
+        **biases,
     }
 
 
@@ -77,8 +89,8 @@ def _forward(
     if "choice" in known:
         choice_Mk, weight_Mk = known["choice"], known["weight"]
     else:
-        k, normalized = _experts(c.config).per_token, _experts(c.config).normalized
-        choice_Mk, weight_Mk = route(h_MD, w["router_LDE"], k, normalized=normalized)
+        k = _experts(c.config).per_token
+        choice_Mk, weight_Mk = route(h_MD, w["router_LDE"], k, **_router_options(w, c))
     into, out = linears.pair("experts_gate_up"), linears.pair("experts_down")
     if into is not None:
         u_Mn = contract("MD,nD->Mn", h_MD, into[0], c.dtype) * linears.scale("experts_gate_up")
@@ -115,8 +127,12 @@ def _backward(
         linears.put_grad("experts_gate_up", (contract("Mn,MD->nD", du_Mn, h_MD, c.dtype), list(grads[:2])))
         db_RD = contract("MR,MD->RD", linears.us["u_experts_down"], dy_MD, c.dtype)
         linears.put_grad("experts_down", (grads[2], [db_RD]))
-    normalized = _experts(c.config).normalized
-    return dh_MD + route_backward(dweight_Mk, h_MD, choice_Mk, weight_Mk, w["router_LDE"], normalized=normalized)
+    options = _router_options(w, c)
+    return dh_MD + route_backward(dweight_Mk, h_MD, choice_Mk, weight_Mk, w["router_LDE"], **options)
+
+
+def _router_options(w: Weights, c: Context) -> dict[str, Any]:
+    return {"normalized": _experts(c.config).normalized, "bias_E": w.get("router_bias_LE")}
 
 
 def _sent(
@@ -128,10 +144,11 @@ def _sent(
 
 def _owned(w: Weights, linears: Linears | MixedLinears) -> experts.Owned:
     matrices = {name: w[name] for name in experts.MATRICES}
+    biases = tuple(w[name] for name in experts.BIASES) if experts.BIASES[0] in w else None
     into, out = linears.pair("experts_gate_up"), linears.pair("experts_down")
     if into is None or out is None:
-        return experts.Owned(matrices, None)
-    return experts.Owned(matrices, experts.Lora((into[1][0], into[1][1]), out[0]))
+        return experts.Owned(matrices, None, biases)
+    return experts.Owned(matrices, experts.Lora((into[1][0], into[1][1]), out[0]), biases)
 
 
 def _on_devices(function: Callable[..., Any], c: Context, results: tuple[str, ...]) -> Callable[..., Any]:
@@ -145,7 +162,7 @@ def _on_devices(function: Callable[..., Any], c: Context, results: tuple[str, ..
         results: of each result, whether its arrays go by "tokens" or are (R, E, F), and go by "experts".
     """
     rounded = c.dtype if c.accelerator else jnp.dtype(jnp.float32)
-    how = {"dtype": c.dtype, "result": rounded, "on_cpu": not c.accelerator}
+    how = {"dtype": c.dtype, "result": rounded, "on_cpu": not c.accelerator, "activation": activation_of(c.config)}
     if c.mesh is None:
         return partial(function, how=experts.How(**how, split=experts.Split()))
     of_experts = sharding_for(("experts",), (_experts(c.config).count,), c.mesh).spec[0]
@@ -164,8 +181,11 @@ def _on_devices(function: Callable[..., Any], c: Context, results: tuple[str, ..
     in_stack, of_device = cast(Any, InStack), cast(Any, experts.Owned)  # of specs in place of arrays
     stacks = {n: in_stack(p, PartitionSpec()) for n, p in zip(experts.MATRICES, (into, into, down), strict=True)}
 
+    hidden, width = PartitionSpec(ways or None, "tensor"), PartitionSpec(ways or None, None)
+    biases = (hidden, hidden, width) if _experts(c.config).biased else None
+
     def on_mesh(sent: experts.Sent, owned: experts.Owned, *others: Any) -> Any:
-        specs = tokens, of_device(stacks, each), *(tokens,) * len(others)
+        specs = tokens, of_device(stacks, each, biases), *(tokens,) * len(others)
         out = tuple(each if by == "experts" else tokens for by in results)
         return jax.shard_map(run, mesh=c.mesh, in_specs=specs, out_specs=out, check_vma=False)(sent, owned, *others)
 

@@ -14,16 +14,20 @@ F32 = jnp.dtype(jnp.float32)
 
 
 @jax.named_scope("router")
-def route(h_MD: jax.Array, router_DE: jax.Array, k: int, *, normalized: bool) -> tuple[jax.Array, jax.Array]:
+def route(
+    h_MD: jax.Array, router_DE: jax.Array, k: int, *, normalized: bool, bias_E: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Return the choices (M, k), int32, and their weights, float32.
 
     Args:
         h_MD: float32, the normed residual stream.
         router_DE: float32.
         k: choices of a token. Of equal probabilities the lower expert comes first.
-        normalized: whether a token's weights sum to 1; else they are the probabilities among all experts.
+        normalized: whether a token's weights sum to 1, and so are a softmax over those chosen; else they are the
+            probabilities among all experts.
+        bias_E: float32, added to the logits.
     """
-    probability_ME = jax.nn.softmax(contract("MD,DE->ME", h_MD, router_DE, F32))
+    probability_ME = jax.nn.softmax(_logits(h_MD, router_DE, bias_E))
     weight_Mk, choice_Mk = jax.lax.top_k(probability_ME, k)
     if normalized:
         weight_Mk /= jnp.sum(weight_Mk, axis=-1, keepdims=True)
@@ -39,6 +43,7 @@ def route_backward(
     router_DE: jax.Array,
     *,
     normalized: bool,
+    bias_E: jax.Array | None = None,
 ) -> jax.Array:
     """Return the cotangent of h (M, D), float32, for that of the weights; the choices have none."""
     mean_M1 = jnp.sum(weight_Mk * dweight_Mk, axis=-1, keepdims=True)
@@ -47,6 +52,11 @@ def route_backward(
         nothing_ME = jnp.zeros((len(h_MD), router_DE.shape[1]))
         dlogits_ME = nothing_ME.at[rows_M1, choice_Mk].set(weight_Mk * (dweight_Mk - mean_M1))
     else:
-        probability_ME = jax.nn.softmax(contract("MD,DE->ME", h_MD, router_DE, F32))
+        probability_ME = jax.nn.softmax(_logits(h_MD, router_DE, bias_E))
         dlogits_ME = (-probability_ME * mean_M1).at[rows_M1, choice_Mk].add(weight_Mk * dweight_Mk)
     return contract("ME,DE->MD", dlogits_ME, router_DE, F32)
+
+
+def _logits(h_MD: jax.Array, router_DE: jax.Array, bias_E: jax.Array | None) -> jax.Array:
+    logits_ME = contract("MD,DE->ME", h_MD, router_DE, F32)
+    return logits_ME if bias_E is None else logits_ME + bias_E

@@ -1,10 +1,10 @@
 """What is self-attention as a residual part? Fused q|k|v, rotary positions, grouped queries, an output projection.
 
-    q, k, v = h W_q, h W_k, h W_v                        + biases (Qwen2)
-    q, k    = rope(norm(q)), rope(norm(k))               the norms, times a weight each, in Qwen3 only
-    o       = softmax(q k^T / sqrt(H)) v                 causal, within a segment; a query head n uses the
-                                                         key/value head n // G
-    y       = o W_o
+    q, k, v = h W_q, h W_k, h W_v                        + biases (Qwen2, gpt-oss)
+    q, k    = rope(norm(q)), rope(norm(k))               the norms, times a weight each, in Qwen3 and Gemma 3 only
+    o       = softmax(q k^T / sqrt(H)) v                 causal, within a segment and a window if there is one; a query
+                                                         head n uses the key/value head n // G
+    y       = o W_o                                      + a bias (gpt-oss)
 
 Every x W that the adapter covers is x W + (alpha / R) (x A) B.
 
@@ -38,6 +38,10 @@ def _params(c: ModelConfig, dtype: jnp.dtype) -> dict[str, ParamSpec]:
     if c.qk_norm:
         leaves |= {name: ParamSpec(shape=(H,), dtype=f32, axes=(None,)) for name in ("q_norm_LH", "k_norm_LH")}
     leaves["o_LKGHD"] = ParamSpec(shape=(K, G, H, D), dtype=dtype, axes=("kv_heads", None, None, "embed"))
+    if c.o_bias:
+        leaves["o_bias_LD"] = ParamSpec(shape=(D,), dtype=f32, axes=(None,))
+    if c.sinks:
+        leaves["sinks_LKG"] = ParamSpec(shape=(K, G), dtype=f32, axes=("kv_heads", None))
     return leaves
 
 
@@ -116,11 +120,13 @@ def _forward(
     k_BTKH, v_BTKH = (x.reshape(*rows, -1, q_BTKGH.shape[-1]) for x in (k_MO, v_MO))
     rotated_q, rotated_k = _rotated(q_BTKGH, k_BTKH, w, c)
     with jax.named_scope("softmax"):
-        o_BTKGH, kept = attend(rotated_q, rotated_k, v_BTKH)
+        o_BTKGH, kept = attend(rotated_q, rotated_k, v_BTKH, **c.extras(w))
     if not c.config.qk_norm:  # a norm's backward pass reads its inputs; else nothing need be rotated again
         q_BTKGH, k_BTKH = rotated_q, rotated_k
     o_MI = o_BTKGH.reshape(len(h_MD), -1)
     (y_MD,) = linears.forward("o", o_MI, w["o_LKGHD"].reshape(-1, h_MD.shape[1]))
+    if c.config.o_bias:
+        y_MD += w["o_bias_LD"]
     return y_MD, {"q": q_BTKGH, "k": k_BTKH, "v": v_BTKH, "o": o_MI}, kept
 
 
@@ -139,7 +145,8 @@ def _backward(
     rotated_q, rotated_k = _rotated(q, k, w, c) if c.config.qk_norm else (q, k)
     o, do = saved["o"].reshape(q.shape), do_MI.reshape(q.shape)
     with jax.named_scope("softmax"):
-        dq, dk, dv = c.attention.backward(rotated_q, rotated_k, v, segments_BT, o, saved["attention"], do, c.dtype)
+        operands = rotated_q, rotated_k, v, segments_BT, o, saved["attention"], do, c.dtype
+        dq, dk, dv = c.attention.backward(*operands, **c.extras(w))
     dqkv = *_rotated_backward(dq, dk, q, k, w, c), dv
     h_MD = h()
     dqkv_MO = [d.reshape(M, -1) for d in dqkv]

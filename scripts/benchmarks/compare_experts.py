@@ -72,7 +72,7 @@ def write(directory: Path, config: dict[str, Any]) -> Path:
 def active(config: dict[str, Any]) -> float:
     """Return the millions of weights that a token is multiplied with."""
     c = config_from_hf(config, "the mixture")
-    return (sum(kind.multiply_adds(c)[0] for layer in layers(c) for kind in layer) + VOCABULARY * WIDTH) / 1e6
+    return (sum(kind.multiply_adds(c)[0] for layer in layers(c) for kind in layer.kinds) + VOCABULARY * WIDTH) / 1e6
 
 
 def main() -> None:

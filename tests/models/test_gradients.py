@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_client.losses import logprob_head
-from jax_client.models.config import ModelConfig
+from jax_client.models.config import ModelConfig, Rope, SwigluClamp, Windows
 from jax_client.models.decoder import param_specs
 from jax_client.models.kernels import blockwise
 from jax_client.models.parts import attention
@@ -26,6 +26,13 @@ def tiny(**changes: Any) -> ModelConfig:
         "head_dim": 8, "norm_eps": 1e-5, "rope_theta": 1e4, "tied_embeddings": True, "max_context": 64,
     }  # fmt: skip
     return ModelConfig(**(sizes | changes))
+
+
+# All that Gemma 3 has beside a Llama, with layers that differ in their window and their rotation.
+GEMMA: dict[str, Any] = {
+    "qk_norm": True, "activation": "geglu", "post_norms": True, "embedding_scale": 4.0, "query_scale": 0.2,
+    "n_layers": 3, "windows": Windows(size=5, layers=(0, 2), rope=Rope(theta=100.0)),
+}  # fmt: skip
 
 
 def random_tree(specs: Any, seed: int, scale: float = 0.3) -> Any:
@@ -52,6 +59,11 @@ def random_lora(c: ModelConfig, rank: int, seed: int) -> dict[str, Any]:
         ({}, "full", True),
         ({"family": "qwen2", "qkv_bias": True}, "none", True),
         ({"family": "qwen3", "qk_norm": True}, "selective", True),
+        (GEMMA, "none", True),
+        (GEMMA, "selective", False),
+        (GEMMA, "full", True),
+        ({"o_bias": True, "sinks": True, "windows": Windows(size=3, layers=(1,))}, "selective", True),
+        ({"windows": Windows(size=3, layers=(0, 1)), "clamp": SwigluClamp(limit=0.5, alpha=1.7)}, "none", False),
     ],
 )
 def test_layers_backward(changes: dict[str, Any], remat: Any, one_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:

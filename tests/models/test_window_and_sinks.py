@@ -167,8 +167,7 @@ def test_cudnn_leaves_windows_and_sinks_to_plain_jax(monkeypatch: pytest.MonkeyP
         dq, dk, dv = kernel.backward(q, k, v, segments, o, residual, do, F32, **options)
         for mine, right in zip((o, dq, dk, dv), expected(np.asarray(segments), (q, k, v, do), **options), strict=True):
             np.testing.assert_allclose(mine, right, rtol=1e-5, atol=2e-5)
-    assert attention.kernel_name(kernel, {"window"}) == attention.kernel_name(kernel, {"sinks"}) == "blockwise"
-    assert attention.kernel_name(kernel, {"scale"}) == "cudnn"
+    assert kernel.lacks == {"window", "sinks"}
 
 
 # Pages of 8 tokens, 16 a row; decoding rows of several lengths, one of which is no row.
@@ -230,9 +229,7 @@ def test_paged_rows(
     if sinks is not None and "sinks" in kernel.lacks:
         with pytest.raises(NotImplementedError, match="no sinks"):
             attended(kernel, operands, **more)
-        assert cache.fitting(kernel, {"sinks"}, "tpu").name == "paged in wide turns"
         return
-    assert cache.fitting(kernel, {"window", "scale"}, "tpu") is kernel
     o = attended(kernel, operands, **more)
     q, k, v, _, position = operands
     for r, last in enumerate(np.asarray(position)[:-1, -1]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -17,7 +18,7 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.lora_arrays import flatten, lora_arrays
 from jax_client.models.parts.kind import Remat
 from jax_client.models.parts.self_attention import ATTENTION
-from jax_client.models.plan import count, layers
+from jax_client.models.plan import layers
 from jax_client.values import LoraSpec
 
 
@@ -74,12 +75,25 @@ def flops(c: ModelConfig, spec: LoraSpec, lengths: Sequence[int], remat: Remat) 
     """Return the useful FLOPs of forward_backward over sequences of these lengths, and those with recomputation."""
     frozen, selective, full, adapters = _multiply_adds(c, spec)
     tokens = sum(lengths)
-    attention = sum(2 * n * n * c.n_heads * c.head_dim for n in lengths) * count(c, ATTENTION)
+    pairs = sum(seen_pairs(n, window) * layers for window, layers in _windows(c).items() for n in lengths)
+    attention = 4 * pairs * c.n_heads * c.head_dim
     useful = tokens * (4 * frozen + 6 * adapters) + 3 * attention
     recomputed_matmuls = {"none": 0, "selective": selective, "full": full}[remat]
     # The backward pass of attention recomputes its scores, whatever is kept.
     recomputed = tokens * (2 * recomputed_matmuls + (2 * adapters if remat == "full" else 0)) + 0.5 * attention
     return float(useful), float(useful + recomputed + (attention if remat == "full" else 0))
+
+
+def seen_pairs(tokens: int, window: int | None) -> float:
+    """Return how many pairs of a query and a key it sees a sequence has; half of a token's own, as is customary."""
+    seen = tokens if window is None else min(tokens, window)
+    return seen * seen / 2 + (tokens - seen) * seen
+
+
+@functools.cache
+def _windows(c: ModelConfig) -> Counter[int | None]:
+    """Return how many layers attend with each window."""
+    return Counter(layer.options.window for layer in layers(c) if ATTENTION in layer.kinds)
 
 
 @functools.lru_cache(maxsize=64)  # asked for every micro-batch; a server meets many adapters
@@ -88,7 +102,7 @@ def _multiply_adds(c: ModelConfig, spec: LoraSpec) -> tuple[int, int, int, float
 
     Of arrays that have a part for each expert a token meets those of its own experts.
     """
-    parts = [kind.multiply_adds(c) for layer in layers(c) for kind in layer]
+    parts = [kind.multiply_adds(c) for layer in layers(c) for kind in layer.kinds]
     every, selective, full = (sum(part[i] for part in parts) for i in range(3))
     met = 1.0 if c.experts is None else c.experts.per_token / c.experts.count
     arrays = flatten(lora_arrays(c, spec)).values()

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_client.models.config import ModelConfig
-from jax_client.models.parts.attention import Attention, blockwise, cudnn, splash
+from jax_client.models.parts.attention import Attention, Extras, blockwise, cudnn, splash
 from jax_client.sharding import put_rows, replicated, ways_of
 
 logger = logging.getLogger(__name__)
@@ -60,10 +60,16 @@ def choose(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Choice:
     for name in PLATFORMS.keys() - refused.keys():  # one at most: each is for a platform of its own
         try:
             candidate = make(name, mesh)
+            if lacking := candidate.lacks & extras_of_all(model):
+                return Choice(
+                    attention=plain, refused={**refused, name: f"it takes no {' and '.join(sorted(lacking))}"}
+                )
             why = objection(candidate, plain, mesh, model, dtype)
         except Exception as error:  # such as a private module that a newer jax no longer has
             candidate, why = plain, f"cannot be loaded: {error}"
         if not why:
+            if lacking := candidate.lacks & model.attention_extras:
+                logger.info("%s attention takes no %s; layers with it use %s", name, ", ".join(lacking), plain.name)
             return Choice(attention=candidate, refused=refused)
         logger.warning("the %s kernel for attention %s; using %s", name, why, plain.name)
         return Choice(attention=plain, refused={**refused, name: f"it {why}"}, failed=True)
@@ -75,12 +81,20 @@ def plain_attention(mesh: Mesh) -> Attention:
     return blockwise(one_cpu=mesh.size == 1 and mesh.devices.flat[0].platform == "cpu")
 
 
-def kernel_of(mesh: Mesh, dtype: jnp.dtype) -> Attention | None:
-    """Return the kernel of a described mesh's platform; None where there is none, or not with this jax."""
+def extras_of_all(model: ModelConfig) -> frozenset[str]:
+    """Return which keywords the attention of every layer needs; a kernel that lacks one of them is of no use."""
+    windows = model.windows
+    some = {"window"} if windows is not None and len(windows.layers) < model.n_layers else set()
+    return model.attention_extras - some
+
+
+def kernel_of(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Attention | None:
+    """Return the kernel of a described mesh's platform; None where there is none, or not with this jax or model."""
     for name in PLATFORMS:
         if not unsuited(name, mesh, dtype):
             try:
-                return make(name, mesh, described=True)
+                kernel = make(name, mesh, described=True)
+                return None if kernel.lacks & extras_of_all(model) else kernel
             except ImportError as error:
                 logger.warning("the %s kernel for attention cannot be loaded: %s", name, error)
     return None
@@ -141,12 +155,13 @@ def _largest_gap(candidate: Attention, plain: Attention, mesh: Mesh, model: Mode
     q, k, v, do = (put_rows(rng.normal(size=shape).astype(np.float32), mesh) for shape in shapes)
     segments = put_rows(segments_BT, mesh)
     real = segments_BT > 0
+    extras = probe_extras(model, (K, G), PROBE_ROW)
 
     def run(attention: Attention) -> list[np.ndarray]:
         def both(*args: jax.Array) -> tuple[jax.Array, ...]:
             q, k, v, segments, do = args
-            o, residual = attention.forward(q, k, v, segments, dtype)
-            return o, *attention.backward(q, k, v, segments, o, residual, do, dtype)
+            o, residual = attention.forward(q, k, v, segments, dtype, **extras)
+            return o, *attention.backward(q, k, v, segments, o, residual, do, dtype, **extras)
 
         do_real = do * real.reshape(*real.shape, 1, 1, 1)  # as in training: nothing flows back from padding
         compiled = jax.jit(both).lower(q, k, v, segments, do_real).compile()
@@ -155,6 +170,24 @@ def _largest_gap(candidate: Attention, plain: Attention, mesh: Mesh, model: Mode
 
     pairs = zip(run(candidate), run(plain), strict=True)
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)
+
+
+def probe_extras(model: ModelConfig, heads: tuple[int, int], tokens: int) -> Extras:
+    """Return the keywords that layers of a model need, for a probe over rows of some tokens.
+
+    Args:
+        model: whose layers need them.
+        heads: K and G.
+        tokens: of a row. A window as long as that would not show.
+    """
+    found: Extras = {}
+    if model.windows is not None:
+        found["window"] = model.windows.size if model.windows.size < tokens else tokens // 4
+    if model.sinks:
+        found["sinks"] = jnp.asarray(np.random.default_rng(1).normal(size=heads).astype(np.float32))
+    if model.query_scale is not None:
+        found["scale"] = model.query_scale
+    return found
 
 
 def _poison(mesh: Mesh) -> None:

@@ -24,7 +24,7 @@ from jax_client.errors import DoesNotFitError
 from jax_client.losses.logprob_head import Blocks
 from jax_client.models.config import ModelConfig
 from jax_client.models.kernels.blockwise import LARGE_BLOCK
-from jax_client.models.parts.block import saved_for_backward
+from jax_client.models.parts.block import kept_widths, saved_for_backward
 from jax_client.models.parts.kind import Remat
 from jax_client.models.plan import kinds, layers
 from jax_client.models.specs import ParamSpec
@@ -146,8 +146,8 @@ def activation_bytes_per_token(c: ModelConfig, dtype: jnp.dtype, remat: Remat, t
     """
     per_layer = 0
     for layer in layers(c):
-        for kind, names in zip(layer, saved_for_backward(layer, remat), strict=True):
-            widths = kind.widths(c, tensor)
+        for kind, names in zip(layer.kinds, saved_for_backward(layer.kinds, remat, c), strict=True):
+            widths = kept_widths(kind, c, tensor)
             per_layer += sum(widths.get(name, 0) for name in names)
     return per_layer * dtype.itemsize
 
@@ -214,7 +214,8 @@ class PassMemory:
         size, sums = self.dtype.itemsize, 4 * self.config.n_heads // self.mesh.shape["tensor"]
         beside = 0
         for layer in layers(self.config):
-            for kind, names in zip(layer, saved_for_backward(layer, remat), strict=True):
+            saved = saved_for_backward(layer.kinds, remat, self.config)
+            for kind, names in zip(layer.kinds, saved, strict=True):
                 us = kind.us if getattr(spec, kind.flag) else {}
                 beside += size * spec.rank * sum(us.get(name, 0) for name in names) + sums * ("attention" in names)
         return tokens * (self.activations(remat) + beside)

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jax_client.engine.core.attention_check import probe_extras
 from jax_client.models.config import ModelConfig
 from jax_client.models.kernels import ragged
 from jax_client.models.kernels.cache import PagedAttention, ragged_pages, small_turns, triton_pages, wide_turns
+from jax_client.models.parts.attention import Extras
 from jax_client.sharding import Device
 
 logger = logging.getLogger(__name__)
@@ -56,11 +58,17 @@ def preferred_attention(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Cho
     try:
         if platform == "tpu":
             why = ragged.unsupported(model.n_kv_heads // mesh.shape["tensor"], model.head_dim)
-            return Choice(attention=plain, refused=why) if why else Choice(attention=ragged_pages())
-        from jax_client.models.kernels import triton  # Pallas is large, and only a GPU needs this part of it
+            kernel = None if why else ragged_pages()
+        else:
+            from jax_client.models.kernels import triton  # Pallas is large, and only a GPU needs this part of it
 
-        why = triton.unsupported(model.head_dim)
-        return Choice(attention=plain, refused=why) if why else Choice(attention=triton_pages())
+            why = triton.unsupported(model.head_dim)
+            kernel = None if why else triton_pages()
+        if kernel is None:
+            return Choice(attention=plain, refused=why)
+        if lacking := kernel.lacks & model.attention_extras:  # of all layers, which share the pool's layout
+            return Choice(attention=plain, refused=f"it takes no {' and '.join(sorted(lacking))}")
+        return Choice(attention=kernel)
     except ImportError as error:  # such as a part of Pallas that a newer jax no longer has
         return Choice(attention=plain, refused=str(error))
 
@@ -72,7 +80,8 @@ def choose(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Choice:
         return preferred
     heads = model.n_kv_heads // mesh.shape["tensor"], model.group, model.head_dim
     pages = -(-model.max_context // PAGE)
-    why = objection(preferred.attention, plain, mesh.devices.flat[0], heads, pages, dtype)
+    extras = probe_extras(model, heads[:2], PAGE * PROBE_PAGES)
+    why = objection(preferred.attention, plain, mesh.devices.flat[0], heads, pages, dtype, extras)
     return Choice(attention=plain, refused=f"it {why}", failed=True) if why else preferred
 
 
@@ -93,6 +102,7 @@ def objection(
     heads: tuple[int, int, int],
     pages: int,
     dtype: jnp.dtype,
+    extras: Extras | None = None,
 ) -> str:
     """Return in words why an attention cannot be trusted here, "" if both give the same over a cache that each filled.
 
@@ -103,9 +113,10 @@ def objection(
         heads: K, G and H, of one device.
         pages: of a table.
         dtype: of keys and values.
+        extras: keywords of both.
     """
     try:
-        gap = largest_gap(candidate, plain, device, heads, pages, dtype)
+        gap = largest_gap(candidate, plain, device, heads, pages, dtype, extras)
     except Exception as error:  # whatever a kernel raises on this device, there is one that works
         return f"does not run here: {error}"
     return "" if gap <= TOLERANCE else f"is off by {gap:.3g}"
@@ -118,6 +129,7 @@ def largest_gap(
     heads: tuple[int, int, int],
     pages: int,
     dtype: jnp.dtype,
+    extras: Extras | None = None,
 ) -> float:
     """Return how far a result is off, at most, relative to the largest value; arguments as those of `objection`."""
     (K, G, H), R, n = heads, PROBE_ROWS, min(PROBE_PAGES, pages)
@@ -133,7 +145,7 @@ def largest_gap(
     numbers = jax.device_put((table_Rn, last_R.astype(np.int32)), device)
 
     def run(attention: PagedAttention) -> list[np.ndarray]:
-        both = jax.jit(partial(_fill_and_decode, attention, dtype))
+        both = jax.jit(partial(_fill_and_decode, attention, dtype, extras or {}))
         return [np.asarray(o, np.float32) for o in both(q, k, v, new, *numbers)]
 
     pairs = zip(run(candidate), run(plain), strict=True)
@@ -143,6 +155,7 @@ def largest_gap(
 def _fill_and_decode(
     attention: PagedAttention,
     dtype: jnp.dtype,
+    extras: Extras,
     q_nRSKGH: jax.Array,
     k_nRSKH: jax.Array,
     v_nRSKH: jax.Array,
@@ -152,19 +165,18 @@ def _fill_and_decode(
 ) -> tuple[jax.Array, jax.Array]:
     """Return what the queries of each page see, and what the new token of each row sees at its place."""
     n, R, S, K, _, H = q_nRSKGH.shape
+    attend = partial(attention.attend, **extras)
     pool = {name: jnp.zeros((1 + R * n, S, *token), dtype) for name, token in attention.token_shapes(K, H).items()}
 
     def fill(pool: dict[str, jax.Array], page: tuple[jax.Array, ...]) -> tuple[dict[str, jax.Array], jax.Array]:
         j, q, k, v = page
         page_R = jax.lax.dynamic_index_in_dim(table_Rn, j, axis=1, keepdims=False)
         position_RS = jnp.broadcast_to(j * S + jnp.arange(S), (R, S))
-        o, pool = attention.attend(q, k.astype(dtype), v.astype(dtype), pool, table_Rn, page_R, position_RS, dtype)
+        o, pool = attend(q, k.astype(dtype), v.astype(dtype), pool, table_Rn, page_R, position_RS, dtype)
         return pool, o
 
     pool, filled = jax.lax.scan(fill, pool, (jnp.arange(n), q_nRSKGH, k_nRSKH, v_nRSKH))
     q, k, v = new
     page_R = jnp.take_along_axis(table_Rn, last_R[:, None] // S, axis=1)[:, 0]
-    o, _ = attention.attend(
-        q, k.astype(dtype), v.astype(dtype), pool, table_Rn, page_R, last_R[:, None].astype(jnp.int32), dtype
-    )
+    o, _ = attend(q, k.astype(dtype), v.astype(dtype), pool, table_Rn, page_R, last_R[:, None].astype(jnp.int32), dtype)
     return filled, o

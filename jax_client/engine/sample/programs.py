@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +36,13 @@ from jax_client.models.decoder import Params, output_head_VD, param_specs
 from jax_client.models.kernels.cache import PagedAttention
 from jax_client.models.layers import contract, from_bits, rms_norm
 from jax_client.models.lora_arrays import lora_arrays
-from jax_client.models.parts.attention import Attention
+from jax_client.models.parts.attention import Attention, Extras
 from jax_client.models.parts.block import layer_forward
-from jax_client.models.parts.kind import Context, Kind
+from jax_client.models.parts.kind import Context
 from jax_client.models.parts.linears import MixedLinears
 from jax_client.models.parts.self_attention import ATTENTION
-from jax_client.models.plan import count
-from jax_client.models.transformer import context
+from jax_client.models.plan import Layer, count
+from jax_client.models.transformer import context, scaled
 from jax_client.sharding import ROWS, sharding_for
 from jax_client.values import LoraSpec
 
@@ -55,7 +55,8 @@ Pool = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
 # Whether any way goes on, the number of the step, the pool, the rows' state, and what the block has drawn.
 Carry = tuple[jax.Array, jax.Array, Pool, Batch, Batch]
-# f(q, k, v, pool, first) -> (o, pool): attention over pages (N, S, ...), which it writes to; a layer's begin at first.
+# f(q, k, v, pool, first, **extras) -> (o, pool): attention over pages (N, S, ...), which it writes to; a layer's begin at
+# first.
 Attend = Callable[..., tuple[jax.Array, Pool]]
 
 
@@ -195,13 +196,13 @@ class SamplePrograms:
         )
         scale_MV = jnp.repeat(batch["scale"], S, axis=0)
 
-        def attend(*qkv: jax.Array, pool: Pool, first: jax.Array) -> tuple[jax.Array, Pool]:
+        def attend(*qkv: jax.Array, pool: Pool, first: jax.Array, **extras: Unpack[Extras]) -> tuple[jax.Array, Pool]:
             table, page = first + batch["table"], first + batch["page"]
-            return self.paged.attend(*qkv, pool, table, page, position_tS, self._dtype)
+            return self.paged.attend(*qkv, pool, table, page, position_tS, self._dtype, **extras)
 
         x_tSD = self._shards.rows_of(base.params["embed_VD"], base.specs["embed_VD"], batch["tokens"])
         layers = base, base.pairs(loras, self._dtype)
-        x_tSD, pool = self._through_layers(layers, scale_MV, c, attend, x_tSD, pool)
+        x_tSD, pool = self._through_layers(layers, scale_MV, c, attend, scaled(x_tSD, c), pool)
         h_ND = rms_norm(x_tSD, base.params["final_norm_D"], self._config.norm_eps).reshape(t * S, -1)
         scores = self._scores(base, loras, h_ND, scale_MV, batch)
         return pool, jax.tree.map(lambda a: a[None], scores)
@@ -293,13 +294,15 @@ class SamplePrograms:
             more: Any = {"work": any_row, **self._context}
             c = context(position_R[:, None], self._config, self._dtype, self._attention, **more)
 
-            def attend(*qkv: jax.Array, pool: Pool, first: jax.Array) -> tuple[jax.Array, Pool]:
+            def attend(
+                *qkv: jax.Array, pool: Pool, first: jax.Array, **extras: Unpack[Extras]
+            ) -> tuple[jax.Array, Pool]:
                 table = first + flat["table"]
                 page = jnp.take_along_axis(table, (position_R // PAGE)[:, None], axis=1)[:, 0]
-                return self.paged.attend(*qkv, pool, table, page, position_R[:, None], self._dtype)
+                return self.paged.attend(*qkv, pool, table, page, position_R[:, None], self._dtype, **extras)
 
             x_R1D = self._shards.rows_of(base.params["embed_VD"], base.specs["embed_VD"], row["token"][:, None])
-            x_R1D, pool = self._through_layers(layers, flat["scale"], c, attend, x_R1D, pool)
+            x_R1D, pool = self._through_layers(layers, flat["scale"], c, attend, scaled(x_R1D, c), pool)
             h_RD = rms_norm(x_R1D, base.params["final_norm_D"], self._config.norm_eps)[:, 0]
             logits_RV = self._logits(base, loras, h_RD, flat["scale"])
             settings = {name: flat[name] for name in ("key", "temperature", "top_k", "top_p")}
@@ -342,19 +345,19 @@ class SamplePrograms:
         P = next(iter(pool.values())).shape[2]
 
         @partial(jax.jit, static_argnums=0)
-        def layer(
-            kinds: tuple[Kind, ...], x_BTD: jax.Array, ws: Any, pairs: Any, pages: Pool, i: jax.Array
+        def one_layer(
+            layer: Layer, x_BTD: jax.Array, ws: Any, pairs: Any, pages: Pool, i: jax.Array
         ) -> tuple[jax.Array, Pool]:
-            def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Pool]:
-                return attend(q, k.astype(self._dtype), v.astype(self._dtype), pool=pages, first=i * P)
+            def attention(q: jax.Array, k: jax.Array, v: jax.Array, **extras: Unpack[Extras]) -> tuple[jax.Array, Pool]:
+                return attend(q, k.astype(self._dtype), v.astype(self._dtype), pool=pages, first=i * P, **extras)
 
             options: Any = {"accelerator": self._accelerator}
             linears = [MixedLinears(own, scale_MV, self._dtype, self._shards.total, **options) for own in pairs]
-            y_BTD, _, pages = layer_forward(x_BTD, kinds, ws, linears, c, attention)
+            y_BTD, _, pages = layer_forward(x_BTD, layer.kinds, ws, linears, c.of_layer(layer.options), attention)
             return y_BTD, pages
 
-        def run(kinds: tuple[Kind, ...], carry: Any, ws: Any, pairs: Any, i: jax.Array) -> tuple[jax.Array, Pool]:
-            return layer(kinds, carry[0], ws, pairs, carry[1], i)
+        def run(layer: Layer, carry: Any, ws: Any, pairs: Any, i: jax.Array) -> tuple[jax.Array, Pool]:
+            return one_layer(layer, carry[0], ws, pairs, carry[1], i)
 
         carry = x_BTD, {name: a.reshape(-1, *a.shape[3:]) for name, a in pool.items()}
         carry = base.each_layer(run, carry, pairs_of, self._shards.whole)

@@ -29,7 +29,7 @@ from jax_client.models.layers import InStack, from_bits
 from jax_client.models.parts.kind import Kind
 from jax_client.models.parts.linears import mixed_pairs
 from jax_client.models.parts.self_attention import ATTENTION
-from jax_client.models.plan import Part, Segment, count, kinds, plan
+from jax_client.models.plan import Layer, PlacedLayer, Segment, count, kinds, plan
 from jax_client.models.specs import ParamSpec
 from jax_client.sharding import sharding_for
 from jax_client.threads import Workers
@@ -107,7 +107,7 @@ class Base:
         Stacks of layers are scanned, so that none of them exists twice. Lists are unrolled.
 
         Args:
-            run: `f(kinds, carry, ws, pairs, i) -> carry` for the weights and the pairs of each part of a layer; i is
+            run: `f(layer, carry, ws, pairs, i) -> carry` for the weights and the pairs of each part of a layer; i is
                 the layer's place among those that attend, int32.
             carry: what the layers change.
             pairs: as `pairs` returns them.
@@ -115,23 +115,23 @@ class Base:
         """
         numbers = itertools.count()
 
-        def one(parts: tuple[Part, ...], carry: Carry, i: jax.Array | int) -> Carry:
-            ws = [self.part(part.kind, part.place(i), gather) for part in parts]
-            own = [_entry(pairs[part.kind.name], part.place(i)) for part in parts]
-            at = next((part.place(i) for part in parts if part.kind is ATTENTION), 0)
-            return run(tuple(part.kind for part in parts), carry, ws, own, jnp.asarray(at, jnp.int32))
+        def one(layer: PlacedLayer, carry: Carry, i: jax.Array | int) -> Carry:
+            ws = [self.part(part.kind, part.place(i), gather) for part in layer.parts]
+            own = [_entry(pairs[part.kind.name], part.place(i)) for part in layer.parts]
+            at = next((part.place(i) for part in layer.parts if part.kind is ATTENTION), 0)
+            return run(Layer(layer.kinds, layer.options), carry, ws, own, jnp.asarray(at, jnp.int32))
 
         for segment in plan(self.config):
             if self.unrolled:
-                for i, parts in itertools.product(range(segment.repeats), segment.layers):
+                for i, layer in itertools.product(range(segment.repeats), segment.layers):
                     with jax.named_scope(f"layer_{next(numbers)}"):
-                        carry = one(parts, carry, i)
+                        carry = one(layer, carry, i)
                 continue
 
             def block(carry: Carry, i: jax.Array, segment: Segment = segment) -> tuple[Carry, None]:
-                for parts in segment.layers:
+                for layer in segment.layers:
                     with jax.named_scope("layer"):
-                        carry = one(parts, carry, i)
+                        carry = one(layer, carry, i)
                 return carry, None
 
             carry, _ = jax.lax.scan(block, carry, jnp.arange(segment.repeats, dtype=jnp.int32))

@@ -112,7 +112,7 @@ def _build_leaf(
     def fill(job: tuple[int, Part]) -> None:
         entry, part = job
         tensor_name = part.name.format(layer=layers[entry])
-        x = part.arrange(reader.read(tensor_name))
+        x = part.read(reader, tensor_name)
         for bounds, buffer in views.items():
             if stacked:
                 (first, end), bounds = bounds[0], bounds[1:]

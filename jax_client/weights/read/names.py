@@ -1,22 +1,30 @@
 """Which Hugging Face tensors make up each stored leaf? A `Part` says where in the leaf one tensor goes.
 
-Hugging Face keeps one [out, in] matrix per projection and layer; the stored layout (`models.decoder`) is [in, out],
-stacked by layer, with q|k|v and gate|up fused.
+Hugging Face keeps an [out, in] matrix per projection and layer, but for experts; the stored layout (`models.decoder`) is
+[in, out], stacked by layer, with q|k|v and gate|up fused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from jax_client.models.config import Experts, ModelConfig
+from jax_client.models.families.family import Files
+from jax_client.models.families.registry import FAMILIES
 from jax_client.models.parts.dense import DENSE
+from jax_client.models.parts.kind import Kind
 from jax_client.models.parts.moe import MOE
+from jax_client.models.parts.self_attention import ATTENTION
 from jax_client.models.plan import kinds, layers_of
+from jax_client.weights.read.tensors import TensorReader
 
 LeafPath = tuple[str, ...]
+Leaves = dict[str, tuple["Part", ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +39,10 @@ class Part:
         axis, start: it fills the leaf from `start` along `axis`, and all of the other axes.
         apart: (K, J, H), the leaf's last axis with the heads apart, as `order` and `axis` count them; empty where the
             leaf has no such axis.
-        half: which half of axis 1 of `split` belongs to the leaf, and is taken away before `order`; None for all.
+        pick: (axis, index) of `split`, the entries that belong to the leaf; that axis is taken away before `order`. None
+            for all.
+        expert: read of a tensor with all experts; `split` begins with an axis for it. None to read the whole tensor.
+        plus: is added to the values.
     """
 
     name: str
@@ -41,12 +52,19 @@ class Part:
     axis: int = 0
     start: int = 0
     apart: tuple[int, ...] = ()
-    half: int | None = None
+    pick: tuple[int, int] | None = None
+    expert: int | None = None
+    plus: float = 0.0
 
-    def arrange(self, tensor: np.ndarray) -> np.ndarray:
-        """Return a view of the tensor, or of its half, in the leaf's order."""
-        whole = tensor.reshape(self.split)
-        return (whole if self.half is None else whole[:, self.half]).transpose(self.order)
+    def read(self, reader: TensorReader, name: str) -> np.ndarray:
+        """Return what belongs to the leaf of a tensor, in the leaf's order; a view where nothing is added."""
+        whole = reader.read(name) if self.expert is None else reader.read_expert(name, self.expert)
+        whole = whole.reshape(self.split)
+        if self.pick is not None:
+            axis, index = self.pick
+            whole = whole[(slice(None),) * axis + (index,)]
+        whole = whole.transpose(self.order)
+        return whole.astype(np.float32) + np.float32(self.plus) if self.plus else whole
 
 
 def leaf_parts(c: ModelConfig, present: Container[str] = ()) -> dict[LeafPath, tuple[Part, ...]]:
@@ -56,12 +74,33 @@ def leaf_parts(c: ModelConfig, present: Container[str] = ()) -> dict[LeafPath, t
         c: the model.
         present: the tensors that the files have: experts come apart, or those of a layer as one tensor.
     """
-    V, D, F, N, K, G, H = c.vocab_size, c.d_model, c.d_ff, c.n_heads, c.n_kv_heads, c.group, c.head_dim
-    layer = "model.layers.{layer}."
-    attn, mlp = layer + "self_attn.", layer + "mlp."
+    files, layer = FAMILIES[c.family].files, "model.layers.{layer}."
+    norm = partial(_plain, c.d_model, plus=float(files.added_to_one))
+    leaves: dict[LeafPath, tuple[Part, ...]] = {
+        ("embed_VD",): _plain(c.vocab_size, c.d_model, name="model.embed_tokens.weight"),
+        ("final_norm_D",): norm(name="model.norm.weight"),
+    }
+    if not c.tied_embeddings:
+        leaves["unembed_VD",] = _plain(c.vocab_size, c.d_model, name="lm_head.weight")
+    of_kinds: list[tuple[Kind, Leaves]] = [(ATTENTION, _attention(c, layer + "self_attn.", files))]
+    if DENSE in kinds(c):
+        of_kinds.append((DENSE, _dense(c, layer + "mlp.")))
+    if c.experts is not None and MOE in kinds(c):
+        of_kinds.append((MOE, _experts(c, c.experts, layer + "mlp.", files, present)))
+    for kind, parts in of_kinds:
+        first = (0 if kind is ATTENTION else 1) * (1 + c.post_norms)
+        for leaf, name in zip(("norm_LD", "post_norm_LD"), files.norms[first : first + 1 + c.post_norms], strict=False):
+            parts[leaf] = norm(name=f"{layer}{name}.weight")
+        leaves |= {("layers", kind.name, leaf): found for leaf, found in parts.items()}
+    return leaves
 
-    def plain(name: str, *shape: int) -> tuple[Part, ...]:
-        return (Part(name=name, shape=shape, split=shape, order=tuple(range(len(shape)))),)
+
+def _plain(*shape: int, name: str, plus: float = 0.0) -> tuple[Part, ...]:
+    return (Part(name=name, shape=shape, split=shape, order=tuple(range(len(shape))), plus=plus),)
+
+
+def _attention(c: ModelConfig, attn: str, files: Files) -> Leaves:
+    D, N, K, G, H = c.d_model, c.n_heads, c.n_kv_heads, c.group, c.head_dim
 
     def heads(kind: str) -> tuple[Part, ...]:
         tails, order = ((D,), (3, 0, 1, 2)) if kind == "weight" else ((), (0, 1, 2))
@@ -89,48 +128,47 @@ def leaf_parts(c: ModelConfig, present: Container[str] = ()) -> dict[LeafPath, t
             ),
         )
 
-    leaves: dict[LeafPath, tuple[Part, ...]] = {
-        ("embed_VD",): plain("model.embed_tokens.weight", V, D),
-        ("final_norm_D",): plain("model.norm.weight", D),
-        ("layers", "attention", "norm_LD"): plain(layer + "input_layernorm.weight", D),
-        ("layers", "attention", "qkv_LDO"): heads("weight"),
-        ("layers", "attention", "o_LKGHD"): (
-            Part(name=attn + "o_proj.weight", shape=(D, N * H), split=(D, K, G, H), order=(1, 2, 3, 0)),
-        ),
-    }
-    norm = plain(layer + "post_attention_layernorm.weight", D)
-    if DENSE in kinds(c):
-        leaves["layers", "dense", "norm_LD"] = norm
-        leaves["layers", "dense", "gate_up_L2DF"] = tuple(
-            Part(name=f"{mlp}{which}_proj.weight", shape=(F, D), split=(1, F, D), order=(0, 2, 1), axis=0, start=start)
-            for which, start in (("gate", 0), ("up", 1))
-        )
-        down = Part(name=mlp + "down_proj.weight", shape=(D, F), split=(D, F), order=(1, 0))
-        leaves["layers", "dense", "down_LFD"] = (down,)
-    if c.experts is not None and MOE in kinds(c):
-        leaves["layers", "moe", "norm_LD"] = norm
-        router = Part(name=mlp + "gate.weight", shape=(c.experts.count, D), split=(c.experts.count, D), order=(1, 0))
-        leaves["layers", "moe", "router_LDE"] = (router,)
-        leaves |= {("layers", "moe", name): parts for name, parts in _experts(c, c.experts, mlp, present).items()}
-    if not c.tied_embeddings:
-        leaves["unembed_VD",] = plain("lm_head.weight", V, D)
+    o = Part(name=attn + "o_proj.weight", shape=(D, N * H), split=(D, K, G, H), order=(1, 2, 3, 0))
+    leaves: Leaves = {"qkv_LDO": heads("weight"), "o_LKGHD": (o,)}
     if c.qkv_bias:
-        leaves["layers", "attention", "qkv_bias_LKJH"] = heads("bias")
+        leaves["qkv_bias_LKJH"] = heads("bias")
+    if c.o_bias:
+        leaves["o_bias_LD"] = _plain(D, name=attn + "o_proj.bias")
+    if c.sinks:
+        leaves["sinks_LKG"] = (Part(name=attn + "sinks", shape=(N,), split=(K, G), order=(0, 1)),)
     if c.qk_norm:
-        leaves["layers", "attention", "q_norm_LH"] = plain(attn + "q_norm.weight", H)
-        leaves["layers", "attention", "k_norm_LH"] = plain(attn + "k_norm.weight", H)
+        plus = float(files.added_to_one)
+        leaves |= {f"{q}_norm_LH": _plain(H, name=f"{attn}{q}_norm.weight", plus=plus) for q in "qk"}
     return leaves
 
 
-def _experts(c: ModelConfig, experts: Experts, mlp: str, present: Container[str]) -> dict[str, tuple[Part, ...]]:
+def _dense(c: ModelConfig, mlp: str) -> Leaves:
+    D, F = c.d_model, c.d_ff
+    down = Part(name=mlp + "down_proj.weight", shape=(D, F), split=(D, F), order=(1, 0))
+    gate_up = tuple(
+        Part(name=f"{mlp}{which}_proj.weight", shape=(F, D), split=(1, F, D), order=(0, 2, 1), axis=0, start=start)
+        for which, start in (("gate", 0), ("up", 1))
+    )
+    return {"gate_up_L2DF": gate_up, "down_LFD": (down,)}
+
+
+def _experts(c: ModelConfig, experts: Experts, mlp: str, files: Files, present: Container[str]) -> Leaves:
     D, E, F = c.d_model, experts.count, experts.d_ff
-    leaves = {"gate": "experts_gate_LEDF", "up": "experts_up_LEDF", "down": "experts_down_LEFD"}
+    router = mlp.removesuffix("mlp.") + files.router
+    leaves: Leaves = {"router_LDE": (Part(name=router + ".weight", shape=(E, D), split=(E, D), order=(1, 0)),)}
+    if experts.biased:
+        fused, interleaved = mlp + "experts.gate_up_proj_bias", files.experts == "interleaved"
+        split, axis = ((E, F, 2), 2) if interleaved else ((E, 2, F), 1)
+        for i, which in enumerate(("gate", "up")):
+            bias = Part(name=fused, shape=(E, 2 * F), split=split, order=(0, 1), pick=(axis, i))
+            leaves[f"experts_{which}_bias_LEF"] = (bias,)
+        leaves["experts_down_bias_LED"] = _plain(E, D, name=mlp + "experts.down_proj_bias")
+        leaves["router_bias_LE"] = _plain(E, name=router + ".bias")
+    names = {"gate": "experts_gate_LEDF", "up": "experts_up_LEDF", "down": "experts_down_LEFD"}
     fused = mlp + "experts.gate_up_proj"
-    if fused.format(layer=layers_of(c, MOE)[0]) in present:
-        both = {"name": fused, "shape": (E, 2 * F, D), "split": (E, 2, F, D), "order": (0, 2, 1)}
-        down = Part(name=mlp + "experts.down_proj", shape=(E, D, F), split=(E, D, F), order=(0, 2, 1))
-        halves = {leaves[which]: (Part(**both, half=i),) for i, which in enumerate(("gate", "up"))}
-        return halves | {leaves["down"]: (down,)}
+    if files.experts != "rows" or fused.format(layer=layers_of(c, MOE)[0]) in present:
+        found = _fused(E, D, F, mlp + "experts.", files.experts)
+        return leaves | {names[which]: parts for which, parts in found.items()}
 
     def apart(which: str, *shape: int) -> tuple[Part, ...]:
         name = f"{mlp}experts.%d.{which}_proj.weight"
@@ -139,7 +177,36 @@ def _experts(c: ModelConfig, experts: Experts, mlp: str, present: Container[str]
         )
 
     sizes = {"gate": (F, D), "up": (F, D), "down": (D, F)}
-    return {leaf: apart(which, *sizes[which]) for which, leaf in leaves.items()}
+    return leaves | {leaf: apart(which, *sizes[which]) for which, leaf in names.items()}
+
+
+def _fused(E: int, D: int, F: int, prefix: str, order: str) -> Leaves:
+    """Return the parts of gate, up and down where each layer has all experts in two tensors; read one by one."""
+    name, down = prefix + "gate_up_proj", prefix + "down_proj"
+    by_layout: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
+        "rows": (
+            {"shape": (E, 2 * F, D), "split": (1, 2, F, D), "order": (0, 2, 1)},
+            1,
+            {"shape": (E, D, F), "split": (1, D, F), "order": (0, 2, 1)},
+        ),
+        "columns": (
+            {"shape": (E, D, 2 * F), "split": (1, D, 2, F), "order": (0, 1, 2)},
+            2,
+            {"shape": (E, F, D), "split": (1, F, D), "order": (0, 1, 2)},
+        ),
+        "interleaved": (
+            {"shape": (E, D, 2 * F), "split": (1, D, F, 2), "order": (0, 1, 2)},
+            3,
+            {"shape": (E, F, D), "split": (1, F, D), "order": (0, 1, 2)},
+        ),
+    }
+    both, axis, one = by_layout[order]
+    of = lambda e: {"axis": 0, "start": e, "expert": e}  # noqa: E731
+    found = {
+        which: tuple(Part(name=name, pick=(axis, i), **both, **of(e)) for e in range(E))
+        for i, which in enumerate(("gate", "up"))
+    }
+    return found | {"down": tuple(Part(name=down, **one, **of(e)) for e in range(E))}
 
 
 def numbers(path: LeafPath, c: ModelConfig) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_client.models.config import Experts, ModelConfig
+from jax_client.models.config import Experts, ModelConfig, SwigluClamp
 from jax_client.models.decoder import param_specs
 from jax_client.models.lora_arrays import lora_arrays
+from jax_client.models.parts.activations import activation_of
 from jax_client.models.parts.attention import blockwise
 from jax_client.models.parts.kind import Remat
 from jax_client.models.specs import LoraArray, ParamSpec
@@ -22,11 +23,16 @@ from support.models.plain_attention import PLAIN
 F32 = jnp.dtype("float32")
 
 
-def model(E: int, k: int = 2, *, dense_layers: tuple[int, ...] = (), normalized: bool = True) -> ModelConfig:
+def model(
+    E: int, k: int = 2, *, dense_layers: tuple[int, ...] = (), normalized: bool = True, biased: bool = False
+) -> ModelConfig:
     return ModelConfig(
         family="qwen3_moe", vocab_size=32, d_model=16, d_ff=24, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=8,
         norm_eps=1e-5, rope_theta=1e4, tied_embeddings=True, max_context=64, qk_norm=True,
-        experts=Experts(count=E, per_token=k, d_ff=12, normalized=normalized, dense_layers=dense_layers),
+        experts=Experts(
+            count=E, per_token=k, d_ff=12, normalized=normalized, biased=biased, dense_layers=dense_layers
+        ),
+        clamp=SwigluClamp(limit=1.0, alpha=1.5) if biased else None,
     )  # fmt: skip
 
 
@@ -39,10 +45,14 @@ def arrays(c: ModelConfig) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("remat", ["none", "selective", "full"])
-@pytest.mark.parametrize(("dense_layers", "normalized"), [((), True), ((0, 2, 4), False)])
-def test_backward_is_that_of_the_forward_pass(dense_layers: tuple[int, ...], normalized: bool, remat: Remat) -> None:
+@pytest.mark.parametrize(
+    ("dense_layers", "normalized", "biased"), [((), True, False), ((0, 2, 4), False, False), ((), False, True)]
+)
+def test_backward_is_that_of_the_forward_pass(
+    dense_layers: tuple[int, ...], normalized: bool, biased: bool, remat: Remat
+) -> None:
     """Layers that are scanned, and such that are cut out of their stacks: with and without dense ones between."""
-    config = model(6, dense_layers=dense_layers, normalized=normalized)
+    config = model(6, dense_layers=dense_layers, normalized=normalized, biased=biased)
     params, lora = arrays(config)
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(rng.integers(0, 32, (2, 20)), jnp.int32)
@@ -83,7 +93,7 @@ def _reference(
     experts = config.experts
     assert experts is not None
     for layer in layers(config):
-        for kind in layer:
+        for kind in layer.kinds:
             i = used[kind.name]
             used[kind.name] += 1
             w = {name: a[i] for name, a in params["layers"][kind.name].items()}
@@ -96,8 +106,13 @@ def _reference(
             gate = jnp.einsum("btd,edf->btef", h, w["experts_gate_LEDF"] + add("experts_gate"))
             up = jnp.einsum("btd,edf->btef", h, w["experts_up_LEDF"] + add("experts_up"))
             down = 16 * jnp.einsum("ref,rd->efd", own["experts_down"]["A"], own["experts_down"]["B"])
-            y = jnp.einsum("btef,efd->bted", jax.nn.silu(gate) * up, w["experts_down_LEFD"] + down)
-            probability = jax.nn.softmax(h @ w["router_LDE"])
+            logits = h @ w["router_LDE"]
+            if experts.biased:
+                gate, up = gate + w["experts_gate_bias_LEF"], up + w["experts_up_bias_LEF"]
+                logits += w["router_bias_LE"]
+            y = jnp.einsum("btef,efd->bted", activation_of(config).forward(gate, up), w["experts_down_LEFD"] + down)
+            y += w["experts_down_bias_LED"] if experts.biased else 0
+            probability = jax.nn.softmax(logits)
             best, which = jax.lax.top_k(probability, experts.per_token)
             best = best / best.sum(-1, keepdims=True) if experts.normalized else best
             x += jnp.einsum("btk,btkd->btd", best, jnp.take_along_axis(y, which[..., None], 2))

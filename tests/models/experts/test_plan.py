@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from jax_client.models.config import LayerOptions, Rope
 from jax_client.models.parts.dense import DENSE
-from jax_client.models.parts.kind import Kind
 from jax_client.models.parts.moe import MOE
 from jax_client.models.parts.self_attention import ATTENTION
-from jax_client.models.plan import segments
+from jax_client.models.plan import Layer, segments
 
-A, M = (ATTENTION, DENSE), (ATTENTION, MOE)
+WHOLE = LayerOptions(window=None, rope=Rope(theta=1e4))
+WINDOW = LayerOptions(window=8, rope=Rope(theta=1e4))
+A, M, S = Layer((ATTENTION, DENSE), WHOLE), Layer((ATTENTION, MOE), WHOLE), Layer((ATTENTION, DENSE), WINDOW)
 
 
 @pytest.mark.parametrize(
@@ -23,21 +25,22 @@ A, M = (ATTENTION, DENSE), (ATTENTION, MOE)
         ([A, A, A, M] * 3 + [A, A], [(3, 4), (2, 1)]),
         ([A] + [M] * 9, [(1, 1), (9, 1)]),
         ([A], [(1, 1)]),
+        ([S, A] * 6, [(6, 2)]),
+        (([S] * 5 + [A]) * 3 + [S, S], [(3, 6), (2, 1)]),
     ],
 )
-def test_every_layer_runs_once_with_its_own_arrays(
-    layers: list[tuple[Kind, ...]], blocks: list[tuple[int, int]]
-) -> None:
+def test_every_layer_runs_once_with_its_own_arrays(layers: list[Layer], blocks: list[tuple[int, int]]) -> None:
     found = segments(tuple(layers))
     assert [(segment.repeats, len(segment.layers)) for segment in found] == blocks
     ran = [
-        [(part.kind.name, part.place(i)) for part in layer]
+        ([(part.kind.name, part.place(i)) for part in layer.parts], layer.options)
         for segment in found
         for i in range(segment.repeats)
         for layer in segment.layers
     ]
     used = {"attention": 0, "dense": 0, "moe": 0}
-    for layer, kinds in zip(ran, layers, strict=True):
-        for (name, place), kind in zip(layer, kinds, strict=True):
+    for (placed, options), layer in zip(ran, layers, strict=True):
+        assert options == layer.options
+        for (name, place), kind in zip(placed, layer.kinds, strict=True):
             assert (name, place) == (kind.name, used[name])
             used[name] += 1

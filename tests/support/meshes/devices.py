@@ -19,14 +19,14 @@ def with_devices(count: int) -> dict[str, str]:
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def run_on(mesh: Mapping[str, int], code: str, directory: Path) -> Any:
-    """Run code on as many devices as a mesh has, with the mesh and a directory as arguments.
+def run_on(mesh: Mapping[str, int], code: str, directory: Path, *arguments: str) -> Any:
+    """Run code on as many devices as a mesh has, with the mesh, a directory and more as arguments.
 
     Returns:
         What it printed last, read as JSON.
     """
     env = with_devices(math.prod(mesh.values()))
-    command = [*STRICT, "-c", code, json.dumps(mesh), str(directory)]
+    command = [*STRICT, "-c", code, json.dumps(mesh), str(directory), *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -20,7 +20,7 @@ from jax_client.values import AdapterState
 from jax_client.weights.read.source import resolve
 from jax_client.weights.write.merged import write_merged
 from jax_client.weights.write.peft import WEIGHTS, read_adapter, write_adapter
-from support.experts import cases
+from support.families import cases
 from support.golden_cases import RANK
 from support.weight_files import write_hf
 

@@ -14,7 +14,7 @@ from jax_client.models.families.registry import config_from_hf
 from jax_client.sharding import make_mesh
 from jax_client.weights.read.load import load_params, read_config
 from jax_client.weights.read.source import resolve
-from support.experts import cases
+from support.families import cases
 from support.weight_files import write_hf
 
 CASE = "qwen3_moe_mixed"

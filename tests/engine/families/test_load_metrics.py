@@ -8,7 +8,7 @@ import pytest
 
 from jax_client.engine.train.results import load_metrics
 from jax_client.models.transformer import expert_load
-from support.experts import cases
+from support.families import cases
 
 
 def test_even_and_uneven_loads() -> None:

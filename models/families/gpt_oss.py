@@ -1,0 +1,54 @@
+"""What is a gpt-oss? A mixture of experts with biases, attention sinks, a clamped swiglu, and a window on half its layers.
+
+Source: gpt-oss-120b and gpt-oss-20b model card, arXiv 2508.10925.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_client.models.config import Experts, ModelConfig, SwigluClamp
+from jax_client.models.families.family import Family, Files
+from jax_client.models.families.hf_config import (
+    positive,
+    read_rope,
+    read_windows,
+    shared_fields,
+    windowed_layers,
+)
+
+
+def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
+    """Read a gpt-oss config.json; where `layer_types` is absent, every other layer has a window from the first on."""
+    rope = read_rope(hf, where, default_theta=150_000.0)
+    biased = bool(hf.get("attention_bias", True))
+    experts = Experts(
+        # Two spellings: attributes of transformers' config have the second.
+        count=hf["num_local_experts"] if "num_local_experts" in hf else hf["num_experts"],
+        per_token=hf["num_experts_per_tok"],
+        d_ff=hf["intermediate_size"],
+        normalized=True,
+        biased=True,
+    )
+    return ModelConfig(
+        family="gpt_oss",
+        qkv_bias=biased,
+        o_bias=biased,
+        sinks=True,
+        windows=read_windows(hf, where, windowed_layers(hf, where, lambda i: i % 2 == 0)),
+        clamp=SwigluClamp(
+            limit=positive(hf, where, "swiglu_limit", 7.0), alpha=positive(hf, where, "swiglu_alpha", 1.702)
+        ),
+        experts=experts,
+        **shared_fields(hf, where, rope),
+    )
+
+
+GPT_OSS = Family(
+    name="gpt_oss",
+    architectures=("GptOssForCausalLM",),
+    gguf=None,
+    read=config_from_hf,
+    files=Files(router="mlp.router", experts="interleaved"),
+)

@@ -1,0 +1,21 @@
+"""What is a Mistral? A Llama, in its first release with a window on every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_client.models.config import ModelConfig
+from jax_client.models.families.family import Family
+from jax_client.models.families.hf_config import read_windows, refuse_unless, shared_fields
+
+
+def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
+    """Read a Mistral config.json."""
+    refuse_unless(hf, where, "attention_bias", (None, False))
+    fields = shared_fields(hf, where)
+    windowed = [] if hf.get("sliding_window") is None else range(fields["n_layers"])
+    return ModelConfig(family="mistral", windows=read_windows(hf, where, windowed), **fields)
+
+
+MISTRAL = Family(name="mistral", architectures=("MistralForCausalLM",), gguf=None, read=config_from_hf)
