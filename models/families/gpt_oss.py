@@ -1,4 +1,4 @@
-"""What is a gpt-oss? A mixture of experts with biases, attention sinks, a clamped swiglu, and a window on half its layers.
+"""What is a gpt-oss? Experts with biases and a clamped swiglu, attention with sinks, and a window on half the layers.
 
 Source: gpt-oss-120b and gpt-oss-20b model card, arXiv 2508.10925.
 """

@@ -55,8 +55,8 @@ Pool = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
 # Whether any way goes on, the number of the step, the pool, the rows' state, and what the block has drawn.
 Carry = tuple[jax.Array, jax.Array, Pool, Batch, Batch]
-# f(q, k, v, pool, first, **extras) -> (o, pool): attention over pages (N, S, ...), which it writes to; a layer's begin at
-# first.
+# f(q, k, v, pool, first, **extras) -> (o, pool): attention over pages (N, S, ...), which it writes to; a layer's begin
+# at first.
 Attend = Callable[..., tuple[jax.Array, Pool]]
 
 

@@ -1,7 +1,7 @@
 """Which Hugging Face tensors make up each stored leaf? A `Part` says where in the leaf one tensor goes.
 
-Hugging Face keeps an [out, in] matrix per projection and layer, but for experts; the stored layout (`models.decoder`) is
-[in, out], stacked by layer, with q|k|v and gate|up fused.
+Hugging Face keeps an [out, in] matrix per projection and layer, but for experts; the stored layout (`models.decoder`)
+is [in, out], stacked by layer, with q|k|v and gate|up fused.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Part:
         axis, start: it fills the leaf from `start` along `axis`, and all of the other axes.
         apart: (K, J, H), the leaf's last axis with the heads apart, as `order` and `axis` count them; empty where the
             leaf has no such axis.
-        pick: (axis, index) of `split`, the entries that belong to the leaf; that axis is taken away before `order`. None
-            for all.
+        pick: (axis, index) of `split`, the entries that belong to the leaf; that axis is taken away before `order`.
+            None for all.
         expert: read of a tensor with all experts; `split` begins with an axis for it. None to read the whole tensor.
         plus: is added to the values.
     """

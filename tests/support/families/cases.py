@@ -115,7 +115,7 @@ CASES |= {
 }
 SPEC = LoraSpec(rank=RANK, seed=0)
 # With these no token of the data has two experts of almost equal probability.
-SEEDS = {"qwen3_moe_mixed": 7, "qwen3_moe_raw": 8, "gpt_oss": 9, "gemma3": 10, "mistral": 11}
+SEEDS = {"qwen3_moe_mixed": 7, "qwen3_moe_raw": 8, "gpt_oss": 19, "gemma3": 10, "mistral": 11}
 
 
 def model_config(case: str) -> ModelConfig:
