@@ -57,6 +57,6 @@ class SegmentStacks:
                         {module: self._lora[module] for module in self._modules(part)},
                     ),
                 )
-            ws.append(from_bits(w) | {name: InStack(stacks[name], place) for name in kind.in_stack})
+            ws.append(from_bits(w) | {name: InStack(stacks[name], place) for name in stacks if name in kind.in_stack})
             loras.append(lora)
         return ws, loras

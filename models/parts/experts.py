@@ -93,20 +93,16 @@ class Owned(NamedTuple):
     Attributes:
         matrices: under the names of `MATRICES`, (E, D, F) or (E, F, D) each.
         lora: None without an adapter.
-        biases: of `BIASES`, (E, F), (E, F) and (E, D), float32; None for experts without.
+        biases: under the names of `BIASES`, (E, F), (E, F) and (E, D), float32; empty for experts without.
     """
 
     matrices: Mapping[str, InStack]
     lora: Lora | None
-    biases: tuple[jax.Array, ...] | None = None
+    biases: Mapping[str, InStack]
 
     def cut(self, e: jax.Array) -> Sums:
         """Return the matrices of one expert."""
         return [self.matrices[name].cut(e) for name in MATRICES]
-
-    def bias(self, which: int, e: jax.Array) -> jax.Array | float:
-        """Return a bias of one expert, by its place in `BIASES`."""
-        return 0.0 if self.biases is None else jax.lax.dynamic_index_in_dim(self.biases[which], e, 0, keepdims=False)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -125,9 +121,9 @@ class How(NamedTuple):
 
     def down_bias(self, owned: Owned, e: jax.Array) -> jax.Array | None:
         """Return the bias that this device adds behind an expert's down; None where experts have none."""
-        if owned.biases is None:
+        if not owned.biases:
             return None
-        bias_D = jnp.asarray(owned.bias(2, e))
+        bias_D = owned.biases[BIASES[2]].cut(e)
         # Of the devices that split a hidden width one adds it, as their results are summed.
         return jnp.where(jax.lax.axis_index(self.split.tensor) == 0, bias_D, 0) if self.split.tensor else bias_D
 
@@ -261,8 +257,8 @@ def _gate_up(
     """Return gate and up of a tile's rows, float32."""
     x_tD = sent.x_MD[tile.token_t]
     both = [contract("tD,DF->tF", x_tD, matrix, dtype) for matrix in matrices[:2]]
-    if owned.biases is not None:
-        both = [y + owned.bias(i, e) for i, y in enumerate(both)]
+    if owned.biases:
+        both = [y + owned.biases[name].cut(e) for name, y in zip(BIASES[:2], both, strict=True)]
     if owned.lora is None or sent.u_Mn is None:
         return both
     us_tR = jnp.split(sent.u_Mn[tile.token_t], 2, axis=1)

@@ -144,7 +144,7 @@ def _sent(
 
 def _owned(w: Weights, linears: Linears | MixedLinears) -> experts.Owned:
     matrices = {name: w[name] for name in experts.MATRICES}
-    biases = tuple(w[name] for name in experts.BIASES) if experts.BIASES[0] in w else None
+    biases = {name: w[name] for name in experts.BIASES if name in w}
     into, out = linears.pair("experts_gate_up"), linears.pair("experts_down")
     if into is None or out is None:
         return experts.Owned(matrices, None, biases)
@@ -179,13 +179,13 @@ def _on_devices(function: Callable[..., Any], c: Context, results: tuple[str, ..
     tokens, each = PartitionSpec(ROWS), PartitionSpec(None, ways or None, "tensor")
     into, down = PartitionSpec(None, ways or None, None, "tensor"), PartitionSpec(None, ways or None, "tensor", None)
     in_stack, of_device = cast(Any, InStack), cast(Any, experts.Owned)  # of specs in place of arrays
-    stacks = {n: in_stack(p, PartitionSpec()) for n, p in zip(experts.MATRICES, (into, into, down), strict=True)}
-
-    hidden, width = PartitionSpec(ways or None, "tensor"), PartitionSpec(ways or None, None)
-    biases = (hidden, hidden, width) if _experts(c.config).biased else None
+    matrices = {n: in_stack(p, PartitionSpec()) for n, p in zip(experts.MATRICES, (into, into, down), strict=True)}
+    width = PartitionSpec(None, ways or None, None)
+    biases = {n: in_stack(p, PartitionSpec()) for n, p in zip(experts.BIASES, (each, each, width), strict=True)}
+    owned_specs = of_device(matrices, each, biases if _experts(c.config).biased else {})
 
     def on_mesh(sent: experts.Sent, owned: experts.Owned, *others: Any) -> Any:
-        specs = tokens, of_device(stacks, each, biases), *(tokens,) * len(others)
+        specs = tokens, owned_specs, *(tokens,) * len(others)
         out = tuple(each if by == "experts" else tokens for by in results)
         return jax.shard_map(run, mesh=c.mesh, in_specs=specs, out_specs=out, check_vma=False)(sent, owned, *others)
 
@@ -217,7 +217,7 @@ MOE = Kind(
     always=_ALWAYS,
     needed=frozenset({"x", "choice", "weight"}),
     exact=frozenset({"choice", "weight"}),
-    in_stack=frozenset(experts.MATRICES),
+    in_stack=frozenset((*experts.MATRICES, *experts.BIASES)),
     us={"u_experts_gate_up": 2, "u_experts_down": 1},
     widths=_widths,
     live=lambda c: (_experts(c).per_token * _experts(c).d_ff, 0),
