@@ -261,7 +261,7 @@ def config_from_fields(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def _rope(fields: Mapping[str, Any] | None) -> Rope | None:
-    return None if fields is None else Rope(**fields | {"scaling": _scaling(fields["scaling"])})
+    return None if fields is None else Rope(**{**fields, "scaling": _scaling(fields["scaling"])})
 
 
 def _scaling(fields: Mapping[str, Any] | None) -> RopeScaling | None:

@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 from jax_client.models.config import ModelConfig
 
+# A parsed config.json.
+HfConfig = Mapping[str, Any]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Files:
@@ -50,5 +53,5 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     gguf: str | None
-    read: Callable[[Mapping[str, Any], str], ModelConfig]
+    read: Callable[[HfConfig, str], ModelConfig]
     files: Files = Files()

@@ -8,11 +8,9 @@ Source: Gemma 3 technical report, arXiv 2503.19786.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from jax_client.models.config import ModelConfig
-from jax_client.models.families.family import Family, Files
+from jax_client.models.families.family import Family, Files, HfConfig
 from jax_client.models.families.hf_config import (
     positive,
     read_rope,
@@ -38,9 +36,9 @@ DEFAULTS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
+def config_from_hf(hf: HfConfig, where: str) -> ModelConfig:
     """Read the config.json of a Gemma 3 that has text alone."""
-    hf = DEFAULTS | hf
+    hf = {**DEFAULTS, **hf}
     refuse_unless(hf, where, "hidden_activation", (None, "gelu_pytorch_tanh"))
     refuse_unless(hf, where, "attention_bias", (None, False))
     for softcap in ("attn_logit_softcapping", "final_logit_softcapping"):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from jax_client.models.config import ModelConfig
-from jax_client.models.families.family import Family
+from jax_client.models.families.family import Family, HfConfig
 from jax_client.models.families.hf_config import read_windows, refuse_unless, shared_fields
 
 
-def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
+def config_from_hf(hf: HfConfig, where: str) -> ModelConfig:
     """Read a Mistral config.json."""
     refuse_unless(hf, where, "attention_bias", (None, False))
     fields = shared_fields(hf, where)

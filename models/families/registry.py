@@ -7,13 +7,10 @@ short prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.models import quantization
 from jax_client.models.config import ModelConfig
-from jax_client.models.families.family import Family
+from jax_client.models.families.family import Family, HfConfig
 
 # A family is known by its import here: `FAMILIES` collects every `Family` among this module's names.
 from jax_client.models.families.gemma3 import GEMMA3 as GEMMA3
@@ -29,7 +26,7 @@ FAMILIES: dict[str, Family] = {value.name: value for value in tuple(globals().va
 SUPPORTED_ARCHITECTURES = {name: family for family in FAMILIES.values() for name in family.architectures}
 
 
-def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
+def config_from_hf(hf: HfConfig, where: str) -> ModelConfig:
     """Read a Hugging Face config.
 
     Args:

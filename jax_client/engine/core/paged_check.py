@@ -65,7 +65,7 @@ def preferred_attention(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Cho
             why = triton.unsupported(model.head_dim)
             kernel = None if why else triton_pages()
         if kernel is None:
-            return Choice(attention=plain, refused=why)
+            return Choice(attention=plain, refused=why or "")
         if lacking := kernel.lacks & model.attention_extras:  # of all layers, which share the pool's layout
             return Choice(attention=plain, refused=f"it takes no {' and '.join(sorted(lacking))}")
         return Choice(attention=kernel)
