@@ -345,19 +345,19 @@ class SamplePrograms:
         P = next(iter(pool.values())).shape[2]
 
         @partial(jax.jit, static_argnums=0)
-        def one_layer(
-            layer: Layer, x_BTD: jax.Array, ws: Any, pairs: Any, pages: Pool, i: jax.Array
+        def layer(
+            this: Layer, x_BTD: jax.Array, ws: Any, pairs: Any, pages: Pool, i: jax.Array
         ) -> tuple[jax.Array, Pool]:
             def attention(q: jax.Array, k: jax.Array, v: jax.Array, **extras: Unpack[Extras]) -> tuple[jax.Array, Pool]:
                 return attend(q, k.astype(self._dtype), v.astype(self._dtype), pool=pages, first=i * P, **extras)
 
             options: Any = {"accelerator": self._accelerator}
             linears = [MixedLinears(own, scale_MV, self._dtype, self._shards.total, **options) for own in pairs]
-            y_BTD, _, pages = layer_forward(x_BTD, layer.kinds, ws, linears, c.of_layer(layer.options), attention)
+            y_BTD, _, pages = layer_forward(x_BTD, this.kinds, ws, linears, c.of_layer(this.options), attention)
             return y_BTD, pages
 
-        def run(layer: Layer, carry: Any, ws: Any, pairs: Any, i: jax.Array) -> tuple[jax.Array, Pool]:
-            return one_layer(layer, carry[0], ws, pairs, carry[1], i)
+        def run(this: Layer, carry: Any, ws: Any, pairs: Any, i: jax.Array) -> tuple[jax.Array, Pool]:
+            return layer(this, carry[0], ws, pairs, carry[1], i)
 
         carry = x_BTD, {name: a.reshape(-1, *a.shape[3:]) for name, a in pool.items()}
         carry = base.each_layer(run, carry, pairs_of, self._shards.whole)
