@@ -17,6 +17,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
 from jax_client.engine.core import paged_check
+from jax_client.models.config import ModelConfig
 from jax_client.models.kernels import cache, ragged
 from jax_client.models.kernels.cache import PagedAttention
 
@@ -107,7 +108,10 @@ def test_a_wrong_kernel_is_found_and_named(
     assert why in paged_check.objection(wrong, *arguments)
     # As on a TPU, whose kernel this would be.
     monkeypatch.setattr(paged_check, "preferred_attention", lambda *_: paged_check.Choice(attention=wrong))
-    model: Any = SimpleNamespace(n_kv_heads=2, group=2, head_dim=64, max_context=4 * S)
+    model = ModelConfig(
+        family="llama", vocab_size=8, d_model=256, d_ff=8, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=64,
+        norm_eps=1e-5, rope_theta=1e4, tied_embeddings=True, max_context=4 * S,
+    )  # fmt: skip
     mesh: Any = SimpleNamespace(shape={"tensor": 1}, devices=np.array([DEVICE], object))
     chosen = paged_check.choose_paged_attention(mesh, model, jnp.dtype(jnp.float32))
     assert chosen.name == "paged in wide turns" and chosen.name in caplog.text and why in caplog.text
