@@ -18,6 +18,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("router_flips")
 
 
+@pytest.mark.full
 def test_in_float32_trainer_and_sampler_choose_the_same_experts(script: Any, tmp_path: Path) -> None:
     """A sequence is longer than a page, and with this seed no token has two experts of almost equal probability."""
     sizes = script.Sizes(layers=2, width=32, experts=8, each=2, hidden=16, vocabulary=64, sequences=2, shortest=12,
