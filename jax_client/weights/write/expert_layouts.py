@@ -1,17 +1,19 @@
 """In which layouts do programs read an adapter of experts? Apart, fused as peft has them, or shared as here.
 
-transformers has the experts of a layer as two parameters, gate_up (E, 2F, D) and down (E, D, F), and peft adapts these:
-A is expert after expert, B's columns are rank after rank with the expert running fastest. Gate and up together take
-twice the rank, as a block each.
+transformers has the experts of a layer as two parameters, gate_up and down, and peft adapts these: A is expert after
+expert, B's columns are rank after rank with the expert running fastest. Gate and up together take twice the rank, as a
+block each. Whether a parameter has the input or the output first does not matter to A and B; whether it has gate and up
+by turns does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from jax_client.models.config import ModelConfig
+from jax_client.models.families.registry import FAMILIES
 from jax_client.models.parts.moe import MOE
 from jax_client.models.plan import kinds, layers_of
 from jax_client.weights.write.adapter_names import Pairs
@@ -40,6 +42,25 @@ def _experts(c: ModelConfig, pairs: Pairs) -> Mapping[str, dict[str, list[tuple[
     }
 
 
+def fused_matrix(matrices: Sequence[np.ndarray], order: str) -> np.ndarray:
+    """Return the matrix that a file has of an expert for its gate and up, or for its down alone.
+
+    Args:
+        matrices: gate and up, or down, (out, in) each.
+        order: `Files.experts`.
+    """
+    if order == "rows":
+        return np.concatenate(matrices)
+    if order == "columns":
+        return np.concatenate([matrix.T for matrix in matrices], axis=1)
+    return np.stack([matrix.T for matrix in matrices], axis=-1).reshape(matrices[0].shape[1], -1)
+
+
+def in_one_tensor(c: ModelConfig) -> bool:
+    """Return whether a family's releases have the experts of a layer in one tensor; vLLM then wants peft's form."""
+    return FAMILIES[c.family].files.experts != "rows"
+
+
 def fused(c: ModelConfig, pairs: Pairs) -> dict[str, np.ndarray]:
     """Return the matrices of an adapter as peft has them, A (n, in) and B (out, n)."""
     found: dict[str, np.ndarray] = {}
@@ -48,7 +69,7 @@ def fused(c: ModelConfig, pairs: Pairs) -> dict[str, np.ndarray]:
             found |= {f"{name}.lora_A": a_RI, f"{name}.lora_B": b_RO.T}
     for prefix, of in _experts(c, pairs).items():
         each = zip(of["gate_proj"], of["up_proj"], strict=True)
-        both = [(np.concatenate([a, a2]), _blocks(b.T, b2.T)) for (a, b), (a2, b2) in each]
+        both = [(np.concatenate([a, a2]), _blocks(c, b.T, b2.T)) for (a, b), (a2, b2) in each]
         down = [(a, b.T) for a, b in of["down_proj"]]
         for which, matrices in (("gate_up", both), ("down", down)):
             name = f"{prefix}.{FUSED[which]}lora_"
@@ -58,10 +79,20 @@ def fused(c: ModelConfig, pairs: Pairs) -> dict[str, np.ndarray]:
     return found
 
 
-def _blocks(b_OR: np.ndarray, b2_OR: np.ndarray) -> np.ndarray:
-    """Return a matrix with two blocks on its diagonal."""
-    zeros = np.zeros_like(b_OR)
-    return np.block([[b_OR, zeros], [zeros, b2_OR]])
+def _blocks(c: ModelConfig, b_FR: np.ndarray, b2_FR: np.ndarray) -> np.ndarray:
+    """Return B of gate and up as one (2F, 2R): each has columns of its own, and its rows where the model has them."""
+    (F, R), rows = b_FR.shape, gate_up_rows(c)
+    both = np.zeros((2 * F, 2 * R), b_FR.dtype)
+    both[rows["gate_proj"], :R], both[rows["up_proj"], R:] = b_FR, b2_FR
+    return both
+
+
+def gate_up_rows(c: ModelConfig) -> dict[str, slice]:
+    """Return which outputs of gate and up as one are whose."""
+    if FAMILIES[c.family].files.experts == "interleaved":
+        return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+    F = 0 if c.experts is None else c.experts.d_ff
+    return {"gate_proj": slice(0, F), "up_proj": slice(F, None)}
 
 
 def shared(c: ModelConfig, pairs: Pairs) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """How does a base model with an adapter become one model in Hugging Face layout? The product of A and B is added to W.
 
-Each weight is read, added to and written a few rows at a time: W + (alpha / rank) (A B)^T in float32, then rounded.
+Each weight is read, added to and written a few rows at a time, and of stacked experts one: W + (alpha / rank) (A B)^T
+in float32, then rounded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import numpy as np
 
 from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
+from jax_client.models.families.family import Files
+from jax_client.models.families.registry import FAMILIES
 from jax_client.models.parts.lora import LORA_ALPHA
 from jax_client.models.quantization import without_quantization
 from jax_client.values import AdapterState, JsonObject
@@ -28,6 +31,7 @@ from jax_client.weights.read.source import ModelSource
 from jax_client.weights.read.tensors import EMBEDDING, HEAD, TensorReader, check_tensors
 from jax_client.weights.read.tokenizer import load_tokenizer
 from jax_client.weights.write.adapter_names import Pairs, to_pairs
+from jax_client.weights.write.expert_layouts import fused_matrix
 from jax_client.weights.write.shards import Tensor, check_space, write_model
 
 logger = logging.getLogger(__name__)
@@ -38,7 +42,8 @@ LEAST_KEPT = 0.9
 SAMPLE = 2**18  # elements of each weight that are looked at for it
 # f(first, end) -> what is added to rows [first, end) of a tensor.
 Addition = Callable[[int, int], np.ndarray]
-# The end of the name of a tensor that holds all experts of a layer, and which projections it holds of each.
+# The end of the name of a tensor that holds all experts of a layer, and which projections it holds of each;
+# `Files.experts` says in which order.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 COPIED = (
     "generation_config.json",
@@ -93,7 +98,7 @@ def write_merged(
         sources[HEAD] = EMBEDDING
     numpy_dtype = DTYPES[dtype]
     parts = {
-        written: _Merged(reader, name, _addition(written, pairs, scale), numpy_dtype)
+        written: _Merged(reader, name, _addition(written, pairs, scale, FAMILIES[config.family].files), numpy_dtype)
         for written, name in sources.items()
     }
     tensors = [Tensor(name=n, shape=expected[sources[n]], rows=part.rows) for n, part in parts.items()]
@@ -105,7 +110,7 @@ def write_merged(
     _say_what_rounding_took(list(parts.values()), dtype)
 
 
-def _addition(name: str, pairs: Pairs, scale: float) -> Addition | None:
+def _addition(name: str, pairs: Pairs, scale: float, files: Files) -> Addition | None:
     """Return what an adapter adds to a tensor; None where it does not cover it."""
     if (pair := pairs.get(name.removesuffix(".weight"))) is not None:
         return lambda first, end: _product(pair, scale, slice(first, end))
@@ -115,11 +120,11 @@ def _addition(name: str, pairs: Pairs, scale: float) -> Addition | None:
     if not projections or f"{prefix}.0.{projections[0]}" not in pairs:
         return None
 
-    def of_experts(first: int, end: int) -> np.ndarray:
-        each = ([pairs[f"{prefix}.{e}.{projection}"] for projection in projections] for e in range(first, end))
-        return np.stack([np.concatenate([_product(pair, scale, slice(None)) for pair in own]) for own in each])
+    def of_expert(e: int) -> np.ndarray:
+        own = [_product(pairs[f"{prefix}.{e}.{projection}"], scale, slice(None)) for projection in projections]
+        return fused_matrix(own, files.experts)
 
-    return of_experts
+    return lambda first, end: np.stack([of_expert(e) for e in range(first, end)])
 
 
 def _product(pair: tuple[np.ndarray, np.ndarray], scale: float, rows: slice) -> np.ndarray:
@@ -146,13 +151,21 @@ class _Merged:
         self._reader, self._name, self._addition, self._dtype = reader, name, addition, dtype
         self._base: np.ndarray | None = None
 
-    def rows(self, first: int, end: int) -> np.ndarray:
-        """Return rows [first, end); those of one tensor are asked for in order."""
+    def _read(self, first: int, end: int) -> np.ndarray:
+        """Return rows [first, end) of the base model's tensor, float32."""
+        if len(self._reader.tensors[self._name].shape) == 3:
+            # Stacked experts. Of a quantised release no other is decoded, so that one is in memory at a time.
+            return np.stack([self._reader.read_expert(self._name, e) for e in range(first, end)], dtype=np.float32)
         if self._base is None:
             self._base = self._reader.read(self._name)
         x = self._base[first:end].astype(np.float32)
         if end == len(self._base):
             self._base = None  # of a GGUF file it is a float32 array, and not a view of the file
+        return x
+
+    def rows(self, first: int, end: int) -> np.ndarray:
+        """Return rows [first, end); those of one tensor are asked for in order."""
+        x = self._read(first, end)
         if self._addition is not None:
             added = self._addition(first, end)
             if first == 0:

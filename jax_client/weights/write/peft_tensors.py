@@ -7,7 +7,7 @@ Only copies that are equal to the base model's change nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.models.config import ModelConfig
 from jax_client.values import LoraSpec
 from jax_client.weights.read import safetensors
-from jax_client.weights.read.tensors import EMBEDDING, HEAD, TensorReader
+from jax_client.weights.read.tensors import EMBEDDING, HEAD, TensorInfo, TensorReader
+from jax_client.weights.write.adapter_file import AdapterFile, open_adapter
 from jax_client.weights.write.adapter_names import covered, linear_names, linear_sizes
 from jax_client.weights.write.peft_config import CONFIG, PeftConfig, way_out
 
@@ -48,19 +49,31 @@ class AdapterTensors:
     """The matrices of an adapter file.
 
     Attributes:
-        path, entries: the file and its tensors.
-        linears: the names of the linear layers that they adapt, such as "model.layers.0.self_attn.q_proj".
-        rank: the largest of theirs.
+        path, file: the file, opened.
+        ranks: by the linear layers that they adapt, such as "model.layers.0.self_attn.q_proj".
     """
 
     path: Path
-    entries: Mapping[str, safetensors.Entry]
-    linears: frozenset[str]
-    rank: int
+    file: AdapterFile
+    ranks: Mapping[str, int]
+
+    @property
+    def linears(self) -> Collection[str]:
+        """The names of the linear layers."""
+        return self.ranks.keys()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(self.ranks.values())
+
+    def module(self, linear: str) -> str:
+        """Return peft's name of what a linear layer is a part of, by which its configuration gives rank and alpha."""
+        return self.file.parameters.get(linear, linear)
 
     def matrix(self, linear: str, part: str) -> np.ndarray:
         """Return A (R, in) or B (out, R) of one linear layer, float32."""
-        return safetensors.view(self.path, self.entries[tensor_name(linear, part)]).astype(np.float32)
+        return self.file.read(tensor_name(linear, part)).astype(np.float32)
 
     def spec(self) -> LoraSpec:
         """Return the smallest configuration that covers these linear layers."""
@@ -92,7 +105,8 @@ def read_tensors(path: Path, config: PeftConfig, model: ModelConfig, base: Tenso
         UnsupportedError: tensors that are more than A and B of linear layers, or of a dtype that is not read.
         BadRequestError: missing, extra, misshapen or not finite: how many, and the first five.
     """
-    entries = {n: e for n, e in safetensors.read_header(path).items() if not n.endswith(UNREAD)}
+    file = open_adapter(path, model, PREFIX)
+    entries = {n: info for n, info in file.infos.items() if not n.endswith(UNREAD)}
     every = LoraSpec(rank=1, seed=0)
     known = {name for module in covered(model, every) for name in linear_names(module, model)}
     present = {name for name in known if any(tensor_name(name, part) in entries for part in "AB")}
@@ -104,23 +118,27 @@ def read_tensors(path: Path, config: PeftConfig, model: ModelConfig, base: Tenso
             f"of layers, with tensors such as {tensor_name('model.layers.0.self_attn.q_proj', 'A')}."
         )
     linears = present if config.targets is None else config.targets.among(known)
+    if config.of_experts:
+        linears |= {name for name in known if ".experts." in name}
     copies = {name: COPIES[name] for name in entries if name in COPIES}
     sizes = linear_sizes(model, every)
     expected: dict[str, tuple[int, ...]] = {}
-    for linear in sorted(linears):
+    ranks = {linear: _rank(config, file, linear) for linear in sorted(linears)}
+    for linear, rank in ranks.items():
         n_in, n_out = sizes[linear]
-        rank = config.rank_of(linear)
         expected |= {tensor_name(linear, "A"): (rank, n_in), tensor_name(linear, "B"): (n_out, rank)}
     ours = {tensor_name(linear, part) for linear in known for part in "AB"}
     _refuse_more(path, config, [name for name in entries if name not in ours and name not in copies])
-    _refuse_other_copies(path, config, entries, copies, model, base)
-    _check(path, config, {n: e for n, e in entries.items() if n not in copies}, expected)
-    return AdapterTensors(
-        path=path,
-        entries=entries,
-        linears=frozenset(linears),
-        rank=max(config.rank_of(linear) for linear in linears),
-    )
+    _refuse_other_copies(file, copies, model, base)
+    _check(file, config, {n: e for n, e in entries.items() if n not in copies}, expected)
+    return AdapterTensors(path=path, file=file, ranks=ranks)
+
+
+def _rank(config: PeftConfig, file: AdapterFile, linear: str) -> int:
+    """Return the rank of a linear layer's matrices; gate and up of peft's experts have half that of their parameter."""
+    parameter = file.parameters.get(linear, linear)
+    rank = config.rank_of(parameter)
+    return rank // 2 if parameter.endswith("gate_up_proj") else rank
 
 
 def _refuse_more(path: Path, config: PeftConfig, names: list[str]) -> None:
@@ -135,14 +153,13 @@ def _refuse_more(path: Path, config: PeftConfig, names: list[str]) -> None:
 
 
 def _refuse_other_copies(
-    path: Path,
-    config: PeftConfig,
-    entries: Mapping[str, safetensors.Entry],
+    file: AdapterFile,
     copies: Mapping[str, str],
     model: ModelConfig,
     base: TensorReader | None,
 ) -> None:
     """Raise UnsupportedError if the adapter brings an embedding or output projection that is not the base model's."""
+    path, entries = file.path, file.infos
     for name, original in copies.items():
         stored = EMBEDDING if model.tied_embeddings else original
         shape = (model.vocab_size, model.d_model)
@@ -157,7 +174,7 @@ def _refuse_other_copies(
                 base.tensors[stored].dtype,
             )
             continue
-        elif base is not None and not _is_copy(safetensors.view(path, entries[name]), base.read(stored)):
+        elif base is not None and not _is_copy(file.read(name), base.read(stored)):
             difference = f"is not the base model's {stored}"
         else:
             logger.info("%s: %s is not read; it is the base model's own", path, name)
@@ -175,12 +192,13 @@ def _is_copy(copy: np.ndarray, original: np.ndarray, rows: int = 4096) -> bool:
 
 
 def _check(
-    path: Path,
+    file: AdapterFile,
     config: PeftConfig,
-    entries: Mapping[str, safetensors.Entry],
+    entries: Mapping[str, TensorInfo],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Raise unless the file holds exactly the adapter's matrices, finite and in a dtype that is read."""
+    path = file.path
     wrong: dict[str, list[str]] = {"missing": [], "misshapen": [], "extra": [], "not finite": []}
     wrong["missing"] = [f"{n}: expected {shape}, not there" for n, shape in expected.items() if n not in entries]
     for name, entry in entries.items():
@@ -193,7 +211,7 @@ def _check(
                 f"{path}: tensor {name} has dtype {entry.dtype}, which is not loaded; supported are "
                 f"{', '.join(safetensors.NUMPY_DTYPES)}. Save the adapter in one of them."
             )
-        elif not np.isfinite(safetensors.view(path, entry)).all():
+        elif not np.isfinite(file.read(name)).all():
             wrong["not finite"].append(f"{name}: values that are not finite")
     if any(wrong.values()):
         counts = ", ".join(f"{len(names)} {kind}" for kind, names in wrong.items())
