@@ -16,6 +16,7 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.families.registry import FAMILIES
 from jax_client.models.parts.moe import MOE
 from jax_client.models.plan import kinds, layers_of
+from jax_client.weights.towers import module_name
 from jax_client.weights.write.adapter_names import Pairs
 
 # The projections of an expert in the names that the shared layout has.
@@ -35,7 +36,7 @@ def _experts(c: ModelConfig, pairs: Pairs) -> Mapping[str, dict[str, list[tuple[
     """Return the pairs of all experts of each layer by projection, under the layer's prefix."""
     count = 0 if c.experts is None else c.experts.count
     return {
-        (prefix := f"model.layers.{layer}.mlp.experts"): {
+        (prefix := module_name(f"model.layers.{layer}.mlp.experts", c)): {
             projection: [pairs[f"{prefix}.{e}.{projection}"] for e in range(count)] for projection in SHARED
         }
         for layer in layers_of(c, MOE)

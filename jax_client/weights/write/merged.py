@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from jax_client.errors import BadRequestError
+from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.models.config import ModelConfig
 from jax_client.models.families.family import Files
 from jax_client.models.families.registry import FAMILIES
@@ -30,6 +30,7 @@ from jax_client.weights.read.names import expected_tensors
 from jax_client.weights.read.source import ModelSource
 from jax_client.weights.read.tensors import EMBEDDING, HEAD, TensorReader, check_tensors
 from jax_client.weights.read.tokenizer import load_tokenizer
+from jax_client.weights.towers import TowerReader, module_name
 from jax_client.weights.write.adapter_names import Pairs, to_pairs
 from jax_client.weights.write.expert_layouts import fused_matrix
 from jax_client.weights.write.shards import Tensor, check_space, write_model
@@ -57,6 +58,9 @@ COPIED = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -71,6 +75,8 @@ def write_merged(
 ) -> None:
     """Write a complete model directory: weights with the adapter added, config, tokenizer.
 
+    The other towers of a model are copied as they are.
+
     An adapter on the output projection of a model that ties it to its embedding unties them: the directory then holds
     an output projection of its own.
 
@@ -79,12 +85,12 @@ def write_merged(
         source: the base model, of either kind.
         config: from `load.read_config` of that source.
         state: the adapter; None writes the base model as it is.
-        dtype: of every tensor written.
+        dtype: of every tensor written, but for those that are copied.
         shard_bytes: most bytes of a weight file, unless a single tensor needs more.
 
     Raises:
         BadRequestError: the adapter is not one of this model; damaged or misfitting base weights.
-        UnsupportedError: a GGUF tokenizer that is not read.
+        UnsupportedError: a GGUF tokenizer that is not read; a dtype of another tower that is not copied.
         RequestFailedError: there is not enough space on the disk.
     """
     pairs = {} if state is None else to_pairs(state, config)
@@ -97,17 +103,36 @@ def write_merged(
     if untied:
         sources[HEAD] = EMBEDDING
     numpy_dtype = DTYPES[dtype]
+    files = FAMILIES[config.family].files
     parts = {
-        written: _Merged(reader, name, _addition(written, pairs, scale, FAMILIES[config.family].files), numpy_dtype)
+        written: _Merged(reader, name, _addition(module_name(written, config), pairs, scale, files), numpy_dtype)
         for written, name in sources.items()
     }
-    tensors = [Tensor(name=n, shape=expected[sources[n]], rows=part.rows) for n, part in parts.items()]
+    tower = reader if isinstance(reader, TowerReader) else None
+    tensors = [
+        Tensor(name=tower.stored_name(n) if tower else n, shape=expected[sources[n]], rows=part.rows)
+        for n, part in parts.items()
+    ]
+    if tower:
+        tensors += [_copy(tower, name) for name in tower.others]
     check_space(directory, sum(tensor.nbytes(numpy_dtype) for tensor in tensors))
     # What can be refused comes before the long part.
     _write_tokenizer(directory, source)
     (directory / hf.CONFIG).write_text(json.dumps(_hf_config(source, dtype, untied), indent=2) + "\n")
     write_model(directory, tensors, numpy_dtype, shard_bytes)
     _say_what_rounding_took(list(parts.values()), dtype)
+
+
+def _copy(tower: TowerReader, name: str) -> Tensor:
+    """Return a tensor of another tower as it is, in its own dtype."""
+    info = tower.others[name]
+    if info.dtype not in safetensors.STORED_DTYPES:
+        raise UnsupportedError(
+            f"{info.file}: tensor {name} has dtype {info.dtype}, which is not copied; copied are "
+            f"{', '.join(safetensors.STORED_DTYPES)}. Use an unquantised copy of the model."
+        )
+    dtype = safetensors.STORED_DTYPES[info.dtype]
+    return Tensor(name=name, shape=info.shape, rows=lambda first, end: tower.read_other(name)[first:end], dtype=dtype)
 
 
 def _addition(name: str, pairs: Pairs, scale: float, files: Files) -> Addition | None:
@@ -207,8 +232,10 @@ def _hf_config(source: ModelSource, dtype: str, untied: bool) -> JsonObject:
         # The weights are written as plain numbers, whatever they were.
         config = without_quantization(hf.read_json(source.path, hf.CONFIG))
     # transformers 5 writes `dtype`; versions before 4.56, and servers built on them, read `torch_dtype` alone.
-    config |= {"dtype": dtype, "torch_dtype": dtype}
-    return config | {"tie_word_embeddings": False} if untied else config
+    said = {"dtype": dtype, "torch_dtype": dtype} | ({"tie_word_embeddings": False} if untied else {})
+    if isinstance(text := config.get("text_config"), dict):
+        config["text_config"] = text | {key: value for key, value in said.items() if key in text}
+    return config | said
 
 
 def _write_tokenizer(directory: Path, source: ModelSource) -> None:

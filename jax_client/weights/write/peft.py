@@ -59,7 +59,9 @@ def write_adapter(
     if state.spec.train_unembed and config.tied_embeddings:
         _refuse_tied_head(program)
     modules = list(dict.fromkeys(PROJECTIONS[module][1] for module in covered(config, state.spec)))
-    changes: dict[str, object] = {"target_modules": modules}
+    # The other towers of a model have modules of the same names.
+    whole_names = FAMILIES[config.family].files.tower is not None
+    changes: dict[str, object] = {"target_modules": list(pairs) if whole_names else modules}
     matrices = {f"{name}.lora_{ab}": m for name, (a, b) in pairs.items() for ab, m in (("A", a), ("B", b.T))}
     if expert_layouts.has_experts(config, pairs):
         matrices, changed = _of_experts(config, pairs, state.spec.rank, program, matrices)

@@ -18,18 +18,13 @@ from jax_client.models.config import ModelConfig
 from jax_client.values import LoraSpec
 from jax_client.weights.read import safetensors
 from jax_client.weights.read.tensors import EMBEDDING, HEAD, TensorInfo, TensorReader
+from jax_client.weights.towers import module_name
 from jax_client.weights.write.adapter_file import AdapterFile, open_adapter
 from jax_client.weights.write.adapter_names import covered, linear_names, linear_sizes
 from jax_client.weights.write.peft_config import CONFIG, PeftConfig, way_out
 
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."
-# Where peft saves a copy of the base model's embedding or output projection, and what it is a copy of.
-COPIES = {
-    f"{PREFIX}{stem}{middle}.weight": f"{stem}.weight"
-    for stem in (EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight"))
-    for middle in ("", ".base_layer")
-}
 # VeLoRA's estimate of activations, which only its gradients read.
 UNREAD = ".lora_velora_embed"
 # What the ends of other names mean.
@@ -87,6 +82,15 @@ class AdapterTensors:
         )
 
 
+def copies_of(model: ModelConfig) -> dict[str, str]:
+    """Return where peft saves a copy of the base model's embedding or output projection, and what it is a copy of."""
+    return {
+        f"{PREFIX}{module_name(name.removesuffix('.weight'), model)}{middle}.weight": name
+        for name in (EMBEDDING, HEAD)
+        for middle in ("", ".base_layer")
+    }
+
+
 def tensor_name(linear: str, part: str) -> str:
     """Return peft's name of A or B of a linear layer."""
     return f"{PREFIX}{linear}.lora_{part}.weight"
@@ -107,20 +111,21 @@ def read_tensors(path: Path, config: PeftConfig, model: ModelConfig, base: Tenso
     """
     file = open_adapter(path, model, PREFIX)
     entries = {n: info for n, info in file.infos.items() if not n.endswith(UNREAD)}
-    every = LoraSpec(rank=1, seed=0)
+    every, known_copies = LoraSpec(rank=1, seed=0), copies_of(model)
     known = {name for module in covered(model, every) for name in linear_names(module, model)}
     present = {name for name in known if any(tensor_name(name, part) in entries for part in "AB")}
     if not present:
-        _refuse_more(path, config, [name for name in entries if name not in COPIES])
+        _refuse_more(path, config, [name for name in entries if name not in known_copies])
+        example = module_name("model.layers.0.self_attn.q_proj", model)
         raise BadRequestError(
             f"{path}: none of its {len(entries)} tensors is LoRA's on a linear layer of this model "
             f"({'; '.join(list(entries)[:5])}). Give an adapter of a causal language model of the same kind and number "
-            f"of layers, with tensors such as {tensor_name('model.layers.0.self_attn.q_proj', 'A')}."
+            f"of layers, with tensors such as {tensor_name(example, 'A')}."
         )
     linears = present if config.targets is None else config.targets.among(known)
     if config.of_experts:
         linears |= {name for name in known if ".experts." in name}
-    copies = {name: COPIES[name] for name in entries if name in COPIES}
+    copies = {name: known_copies[name] for name in entries if name in known_copies}
     sizes = linear_sizes(model, every)
     expected: dict[str, tuple[int, ...]] = {}
     ranks = {linear: _rank(config, file, linear) for linear in sorted(linears)}
