@@ -6,14 +6,11 @@ apart. A tensor of neither is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
-from jax_client.models.families.family import Tower
+from jax_client.models.families.family import Keys, Tower
 from jax_client.models.families.registry import FAMILIES, SUPPORTED_ARCHITECTURES
 from jax_client.weights.read.tensors import IGNORED_SUFFIXES, TensorInfo, TensorReader
 
@@ -21,7 +18,7 @@ from jax_client.weights.read.tensors import IGNORED_SUFFIXES, TensorInfo, Tensor
 PLAIN = ("model.", "lm_head.")
 
 
-def tower_of(hf: Mapping[str, Any]) -> Tower | None:
+def tower_of(hf: Keys) -> Tower | None:
     """Return the text tower that a parsed config.json names; None where the model has text alone, or is not read."""
     names = hf.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):

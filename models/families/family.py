@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from jax_client.models.config import ModelConfig
+
+# A parsed config.json, by its keys.
+Keys: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,5 +71,5 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     gguf: str | None
-    read: Callable[[Mapping[str, Any], str], ModelConfig]
+    read: Callable[[Keys, str], ModelConfig]
     files: Files = Files()

@@ -9,12 +9,10 @@ Source: Gemma 3 technical report, arXiv 2503.19786.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from jax_client.models.config import ModelConfig
-from jax_client.models.families.family import Family, Files, Tower
+from jax_client.models.families.family import Family, Files, Keys, Tower
 from jax_client.models.families.hf_config import (
     positive,
     read_rope,
@@ -44,18 +42,18 @@ DEFAULTS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
+def config_from_hf(hf: Keys, where: str) -> ModelConfig:
     """Read the config.json of a Gemma 3 that has text alone."""
     return _read({**DEFAULTS, **hf}, where)
 
 
-def config_of_tower(hf: Mapping[str, Any], where: str) -> ModelConfig:
+def config_of_tower(hf: Keys, where: str) -> ModelConfig:
     """Read the config.json of a Gemma 3 with a vision tower: its `text_config`."""
     text = text_config(hf, where, tied=True)
     return replace(_read({**DEFAULTS, **text}, where), family="gemma3_vision")
 
 
-def _read(hf: Mapping[str, Any], where: str) -> ModelConfig:
+def _read(hf: Keys, where: str) -> ModelConfig:
     refuse_unless(hf, where, "hidden_activation", (None, "gelu_pytorch_tanh"))
     refuse_unless(hf, where, "attention_bias", (None, False))
     for softcap in ("attn_logit_softcapping", "final_logit_softcapping"):

@@ -5,11 +5,8 @@ Source: gpt-oss-120b and gpt-oss-20b model card, arXiv 2508.10925.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from jax_client.models.config import Experts, ModelConfig, SwigluClamp
-from jax_client.models.families.family import Family, Files
+from jax_client.models.families.family import Family, Files, Keys
 from jax_client.models.families.hf_config import (
     positive,
     read_rope,
@@ -19,7 +16,7 @@ from jax_client.models.families.hf_config import (
 )
 
 
-def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
+def config_from_hf(hf: Keys, where: str) -> ModelConfig:
     """Read a gpt-oss config.json; where `layer_types` is absent, every other layer has a window from the first on."""
     rope = read_rope(hf, where, default_theta=150_000.0)
     biased = bool(hf.get("attention_bias", True))

@@ -12,6 +12,7 @@ from typing import Any
 
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.models.config import LinearScaling, Llama3Scaling, Rope, RopeScaling, Windows, YarnScaling
+from jax_client.models.families.family import Keys
 
 # Rope types that a file may have and that are not computed from it: why, and the way out.
 ROPE_TYPES = {
@@ -24,7 +25,7 @@ ROPE_TYPES = {
 }
 
 
-def shared_fields(hf: Mapping[str, Any], where: str, rope: Rope | None = None) -> dict[str, Any]:
+def shared_fields(hf: Keys, where: str, rope: Rope | None = None) -> dict[str, Any]:
     """Return the `ModelConfig` fields that every family reads alike; refuse what the layers do not compute.
 
     Partial rotation is refused, since transformers ignores its key in the families that have no use for it.
@@ -62,7 +63,7 @@ def shared_fields(hf: Mapping[str, Any], where: str, rope: Rope | None = None) -
     }
 
 
-def text_config(hf: Mapping[str, Any], where: str, *, tied: bool) -> dict[str, Any]:
+def text_config(hf: Keys, where: str, *, tied: bool) -> dict[str, Any]:
     """Return the config of the text model of a model with several towers, with what is said of it beside.
 
     Whether the output projection is the embedding, the outer config says first, and ends of sequences may be in both.
@@ -89,7 +90,7 @@ def text_config(hf: Mapping[str, Any], where: str, *, tied: bool) -> dict[str, A
     return {**text, **beside, **({"eos_token_id": list(dict.fromkeys(eos))} if eos else {})}
 
 
-def refuse_unless(hf: Mapping[str, Any], where: str, key: str, allowed: tuple[Any, ...]) -> None:
+def refuse_unless(hf: Keys, where: str, key: str, allowed: tuple[Any, ...]) -> None:
     """Raise UnsupportedError if `hf[key]` is none of the values that the layers compute."""
     if hf.get(key) not in allowed:
         raise UnsupportedError(
@@ -98,7 +99,7 @@ def refuse_unless(hf: Mapping[str, Any], where: str, key: str, allowed: tuple[An
         )
 
 
-def refuse_sliding_window(hf: Mapping[str, Any], where: str) -> None:
+def refuse_sliding_window(hf: Keys, where: str) -> None:
     """Raise UnsupportedError if a layer would see only a window of its context."""
     window, context = hf.get("sliding_window"), hf.get("max_position_embeddings", 0)
     layer_types = set(hf.get("layer_types") or ["full_attention"])
@@ -110,7 +111,7 @@ def refuse_sliding_window(hf: Mapping[str, Any], where: str) -> None:
         )
 
 
-def read_windows(hf: Mapping[str, Any], where: str, layers: Sequence[int], rope: Rope | None = None) -> Windows | None:
+def read_windows(hf: Keys, where: str, layers: Sequence[int], rope: Rope | None = None) -> Windows | None:
     """Return the windows of these layers; None where none of them has one, or it is as long as the context.
 
     Raises:
@@ -129,7 +130,7 @@ def read_windows(hf: Mapping[str, Any], where: str, layers: Sequence[int], rope:
     return Windows(size=window, layers=tuple(layers), rope=rope)
 
 
-def windowed_layers(hf: Mapping[str, Any], where: str, usual: Callable[[int], bool]) -> list[int]:
+def windowed_layers(hf: Keys, where: str, usual: Callable[[int], bool]) -> list[int]:
     """Return which layers have a window by `layer_types`; where it is absent, those of which `usual(layer)` says so.
 
     Raises:
@@ -150,7 +151,7 @@ def windowed_layers(hf: Mapping[str, Any], where: str, usual: Callable[[int], bo
     return [i for i, kind in enumerate(types) if kind == "sliding_attention"]
 
 
-def positive(hf: Mapping[str, Any], where: str, key: str, default: float) -> float:
+def positive(hf: Keys, where: str, key: str, default: float) -> float:
     """Return the number of a key, or the default where it is absent or null; BadRequestError unless it is above 0."""
     value = default if hf.get(key) is None else hf[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
@@ -158,7 +159,7 @@ def positive(hf: Mapping[str, Any], where: str, key: str, default: float) -> flo
     return float(value)
 
 
-def head_width(hf: Mapping[str, Any]) -> int:
+def head_width(hf: Keys) -> int:
     """Return the width of a head; 0 where the config has no heads, which `ModelConfig` refuses."""
     n_heads = int(hf["num_attention_heads"])
     return hf.get("head_dim") or (hf["hidden_size"] // n_heads if n_heads > 0 else 0)
@@ -170,7 +171,7 @@ def rope_advice(kind: object) -> str:
     return f"About {kind!r}: {known}." if known else "Use a model with one of them."
 
 
-def read_rope(hf: Mapping[str, Any], where: str, layer_type: str | None = None, default_theta: float = 10000.0) -> Rope:
+def read_rope(hf: Keys, where: str, layer_type: str | None = None, default_theta: float = 10000.0) -> Rope:
     """Return the rotation from `rope_parameters` (transformers 5), or from `rope_scaling` and keys beside it.
 
     Args:
@@ -224,7 +225,7 @@ def read_rope(hf: Mapping[str, Any], where: str, layer_type: str | None = None, 
 class _Numbers:
     """The numbers of a rope scaling; a missing or wrong one is refused by its key."""
 
-    def __init__(self, rope: Mapping[str, Any], kind: str, where: str):
+    def __init__(self, rope: Keys, kind: str, where: str):
         self._rope, self._kind, self._where = rope, kind, where
 
     def get(self, key: str, default: float | None = None, *, least: float = 0.0) -> float:

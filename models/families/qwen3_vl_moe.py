@@ -5,17 +5,15 @@ Its three rotary positions are equal for text, so that it rotates as a Qwen3 doe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from jax_client.models.config import ModelConfig
 from jax_client.models.families import qwen3_moe
-from jax_client.models.families.family import Family, Files, Tower
+from jax_client.models.families.family import Family, Files, Keys, Tower
 from jax_client.models.families.hf_config import refuse_unless, text_config
 
 
-def config_from_hf(hf: Mapping[str, Any], where: str) -> ModelConfig:
+def config_from_hf(hf: Keys, where: str) -> ModelConfig:
     """Read the config.json of a Qwen3-VL with experts: its `text_config`."""
     text = text_config(hf, where, tied=False)
     # The layers always divide by the sum of the chosen experts' weights.

@@ -43,18 +43,23 @@ def _experts(c: ModelConfig, pairs: Pairs) -> Mapping[str, dict[str, list[tuple[
     }
 
 
-def fused_matrix(matrices: Sequence[np.ndarray], order: str) -> np.ndarray:
-    """Return the matrix that a file has of an expert for its gate and up, or for its down alone.
+def fused_product(pairs: Sequence[tuple[np.ndarray, np.ndarray]], order: str) -> np.ndarray:
+    """Return A B of an expert's gate and up, or of its down alone, as the matrix that a file has of them.
 
     Args:
-        matrices: gate and up, or down, (out, in) each.
+        pairs: A (R, in) and B (R, out) of gate and of up, or of down.
         order: `Files.experts`.
     """
     if order == "rows":
-        return np.concatenate(matrices)
-    if order == "columns":
-        return np.concatenate([matrix.T for matrix in matrices], axis=1)
-    return np.stack([matrix.T for matrix in matrices], axis=-1).reshape(matrices[0].shape[1], -1)
+        return np.concatenate([b_RO.T @ a_RI for a_RI, b_RO in pairs])
+    if order == "columns" or len(pairs) == 1:
+        return np.concatenate([a_RI.T @ b_RO for a_RI, b_RO in pairs], axis=1)
+    # As one product, of which each B has columns of its own, it is written in order.
+    (gate_RI, gate_RO), (up_RI, up_RO) = pairs
+    R, F = gate_RO.shape
+    b = np.zeros((2 * R, 2 * F), gate_RO.dtype)
+    b[:R, ::2], b[R:, 1::2] = gate_RO, up_RO
+    return np.concatenate([gate_RI, up_RI]).T @ b
 
 
 def in_one_tensor(c: ModelConfig) -> bool:

@@ -32,7 +32,7 @@ from jax_client.weights.read.tensors import EMBEDDING, HEAD, TensorReader, check
 from jax_client.weights.read.tokenizer import load_tokenizer
 from jax_client.weights.towers import TowerReader, module_name
 from jax_client.weights.write.adapter_names import Pairs, to_pairs
-from jax_client.weights.write.expert_layouts import fused_matrix
+from jax_client.weights.write.expert_layouts import fused_product
 from jax_client.weights.write.shards import Tensor, check_space, write_model
 
 logger = logging.getLogger(__name__)
@@ -146,8 +146,8 @@ def _addition(name: str, pairs: Pairs, scale: float, files: Files) -> Addition |
         return None
 
     def of_expert(e: int) -> np.ndarray:
-        own = [_product(pairs[f"{prefix}.{e}.{projection}"], scale, slice(None)) for projection in projections]
-        return fused_matrix(own, files.experts)
+        own = [pairs[f"{prefix}.{e}.{projection}"] for projection in projections]
+        return np.float32(scale) * fused_product(own, files.experts)
 
     return lambda first, end: np.stack([of_expert(e) for e in range(first, end)])
 

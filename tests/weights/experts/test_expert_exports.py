@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_client.errors import UnsupportedError
+from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.values import AdapterState
 from jax_client.weights.read.source import resolve
 from jax_client.weights.write.merged import write_merged
@@ -123,6 +123,15 @@ def test_the_shared_layout_has_one_matrix_for_all(tmp_path: Path) -> None:
     back = read_adapter(tmp_path / "adapter", cases.model_config(case))
     for name, array in state(case).weights.items():
         np.testing.assert_array_equal(back.weights[name], array)
+
+
+def test_a_shared_matrix_of_another_number_of_experts_is_named(tmp_path: Path) -> None:
+    tensors = export(tmp_path, "qwen3_moe_mixed", "sglang")
+    name = "base_model.model.model.layers.2.mlp.experts.w2.lora_A.weight"
+    tensors[name] = tensors[name][:3]
+    save_file(tensors, tmp_path / "adapter" / WEIGHTS)
+    with pytest.raises(BadRequestError, match=r"experts\.w2\.lora_A\.weight is \(3, .*expected 1 or 8 matrices"):
+        read_adapter(tmp_path / "adapter", cases.model_config("qwen3_moe_mixed"))
 
 
 def test_experts_with_matrices_of_their_own_are_refused(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_client.errors import BadRequestError, UnsupportedError
+from jax_client.runs.lifecycle.export_check import check_export
 from jax_client.weights.read.quantized.reader import QuantizedReader
 from jax_client.weights.read.source import resolve
 from jax_client.weights.write.merged import write_merged
 from jax_client.weights.write.peft import CONFIG, WEIGHTS, Program, read_adapter, write_adapter
 from support.families import cases, mxfp4
+from support.families.engine import open_engine
 from support.families.exports import expected_logits, logits, state, torch_model
 from support.golden_cases import RANK
 from support.weight_files import write_hf
@@ -84,6 +86,18 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     assert back.spec == replace(state(CASE).spec, seed=back.spec.seed)
     for name, array in state(CASE).weights.items():
         np.testing.assert_array_equal(back.weights[name], array)
+
+
+def test_the_check_of_exports_passes(tmp_path: Path) -> None:
+    engine = open_engine(tmp_path / "m", CASE)
+    for program in ("peft", "vllm"):
+        out = directory(tmp_path, program)
+        write_adapter(out, state(CASE), engine.model, "base", program)
+        assert check_export(engine, state(CASE), out).difference == 0.0
+    out = directory(tmp_path, "merged")
+    write_merged(out, engine.source, engine.model, state(CASE), dtype="float32")
+    assert 0 < check_export(engine, state(CASE), out).difference < 1e-3
+    engine.close()
 
 
 def test_a_scale_of_its_own_comes_back_in_b(tmp_path: Path) -> None:
