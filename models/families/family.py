@@ -8,12 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from jax_client.models.config import ModelConfig
 
 # A parsed config.json.
-HfConfig = Mapping[str, Any]
+HfConfig: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tower:
+    """The text model inside a model that reads images, too; nothing else of it is read.
+
+    Attributes:
+        modules: how the names of its modules begin in transformers, in place of "model.".
+        stored: how the names of its tensors begin in files, in place of "model." and of "lm_head."; in the first form
+            that the files have.
+        others: how the names of the other towers' tensors begin.
+    """
+
+    modules: str
+    stored: tuple[tuple[str, str], ...]
+    others: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,12 +43,14 @@ class Files:
         experts: the matrices of a layer where they are one tensor: "rows", gate above up (E, 2F, D) and down (E, D, F);
             or with the input first, (E, D, 2F) and (E, F, D), "columns" with gate beside up, or "interleaved" with a
             column of gate and one of up by turns.
+        tower: where the text model is one of several.
     """
 
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     added_to_one: bool = False
     router: str = "mlp.gate"
     experts: Literal["rows", "columns", "interleaved"] = "rows"
+    tower: Tower | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -63,6 +63,33 @@ def shared_fields(hf: HfConfig, where: str, rope: Rope | None = None) -> dict[st
     }
 
 
+def text_config(hf: HfConfig, where: str, *, tied: bool) -> dict[str, Any]:
+    """Return the config of the text model of a model with several towers, with what is said of it beside.
+
+    Whether the output projection is the embedding, the outer config says first, and ends of sequences may be in both.
+
+    Args:
+        hf: the parsed config.json.
+        where: the file, for messages.
+        tied: where neither says so.
+
+    Raises:
+        BadRequestError: there is no such config.
+    """
+    text = hf.get("text_config")
+    if not isinstance(text, Mapping):
+        raise BadRequestError(
+            f"{where}: text_config is {text!r:.80}; it must be an object with the text model's keys. A complete "
+            "config.json is needed."
+        )
+    eos: list[Any] = []
+    for found in (hf.get("eos_token_id"), text.get("eos_token_id")):
+        eos += found if isinstance(found, list) else [] if found is None else [found]
+    flags = [found for config in (hf, text) if (found := config.get("tie_word_embeddings")) is not None]
+    beside = {"tie_word_embeddings": flags[0] if flags else tied}
+    return {**text, **beside, **({"eos_token_id": list(dict.fromkeys(eos))} if eos else {})}
+
+
 def refuse_unless(hf: HfConfig, where: str, key: str, allowed: tuple[Any, ...]) -> None:
     """Raise UnsupportedError if `hf[key]` is none of the values that the layers compute."""
     if hf.get(key) not in allowed:
@@ -198,7 +225,7 @@ def read_rope(hf: HfConfig, where: str, layer_type: str | None = None, default_t
 class _Numbers:
     """The numbers of a rope scaling; a missing or wrong one is refused by its key."""
 
-    def __init__(self, rope: Mapping[str, Any], kind: str, where: str):
+    def __init__(self, rope: HfConfig, kind: str, where: str):
         self._rope, self._kind, self._where = rope, kind, where
 
     def get(self, key: str, default: float | None = None, *, least: float = 0.0) -> float:

@@ -49,11 +49,14 @@ def _chunk_tokens(chunk: object, where: str) -> np.ndarray:
     if isinstance(chunk, types.ImageAssetPointerChunk):
         raise UnsupportedError(
             f"{where} is an image_asset_pointer to {shown(chunk.location)}: the server does not fetch URLs or files, "
-            "and the model reads text only. Remove the chunk."
+            "and only text is read here, of models with a vision tower, too. Remove the chunk."
         )
     kind = getattr(chunk, "type", type(chunk).__name__)
     if kind in ("image", "dmel"):
-        raise UnsupportedError(f"{where} is of type {kind!r}; the model reads text only. Remove the chunk.")
+        raise UnsupportedError(
+            f"{where} is of type {kind!r}; only text is read here, of models with a vision tower, too. Remove the "
+            "chunk."
+        )
     raise BadTypeError(f"{where} is {type(chunk).__name__}, expected EncodedTextChunk(tokens=...).")
 
 

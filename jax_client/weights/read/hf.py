@@ -16,6 +16,7 @@ from jax_client.values import JsonObject
 from jax_client.weights.read import safetensors
 from jax_client.weights.read.quantized.reader import QuantizedReader
 from jax_client.weights.read.tensors import TensorInfo, TensorReader
+from jax_client.weights.towers import TowerReader, tower_of
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -64,17 +65,22 @@ class HfReader:
 def open_weights(directory: Path, dtype: DTypeLike = np.float32) -> TensorReader:
     """Open a directory's shards; of a quantised release, as the tensors that its codes and scales stand for.
 
+    Of a model with several towers the reader shows the text model's, see `weights.towers`.
+
     Args:
         directory: with a config.json.
         dtype: that FP8 weights are read in. Others are read as they are stored.
 
     Raises:
-        BadRequestError: as `HfReader`; codes and scales that do not fit each other.
+        BadRequestError: as `HfReader`; codes and scales that do not fit each other; a tensor of no tower.
         UnsupportedError: a quantised format that is not read.
     """
-    quantization = read_quantization(read_json(directory, CONFIG), str(directory / CONFIG))
-    files = HfReader(directory)
-    return files if quantization is None else QuantizedReader(files, quantization, dtype)
+    config = read_json(directory, CONFIG)
+    quantization, tower = read_quantization(config, str(directory / CONFIG)), tower_of(config)
+    files: TensorReader = HfReader(directory)
+    if quantization is not None:
+        files = QuantizedReader(files, quantization, dtype)
+    return files if tower is None else TowerReader(files, tower)
 
 
 def has_weights(directory: Path) -> bool:

@@ -31,12 +31,14 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# `NUMPY_DTYPES` are those of weights. The others are of codes and scales, which stand for weights only together.
+# `NUMPY_DTYPES` are those of weights. The others are of codes and scales, which stand for weights only together, and of
+# what is copied unread.
 STORED_DTYPES = NUMPY_DTYPES | {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "U8": np.dtype(np.uint8),
     "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
 }
 MAX_HEADER_BYTES = 100_000_000
 AGAIN = "The file is damaged: delete it and download it again."

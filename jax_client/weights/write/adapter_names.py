@@ -18,6 +18,7 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.parts.moe import MOE
 from jax_client.models.plan import kinds, layers_of
 from jax_client.values import AdapterState, LoraSpec
+from jax_client.weights.towers import module_name
 
 UNEMBED = "unembed"
 # By module: the part of a layer, and the projection there.
@@ -53,7 +54,7 @@ def linear_names(module: str, c: ModelConfig) -> list[str]:
     kind = next(kind for kind in kinds(c) if module in kind.modules(c, 1))
     experts = range(c.experts.count) if kind is MOE and c.experts is not None else (0,)
     return [
-        f"model.layers.{layer}.{part.format(expert=expert)}{projection}"
+        module_name(f"model.layers.{layer}.{part.format(expert=expert)}{projection}", c)
         for layer in layers_of(c, kind)
         for expert in experts
     ]

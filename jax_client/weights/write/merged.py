@@ -1,6 +1,7 @@
 """How does a base model with an adapter become one model in Hugging Face layout? The product of A and B is added to W.
 
-Each weight is read, added to and written a few rows at a time: W + (alpha / rank) (A B)^T in float32, then rounded.
+Each weight is read, added to and written a few rows at a time, and of stacked experts one: W + (alpha / rank) (A B)^T
+in float32, then rounded.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Literal
 
 import numpy as np
 
-from jax_client.errors import BadRequestError
+from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.models.config import ModelConfig
+from jax_client.models.families.family import Files
+from jax_client.models.families.registry import FAMILIES
 from jax_client.models.parts.lora import LORA_ALPHA
 from jax_client.models.quantization import without_quantization
 from jax_client.values import AdapterState, JsonObject
@@ -27,7 +30,9 @@ from jax_client.weights.read.names import expected_tensors
 from jax_client.weights.read.source import ModelSource
 from jax_client.weights.read.tensors import EMBEDDING, HEAD, TensorReader, check_tensors
 from jax_client.weights.read.tokenizer import load_tokenizer
+from jax_client.weights.towers import TowerReader, module_name
 from jax_client.weights.write.adapter_names import Pairs, to_pairs
+from jax_client.weights.write.expert_layouts import fused_product
 from jax_client.weights.write.shards import Tensor, check_space, write_model
 
 logger = logging.getLogger(__name__)
@@ -38,7 +43,8 @@ LEAST_KEPT = 0.9
 SAMPLE = 2**18  # elements of each weight that are looked at for it
 # f(first, end) -> what is added to rows [first, end) of a tensor.
 Addition = Callable[[int, int], np.ndarray]
-# The end of the name of a tensor that holds all experts of a layer, and which projections it holds of each.
+# The end of the name of a tensor that holds all experts of a layer, and which projections it holds of each;
+# `Files.experts` says in which order.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 COPIED = (
     "generation_config.json",
@@ -52,6 +58,9 @@ COPIED = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -66,6 +75,8 @@ def write_merged(
 ) -> None:
     """Write a complete model directory: weights with the adapter added, config, tokenizer.
 
+    The other towers of a model are copied as they are.
+
     An adapter on the output projection of a model that ties it to its embedding unties them: the directory then holds
     an output projection of its own.
 
@@ -74,12 +85,12 @@ def write_merged(
         source: the base model, of either kind.
         config: from `load.read_config` of that source.
         state: the adapter; None writes the base model as it is.
-        dtype: of every tensor written.
+        dtype: of every tensor written, but for those that are copied.
         shard_bytes: most bytes of a weight file, unless a single tensor needs more.
 
     Raises:
         BadRequestError: the adapter is not one of this model; damaged or misfitting base weights.
-        UnsupportedError: a GGUF tokenizer that is not read.
+        UnsupportedError: a GGUF tokenizer that is not read; a dtype of another tower that is not copied.
         RequestFailedError: there is not enough space on the disk.
     """
     pairs = {} if state is None else to_pairs(state, config)
@@ -92,11 +103,18 @@ def write_merged(
     if untied:
         sources[HEAD] = EMBEDDING
     numpy_dtype = DTYPES[dtype]
+    files = FAMILIES[config.family].files
     parts = {
-        written: _Merged(reader, name, _addition(written, pairs, scale), numpy_dtype)
+        written: _Merged(reader, name, _addition(module_name(written, config), pairs, scale, files), numpy_dtype)
         for written, name in sources.items()
     }
-    tensors = [Tensor(name=n, shape=expected[sources[n]], rows=part.rows) for n, part in parts.items()]
+    tower = reader if isinstance(reader, TowerReader) else None
+    tensors = [
+        Tensor(name=tower.stored_name(n) if tower else n, shape=expected[sources[n]], rows=part.rows)
+        for n, part in parts.items()
+    ]
+    if tower:
+        tensors += [_copy(tower, name) for name in tower.others]
     check_space(directory, sum(tensor.nbytes(numpy_dtype) for tensor in tensors))
     # What can be refused comes before the long part.
     _write_tokenizer(directory, source)
@@ -105,7 +123,19 @@ def write_merged(
     _say_what_rounding_took(list(parts.values()), dtype)
 
 
-def _addition(name: str, pairs: Pairs, scale: float) -> Addition | None:
+def _copy(tower: TowerReader, name: str) -> Tensor:
+    """Return a tensor of another tower as it is, in its own dtype."""
+    info = tower.others[name]
+    if info.dtype not in safetensors.STORED_DTYPES:
+        raise UnsupportedError(
+            f"{info.file}: tensor {name} has dtype {info.dtype}, which is not copied; copied are "
+            f"{', '.join(safetensors.STORED_DTYPES)}. Use an unquantised copy of the model."
+        )
+    dtype = safetensors.STORED_DTYPES[info.dtype]
+    return Tensor(name=name, shape=info.shape, rows=lambda first, end: tower.read_other(name)[first:end], dtype=dtype)
+
+
+def _addition(name: str, pairs: Pairs, scale: float, files: Files) -> Addition | None:
     """Return what an adapter adds to a tensor; None where it does not cover it."""
     if (pair := pairs.get(name.removesuffix(".weight"))) is not None:
         return lambda first, end: _product(pair, scale, slice(first, end))
@@ -115,11 +145,11 @@ def _addition(name: str, pairs: Pairs, scale: float) -> Addition | None:
     if not projections or f"{prefix}.0.{projections[0]}" not in pairs:
         return None
 
-    def of_experts(first: int, end: int) -> np.ndarray:
-        each = ([pairs[f"{prefix}.{e}.{projection}"] for projection in projections] for e in range(first, end))
-        return np.stack([np.concatenate([_product(pair, scale, slice(None)) for pair in own]) for own in each])
+    def of_expert(e: int) -> np.ndarray:
+        own = [pairs[f"{prefix}.{e}.{projection}"] for projection in projections]
+        return np.float32(scale) * fused_product(own, files.experts)
 
-    return of_experts
+    return lambda first, end: np.stack([of_expert(e) for e in range(first, end)])
 
 
 def _product(pair: tuple[np.ndarray, np.ndarray], scale: float, rows: slice) -> np.ndarray:
@@ -146,13 +176,21 @@ class _Merged:
         self._reader, self._name, self._addition, self._dtype = reader, name, addition, dtype
         self._base: np.ndarray | None = None
 
-    def rows(self, first: int, end: int) -> np.ndarray:
-        """Return rows [first, end); those of one tensor are asked for in order."""
+    def _read(self, first: int, end: int) -> np.ndarray:
+        """Return rows [first, end) of the base model's tensor, float32."""
+        if len(self._reader.tensors[self._name].shape) == 3:
+            # Stacked experts. Of a quantised release no other is decoded, so that one is in memory at a time.
+            return np.stack([self._reader.read_expert(self._name, e) for e in range(first, end)], dtype=np.float32)
         if self._base is None:
             self._base = self._reader.read(self._name)
         x = self._base[first:end].astype(np.float32)
         if end == len(self._base):
             self._base = None  # of a GGUF file it is a float32 array, and not a view of the file
+        return x
+
+    def rows(self, first: int, end: int) -> np.ndarray:
+        """Return rows [first, end); those of one tensor are asked for in order."""
+        x = self._read(first, end)
         if self._addition is not None:
             added = self._addition(first, end)
             if first == 0:
@@ -194,8 +232,10 @@ def _hf_config(source: ModelSource, dtype: str, untied: bool) -> JsonObject:
         # The weights are written as plain numbers, whatever they were.
         config = without_quantization(hf.read_json(source.path, hf.CONFIG))
     # transformers 5 writes `dtype`; versions before 4.56, and servers built on them, read `torch_dtype` alone.
-    config |= {"dtype": dtype, "torch_dtype": dtype}
-    return config | {"tie_word_embeddings": False} if untied else config
+    said = {"dtype": dtype, "torch_dtype": dtype} | ({"tie_word_embeddings": False} if untied else {})
+    if isinstance(text := config.get("text_config"), dict):
+        config["text_config"] = text | {key: value for key, value in said.items() if key in text}
+    return config | said
 
 
 def _write_tokenizer(directory: Path, source: ModelSource) -> None:

@@ -16,12 +16,13 @@ import numpy as np
 
 from jax_client.errors import NotFoundError, UnsupportedError
 from jax_client.models.config import ModelConfig
+from jax_client.models.families.registry import FAMILIES
 from jax_client.models.parts.lora import LORA_ALPHA
 from jax_client.values import AdapterState
 from jax_client.weights.read import hf
 from jax_client.weights.read.tensors import TensorReader
 from jax_client.weights.write import expert_layouts
-from jax_client.weights.write.adapter_names import PROJECTIONS, covered, from_pairs, linear_sizes, to_pairs
+from jax_client.weights.write.adapter_names import PROJECTIONS, Pairs, covered, from_pairs, linear_sizes, to_pairs
 from jax_client.weights.write.peft_config import CONFIG, PEFT_VERSION, PeftConfig, read_peft_config
 from jax_client.weights.write.peft_tensors import PREFIX, AdapterTensors, read_tensors
 from jax_client.weights.write.shards import Tensor, check_space, write_file
@@ -50,7 +51,7 @@ def write_adapter(
 
     Raises:
         UnsupportedError: an adapter on the output projection of a model that ties it to its embedding, for another
-            program than peft.
+            program than peft; one on experts in a form that the program does not read.
         BadRequestError: the adapter is not one of this model.
         RequestFailedError: there is not enough space on the disk.
     """
@@ -58,25 +59,13 @@ def write_adapter(
     if state.spec.train_unembed and config.tied_embeddings:
         _refuse_tied_head(program)
     modules = list(dict.fromkeys(PROJECTIONS[module][1] for module in covered(config, state.spec)))
-    changes: dict[str, object] = {"target_modules": modules}
+    # The other towers of a model have modules of the same names.
+    whole_names = FAMILIES[config.family].files.tower is not None
+    changes: dict[str, object] = {"target_modules": list(pairs) if whole_names else modules}
     matrices = {f"{name}.lora_{ab}": m for name, (a, b) in pairs.items() for ab, m in (("A", a), ("B", b.T))}
     if expert_layouts.has_experts(config, pairs):
-        if program == "peft":
-            _refuse_dense_layers(config)
-            matrices = expert_layouts.fused(config, pairs)
-            changes = {
-                "target_modules": [name for name in pairs if ".experts." not in name],
-                "target_parameters": expert_layouts.TARGETS,
-                "rank_pattern": {expert_layouts.GATE_UP: 2 * state.spec.rank},
-                "alpha_pattern": {expert_layouts.GATE_UP: 2 * int(LORA_ALPHA)},
-            }
-        elif program == "sglang":
-            matrices = expert_layouts.shared(config, pairs)
-        elif program is None:
-            logger.warning(
-                "the adapter covers experts, which programs read in layouts of their own: this one is for vLLM. For "
-                "others name the program: --for peft, --for sglang"
-            )
+        matrices, changed = _of_experts(config, pairs, state.spec.rank, program, matrices)
+        changes |= changed
     tensors = [Tensor(name=f"{PREFIX}{n}.weight", shape=m.shape, rows=_slicer(m)) for n, m in matrices.items()]
     check_space(directory, sum(tensor.nbytes(F32) for tensor in tensors))
     write_file(directory / WEIGHTS, tensors, F32)
@@ -98,6 +87,45 @@ def write_adapter(
         "alpha_pattern": {},
     }
     (directory / CONFIG).write_text(json.dumps(adapter_config | changes, indent=2) + "\n")
+
+
+def _of_experts(
+    config: ModelConfig, pairs: Pairs, rank: int, program: Program | None, apart: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+    """Return the matrices of an adapter on experts as a program reads them, and what its configuration says of them.
+
+    Args:
+        apart: the matrices, with those of each expert apart.
+    """
+    in_one = expert_layouts.in_one_tensor(config)
+    if program == "peft" or (in_one and program != "sglang"):
+        _refuse_dense_layers(config)
+        if in_one and program != "peft":
+            logger.warning(
+                "the adapter covers experts. This layout is that of peft and vLLM for this model; vLLM's "
+                "--max-lora-rank must be %d at least, since gate and up are one matrix of twice the rank",
+                2 * rank,
+            )
+        changes = {
+            "target_modules": [name for name in pairs if ".experts." not in name],
+            "target_parameters": expert_layouts.TARGETS,
+            "rank_pattern": {expert_layouts.GATE_UP: 2 * rank},
+            "alpha_pattern": {expert_layouts.GATE_UP: 2 * int(LORA_ALPHA)},
+        }
+        return expert_layouts.fused(config, pairs), changes
+    if program == "sglang":
+        if FAMILIES[config.family].files.experts == "interleaved":
+            raise UnsupportedError(
+                "this model has the columns of gate and up by turns, and no version of SGLang is known that reads an "
+                "adapter of such experts. Export the merged model (--format merged), or the adapter --for vllm."
+            )
+        return expert_layouts.shared(config, pairs), {}
+    if program is None:
+        logger.warning(
+            "the adapter covers experts, which programs read in layouts of their own: this one is for vLLM. For "
+            "others name the program: --for peft, --for sglang"
+        )
+    return apart, {}
 
 
 def _refuse_dense_layers(config: ModelConfig) -> None:
@@ -149,7 +177,7 @@ def read_adapter(directory: Path, config: ModelConfig, base: TensorReader | None
     found = read_peft_config(directory)
     tensors = read_tensors(_weights_file(directory), found, config, base)
     spec = tensors.spec()
-    factors = {name: found.alpha_over(name, spec.rank) / LORA_ALPHA for name in tensors.linears}
+    factors = {name: found.alpha_over(tensors.module(name), spec.rank) / LORA_ALPHA for name in tensors.linears}
     pairs = {}
     for name, (n_in, n_out) in linear_sizes(config, spec).items():
         a_RI, b_RO = np.zeros((spec.rank, n_in), np.float32), np.zeros((spec.rank, n_out), np.float32)
@@ -187,7 +215,7 @@ def _say_what_differs(
             LORA_ALPHA,
             _few([f"{factor:.6g}" for factor in sorted(different)]),
         )
-    if ranks := {found.rank_of(name) for name in factors} - {tensors.rank}:
+    if ranks := {tensors.ranks[name] for name in factors} - {tensors.rank}:
         logger.warning(
             "%s: its ranks are %s; all have %d here, filled up with zeros, which add nothing and stay zero in training",
             path,

@@ -69,6 +69,7 @@ class PeftConfig:
         rank_stabilised: the scale is alpha over the root of the rank.
         dropout: of its training.
         targets: which linear layers it covers; None where only the tensors tell.
+        of_experts: it covers the parameters that hold the experts of a layer ("target_parameters").
         bias: which biases it trained: "none", "all" or "lora_only".
         initial_weights: init_lora_weights.
         unknown: fields that are in no version of peft up to 0.21.
@@ -82,6 +83,7 @@ class PeftConfig:
     rank_stabilised: bool
     dropout: float
     targets: Targets | None
+    of_experts: bool
     bias: str
     initial_weights: object
     unknown: tuple[str, ...]
@@ -120,6 +122,7 @@ def read_peft_config(directory: Path) -> PeftConfig:
         rank_stabilised=bool(raw.get("use_rslora")),
         dropout=_positive(path, "lora_dropout", dropout) if dropout else 0.0,
         targets=_targets(raw, path),
+        of_experts=bool(raw.get("target_parameters")),
         bias=str(raw.get("bias") or "none"),
         initial_weights=raw.get("init_lora_weights"),
         unknown=unknown,
@@ -162,6 +165,8 @@ def _refuse(raw: Mapping[str, object], path: Path) -> tuple[str, ...]:
             f"FOLDER OF THE INITIAL ADAPTER), which makes plain LoRA of it.{other}"
         )
     present = [key for key, value in raw.items() if value not in NOTHING]
+    if _are_experts(raw.get("target_parameters")):
+        present.remove("target_parameters")
     if refused := [key for key in present if key in REFUSED]:
         key = refused[0]
         others = f" (and {', '.join(refused[1:])})" if len(refused) > 1 else ""
@@ -234,6 +239,12 @@ def _positive(path: Path, field: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise BadRequestError(f"{path}: {field} is {value!r:.80}; expected a number above 0.")
     return float(value)
+
+
+def _are_experts(parameters: object) -> bool:
+    """Return whether target_parameters are those that hold the experts of every layer, both of them."""
+    ends = [name.rsplit(".experts.")[-1] for name in parameters] if _is_names(parameters) else []
+    return sorted(ends) == ["down_proj", "gate_up_proj"]
 
 
 def _is_names(value: object) -> TypeGuard[list[str]]:

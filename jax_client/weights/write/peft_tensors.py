@@ -7,7 +7,7 @@ Only copies that are equal to the base model's change nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +17,14 @@ from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.models.config import ModelConfig
 from jax_client.values import LoraSpec
 from jax_client.weights.read import safetensors
-from jax_client.weights.read.tensors import EMBEDDING, HEAD, TensorReader
+from jax_client.weights.read.tensors import EMBEDDING, HEAD, TensorInfo, TensorReader
+from jax_client.weights.towers import module_name
+from jax_client.weights.write.adapter_file import AdapterFile, open_adapter
 from jax_client.weights.write.adapter_names import covered, linear_names, linear_sizes
 from jax_client.weights.write.peft_config import CONFIG, PeftConfig, way_out
 
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."
-# Where peft saves a copy of the base model's embedding or output projection, and what it is a copy of.
-COPIES = {
-    f"{PREFIX}{stem}{middle}.weight": f"{stem}.weight"
-    for stem in (EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight"))
-    for middle in ("", ".base_layer")
-}
 # VeLoRA's estimate of activations, which only its gradients read.
 UNREAD = ".lora_velora_embed"
 # What the ends of other names mean.
@@ -48,19 +44,31 @@ class AdapterTensors:
     """The matrices of an adapter file.
 
     Attributes:
-        path, entries: the file and its tensors.
-        linears: the names of the linear layers that they adapt, such as "model.layers.0.self_attn.q_proj".
-        rank: the largest of theirs.
+        path, file: the file, opened.
+        ranks: by the linear layers that they adapt, such as "model.layers.0.self_attn.q_proj".
     """
 
     path: Path
-    entries: Mapping[str, safetensors.Entry]
-    linears: frozenset[str]
-    rank: int
+    file: AdapterFile
+    ranks: Mapping[str, int]
+
+    @property
+    def linears(self) -> Collection[str]:
+        """The names of the linear layers."""
+        return self.ranks.keys()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(self.ranks.values())
+
+    def module(self, linear: str) -> str:
+        """Return peft's name of what a linear layer is a part of, by which its configuration gives rank and alpha."""
+        return self.file.parameters.get(linear, linear)
 
     def matrix(self, linear: str, part: str) -> np.ndarray:
         """Return A (R, in) or B (out, R) of one linear layer, float32."""
-        return safetensors.view(self.path, self.entries[tensor_name(linear, part)]).astype(np.float32)
+        return self.file.read(tensor_name(linear, part)).astype(np.float32)
 
     def spec(self) -> LoraSpec:
         """Return the smallest configuration that covers these linear layers."""
@@ -72,6 +80,15 @@ class AdapterTensors:
             train_mlp="mlp" in names,
             train_unembed="lm_head" in names,
         )
+
+
+def copies_of(model: ModelConfig) -> dict[str, str]:
+    """Return where peft saves a copy of the base model's embedding or output projection, and what it is a copy of."""
+    return {
+        f"{PREFIX}{module_name(name.removesuffix('.weight'), model)}{middle}.weight": name
+        for name in (EMBEDDING, HEAD)
+        for middle in ("", ".base_layer")
+    }
 
 
 def tensor_name(linear: str, part: str) -> str:
@@ -92,35 +109,41 @@ def read_tensors(path: Path, config: PeftConfig, model: ModelConfig, base: Tenso
         UnsupportedError: tensors that are more than A and B of linear layers, or of a dtype that is not read.
         BadRequestError: missing, extra, misshapen or not finite: how many, and the first five.
     """
-    entries = {n: e for n, e in safetensors.read_header(path).items() if not n.endswith(UNREAD)}
-    every = LoraSpec(rank=1, seed=0)
+    file = open_adapter(path, model, PREFIX)
+    entries = {n: info for n, info in file.infos.items() if not n.endswith(UNREAD)}
+    every, known_copies = LoraSpec(rank=1, seed=0), copies_of(model)
     known = {name for module in covered(model, every) for name in linear_names(module, model)}
     present = {name for name in known if any(tensor_name(name, part) in entries for part in "AB")}
     if not present:
-        _refuse_more(path, config, [name for name in entries if name not in COPIES])
+        _refuse_more(path, config, [name for name in entries if name not in known_copies])
+        example = module_name("model.layers.0.self_attn.q_proj", model)
         raise BadRequestError(
             f"{path}: none of its {len(entries)} tensors is LoRA's on a linear layer of this model "
             f"({'; '.join(list(entries)[:5])}). Give an adapter of a causal language model of the same kind and number "
-            f"of layers, with tensors such as {tensor_name('model.layers.0.self_attn.q_proj', 'A')}."
+            f"of layers, with tensors such as {tensor_name(example, 'A')}."
         )
     linears = present if config.targets is None else config.targets.among(known)
-    copies = {name: COPIES[name] for name in entries if name in COPIES}
+    if config.of_experts:
+        linears |= {name for name in known if ".experts." in name}
+    copies = {name: known_copies[name] for name in entries if name in known_copies}
     sizes = linear_sizes(model, every)
     expected: dict[str, tuple[int, ...]] = {}
-    for linear in sorted(linears):
+    ranks = {linear: _rank(config, file, linear) for linear in sorted(linears)}
+    for linear, rank in ranks.items():
         n_in, n_out = sizes[linear]
-        rank = config.rank_of(linear)
         expected |= {tensor_name(linear, "A"): (rank, n_in), tensor_name(linear, "B"): (n_out, rank)}
     ours = {tensor_name(linear, part) for linear in known for part in "AB"}
     _refuse_more(path, config, [name for name in entries if name not in ours and name not in copies])
-    _refuse_other_copies(path, config, entries, copies, model, base)
-    _check(path, config, {n: e for n, e in entries.items() if n not in copies}, expected)
-    return AdapterTensors(
-        path=path,
-        entries=entries,
-        linears=frozenset(linears),
-        rank=max(config.rank_of(linear) for linear in linears),
-    )
+    _refuse_other_copies(file, copies, model, base)
+    _check(file, config, {n: e for n, e in entries.items() if n not in copies}, expected)
+    return AdapterTensors(path=path, file=file, ranks=ranks)
+
+
+def _rank(config: PeftConfig, file: AdapterFile, linear: str) -> int:
+    """Return the rank of a linear layer's matrices; gate and up of peft's experts have half that of their parameter."""
+    parameter = file.parameters.get(linear, linear)
+    rank = config.rank_of(parameter)
+    return rank // 2 if parameter.endswith("gate_up_proj") else rank
 
 
 def _refuse_more(path: Path, config: PeftConfig, names: list[str]) -> None:
@@ -135,14 +158,13 @@ def _refuse_more(path: Path, config: PeftConfig, names: list[str]) -> None:
 
 
 def _refuse_other_copies(
-    path: Path,
-    config: PeftConfig,
-    entries: Mapping[str, safetensors.Entry],
+    file: AdapterFile,
     copies: Mapping[str, str],
     model: ModelConfig,
     base: TensorReader | None,
 ) -> None:
     """Raise UnsupportedError if the adapter brings an embedding or output projection that is not the base model's."""
+    path, entries = file.path, file.infos
     for name, original in copies.items():
         stored = EMBEDDING if model.tied_embeddings else original
         shape = (model.vocab_size, model.d_model)
@@ -157,7 +179,7 @@ def _refuse_other_copies(
                 base.tensors[stored].dtype,
             )
             continue
-        elif base is not None and not _is_copy(safetensors.view(path, entries[name]), base.read(stored)):
+        elif base is not None and not _is_copy(file.read(name), base.read(stored)):
             difference = f"is not the base model's {stored}"
         else:
             logger.info("%s: %s is not read; it is the base model's own", path, name)
@@ -175,12 +197,13 @@ def _is_copy(copy: np.ndarray, original: np.ndarray, rows: int = 4096) -> bool:
 
 
 def _check(
-    path: Path,
+    file: AdapterFile,
     config: PeftConfig,
-    entries: Mapping[str, safetensors.Entry],
+    entries: Mapping[str, TensorInfo],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Raise unless the file holds exactly the adapter's matrices, finite and in a dtype that is read."""
+    path = file.path
     wrong: dict[str, list[str]] = {"missing": [], "misshapen": [], "extra": [], "not finite": []}
     wrong["missing"] = [f"{n}: expected {shape}, not there" for n, shape in expected.items() if n not in entries]
     for name, entry in entries.items():
@@ -193,7 +216,7 @@ def _check(
                 f"{path}: tensor {name} has dtype {entry.dtype}, which is not loaded; supported are "
                 f"{', '.join(safetensors.NUMPY_DTYPES)}. Save the adapter in one of them."
             )
-        elif not np.isfinite(safetensors.view(path, entry)).all():
+        elif not np.isfinite(file.read(name)).all():
             wrong["not finite"].append(f"{name}: values that are not finite")
     if any(wrong.values()):
         counts = ", ".join(f"{len(names)} {kind}" for kind, names in wrong.items())

@@ -17,24 +17,28 @@ import numpy as np
 from jax_client.errors import RequestFailedError
 from jax_client.values import JsonObject
 from jax_client.weights.read import hf
-from jax_client.weights.read.safetensors import NUMPY_DTYPES
+from jax_client.weights.read.safetensors import STORED_DTYPES
 
-DTYPE_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 # Rows are computed and written in strips of about this many bytes of float32.
 STRIP_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tensor:
-    """A tensor to be written: its name, its shape, and `rows`, `f(first, end) -> rows[first:end]`."""
+    """A tensor to be written: its name, its shape, and `rows`, `f(first, end) -> rows[first:end]`.
+
+    It has a dtype of its own, or that of the file.
+    """
 
     name: str
     shape: tuple[int, ...]
     rows: Callable[[int, int], np.ndarray]
+    dtype: np.dtype | None = None
 
     def nbytes(self, dtype: np.dtype) -> int:
-        """Return the bytes that it takes in a file."""
-        return math.prod(self.shape) * dtype.itemsize
+        """Return the bytes that it takes in a file of this dtype."""
+        return math.prod(self.shape) * (self.dtype or dtype).itemsize
 
     def strips(self) -> Iterator[np.ndarray]:
         """Yield all rows in order, a few at a time."""
@@ -54,7 +58,7 @@ def check_space(directory: Path, needed: int) -> None:
 
 
 def write_file(path: Path, tensors: Iterable[Tensor], dtype: np.dtype) -> None:
-    """Write a new file with these tensors, all of them in `dtype` (float32, float16 or bfloat16).
+    """Write a new file with these tensors, in `dtype` (float32, float16 or bfloat16) unless they have their own.
 
     Raises:
         OSError: the file is there already, or the disk is full.
@@ -65,7 +69,11 @@ def write_file(path: Path, tensors: Iterable[Tensor], dtype: np.dtype) -> None:
     offset = 0
     for tensor in tensors:
         end = offset + tensor.nbytes(dtype)
-        entry = {"dtype": DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        entry = {
+            "dtype": DTYPE_NAMES[tensor.dtype or dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         header[tensor.name], offset = entry, end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
@@ -73,7 +81,7 @@ def write_file(path: Path, tensors: Iterable[Tensor], dtype: np.dtype) -> None:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for tensor in tensors:
             for rows in tensor.strips():
-                file.write(np.ascontiguousarray(rows, dtype).reshape(-1).view(np.uint8).data)
+                file.write(np.ascontiguousarray(rows, tensor.dtype or dtype).reshape(-1).view(np.uint8).data)
 
 
 def write_model(directory: Path, tensors: Sequence[Tensor], dtype: np.dtype, shard_bytes: int) -> None:

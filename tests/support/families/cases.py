@@ -222,7 +222,7 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
     weights = [torch.from_numpy(d.inputs["weights"]) for d in data(case)]
 
     def logprobs(row: dict[str, Any]) -> Any:
-        merged = _merged(model_config(case), base, lora, tied=model.config.tie_word_embeddings)
+        merged = with_adapter(model_config(case), base, lora, tied=model.config.tie_word_embeddings)
         head = merged.pop("lm_head.weight")
         h = torch.func.functional_call(model.model, _inner(merged), (row["tokens"][None].long(),), {"use_cache": False})
         logits = h.last_hidden_state[0] @ head.T
@@ -265,7 +265,7 @@ def _inner(merged: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("model."): value for name, value in merged.items()}
 
 
-def _merged(c: ModelConfig, base: Mapping[str, Any], lora: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+def with_adapter(c: ModelConfig, base: Mapping[str, Any], lora: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
     """Return the model's parameters with the adapter added: W (out, in) + alpha / rank (A B)^T."""
     import torch
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_client.errors import UnsupportedError
+from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.values import AdapterState
 from jax_client.weights.read.source import resolve
 from jax_client.weights.write.merged import write_merged
@@ -101,6 +101,9 @@ def test_the_fused_layout_has_its_orders(tmp_path: Path) -> None:
         both = np.concatenate([expected["gate"], expected["up"]], axis=1)
         np.testing.assert_allclose(found["gate_up"], both, atol=1e-6)
         np.testing.assert_allclose(found["down"], expected["down"], atol=1e-6)
+    back = read_adapter(tmp_path / "adapter", config)
+    for name, array in weights.items():
+        np.testing.assert_array_equal(back.weights[name], array)
 
 
 def test_peft_is_not_given_what_it_would_leave_out(tmp_path: Path) -> None:
@@ -117,6 +120,18 @@ def test_the_shared_layout_has_one_matrix_for_all(tmp_path: Path) -> None:
             a, b = tensors[key + "A.weight"], tensors[key + "B.weight"]
             assert (len(a), len(b)) == ((8, 1) if name == "down" else (1, 8))
             np.testing.assert_allclose(b @ a, deltas(case, layer, at)[name], atol=1e-6)
+    back = read_adapter(tmp_path / "adapter", cases.model_config(case))
+    for name, array in state(case).weights.items():
+        np.testing.assert_array_equal(back.weights[name], array)
+
+
+def test_a_shared_matrix_of_another_number_of_experts_is_named(tmp_path: Path) -> None:
+    tensors = export(tmp_path, "qwen3_moe_mixed", "sglang")
+    name = "base_model.model.model.layers.2.mlp.experts.w2.lora_A.weight"
+    tensors[name] = tensors[name][:3]
+    save_file(tensors, tmp_path / "adapter" / WEIGHTS)
+    with pytest.raises(BadRequestError, match=r"experts\.w2\.lora_A\.weight is \(3, .*expected 1 or 8 matrices"):
+        read_adapter(tmp_path / "adapter", cases.model_config("qwen3_moe_mixed"))
 
 
 def test_experts_with_matrices_of_their_own_are_refused(tmp_path: Path) -> None:
