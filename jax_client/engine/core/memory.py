@@ -238,7 +238,7 @@ class PassMemory:
         widths = hidden / tensor, heads / tensor, c.d_model
 
         def live(name: str, most: float = math.inf) -> float:
-            """Return the bytes of such arrays, with at most so many as wide as all query heads."""
+            """Return the bytes of such arrays, with at most `most` as wide as all query heads."""
             hiddens, heads, streams = LIVE_ARRAYS[platform][name]
             counts = hiddens, min(heads, most), streams
             return 4 * tokens * sum(n * width for n, width in zip(counts, widths, strict=True))
@@ -303,7 +303,7 @@ def decode_temporaries(
 ) -> int:
     """Return what a block of decode steps has beside its arguments and results, on a device.
 
-    The adapter in the matmul type, whole over the ways but for what each expert has; the MLP's weights of a layer, where
+    The adapter in the matmul type, whole over the ways but for each expert's part; the MLP's weights of a layer, where
     the ways have a part of the width each and gather them, and on a GPU, which cuts them out of their stack; and a few
     arrays of logits.
 
