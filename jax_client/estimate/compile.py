@@ -94,7 +94,7 @@ def temporaries(found: Estimate) -> dict[str, int]:
         passes = layout.passes
         if q.machine.chip.platform == "gpu":  # cuDNN's attention is not compiled without its library
             passes = replace(passes, attention="blockwise")
-        estimated |= passes.temporaries(training.remat, tokens)
+        estimated |= passes.temporaries(training.remat, tokens, q.spec)
     if found.sampling is not None:
         estimated["decode"] = found.sampling.temporaries
     return estimated

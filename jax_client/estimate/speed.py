@@ -16,7 +16,10 @@ from jax_client.engine.core import accounting
 from jax_client.engine.sample import loop
 from jax_client.engine.sample.pages import PAGE
 from jax_client.estimate.plan import Estimate, Range
+from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import param_specs
+from jax_client.models.parts.moe import MOE, split_of
+from jax_client.models.plan import count
 
 # By platform: shares of the peak that the matmuls of training reach, and of the memory's bandwidth while decoding.
 MATMULS: dict[str, Range] = {"tpu": (0.60, 0.35), "gpu": (0.50, 0.25)}
@@ -69,10 +72,12 @@ def speed(e: Estimate) -> Speed:
             call = max(fast, sending), slow + 2 * sending
             tokens_per_s = real / call[0], real / call[1]
     if e.sampling is not None and e.sampling.rows and chip.bandwidth is not None:
-        gathered = everything / mesh.shape["tensor"]
+        of_experts, split = _expert_bytes(e)
+        gathered = (everything - of_experts) / mesh.shape["tensor"]
         ways = mesh.shape["fsdp"]
-        cache = e.sampling.rows * q.sampled_tokens / PAGE * e.layout.page_bytes
-        reading = (gathered + cache) / chip.bandwidth
+        cache = e.sampling.rows * _seen_tokens(e) / PAGE * e.layout.page_bytes
+        met = _met_experts(q.model, e.sampling.rows * e.layout.limits.ways)
+        reading = (gathered + of_experts / split * met + cache) / chip.bandwidth
         sending = 0.0 if e.sampling.whole else gathered * (ways - 1) / ways / (chip.link or math.inf)
         fast, slow = (reading / share for share in READS[chip.platform])
         decode = max(fast, sending), slow + 2 * sending
@@ -97,17 +102,45 @@ def _model_bytes(e: Estimate) -> int:
     return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in leaves)
 
 
+def _expert_bytes(e: Estimate) -> tuple[int, int]:
+    """Return the bytes of all matrices of experts, and how many devices split them."""
+    c, mesh = e.question.model, e.layout.mesh
+    if c.experts is None:
+        return 0, 1
+    leaves = jax.tree.leaves(param_specs(c, jnp.dtype(e.question.dtype)))
+    size = sum(math.prod(p.shape) * p.dtype.itemsize for p in leaves if "experts" in p.axes)
+    return size, split_of(mesh, c.experts.count).count * mesh.shape["tensor"]
+
+
+def _met_experts(c: ModelConfig, rows: int) -> float:
+    """Return the share of a layer's experts that the tokens of a decode step meet, if experts are equally busy."""
+    return 1.0 if c.experts is None else 1 - (1 - c.experts.per_token / c.experts.count) ** rows
+
+
+def _seen_tokens(e: Estimate) -> float:
+    """Return of how many tokens a decode step reads keys and values for a row: of its last ones, where a window is."""
+    tokens, windows = e.question.sampled_tokens, accounting.windows_of(e.question.model)
+    seen = sum(layers * min(tokens, window or tokens) for window, layers in windows.items())
+    return seen / windows.total()
+
+
 def _sent_bytes(e: Estimate) -> float:
-    """Return what a device receives in a training call: layers' weights, and sums over a split of heads and widths."""
+    """Return what a device receives in a training call: layers' weights, and sums over a split of heads and widths.
+
+    Of experts it receives no weights, but the tokens of the ways that share them, and sends what it adds to these.
+    """
     if e.training is None:
         return 0.0
     c, mesh = e.question.model, e.layout.mesh
     ways, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    weights = _model_bytes(e) / tensor * (ways - 1) / ways
+    of_experts, split = _expert_bytes(e)
+    weights = (_model_bytes(e) - of_experts) / tensor * (ways - 1) / ways
     # Forwards o and down, backwards the inputs of q|k|v and of gate and up: float32, once each way round the ring.
     tokens = sum(plan.rows * plan.length for plan in e.training.plans) / e.layout.limits.ways
     sums = 4 * c.n_layers * tokens * c.d_model * 4 * 2 * (tensor - 1) / tensor
-    return 2 * len(e.training.plans) * weights + sums
+    # Forwards x, backwards x and dy, in the matmul type; each time sums come back in float32.
+    others = tokens * (split // tensor - 1) * c.d_model * (3 * e.layout.passes.dtype.itemsize + 2 * 4)
+    return 2 * len(e.training.plans) * weights + sums + others * count(c, MOE)
 
 
 def _programs(e: Estimate) -> int:

@@ -130,7 +130,12 @@ class How(NamedTuple):
     def groups(self, sent: Sent, owned: Owned) -> tuple[Groups, int]:
         """Return the rows by expert of this device, and of how many a round is."""
         groups = group(self.split.own(sent.choice_Mk, owned.sizes[0]), owned.sizes[0])
-        return groups, -(-groups.rows * min(ROUND, self.split.count) // self.split.count)
+        return groups, rows_of_round(groups.rows, self.split.count)
+
+
+def rows_of_round(rows: int, ways: int) -> int:
+    """Return how many of all rows a device has buffers for, where `ways` devices split the experts."""
+    return -(-rows * min(ROUND, ways) // ways)
 
 
 def forward(sent: Sent, owned: Owned, how: How) -> tuple[jax.Array, jax.Array | None, tuple[jax.Array, ...]]:

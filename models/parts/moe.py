@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jax_client.models.config import Experts, ModelConfig
 from jax_client.models.layers import InStack, contract
@@ -165,17 +165,11 @@ def _on_devices(function: Callable[..., Any], c: Context, results: tuple[str, ..
     how = {"dtype": c.dtype, "result": rounded, "on_cpu": not c.accelerator, "activation": activation_of(c.config)}
     if c.mesh is None:
         return partial(function, how=experts.How(**how, split=experts.Split()))
-    of_experts = sharding_for(("experts",), (_experts(c.config).count,), c.mesh).spec[0]
-    ways = (of_experts,) if isinstance(of_experts, str) else tuple(of_experts or ())
-    split = experts.Split(
-        ways=ways,
-        replicas=tuple(axis for axis in ROWS if axis not in ways and c.mesh.shape[axis] > 1),
-        tensor=("tensor",) if c.mesh.shape["tensor"] > 1 else (),
-        count=math.prod(c.mesh.shape[axis] for axis in ways),
-    )
+    split = split_of(c.mesh, _experts(c.config).count)
     run = partial(function, how=experts.How(**how, split=split))
     if c.on_device:
         return run
+    ways = split.ways
     tokens, each = PartitionSpec(ROWS), PartitionSpec(None, ways or None, "tensor")
     into, down = PartitionSpec(None, ways or None, None, "tensor"), PartitionSpec(None, ways or None, "tensor", None)
     in_stack, of_device = cast(Any, InStack), cast(Any, experts.Owned)  # of specs in place of arrays
@@ -190,6 +184,18 @@ def _on_devices(function: Callable[..., Any], c: Context, results: tuple[str, ..
         return jax.shard_map(run, mesh=c.mesh, in_specs=specs, out_specs=out, check_vma=False)(sent, owned, *others)
 
     return on_mesh
+
+
+def split_of(mesh: Mesh, count: int) -> experts.Split:
+    """Return how a mesh splits `count` experts."""
+    of_experts = sharding_for(("experts",), (count,), mesh).spec[0]
+    ways = (of_experts,) if isinstance(of_experts, str) else tuple(of_experts or ())
+    return experts.Split(
+        ways=ways,
+        replicas=tuple(axis for axis in ROWS if axis not in ways and mesh.shape[axis] > 1),
+        tensor=("tensor",) if mesh.shape["tensor"] > 1 else (),
+        count=math.prod(mesh.shape[axis] for axis in ways),
+    )
 
 
 def _widths(c: ModelConfig, tensor: int) -> dict[str, int]:

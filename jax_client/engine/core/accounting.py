@@ -75,7 +75,7 @@ def flops(c: ModelConfig, spec: LoraSpec, lengths: Sequence[int], remat: Remat) 
     """Return the useful FLOPs of forward_backward over sequences of these lengths, and those with recomputation."""
     frozen, selective, full, adapters = _multiply_adds(c, spec)
     tokens = sum(lengths)
-    pairs = sum(seen_pairs(n, window) * layers for window, layers in _windows(c).items() for n in lengths)
+    pairs = sum(seen_pairs(n, window) * layers for window, layers in windows_of(c).items() for n in lengths)
     attention = 4 * pairs * c.n_heads * c.head_dim
     useful = tokens * (4 * frozen + 6 * adapters) + 3 * attention
     recomputed_matmuls = {"none": 0, "selective": selective, "full": full}[remat]
@@ -91,8 +91,8 @@ def seen_pairs(tokens: int, window: int | None) -> float:
 
 
 @functools.cache
-def _windows(c: ModelConfig) -> Counter[int | None]:
-    """Return how many layers attend with each window."""
+def windows_of(c: ModelConfig) -> Counter[int | None]:
+    """Return how many layers attend with each window; None is all of the context."""
     return Counter(layer.options.window for layer in layers(c) if ATTENTION in layer.kinds)
 
 

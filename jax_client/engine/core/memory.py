@@ -22,10 +22,12 @@ from jax.sharding import Mesh
 from jax_client.engine.core import adapters
 from jax_client.errors import DoesNotFitError
 from jax_client.losses.logprob_head import Blocks
-from jax_client.models.config import ModelConfig
+from jax_client.models.config import Experts, ModelConfig
 from jax_client.models.kernels.blockwise import LARGE_BLOCK
 from jax_client.models.parts.block import kept_widths, saved_for_backward
+from jax_client.models.parts.experts import rows_of_round
 from jax_client.models.parts.kind import Remat
+from jax_client.models.parts.moe import MOE, split_of
 from jax_client.models.plan import kinds, layers
 from jax_client.models.specs import ParamSpec
 from jax_client.sharding import Device, sharding_for
@@ -54,6 +56,9 @@ LIVE_ARRAYS: dict[str, dict[str, tuple[float, float, float]]] = {
         "attention": (0, 6.3, 0),
     },
 }
+# Of these arrays those as wide as all query heads, at most, while the experts of a layer run.
+BESIDE_EXPERTS = {"tpu": math.inf, "gpu": 2.5}
+LANES = 128  # of a TPU's tile: the last axis of an array is a multiple in memory
 VECTOR_MEMORY = 128 * 2**20  # of a TPU: what of them lies there takes none of the device's memory
 SCORE_ARRAYS = {"tpu": 5.5, "gpu": 2}  # of blockwise attention: scores of all queries against a block of keys
 GATHERED = 3  # copies of the largest weights, while the ways gather and use them
@@ -205,7 +210,7 @@ class PassMemory:
         return {
             "activations": self.kept(remat, tokens, spec),
             "head": self.kept_beside(tokens, spec) + gathered,
-            "layer": max(self.temporaries(remat, tokens).values()),
+            "layer": max(self.temporaries(remat, tokens, spec).values()),
             "gradients": gradients,
         }
 
@@ -220,27 +225,56 @@ class PassMemory:
                 beside += size * spec.rank * sum(us.get(name, 0) for name in names) + sums * ("attention" in names)
         return tokens * (self.activations(remat) + beside)
 
-    def temporaries(self, remat: Remat, tokens: int) -> dict[str, int]:
+    def temporaries(self, remat: Remat, tokens: int, spec: LoraSpec) -> dict[str, int]:
         """Return what a forward and a backward pass have beside their arguments and results, on an accelerator.
 
-        Float32 arrays of one layer, as many as XLA's compilers keep together (`LIVE_ARRAYS`), with copies of weights;
-        or what the head has; or blocks of attention's scores.
+        Float32 arrays of one layer, as many as XLA's compilers keep together (`LIVE_ARRAYS`), with copies of weights,
+        and what experts have; or what the head has; or blocks of attention's scores.
         """
         c, tensor, platform = self.config, self.mesh.shape["tensor"], _accelerator(self.mesh)
         hidden, heads = live_widths(c)
+        if c.experts is not None:  # they compute tile by tile: no array is as wide as a token's experts together
+            hidden = max(kind.live(c)[0] for kind in kinds(c) if kind != MOE)
         widths = hidden / tensor, heads / tensor, c.d_model
-        live = lambda name: (  # noqa: E731
-            4 * tokens * sum(n * width for n, width in zip(LIVE_ARRAYS[platform][name], widths, strict=True))
-        )
+
+        def live(name: str, most: float = math.inf) -> float:
+            """Return the bytes of such arrays, with at most `most` as wide as all query heads."""
+            hiddens, heads, streams = LIVE_ARRAYS[platform][name]
+            counts = hiddens, min(heads, most), streams
+            return 4 * tokens * sum(n * width for n, width in zip(counts, widths, strict=True))
+
         # A TPU's matmuls use gathered weights part by part.
         beside = -VECTOR_MEMORY if platform == "tpu" else self._copies(hidden // tensor)
         forward, backward = self._head(tokens)
         forward, backward = max(forward, live("forward") + beside), max(backward, live(remat) + beside)
+        if c.experts is not None:
+            experts, most = self._experts(c.experts, tokens, spec), BESIDE_EXPERTS[platform]
+            forward = max(forward, live("forward", most) + beside + experts[0])
+            backward = max(backward, live(remat, most) + beside + experts[1])
         if self.attention == "blockwise":
             scores = SCORE_ARRAYS[platform] * 4 * tokens * c.n_heads / tensor * LARGE_BLOCK
             forward = max(forward, scores + 4 * 4 * tokens * c.d_model)
             backward = max(backward, live("attention"))
         return {"forward": int(forward), "backward": int(backward)}
+
+    def _experts(self, experts: Experts, tokens: int, spec: LoraSpec) -> tuple[int, int]:
+        """Return what a layer of experts has forwards and backwards.
+
+        The rows that a device computes in a round, once their results and once what the adapter has; the tokens of all
+        ways that share the experts, in the matmul type; and their sums, float32, before and after a round. A TPU's
+        compiler gathers the k rows of each token before it adds them up, pads the rank to a tile's lanes, and makes the
+        adapter of all layers, in the matmul type, outside the loop over layers.
+        """
+        D, k, size, R = self.config.d_model, experts.per_token, self.dtype.itemsize, spec.rank * spec.train_mlp
+        on_tpu, ways = _accelerator(self.mesh) == "tpu", split_of(self.mesh, experts.count).count
+        every = tokens * ways
+        rows = rows_of_round(every * k, ways)
+        summed = rows + every * k * on_tpu
+        lanes = lambda width: 4 * (-(-width // LANES) * LANES if on_tpu else width)  # noqa: E731
+        both = summed * D * size + every * D * (size + 4 * (1 + on_tpu)) + on_tpu * self.adapter(spec) * size // 4
+        # One device that has all experts keeps gate and up by row.
+        kept = 2 * rows * experts.d_ff // self.mesh.shape["tensor"] * size * (ways == 1)
+        return both + summed * lanes(R) + kept, both + every * D * size + summed * lanes(2 * R)
 
     def _head(self, tokens: int) -> tuple[float, float]:
         """Return what the head has forwards and backwards: blocks of scores, the last one smaller, and of the table."""
@@ -269,8 +303,9 @@ def decode_temporaries(
 ) -> int:
     """Return what a block of decode steps has beside its arguments and results, on a device.
 
-    The adapter in the matmul type, whole over the ways; the MLP's weights of a layer, where the ways have a part of the
-    width each and gather them, and on a GPU, which cuts them out of their stack; and a few arrays of logits.
+    The adapter in the matmul type, whole over the ways but for each expert's part; the MLP's weights of a layer, where
+    the ways have a part of the width each and gather them, and on a GPU, which cuts them out of their stack; and a few
+    arrays of logits.
 
     Args:
         c, dtype, mesh: the model, the matmul type, the mesh.
@@ -280,7 +315,10 @@ def decode_temporaries(
     """
     size, tensor = dtype.itemsize, mesh.shape["tensor"]
     arrays = jax.tree.leaves(adapters.param_specs(c, spec), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
-    split = lambda p: tensor if {"kv_heads", "ffw", "vocab"} & set(p.axes) else 1  # noqa: E731
+    ways = 1 if c.experts is None else split_of(mesh, c.experts.count).count
+    split = lambda p: (  # noqa: E731
+        (tensor if {"kv_heads", "ffw", "vocab"} & set(p.axes) else 1) * (ways if "experts" in p.axes else 1)
+    )
     adapter = sum(math.prod(p.shape) // split(p) * size for p in arrays)
     scores = 4 * rows * c.vocab_size // tensor
     near = VECTOR_MEMORY if _accelerator(mesh) == "tpu" else 0
