@@ -19,6 +19,8 @@ from jax_client.models.kernels.paged import BLOCK, paged_attention, write_pages,
 
 # Arrays (N, S, ...) by name: N pages of S tokens each.
 Pool = dict[str, jax.Array]
+# Values of a TPU's tile, of the last axis.
+LANES = 128
 # Keys of a wide turn: of a row, and of all rows together, whose keys and values exist as copies then.
 ROW_KEYS = 512
 ALL_KEYS = 2**15
@@ -54,6 +56,14 @@ def _heads(K: int, H: int) -> dict[str, tuple[int, ...]]:
     return {"k": (K, H), "v": (K, H)}
 
 
+def _on_tpu(K: int, H: int) -> dict[str, tuple[int, ...]]:
+    """Return `_heads`, with a token's heads in one axis where they are narrower than a tile.
+
+    A TPU would fill such heads up to 128 values: it copies the pool into that layout, twice its size, for a program.
+    """
+    return _heads(K, H) if H % LANES == 0 else {"k": (K * H,), "v": (K * H,)}
+
+
 def _write(
     k_RTKH: jax.Array, v_RTKH: jax.Array, pool: Pool, page_R: jax.Array, position_RT: jax.Array, *, one_by_one: bool
 ) -> tuple[jax.Array, jax.Array]:
@@ -64,14 +74,14 @@ def _write(
     return write_tokens(pool["k"], pool["v"], k_RTKH[:, 0], v_RTKH[:, 0], page_R, place_R)
 
 
-def _two_arrays(name: str, read: Callable[..., jax.Array], *, one_by_one: bool = False) -> PagedAttention:
+def _two_arrays(name: str, read: Callable[..., jax.Array], *, on_tpu: bool = False) -> PagedAttention:
     """Return an attention over a pool of keys and one of values.
 
     Args:
         name: of it.
         read: `f(q_RTKGH, k_NSKH, v_NSKH, table_Rn, position_RT, dtype) -> o_RTKGH`, with the keywords of `attend`, once
             the new tokens are stored.
-        one_by_one: store whole pages one after the other.
+        on_tpu: store whole pages one after the other, in the layout of `_on_tpu`.
     """
 
     def attend(
@@ -85,11 +95,11 @@ def _two_arrays(name: str, read: Callable[..., jax.Array], *, one_by_one: bool =
         dtype: jnp.dtype,
         **more: Any,
     ) -> tuple[jax.Array, Pool]:
-        k_NSKH, v_NSKH = _write(k_RTKH, v_RTKH, pool, page_R, position_RT, one_by_one=one_by_one)
+        k_NSKH, v_NSKH = _write(k_RTKH, v_RTKH, pool, page_R, position_RT, one_by_one=on_tpu)
         o_RTKGH = read(q_RTKGH, k_NSKH, v_NSKH, table_Rn, position_RT, dtype, **more)
         return o_RTKGH, {"k": k_NSKH, "v": v_NSKH}
 
-    return PagedAttention(name=name, token_shapes=_heads, attend=attend)
+    return PagedAttention(name=name, token_shapes=_on_tpu if on_tpu else _heads, attend=attend)
 
 
 def small_turns() -> PagedAttention:
@@ -144,7 +154,7 @@ def wide_turns(platform: str) -> PagedAttention:
         # The condition reads the pool and does not return it: of one that goes through XLA makes a copy on a GPU.
         return jax.lax.switch(jnp.asarray(which), [partial(run, pages) for pages in lengths])
 
-    return _two_arrays("paged in wide turns", read, one_by_one=platform == "tpu")
+    return _two_arrays("paged in wide turns", read, on_tpu=platform == "tpu")
 
 
 def _lengths(pages: int, page: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """How does attention read keys and values that lie in pages, and how do new ones get there?
 
-The pool is (N, S, K, H): N pages, each with the keys (or values) of S successive tokens of one row in one layer. A
-row's pages of a layer stand in a table in the order of its tokens. The queries of all rows visit their tables in turns
+The pool is (N, S, K, H), or (N, S, K x H): N pages, each with the keys (or values) of S successive tokens of one row in
+one layer. A row's pages of a layer stand in a table in the order of its tokens. The queries of all rows visit their tables in turns
 of some pages with an online softmax, as far as the longest row reaches: the work follows the live context and not the
 capacity, and a row's sums do not depend on its batch mates.
 """
@@ -23,7 +23,7 @@ def write_tokens(
     k_NSKH: jax.Array, v_NSKH: jax.Array, k_RKH: jax.Array, v_RKH: jax.Array, page_R: jax.Array, place_R: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return the pool with one token of each row stored at (page, place in the page)."""
-    k_RKH, v_RKH = (_as_stored(x, k_NSKH) for x in storable(k_RKH, v_RKH))
+    k_RKH, v_RKH = (_as_stored(x, k_NSKH, 1) for x in storable(k_RKH, v_RKH))
     return k_NSKH.at[page_R, place_R].set(k_RKH), v_NSKH.at[page_R, place_R].set(v_RKH)
 
 
@@ -37,7 +37,7 @@ def write_pages(
     one_by_one: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the pool with a whole page of each row stored, at once or as `store_one_by_one` does."""
-    k_RSKH, v_RSKH = (_as_stored(x, k_NSKH) for x in storable(k_RSKH, v_RSKH))
+    k_RSKH, v_RSKH = (_as_stored(x, k_NSKH, 2) for x in storable(k_RSKH, v_RSKH))
     if one_by_one:
         return store_one_by_one(k_NSKH, k_RSKH, page_R), store_one_by_one(v_NSKH, v_RSKH, page_R)
     return k_NSKH.at[page_R].set(k_RSKH), v_NSKH.at[page_R].set(v_RSKH)
@@ -61,8 +61,12 @@ def store_one_by_one(pool_NSCH: jax.Array, new_RSCH: jax.Array, page_R: jax.Arra
     return jax.lax.fori_loop(0, len(page_R), store, pool_NSCH)
 
 
-def _as_stored(x: jax.Array, pool: jax.Array) -> jax.Array:
-    """Return the bits of bfloat16 for a pool of bits, which a CPU has; a pool of numbers would take bits as numbers."""
+def _as_stored(x: jax.Array, pool: jax.Array, rows: int) -> jax.Array:
+    """Return new tokens, whose first `rows` axes count them, in the shape that the pool has for one.
+
+    Of bfloat16 the bits, for a pool of bits, which a CPU has; a pool of numbers would take bits as numbers.
+    """
+    x = x.reshape(*x.shape[:rows], *pool.shape[2:])
     return to_bits(x) if pool.dtype == jnp.uint16 else x
 
 

@@ -206,6 +206,7 @@ def attended(kernel: PagedAttention, operands: tuple[Any, ...], **more: Any) -> 
 PAGED = {
     "small": (cache.small_turns(), (2, 16)),
     "wide": (cache.wide_turns("gpu"), (2, 16)),
+    "wide, in one axis": (cache.wide_turns("tpu"), (2, 16)),
     "triton": (cache.triton_pages(interpret=True), (2, 16)),
     "ragged": (cache.ragged_pages(ragged.plain_kernel), (2, 64)),
 }

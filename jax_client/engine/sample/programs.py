@@ -123,7 +123,8 @@ class SamplePrograms:
         return found
 
     def _pool_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
-        return sharding_for(("rows", None, None, None, "kv_heads", None), shape, self._mesh, "key/value cache")
+        axes = ("rows", None, None, None, "kv_heads", None)[: len(shape)]
+        return sharding_for(axes, shape, self._mesh, "key/value cache")
 
     def _on_devices(self, body: Callable[..., Any], *, states: bool = False) -> Callable[..., Any]:
         """Return a program of whole arrays from `body`, which each device runs over its own part of them.
