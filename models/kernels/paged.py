@@ -1,9 +1,9 @@
 """How does attention read keys and values that lie in pages, and how do new ones get there?
 
 The pool is (N, S, K, H), or (N, S, K x H): N pages, each with the keys (or values) of S successive tokens of one row in
-one layer. A row's pages of a layer stand in a table in the order of its tokens. The queries of all rows visit their tables in turns
-of some pages with an online softmax, as far as the longest row reaches: the work follows the live context and not the
-capacity, and a row's sums do not depend on its batch mates.
+one layer. A row's pages of a layer stand in a table in the order of its tokens. The queries of all rows visit their
+tables in turns of some pages with an online softmax, as far as the longest row reaches: the work follows the live
+context and not the capacity, and a row's sums do not depend on its batch mates.
 """
 
 from __future__ import annotations
