@@ -22,8 +22,8 @@ from jax_client.weights.read.source import resolve
 
 TEXT = (
     "A tide table is a list of promises. For every day of the year it names the minutes at which the sea will stand "
-    "highest and lowest in one harbour, and it is printed two years ahead. The moon makes most of it, the sun some, and "
-    "the shape of the bay decides the rest."
+    "highest and lowest in one harbour, and it is printed two years ahead. The moon makes most of it, the sun some, "
+    "and the shape of the bay decides the rest."
 )
 PROMPT, WRITTEN = "The capital of France is", 24
 # Largest gap of a logprob, in nats: float32 rounds each sum of a layer, bfloat16 each matrix product's operands.
