@@ -41,8 +41,8 @@ def context(
         work: bool scalar, for a pass that unrolls its layers: whether there are rows to compute. The rotary tables are
             computed under this condition, which keeps XLA from computing it again in every layer.
     """
-
-    ropes = tuple(dict.fromkeys(layer.options.rope for layer in layers(config)))
+    every = layers(config)
+    ropes = tuple(dict.fromkeys(layer.options.rope for layer in every))
 
     def tables() -> list[tuple[jax.Array, jax.Array]]:
         return [rope_table(positions_BT, config, rope) for rope in ropes]
@@ -51,8 +51,7 @@ def context(
         return jax.tree.map(jnp.zeros_like, jax.eval_shape(tables))
 
     found = tables() if work is None else jax.lax.cond(work, tables, zeros)
-    cos_BTH, sin_BTH = found[0]
-    shared: Any = {"config": config, "dtype": dtype, "attention": attention, "cos_BTH": cos_BTH, "sin_BTH": sin_BTH}
+    shared: Any = {"config": config, "dtype": dtype, "attention": attention, "options": every[0].options}
     return Context(**shared, tables=dict(zip(ropes, found, strict=True)), **more)
 
 

@@ -1,7 +1,7 @@
 """How do the families read the keys that they share?
 
-`shared_fields` gives the `ModelConfig` fields that all of them read alike; the other functions refuse a value, or read
-the rotary keys in either of their two forms.
+`shared_fields` gives the `ModelConfig` fields that all of them read alike. The other functions refuse a value, or read
+windows, the text model's part of a config, or the rotary keys in either of their two forms.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def refuse_sliding_window(hf: HfConfig, where: str) -> None:
     if layer_types != {"full_attention"} or in_use:
         raise UnsupportedError(
             f"{where}: sliding_window is {window!r} with layer_types {sorted(layer_types)}; sliding-window attention "
-            "is not supported. Use a model with full attention."
+            "is not supported in this architecture. Use a model with full attention."
         )
 
 

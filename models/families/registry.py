@@ -18,10 +18,10 @@ from jax_client.models.families.gemma3 import GEMMA3_VISION as GEMMA3_VISION
 from jax_client.models.families.gpt_oss import GPT_OSS as GPT_OSS
 from jax_client.models.families.llama import LLAMA as LLAMA
 from jax_client.models.families.mistral import MISTRAL as MISTRAL
-from jax_client.models.families.qwen2 import QWEN2 as QWEN2
-from jax_client.models.families.qwen3 import QWEN3 as QWEN3
-from jax_client.models.families.qwen3_moe import QWEN3_MOE as QWEN3_MOE
-from jax_client.models.families.qwen3_vl_moe import QWEN3_VL_MOE as QWEN3_VL_MOE
+from jax_client.models.families.qwen.qwen2 import QWEN2 as QWEN2
+from jax_client.models.families.qwen.qwen3 import QWEN3 as QWEN3
+from jax_client.models.families.qwen.qwen3_moe import QWEN3_MOE as QWEN3_MOE
+from jax_client.models.families.qwen.qwen3_vl_moe import QWEN3_VL_MOE as QWEN3_VL_MOE
 
 FAMILIES: dict[str, Family] = {value.name: value for value in tuple(globals().values()) if isinstance(value, Family)}
 # By the name under "architectures" of a config.json.

@@ -192,7 +192,9 @@ def ragged_pages(kernel: ragged.Kernel = ragged.tpu_kernel) -> PagedAttention:
         scale: float | None = None,
     ) -> tuple[jax.Array, Pool]:
         if sinks is not None:
-            raise NotImplementedError("the ragged kernel takes no sinks; see `PagedAttention.lacks`")
+            raise NotImplementedError(
+                "the ragged kernel takes no sinks; use an attention whose `lacks` has none of what layers need"
+            )
         place_R = position_RT[:, 0] % pool["kv"].shape[1] if k_RTKH.shape[1] == 1 else None
         kv_NSCH = ragged.write(pool["kv"], k_RTKH, v_RTKH, page_R, place_R)
         more: Any = {"window": window, "scale": scale}

@@ -1,8 +1,8 @@
 """What is a kind of residual part, and what do all parts of a pass share?
 
-A layer is a list of residual parts, each x + f(norm(x)). `f` belongs to a `Kind`: a record of functions, which says
-what it stores, which of its matmuls an adapter covers, and how it runs forwards and backwards. Training, prefill and
-decoding share the forward function; only the attention that they give it differs.
+A layer is a list of residual parts, each x + f(norm(x)) or x + norm(f(norm(x))). `f` belongs to a `Kind`: a record of
+functions, which says what it stores, which of its matmuls an adapter covers, and how it runs forwards and backwards.
+Training, prefill and decoding share the forward function; only the attention that they give it differs.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ Attend = Callable[..., tuple[jax.Array, Kept]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """What every layer of a pass shares: the model, the matmul type, the attention, the rotary table (B, T, H/2).
+    """What every layer of a pass shares: the model, the matmul type, the attention, the rotary tables; and its options.
 
     Attributes:
-        tables: by rotation, cos and sin (B, T, d/2) of all that layers of the model have.
-        window: tokens that a query of this layer sees at most; None for all. It, and the rotary table, are of one layer
-            (`of_layer`).
+        tables: by rotation, cos and sin (B, T, d/2), of the d values of a head that rotate.
+        options: of the layer that runs; see `of_layer`.
         on_cpu: whether the program runs on a CPU, where what is kept of bfloat16 are its bits.
         one_cpu: whether it runs on one CPU device, where some layouts are worth a constraint.
         one_gpu: whether it runs on one GPU, where the layout of what is kept is worth one.
@@ -53,10 +52,8 @@ class Context:
     config: ModelConfig
     dtype: jnp.dtype
     attention: Attention
-    cos_BTH: jax.Array
-    sin_BTH: jax.Array
-    tables: Mapping[Rope, tuple[jax.Array, jax.Array]] = field(default_factory=dict)
-    window: int | None = None
+    tables: Mapping[Rope, tuple[jax.Array, jax.Array]]
+    options: LayerOptions
     on_cpu: bool = False
     one_cpu: bool = False
     one_gpu: bool = False
@@ -67,14 +64,18 @@ class Context:
 
     def of_layer(self, options: LayerOptions) -> Context:
         """Return what a layer with these options has."""
-        cos_BTH, sin_BTH = self.tables[options.rope]
-        return replace(self, cos_BTH=cos_BTH, sin_BTH=sin_BTH, window=options.window)
+        return replace(self, options=options)
+
+    @property
+    def rotary(self) -> tuple[jax.Array, jax.Array]:
+        """The table of this layer: cos and sin."""
+        return self.tables[self.options.rope]
 
     def extras(self, w: Weights) -> Extras:
         """Return what this layer's attention has beside causality and segments; `w` are its weights."""
         found: Extras = {}
-        if self.window is not None:
-            found["window"] = self.window
+        if self.options.window is not None:
+            found["window"] = self.options.window
         if self.config.query_scale is not None:
             found["scale"] = self.config.query_scale
         if self.config.sinks:

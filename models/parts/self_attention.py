@@ -66,11 +66,11 @@ def _pairs(lora: Adapter) -> dict[str, Pair]:
 
 @jax.named_scope("rope")
 def _rotated(q_BTKGH: jax.Array, k_BTKH: jax.Array, w: Weights, c: Context) -> tuple[jax.Array, jax.Array]:
-    """Normalise (Qwen3) and rotate the queries and keys. Cheap: no matmul."""
-    q, k = q_BTKGH, k_BTKH
+    """Normalise (Qwen3, Gemma 3) and rotate the queries and keys. Cheap: no matmul."""
+    q, k, (cos_BTH, sin_BTH) = q_BTKGH, k_BTKH, c.rotary
     if c.config.qk_norm:
         q, k = rms_norm(q, w["q_norm_LH"], c.config.norm_eps), rms_norm(k, w["k_norm_LH"], c.config.norm_eps)
-    return rotate(q, c.cos_BTH, c.sin_BTH), rotate(k, c.cos_BTH, c.sin_BTH)
+    return rotate(q, cos_BTH, sin_BTH), rotate(k, cos_BTH, sin_BTH)
 
 
 @jax.named_scope("rope")
@@ -78,7 +78,8 @@ def _rotated_backward(
     dq: jax.Array, dk: jax.Array, q: jax.Array, k: jax.Array, w: Weights, c: Context
 ) -> tuple[jax.Array, jax.Array]:
     """Return the cotangents of `_rotated`'s q and k, whose values are read only where there is a norm."""
-    dq, dk = rotate(dq, c.cos_BTH, -c.sin_BTH), rotate(dk, c.cos_BTH, -c.sin_BTH)
+    cos_BTH, sin_BTH = c.rotary
+    dq, dk = rotate(dq, cos_BTH, -sin_BTH), rotate(dk, cos_BTH, -sin_BTH)
     if c.config.qk_norm:
         dq = rms_norm_backward(q, w["q_norm_LH"], c.config.norm_eps, dq)
         dk = rms_norm_backward(k, w["k_norm_LH"], c.config.norm_eps, dk)

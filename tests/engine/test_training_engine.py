@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from jax_client.engine.core import accounting, attention_check, matmul_benchmark, memory
-from jax_client.engine.core.attention_check import agrees
+from jax_client.engine.core.attention_check import agrees, objection
 from jax_client.engine.core.programs import CompileRecord, Program, compiling, enable_compilation_cache
 from jax_client.engine.core.requests import AdamSettings, LossSpec
 from jax_client.engine.engine import Engine
 from jax_client.errors import RequestFailedError
 from jax_client.models import lora_arrays
-from jax_client.models.config import Experts, ModelConfig
+from jax_client.models.config import Experts, ModelConfig, Windows
 from jax_client.models.parts import attention
 from jax_client.models.parts.attention import Attention
 from jax_client.sharding import make_mesh
@@ -347,6 +347,18 @@ def test_a_kernel_that_leaks_is_not_trusted(forward: Any, trusted: bool, caplog:
     candidate = Attention(name="candidate", forward=forward or plain.forward, backward=plain.backward, row_length=None)
     assert agrees(candidate, plain, make_mesh({"fsdp": 1}), model(), np.dtype(np.float32)) is trusted
     assert bool(caplog.records) is not trusted
+
+
+def test_the_kernel_of_layers_without_a_window_is_tried() -> None:
+    """Where a kernel leaves layers with windows to plain JAX, a probe with a window would say nothing of the kernel."""
+    plain, windowed = attention.blockwise(False), replace(model(), windows=Windows(size=8, layers=(0,)))
+
+    def forward(*args: Any, **extras: Any) -> Any:
+        return plain.forward(*args, **extras) if "window" in extras else leaky(*args)
+
+    candidate = replace(plain, name="candidate", forward=forward, lacks=frozenset({"window"}))
+    for c in (model(), windowed):
+        assert "is off by" in objection(candidate, plain, make_mesh({"fsdp": 1}), c, jnp.dtype(jnp.float32))
 
 
 def test_a_kernel_that_cannot_be_loaded_is_done_without(

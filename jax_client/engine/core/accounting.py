@@ -75,7 +75,7 @@ def flops(c: ModelConfig, spec: LoraSpec, lengths: Sequence[int], remat: Remat) 
     """Return the useful FLOPs of forward_backward over sequences of these lengths, and those with recomputation."""
     frozen, selective, full, adapters = _multiply_adds(c, spec)
     tokens = sum(lengths)
-    pairs = sum(seen_pairs(n, window) * layers for window, layers in windows_of(c).items() for n in lengths)
+    pairs = sum(seen_pairs(n, window) * times for window, times in windows_of(c).items() for n in lengths)
     attention = 4 * pairs * c.n_heads * c.head_dim
     useful = tokens * (4 * frozen + 6 * adapters) + 3 * attention
     recomputed_matmuls = {"none": 0, "selective": selective, "full": full}[remat]

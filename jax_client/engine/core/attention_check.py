@@ -155,7 +155,8 @@ def _largest_gap(candidate: Attention, plain: Attention, mesh: Mesh, model: Mode
     q, k, v, do = (put_rows(rng.normal(size=shape).astype(np.float32), mesh) for shape in shapes)
     segments = put_rows(segments_BT, mesh)
     real = segments_BT > 0
-    extras = probe_extras(model, (K, G), PROBE_ROW)
+    # With one that it lacks, the candidate would be the plain attention, and so always right.
+    extras = probe_extras(model, (K, G), PROBE_ROW, candidate.lacks)
 
     def run(attention: Attention) -> list[np.ndarray]:
         def both(*args: jax.Array) -> tuple[jax.Array, ...]:
@@ -172,20 +173,23 @@ def _largest_gap(candidate: Attention, plain: Attention, mesh: Mesh, model: Mode
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)
 
 
-def probe_extras(model: ModelConfig, heads: tuple[int, int], tokens: int) -> Extras:
+def probe_extras(
+    model: ModelConfig, heads: tuple[int, int], tokens: int, lacks: frozenset[str] = frozenset()
+) -> Extras:
     """Return the keywords that layers of a model need, for a probe over rows of some tokens.
 
     Args:
         model: whose layers need them.
         heads: K and G.
         tokens: of a row. A window as long as that would not show.
+        lacks: those that are left out.
     """
     found: Extras = {}
-    if model.windows is not None:
+    if model.windows is not None and "window" not in lacks:
         found["window"] = model.windows.size if model.windows.size < tokens else tokens // 4
-    if model.sinks:
+    if model.sinks and "sinks" not in lacks:
         found["sinks"] = jnp.asarray(np.random.default_rng(1).normal(size=heads).astype(np.float32))
-    if model.query_scale is not None:
+    if model.query_scale is not None and "scale" not in lacks:
         found["scale"] = model.query_scale
     return found
 

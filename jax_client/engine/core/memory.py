@@ -316,9 +316,11 @@ def decode_temporaries(
     size, tensor = dtype.itemsize, mesh.shape["tensor"]
     arrays = jax.tree.leaves(adapters.param_specs(c, spec), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
     ways = 1 if c.experts is None else split_of(mesh, c.experts.count).count
-    split = lambda p: (  # noqa: E731
-        (tensor if {"kv_heads", "ffw", "vocab"} & set(p.axes) else 1) * (ways if "experts" in p.axes else 1)
-    )
+
+    def split(p: ParamSpec) -> int:
+        """Return over how many devices an array is split."""
+        return (tensor if {"kv_heads", "ffw", "vocab"} & set(p.axes) else 1) * (ways if "experts" in p.axes else 1)
+
     adapter = sum(math.prod(p.shape) // split(p) * size for p in arrays)
     scores = 4 * rows * c.vocab_size // tensor
     near = VECTOR_MEMORY if _accelerator(mesh) == "tpu" else 0

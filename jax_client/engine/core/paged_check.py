@@ -57,15 +57,14 @@ def preferred_attention(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Cho
         return Choice(attention=plain, refused=f"it takes bfloat16, not {dtype.name}")
     try:
         if platform == "tpu":
-            why = ragged.unsupported(model.n_kv_heads // mesh.shape["tensor"], model.head_dim)
-            kernel = None if why else ragged_pages()
+            make, why = ragged_pages, ragged.unsupported(model.n_kv_heads // mesh.shape["tensor"], model.head_dim)
         else:
             from jax_client.models.kernels import triton  # Pallas is large, and only a GPU needs this part of it
 
-            why = triton.unsupported(model.head_dim)
-            kernel = None if why else triton_pages()
-        if kernel is None:
-            return Choice(attention=plain, refused=why or "")
+            make, why = triton_pages, triton.unsupported(model.head_dim)
+        if why:
+            return Choice(attention=plain, refused=why)
+        kernel = make()
         if lacking := kernel.lacks & model.attention_extras:  # of all layers, which share the pool's layout
             return Choice(attention=plain, refused=f"it takes no {' and '.join(sorted(lacking))}")
         return Choice(attention=kernel)

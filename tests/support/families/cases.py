@@ -200,18 +200,24 @@ def data(case: str) -> list[TrainExample]:
     return out
 
 
-def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
-    """Return logprobs and gradients of the adapter before training, and logprobs after `STEPS` steps of AdamW."""
+def torch_model(path: Path, c: ModelConfig, dtype: str = "float32", of: str = "AutoModelForCausalLM") -> Any:
+    """Return transformers' model of a directory; the directory must hold every tensor and no other."""
     import torch
     import transformers
 
-    path = write_hf(directory, CASES[case], tensors(case))
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
-    if model_config(case).experts is not None:
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": "eager", "output_loading_info": True}
+    if c.experts is not None:
         options["experts_implementation"] = "eager"
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    model, info = getattr(transformers, of).from_pretrained(path, **options)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
-    model.eval()
+    return model.eval()
+
+
+def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
+    """Return logprobs and gradients of the adapter before training, and logprobs after `STEPS` steps of AdamW."""
+    import torch
+
+    model = torch_model(write_hf(directory, CASES[case], tensors(case)), model_config(case))
     gaps: list[float] = []
     for name, module in model.named_modules():
         if name.endswith(("mlp.gate", "mlp.router")):

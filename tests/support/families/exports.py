@@ -6,7 +6,6 @@ The expected logits are those of weights to which `cases.with_adapter` added the
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,19 +18,6 @@ def state(case: str, *, unembed: bool = True) -> AdapterState:
     """Return the adapter of a case."""
     weights = {n: a for n, a in cases.adapter(case).items() if unembed or not n.startswith("unembed")}
     return AdapterState(spec=replace(cases.SPEC, train_unembed=unembed), step=0, weights=weights)
-
-
-def torch_model(path: Path, c: Any, dtype: str = "float32") -> Any:
-    """Return transformers' model of a directory; the directory must hold every tensor and no other."""
-    import torch
-    import transformers
-
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": "eager", "output_loading_info": True}
-    if c.experts is not None:
-        options["experts_implementation"] = "eager"
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
-    return model.eval()
 
 
 def logits(model: Any, case: str) -> np.ndarray:

@@ -8,6 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jax_client.models.families.registry import config_from_hf
+from jax_client.weights.read.names import expected_tensors
 from support.families import cases
 from support.weights.quantized import MXFP4, decoded_mxfp4, write_release
 
@@ -23,9 +25,6 @@ def config(**changes: Any) -> dict[str, Any]:
 
 def stored(keys: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Return the tensors of a release of these sizes: bfloat16, but for codes and scales of experts."""
-    from jax_client.models.families.registry import config_from_hf
-    from jax_client.weights.read.names import expected_tensors
-
     rng, found = np.random.default_rng(seed), {}
     for name, shape in sorted(expected_tensors(config_from_hf(keys, "config.json")).items()):
         if name.endswith(("gate_up_proj", "down_proj")):

@@ -5,7 +5,6 @@ Weights of the text model come from seeds, those of a vision tower from transfor
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ import numpy as np
 
 from jax_client.models.config import ModelConfig
 from jax_client.models.families.registry import FAMILIES, config_from_hf
+from jax_client.models.lora_arrays import array_shapes
 from jax_client.values import AdapterState, LoraSpec
 from jax_client.weights.read.names import expected_tensors
+from support.families import cases
 from support.weight_files import write_hf
 
 SPEC = LoraSpec(rank=4, seed=0)
@@ -150,8 +151,6 @@ def write_whole(directory: Path, case: str) -> Path:
 
 def state(case: str) -> AdapterState:
     """Return an adapter, none of its arrays zero."""
-    from jax_client.models.lora_arrays import array_shapes
-
     rng = np.random.default_rng(1)
     arrays = {
         name: (rng.normal(size=shape) * (0.1 if name.endswith(".A") else 0.02)).astype(np.float32)
@@ -165,17 +164,9 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(3).integers(3, 119, 48).astype(np.int32)
 
 
-def torch_model(path: Path, dtype: str = "float32") -> Any:
+def torch_model(path: Path, case: str) -> Any:
     """Return transformers' whole model of a directory; the directory must hold every tensor and no other."""
-    import torch
-    import transformers
-
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": "eager", "output_loading_info": True}
-    if json.loads((path / "config.json").read_text())["model_type"] == "qwen3_vl_moe":
-        options["experts_implementation"] = "eager"
-    model, info = transformers.AutoModelForImageTextToText.from_pretrained(path, **options)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
-    return model.eval()
+    return cases.torch_model(path, model_config(case), of="AutoModelForImageTextToText")
 
 
 def torch_logits(model: Any) -> np.ndarray:

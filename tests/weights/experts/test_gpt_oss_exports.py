@@ -12,14 +12,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_client.errors import BadRequestError, UnsupportedError
+from jax_client.models.lora_arrays import array_shapes
 from jax_client.runs.lifecycle.export_check import check_export
+from jax_client.weights.read.load import read_config
 from jax_client.weights.read.quantized.reader import QuantizedReader
 from jax_client.weights.read.source import resolve
 from jax_client.weights.write.merged import write_merged
 from jax_client.weights.write.peft import CONFIG, WEIGHTS, Program, read_adapter, write_adapter
 from support.families import cases, mxfp4
 from support.families.engine import open_engine
-from support.families.exports import expected_logits, logits, state, torch_model
+from support.families.exports import expected_logits, logits, state
 from support.golden_cases import RANK
 from support.weight_files import write_hf
 from support.weights.exports import directory
@@ -38,12 +40,12 @@ def test_a_merged_model_computes_base_and_adapter(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     c = cases.model_config(CASE)
     path = write_hf(tmp_path / "m", cases.CASES[CASE], cases.tensors(CASE))
-    base, out = torch_model(path, c), directory(tmp_path)
+    base, out = cases.torch_model(path, c), directory(tmp_path)
     expected = expected_logits(base, CASE, state(CASE))
     write_merged(out, resolve(str(path)), c, state(CASE), dtype="float32", shard_bytes=100_000)
     assert len(list(out.glob("*.safetensors"))) > 3
     assert np.abs(expected - logits(base, CASE)).max() > 0.5
-    np.testing.assert_allclose(logits(torch_model(out, c), CASE), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits(cases.torch_model(out, c), CASE), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.torch
@@ -54,7 +56,7 @@ def test_peft_computes_the_adapter(program: Program | None, tmp_path: Path, capl
     """In float64, since peft applies adapters of attention and the reference adds them to weights."""
     peft = pytest.importorskip("peft")
     path = write_hf(tmp_path / "m", cases.CASES[CASE], cases.tensors(CASE))
-    base = torch_model(path, cases.model_config(CASE), "float64")
+    base = cases.torch_model(path, cases.model_config(CASE), "float64")
     expected = expected_logits(base, CASE, state(CASE))
     out = export(tmp_path, program, str(path))
     assert (f"--max-lora-rank must be {2 * RANK} at least" in caplog.text) == (program is None)
@@ -155,11 +157,7 @@ def test_sglang_is_not_given_what_it_does_not_read(tmp_path: Path) -> None:
 def test_a_release_is_merged_expert_by_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = mxfp4.write(tmp_path / "m")
     source, keys = resolve(str(path)), mxfp4.config()
-    from jax_client.weights.read.load import read_config
-
     c, plain = read_config(source), mxfp4.numbers(mxfp4.stored(keys))
-    from jax_client.models.lora_arrays import array_shapes
-
     rng = np.random.default_rng(1)
     weights = {n: rng.normal(size=s).astype(np.float32) * 0.1 for n, s in array_shapes(c, cases.SPEC).items()}
     monkeypatch.setattr(QuantizedReader, "read", _refuse_experts(QuantizedReader.read))

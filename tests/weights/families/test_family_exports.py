@@ -12,7 +12,7 @@ from jax_client.weights.read.source import resolve
 from jax_client.weights.write.merged import write_merged
 from jax_client.weights.write.peft import read_adapter, write_adapter
 from support.families import cases
-from support.families.exports import expected_logits, logits, state, torch_model
+from support.families.exports import expected_logits, logits, state
 from support.weight_files import write_hf
 from support.weights.exports import directory
 
@@ -26,12 +26,12 @@ def test_both_exports_compute_base_and_adapter(case: str, tmp_path: Path) -> Non
     peft = pytest.importorskip("peft")
     c = cases.model_config(case)
     path = write_hf(tmp_path / "m", cases.CASES[case], cases.tensors(case))
-    base = torch_model(path, c, "float64")
+    base = cases.torch_model(path, c, "float64")
     expected = expected_logits(base, case, state(case))
     assert np.abs(expected - logits(base, case)).max() > 0.5
     merged, adapter = directory(tmp_path, "merged"), directory(tmp_path, "adapter")
     write_merged(merged, resolve(str(path)), c, state(case), dtype="float32")
-    np.testing.assert_allclose(logits(torch_model(merged, c, "float64"), case), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits(cases.torch_model(merged, c, "float64"), case), expected, rtol=0, atol=1e-4)
     write_adapter(adapter, state(case), c, str(path), "peft")
     adapted = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
     np.testing.assert_allclose(logits(adapted, case), expected, rtol=0, atol=1e-4)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jax_client.models.config import ModelConfig
-from jax_client.models.families import qwen3_moe
 from jax_client.models.families.family import Family, Files, HfConfig, Tower
 from jax_client.models.families.hf_config import refuse_unless, text_config
+from jax_client.models.families.qwen import qwen3_moe
 
 
 def config_from_hf(hf: HfConfig, where: str) -> ModelConfig:
