@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
 import numpy as np
 from numpy.typing import DTypeLike
 
 from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
+from jax_client.models.families.hf_config import eos_ids
 from jax_client.models.families.registry import SUPPORTED_ARCHITECTURES
 from jax_client.models.quantization import read_quantization
 from jax_client.values import JsonObject
@@ -19,6 +18,7 @@ from jax_client.weights.read.tensors import TensorInfo, TensorReader
 from jax_client.weights.towers import TowerReader, tower_of
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -180,12 +180,10 @@ def read_hf_config(directory: Path) -> JsonObject:
     An instruct model's end-of-turn id is often in the latter alone.
     """
     config = read_json(directory, CONFIG)
-    if not (directory / "generation_config.json").is_file():
+    if not (directory / GENERATION).is_file():
         return config
-    generation = read_json(directory, "generation_config.json")
-    ids: list[Any] = []
-    for eos in (config.get("eos_token_id"), generation.get("eos_token_id")):
-        ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    generation = read_json(directory, GENERATION)
+    ids = [*eos_ids(config, str(directory / CONFIG)), *eos_ids(generation, str(directory / GENERATION))]
     return {**config, "eos_token_id": list(dict.fromkeys(ids))}
 
 
