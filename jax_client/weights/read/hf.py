@@ -123,18 +123,20 @@ def shards(directory: Path) -> list[Path]:
     Raises: as `check_directory`.
     """
     if (directory / INDEX).exists():
-        files = sorted(set(_weight_map(directory).values()))
+        files = sorted({file if isinstance(file, str) else repr(file) for file in _weight_map(directory).values()})
         where = f"{directory / INDEX}: it names"
     elif (directory / SINGLE).exists():
         files, where = [SINGLE], f"{directory}: it holds"
     else:
         raise _no_weights(directory)
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if Path(file).name != file or not file.endswith(".safetensors"):
             raise BadRequestError(f"{where} the shard {file!r}; a shard is a .safetensors file in the same directory.")
         if not (directory / file).exists():
             raise BadRequestError(f"{where} the shard {file!r}, which is not there. Download the model again.")
         inside(directory, file)
+        if not (directory / file).is_file():
+            raise BadRequestError(f"{where} the shard {file!r}, which is no file. Download the model again.")
     return [directory / file for file in files]
 
 
