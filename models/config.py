@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args
 
 from jax_client.errors import BadRequestError
 
+MAX_LAYERS = 2**10
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Llama3Scaling:
@@ -194,7 +196,7 @@ class ModelConfig:
             "vocab_size": 2**21,
             "d_model": 2**17,
             "d_ff": 2**19,
-            "n_layers": 2**10,
+            "n_layers": MAX_LAYERS,
             "n_heads": 2**12,
             "n_kv_heads": 2**12,
             "head_dim": 2**12,

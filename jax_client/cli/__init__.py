@@ -103,8 +103,13 @@ def _warnings_on_stderr() -> Iterator[None]:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     logger = logging.getLogger("jax_client")
+    propagated = logger.propagate
+    # A program that calls `main` has its own handlers. Else absl, when it is imported, adds one that prints all again.
+    if not logging.getLogger().handlers:
+        logger.propagate = False
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.propagate = propagated

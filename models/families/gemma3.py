@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
 from jax_client.models.families.family import Family, Files, HfConfig, Tower
 from jax_client.models.families.hf_config import (
@@ -59,7 +60,9 @@ def _read(hf: HfConfig, where: str) -> ModelConfig:
     for softcap in ("attn_logit_softcapping", "final_logit_softcapping"):
         refuse_unless(hf, where, softcap, (None,))
     refuse_unless(hf, where, "use_bidirectional_attention", (None, False))
-    each = int(positive(hf, where, "sliding_window_pattern", 6))
+    each = hf["sliding_window_pattern"]
+    if isinstance(each, bool) or not isinstance(each, int) or each < 1:
+        raise BadRequestError(f"{where}: sliding_window_pattern is {each!r:.80}; it must be an integer from 1 on.")
     windowed = windowed_layers(hf, where, lambda i: (i + 1) % each != 0)
     local = read_rope(hf, where, "sliding_attention", 10_000.0)
     fields = shared_fields(hf, where, read_rope(hf, where, "full_attention", 1_000_000.0))

@@ -15,9 +15,23 @@ from jax_client.models.families.hf_config import (
     windowed_layers,
 )
 
+# What transformers takes for keys that are absent, and for rotations that are null, too.
+DEFAULTS = {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128}
+ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
 
 def config_from_hf(hf: HfConfig, where: str) -> ModelConfig:
     """Read a gpt-oss config.json; where `layer_types` is absent, every other layer has a window from the first on."""
+    hf = {**DEFAULTS, **hf}
+    if hf.get("rope_parameters") is None and hf.get("rope_scaling") is None:
+        hf["rope_parameters"] = ROPE
     rope = read_rope(hf, where, default_theta=150_000.0)
     biased = bool(hf.get("attention_bias", True))
     experts = Experts(

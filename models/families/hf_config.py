@@ -11,9 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax_client.errors import BadRequestError, UnsupportedError
-from jax_client.models.config import LinearScaling, Llama3Scaling, Rope, RopeScaling, Windows, YarnScaling
+from jax_client.models.config import (
+    MAX_LAYERS,
+    LinearScaling,
+    Llama3Scaling,
+    Rope,
+    RopeScaling,
+    Windows,
+    YarnScaling,
+)
 from jax_client.models.families.family import HfConfig
 
+COMPLETE = "A complete config.json is needed."
 # Rope types that a file may have and that are not computed from it: why, and the way out.
 ROPE_TYPES = {
     "yarn": "it is read from a config.json only. Load the same model in Hugging Face layout (safetensors)",
@@ -23,6 +32,65 @@ ROPE_TYPES = {
     "su": "it is not planned. Use a model without it",
     "proportional": "it is not planned. Use a model without it",
 }
+
+# Keys by what their values must be, in every family that has them.
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+SIZES_OR_NULL = ("num_key_value_heads", "head_dim")
+FLAGS_OR_NULL = ("tie_word_embeddings", "attention_bias", "norm_topk_prob", "use_sliding_window")
+OBJECTS_OR_NULL = ("rope_parameters", "rope_scaling")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def check_types(hf: HfConfig, where: str) -> None:
+    """Refuse values of a wrong type by their keys, before a family reads them; an absent key is its reader's matter.
+
+    Args:
+        hf: the parsed config.json, or the text model's part of it.
+        where: the file, for messages.
+
+    Raises:
+        BadRequestError: such a value, or more layers than any model may have.
+    """
+    sizes = {key: hf[key] for key in SIZES if key in hf}
+    sizes |= {key: hf[key] for key in SIZES_OR_NULL if hf.get(key) is not None}
+    for key, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BadRequestError(f"{where}: {key} is {value!r:.80}; it must be an integer from 1 on. {COMPLETE}")
+    # Readers make lists with an entry for each layer.
+    if (layers := sizes.get("num_hidden_layers", 1)) > MAX_LAYERS:
+        raise BadRequestError(f"{where}: num_hidden_layers is {layers}; it must be {MAX_LAYERS} or less. {COMPLETE}")
+    if (window := hf.get("sliding_window")) is not None and (isinstance(window, bool) or not isinstance(window, int)):
+        raise BadRequestError(
+            f"{where}: sliding_window is {window!r:.80}; it must be an integer from 1 on, or null. {COMPLETE}"
+        )
+    for keys, kind, says in ((FLAGS_OR_NULL, bool, "true or false"), (OBJECTS_OR_NULL, Mapping, "an object")):
+        for key in keys:
+            if (value := hf.get(key)) is not None and not isinstance(value, kind):
+                raise BadRequestError(f"{where}: {key} is {value!r:.80}; it must be {says}, or null. {COMPLETE}")
+    types = hf.get("layer_types")
+    if types is not None and not (isinstance(types, list) and all(isinstance(kind, str) for kind in types)):
+        raise BadRequestError(f"{where}: layer_types is {types!r:.200}; it must be a list of names. {COMPLETE}")
+    if "rms_norm_eps" in hf:
+        positive(hf, where, "rms_norm_eps", None)
+    eos_ids(hf, where)
+
+
+def eos_ids(hf: HfConfig, where: str) -> list[int]:
+    """Return the ids at which a sequence ends, each once; BadRequestError if `eos_token_id` is none of its forms."""
+    eos = hf.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise BadRequestError(
+            f"{where}: eos_token_id is {eos!r:.80}; it must be a token id, a list of them, or null. {COMPLETE}"
+        )
+    return list(dict.fromkeys(ids))
 
 
 def shared_fields(hf: HfConfig, where: str, rope: Rope | None = None) -> dict[str, Any]:
@@ -44,8 +112,7 @@ def shared_fields(hf: HfConfig, where: str, rope: Rope | None = None) -> dict[st
             f"{where}: partial_rotary_factor makes {rope.dim} of {head_width(hf)} values of a head rotate, which is "
             "not supported in this architecture. Use a model without it."
         )
-    eos = hf.get("eos_token_id")
-    n_heads = int(hf["num_attention_heads"])
+    n_heads = hf["num_attention_heads"]
     return {
         "vocab_size": hf["vocab_size"],
         "d_model": hf["hidden_size"],
@@ -59,7 +126,7 @@ def shared_fields(hf: HfConfig, where: str, rope: Rope | None = None) -> dict[st
         "rope_scaling": rope.scaling,
         "tied_embeddings": bool(hf.get("tie_word_embeddings", False)),
         "max_context": hf["max_position_embeddings"],
-        "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        "eos_token_ids": tuple(eos_ids(hf, where)),
     }
 
 
@@ -74,7 +141,7 @@ def text_config(hf: HfConfig, where: str, *, tied: bool) -> dict[str, Any]:
         tied: where neither says so.
 
     Raises:
-        BadRequestError: there is no such config.
+        BadRequestError: there is no such config, or a value in it has a wrong type.
     """
     text = hf.get("text_config")
     if not isinstance(text, Mapping):
@@ -82,12 +149,11 @@ def text_config(hf: HfConfig, where: str, *, tied: bool) -> dict[str, Any]:
             f"{where}: text_config is {text!r:.80}; it must be an object with the text model's keys. A complete "
             "config.json is needed."
         )
-    eos: list[Any] = []
-    for found in (hf.get("eos_token_id"), text.get("eos_token_id")):
-        eos += found if isinstance(found, list) else [] if found is None else [found]
+    check_types(text, f"{where}: text_config")
+    eos = list(dict.fromkeys([*eos_ids(hf, where), *eos_ids(text, where)]))
     flags = [found for config in (hf, text) if (found := config.get("tie_word_embeddings")) is not None]
     beside = {"tie_word_embeddings": flags[0] if flags else tied}
-    return {**text, **beside, **({"eos_token_id": list(dict.fromkeys(eos))} if eos else {})}
+    return {**text, **beside, **({"eos_token_id": eos} if eos else {})}
 
 
 def refuse_unless(hf: HfConfig, where: str, key: str, allowed: tuple[Any, ...]) -> None:
@@ -137,13 +203,13 @@ def windowed_layers(hf: HfConfig, where: str, usual: Callable[[int], bool]) -> l
         UnsupportedError: a type of layer that is not computed.
         BadRequestError: not one type for each layer.
     """
-    n, types = int(hf["num_hidden_layers"]), hf.get("layer_types")
+    n, types = hf["num_hidden_layers"], hf.get("layer_types")
     if types is None:
         return [i for i in range(n) if usual(i)]
     if not isinstance(types, list) or len(types) != n:
         raise BadRequestError(f"{where}: layer_types is {types!r:.200}; it must list a type for each of {n} layers.")
     for kind in types:
-        if kind not in ("full_attention", "sliding_attention"):
+        if kind not in LAYER_TYPES:
             raise UnsupportedError(
                 f"{where}: layer_types has {kind!r}, which is not supported; supported are 'full_attention' and "
                 "'sliding_attention'. Use a model without such layers."
@@ -151,7 +217,7 @@ def windowed_layers(hf: HfConfig, where: str, usual: Callable[[int], bool]) -> l
     return [i for i, kind in enumerate(types) if kind == "sliding_attention"]
 
 
-def positive(hf: HfConfig, where: str, key: str, default: float) -> float:
+def positive(hf: HfConfig, where: str, key: str, default: float | None) -> float:
     """Return the number of a key, or the default where it is absent or null; BadRequestError unless it is above 0."""
     value = default if hf.get(key) is None else hf[key]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
@@ -161,7 +227,7 @@ def positive(hf: HfConfig, where: str, key: str, default: float) -> float:
 
 def head_width(hf: HfConfig) -> int:
     """Return the width of a head; 0 where the config has no heads, which `ModelConfig` refuses."""
-    n_heads = int(hf["num_attention_heads"])
+    n_heads = hf["num_attention_heads"]
     return hf.get("head_dim") or (hf["hidden_size"] // n_heads if n_heads > 0 else 0)
 
 
@@ -188,19 +254,23 @@ def read_rope(hf: HfConfig, where: str, layer_type: str | None = None, default_t
     """
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     beside = dict(hf)
-    by_type = sorted(name for name, value in rope.items() if isinstance(value, Mapping))
+    by_type = sorted(name for name, value in rope.items() if isinstance(value, Mapping) or name in LAYER_TYPES)
     if by_type and layer_type is None:
         raise UnsupportedError(
             f"{where}: rope_parameters are given by layer type ({', '.join(by_type)}); this architecture rotates in "
             "all layers alike. Use a model that has one set of them."
         )
     if by_type:
-        rope = dict(rope.get(layer_type) or {})
+        if not isinstance(found := rope.get(layer_type, {}), Mapping | None):
+            raise BadRequestError(
+                f"{where}: {layer_type} of rope_parameters is {found!r:.80}; it must be an object. {COMPLETE}"
+            )
+        rope = dict(found or {})
     elif layer_type == "sliding_attention":
         rope = {}
         beside["rope_theta"] = hf.get("rope_local_base_freq")
-    theta = rope.get("rope_theta") or beside.get("rope_theta") or default_theta
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    theta = _first(rope.get("rope_theta"), beside.get("rope_theta"), default_theta)
+    kind = _first(rope.get("rope_type"), rope.get("type"), "default")
     if not isinstance(kind, str) or kind not in _SCALINGS:
         raise UnsupportedError(
             f"{where}: rope type {kind!r} is not supported; supported are "
@@ -208,8 +278,8 @@ def read_rope(hf: HfConfig, where: str, layer_type: str | None = None, default_t
         )
     original = beside.get("original_max_position_embeddings")  # beside the others it has priority in transformers
     values = _Numbers(rope | ({} if original is None else {"original_max_position_embeddings": original}), kind, where)
-    part = rope.get("partial_rotary_factor") or beside.get("partial_rotary_factor")
-    dim = int(head_width(hf) * values.check("partial_rotary_factor", part, least=0.0)) if part else None
+    part = _first(rope.get("partial_rotary_factor"), beside.get("partial_rotary_factor"))
+    dim = None if part is None else int(head_width(hf) * values.check("partial_rotary_factor", part, least=0.0))
     if dim is not None and not 2 <= dim <= head_width(hf):
         raise BadRequestError(
             f"{where}: partial_rotary_factor {part!r} makes {dim} of {head_width(hf)} values of a head rotate; it must "
@@ -220,6 +290,11 @@ def read_rope(hf: HfConfig, where: str, layer_type: str | None = None, default_t
         scaling=_SCALINGS[kind](values),
         dim=None if dim == head_width(hf) else dim,
     )
+
+
+def _first(*values: Any) -> Any:
+    """Return the first value that is not null."""
+    return next((value for value in values if value is not None), None)
 
 
 class _Numbers:

@@ -9,6 +9,7 @@ from jax_client.models.families.hf_config import read_windows, refuse_unless, sh
 
 def config_from_hf(hf: HfConfig, where: str) -> ModelConfig:
     """Read a Mistral config.json."""
+    hf = {"sliding_window": 4096, **hf}  # what transformers takes where the key is absent; null is none
     refuse_unless(hf, where, "attention_bias", (None, False))
     fields = shared_fields(hf, where)
     windowed = [] if hf.get("sliding_window") is None else range(fields["n_layers"])

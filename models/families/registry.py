@@ -16,6 +16,7 @@ from jax_client.models.families.family import Family, HfConfig
 from jax_client.models.families.gemma3 import GEMMA3 as GEMMA3
 from jax_client.models.families.gemma3 import GEMMA3_VISION as GEMMA3_VISION
 from jax_client.models.families.gpt_oss import GPT_OSS as GPT_OSS
+from jax_client.models.families.hf_config import check_types
 from jax_client.models.families.llama import LLAMA as LLAMA
 from jax_client.models.families.mistral import MISTRAL as MISTRAL
 from jax_client.models.families.qwen.qwen2 import QWEN2 as QWEN2
@@ -44,11 +45,13 @@ def config_from_hf(hf: HfConfig, where: str) -> ModelConfig:
     known = ", ".join(SUPPORTED_ARCHITECTURES)
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise BadRequestError(f"{where}: 'architectures' is {architectures!r}; it must name one of {known}.")
-    family = SUPPORTED_ARCHITECTURES.get(architectures[0])
+    named = architectures[0]
+    family = SUPPORTED_ARCHITECTURES.get(named) if isinstance(named, str) else None
     if family is None:
-        raise UnsupportedError(f"{where}: architecture {architectures[0]!r} is not supported; supported are {known}.")
+        raise UnsupportedError(f"{where}: architecture {named!r:.80} is not supported; supported are {known}.")
     # Only to refuse a format that is not read, before any weight is looked at.
     quantization.read_quantization(hf, where)
+    check_types(hf, where)
     try:
         return family.read(hf, where)
     except KeyError as missing:

@@ -115,3 +115,18 @@ def test_a_reader_that_leaves_is_no_error(home):
     child.stdout.close()
     assert (child.stderr.read(), child.wait(60)) == ("", 1)
     child.stderr.close()
+
+
+def test_a_warning_is_printed_once():
+    """absl, which orbax brings, adds a handler of its own while a command imports it."""
+    done = python(
+        "import logging, click",
+        "from jax_client import cli",
+        "@cli.group.command('warn')",
+        "def warn():",
+        "    logging.basicConfig()",
+        "    logging.getLogger('jax_client.weights').warning('a rank is high')",
+        "assert cli.main(['warn']) == 0",
+        "logging.getLogger('jax_client.weights').warning('after it')",
+    )
+    assert done.stderr == "warning: a rank is high\nWARNING:jax_client.weights:after it\n"

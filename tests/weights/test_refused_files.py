@@ -98,6 +98,32 @@ def test_index_entries_outside_the_directory(entry: str, tmp_path: Path) -> None
         resolve(str(path))
 
 
+@pytest.mark.parametrize("entry", [5, None, ["model-00001-of-00002.safetensors"], {"a": 1}])
+def test_index_entries_that_are_no_names(entry: Any, tmp_path: Path) -> None:
+    path = write_hf(tmp_path / "m", config(), hf_tensors(config()), n_shards=2)
+    index = json.loads((path / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = entry
+    (path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(BadRequestError, match=r"index\.json: it names the shard .*; a shard is a \.safetensors file"):
+        resolve(str(path))
+
+
+def test_a_directory_in_a_shards_place(tmp_path: Path) -> None:
+    path = write_hf(tmp_path / "m", config(), hf_tensors(config()))
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").mkdir()
+    with pytest.raises(BadRequestError, match=r"'model\.safetensors', which is no file"):
+        resolve(str(path))
+
+
+@pytest.mark.parametrize("header", [b'{"a": {"dtype": [], "shape": [], "data_offsets": [0, 0]}}', b"[" * 100_000])
+def test_headers_of_odd_shapes(header: bytes, tmp_path: Path) -> None:
+    path = write_hf(tmp_path / "m", config(), hf_tensors(config()))
+    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(BadRequestError, match=r"model\.safetensors: (tensor a has an unknown dtype|the header is not)"):
+        load(path)
+
+
 def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     path = write_hf(tmp_path / "m", config(), hf_tensors(config()), n_shards=2)
     index = json.loads((path / INDEX).read_text())

@@ -30,6 +30,9 @@ long time. Then she said: if x = 4 and y = x * (x + 1), how far is it to Bergen?
 # Largest difference of a logit that is let through, as a share of the largest logit. Rounding was measured to make up
 # to 6e-6 in float32 and up to 0.026 in bfloat16 (docs/export.md).
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+# Of a merged mixture of experts, the share of the tokens that must be within it in bfloat16, those that differ least.
+# Rounding lets routers choose other experts for the rest, and such a token's logits are far apart without an error.
+STEADY = 0.5
 AGAIN = "Do not use it: delete it and export again; if that fails too, look at the disk."
 
 
@@ -38,8 +41,8 @@ class ExportCheck:
     """What was compared, and how far apart it was.
 
     Attributes:
-        tokens: of the probe text.
-        difference: the largest absolute difference of a logit, over all tokens and the whole vocabulary.
+        tokens: of the probe text that count: all, or `STEADY` of them.
+        difference: the largest absolute difference of a logit, over these tokens and the whole vocabulary.
         tolerance: the difference above which the export would have been refused.
     """
 
@@ -66,7 +69,7 @@ def check_export(engine: Engine, state: AdapterState | None, directory: Path, ow
     """
     tokens_T, lane = probe_tokens(engine.source, engine.model), engine.open_lane(owner)
     live_TV = engine.logits(lane, tokens_T, state).result()
-    dtypes = {engine.dtype.name}
+    dtypes, share_of_tokens = {engine.dtype.name}, 1.0
     try:
         if (directory / peft_config.CONFIG).is_file():
             back = read_adapter(directory, engine.model)
@@ -76,17 +79,21 @@ def check_export(engine: Engine, state: AdapterState | None, directory: Path, ow
             source = ModelSource(name=str(directory), path=directory, kind="hf")
             exported_TV = engine.logits(lane, tokens_T, None, source).result()
             dtypes.add(str(hf.read_json(directory, hf.CONFIG).get("dtype")))
+            if engine.model.experts is not None and "bfloat16" in dtypes:
+                share_of_tokens = STEADY
     except (BadRequestError, NotFoundError) as error:
         raise RequestFailedError(f"the export cannot be read back: {error} {AGAIN}") from error
-    difference = float(np.abs(live_TV - exported_TV).max())
+    apart_T = np.sort(np.abs(live_TV - exported_TV).max(-1))  # not finite ones are last
+    count = int(np.ceil(share_of_tokens * len(apart_T)))
+    difference = float(apart_T[count - 1])
     share = max(TOLERANCE[dtype] for dtype in dtypes)
     tolerance = share * float(np.abs(live_TV).max())
-    if not difference <= tolerance:
+    if not (difference <= tolerance and np.isfinite(apart_T[-1])):
         raise RequestFailedError(
-            f"{directory}: the export computes something else than the adapter: on {len(tokens_T)} probe tokens a "
+            f"{directory}: the export computes something else than the adapter: on {count} probe tokens a "
             f"logit differs by {difference:.3g}, and rounding explains no more than {tolerance:.3g}. {AGAIN}"
         )
-    return ExportCheck(tokens=len(tokens_T), difference=difference, tolerance=tolerance)
+    return ExportCheck(tokens=count, difference=difference, tolerance=tolerance)
 
 
 def probe_tokens(source: ModelSource, config: ModelConfig) -> np.ndarray:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
+from jax_client.models.families.hf_config import eos_ids
 from jax_client.models.families.registry import SUPPORTED_ARCHITECTURES
 from jax_client.models.quantization import read_quantization
 from jax_client.values import JsonObject
@@ -19,6 +19,7 @@ from jax_client.weights.read.tensors import TensorInfo, TensorReader
 from jax_client.weights.towers import TowerReader, tower_of
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -122,18 +123,20 @@ def shards(directory: Path) -> list[Path]:
     Raises: as `check_directory`.
     """
     if (directory / INDEX).exists():
-        files = sorted(set(_weight_map(directory).values()))
+        files = sorted({file if isinstance(file, str) else repr(file) for file in _weight_map(directory).values()})
         where = f"{directory / INDEX}: it names"
     elif (directory / SINGLE).exists():
         files, where = [SINGLE], f"{directory}: it holds"
     else:
         raise _no_weights(directory)
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if Path(file).name != file or not file.endswith(".safetensors"):
             raise BadRequestError(f"{where} the shard {file!r}; a shard is a .safetensors file in the same directory.")
         if not (directory / file).exists():
             raise BadRequestError(f"{where} the shard {file!r}, which is not there. Download the model again.")
         inside(directory, file)
+        if not (directory / file).is_file():
+            raise BadRequestError(f"{where} the shard {file!r}, which is no file. Download the model again.")
     return [directory / file for file in files]
 
 
@@ -180,12 +183,10 @@ def read_hf_config(directory: Path) -> JsonObject:
     An instruct model's end-of-turn id is often in the latter alone.
     """
     config = read_json(directory, CONFIG)
-    if not (directory / "generation_config.json").is_file():
+    if not (directory / GENERATION).is_file():
         return config
-    generation = read_json(directory, "generation_config.json")
-    ids: list[Any] = []
-    for eos in (config.get("eos_token_id"), generation.get("eos_token_id")):
-        ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
+    generation = read_json(directory, GENERATION)
+    ids = [*eos_ids(config, str(directory / CONFIG)), *eos_ids(generation, str(directory / GENERATION))]
     return {**config, "eos_token_id": list(dict.fromkeys(ids))}
 
 

@@ -68,7 +68,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         raw = file.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequestError(f"{path}: the header is not JSON ({error}). {AGAIN}") from None
     if not isinstance(header, dict):
         raise BadRequestError(f"{path}: the header is {type(header).__name__}, expected an object. {AGAIN}")
@@ -100,7 +100,7 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
         raise BadRequestError(f"{path}: the header entry of tensor {name} is {value!r}. {AGAIN}") from None
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise BadRequestError(f"{path}: tensor {name} has shape {shape} at bytes {begin!r} to {end!r}. {AGAIN}")
-    if dtype not in ITEM_BITS:
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise BadRequestError(
             f"{path}: tensor {name} has an unknown dtype {dtype!r}; known are {', '.join(ITEM_BITS)}."
         )

@@ -18,7 +18,9 @@ def config_from_hf(hf: HfConfig, where: str) -> ModelConfig:
     text = text_config(hf, where, tied=False)
     # The layers always divide by the sum of the chosen experts' weights.
     refuse_unless(text, where, "norm_topk_prob", (None, True))
-    text = {"rope_theta": 500_000.0, **text, "norm_topk_prob": True}
+    text["norm_topk_prob"] = True
+    if text.get("rope_theta") is None:
+        text["rope_theta"] = 500_000.0
     return replace(qwen3_moe.config_from_hf(text, where), family="qwen3_vl_moe")
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_client.errors import BadRequestError, UnsupportedError
+from jax_client.errors import BadRequestError, RequestFailedError, UnsupportedError
 from jax_client.models.lora_arrays import array_shapes
-from jax_client.runs.lifecycle.export_check import check_export
+from jax_client.runs.lifecycle.export_check import check_export, probe_tokens
 from jax_client.weights.read.load import read_config
 from jax_client.weights.read.quantized.reader import QuantizedReader
 from jax_client.weights.read.source import resolve
@@ -99,6 +99,24 @@ def test_the_check_of_exports_passes(tmp_path: Path) -> None:
     out = directory(tmp_path, "merged")
     write_merged(out, engine.source, engine.model, state(CASE), dtype="float32")
     assert 0 < check_export(engine, state(CASE), out).difference < 1e-3
+    engine.close()
+
+
+def test_in_bfloat16_other_choices_of_routers_are_no_error_and_a_lost_adapter_is(tmp_path: Path) -> None:
+    """Some tokens meet other experts, as the merged weights were rounded; their logits are far apart."""
+    engine = open_engine(tmp_path / "m", CASE, dtype="bfloat16")
+    adapter, lane = state(CASE), engine.open_lane()
+    right, lost = directory(tmp_path, "right"), directory(tmp_path, "lost")
+    write_merged(right, engine.source, engine.model, adapter, dtype="bfloat16")
+    found, tokens = check_export(engine, adapter, right), probe_tokens(engine.source, engine.model)
+    live, back = (
+        engine.logits(lane, tokens, of, at).result() for of, at in ((adapter, None), (None, resolve(str(right))))
+    )
+    assert found.tokens == len(tokens) // 2
+    assert found.difference <= found.tolerance < np.abs(live - back).max()
+    write_merged(lost, engine.source, engine.model, None, dtype="bfloat16")
+    with pytest.raises(RequestFailedError, match="computes something else than the adapter: on 48 probe tokens"):
+        check_export(engine, adapter, lost)
     engine.close()
 
 
