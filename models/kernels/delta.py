@@ -1,0 +1,231 @@
+"""How does the gated delta rule run over a row of tokens? In chunks, whose inner work is matrix products.
+
+A head has a state S (X, Y), a memory from keys to values. Each token decays it, corrects what it says of the token's
+key, and asks it:
+
+    S <- exp(g) S;    S <- S + k (beta (v - S^T k))^T;    o = S^T q
+
+Within a chunk the corrections depend on each other: they are the solution of a triangular system, one for all values
+and for all keys. So only three products per chunk wait for the state of the chunk before. A segment of a row begins
+with an empty state, also within a chunk: decays between segments are zero, and these are masked before `exp`, of which
+the masked part could overflow.
+
+Letters here: P heads, X the width of keys, Y that of values, n chunks, c tokens of a chunk. All is computed in the type
+of the arguments, float32 outside of tests, at full precision: inverting by repeated squaring would lose everything
+where a key repeats.
+
+Source: gated delta networks, arXiv 2412.06464; the chunked form, arXiv 2406.06484.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 64
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Tokens(NamedTuple):
+    """What the rule reads of each token.
+
+    Attributes:
+        q_BTPX, k_BTPX: queries and keys of every head, as they are multiplied with the state.
+        v_BTPY: values.
+        g_BTP: logarithm of the decay, at most 0.
+        beta_BTP: share of a correction, in [0, 1]. With g and beta 0 a token leaves the state alone.
+    """
+
+    q_BTPX: jax.Array
+    k_BTPX: jax.Array
+    v_BTPY: jax.Array
+    g_BTP: jax.Array
+    beta_BTP: jax.Array
+
+
+class _Chunks(NamedTuple):
+    """What a chunk has that does not depend on the state before it; (n, B, P, ...) each.
+
+    Attributes:
+        q, k, v, beta: of the tokens, (c, X), (c, X), (c, Y), (c,).
+        within: E (c, c), the decay from token j to token i of a segment.
+        before, after, across: of what was there before the chunk until each token (c,), of each token until the chunk's
+            end (c,), and of the chunk as a whole ().
+        system: A (c, c), strictly lower: (I + A) is solved.
+        values, keys: U (c, Y) and W (c, X): the corrections are U - W S.
+        scores: (Q K^T) * E (c, c).
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    beta: jax.Array
+    within: jax.Array
+    before: jax.Array
+    after: jax.Array
+    across: jax.Array
+    system: jax.Array
+    values: jax.Array
+    keys: jax.Array
+    scores: jax.Array
+
+
+def delta_forward(
+    tokens: Tokens, segments_BT: jax.Array, state_BPXY: jax.Array | None = None, chunk: int = CHUNK
+) -> tuple[jax.Array, jax.Array]:
+    """Return the outputs of all tokens, and the state behind the last one.
+
+    Args:
+        tokens: of all rows.
+        segments_BT: int32; tokens of a segment stand behind each other. Padding at the end of a row may have a segment
+            of its own.
+        state_BPXY: in which the first segment of each row begins; None for an empty one.
+        chunk: tokens that are solved together.
+
+    Returns:
+        o_BTPY and the state (B, P, X, Y), in the type of the tokens.
+    """
+    T = segments_BT.shape[1]
+    chunks = _chunks(tokens, segments_BT, state_BPXY is not None, chunk)
+    corrections, states, last_BPXY = _run(chunks, _first_state(chunks, state_BPXY))
+    asked = _product("nBPcX,nBPXY->nBPcY", chunks.q * chunks.before[..., None], states)
+    o_nBPcY = asked + _product("nBPcd,nBPdY->nBPcY", chunks.scores, corrections)
+    return _by_row(o_nBPcY)[:, :T], last_BPXY
+
+
+def delta_backward(tokens: Tokens, segments_BT: jax.Array, do_BTPY: jax.Array, chunk: int = CHUNK) -> Tokens:
+    """Return the cotangents of tokens of rows that began with an empty state, for those of the outputs.
+
+    The states between chunks are computed once more: those of one layer exist at a time.
+
+    Args:
+        tokens, segments_BT, chunk: as for `delta_forward`.
+        do_BTPY: of the outputs.
+    """
+    T = segments_BT.shape[1]
+    x = _chunks(tokens, segments_BT, False, chunk)
+    corrections, states, _ = _run(x, _first_state(x, None))
+    do = _in_chunks(do_BTPY, chunk)
+    seen = _product("nBPcd,nBPcY->nBPdY", x.scores, do)  # by the tokens' own chunk
+
+    def back(dstate: jax.Array, of: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        q, k, before, after, across, keys, do, seen = of
+        dcorrections = seen + _product("BPcX,BPXY->BPcY", k * after[..., None], dstate)
+        dbefore = across[..., None, None] * dstate + _product("BPcX,BPcY->BPXY", q * before[..., None], do)
+        return dbefore - _product("BPcX,BPcY->BPXY", keys, dcorrections), (dcorrections, dstate)
+
+    scanned = x.q, x.k, x.before, x.after, x.across, x.keys, do, seen
+    _, (dcorrections, dstates) = jax.lax.scan(back, jnp.zeros_like(states[0]), scanned, reverse=True)
+
+    dkeys = -_product("nBPcY,nBPXY->nBPcX", dcorrections, states)
+    solved = _solve(x.system, jnp.concatenate([dcorrections, dkeys], axis=-1), transposed=True)
+    for_values, for_keys = jnp.split(solved, [dcorrections.shape[-1]], axis=-1)
+    against = _product("nBPcY,nBPdY->nBPcd", for_values, x.values) + _product("nBPcX,nBPdX->nBPcd", for_keys, x.keys)
+    dsystem = -jnp.tril(against, -1)
+    between = _product("nBPcY,nBPdY->nBPcd", do, corrections)
+    dscores, of_pairs = between * x.within, dsystem * x.within
+    of_state = _product("nBPcY,nBPXY->nBPcX", do, states)
+    into_state = _product("nBPcY,nBPXY->nBPcX", corrections, dstates)
+    paired = _product("nBPcd,nBPdX->nBPcX", of_pairs, x.k)
+    beta, before, after = x.beta[..., None], x.before[..., None], x.after[..., None]
+
+    dq = _product("nBPcd,nBPdX->nBPcX", dscores, x.k) + before * of_state
+    dk = _product("nBPcd,nBPcX->nBPdX", dscores, x.q) + after * into_state + beta * before * for_keys + beta * paired
+    dk += _product("nBPcd,nBPcX->nBPdX", of_pairs, beta * x.k)
+    by_key = jnp.sum(for_keys * x.k, -1)
+    dbeta = jnp.sum(for_values * x.v, -1) + x.before * by_key + jnp.sum(paired * x.k, -1)
+    # Of the sums of g up to each token, which the decays are made of.
+    decays = dsystem * x.system + between * x.scores
+    stored = x.after * jnp.sum(x.k * into_state, -1)
+    dsum = jnp.sum(decays, -1) - jnp.sum(decays, -2) + x.beta * x.before * by_key - stored
+    dsum += x.before * jnp.sum(x.q * of_state, -1)
+    dsum = dsum.at[..., -1].add(jnp.sum(stored, -1) + x.across * jnp.sum(states * dstates, (-1, -2)))
+    dg = jnp.flip(jnp.cumsum(jnp.flip(dsum, -1), -1), -1)
+    return Tokens(*(_by_row(d)[:, :T] for d in (dq, dk, beta * for_values, dg, dbeta)))
+
+
+def delta_step(token: Tokens, state_BPXY: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the output of one token of each row, and the state behind it: the rule as it is written above.
+
+    Args:
+        token: with T = 1.
+        state_BPXY: before it.
+
+    Returns:
+        o_B1PY and the state.
+    """
+    q, k, v, g, beta = (a[:, 0] for a in token)
+    state = jnp.exp(g)[..., None, None] * state_BPXY
+    wrong = v - _product("BPX,BPXY->BPY", k, state)
+    state += _product("BPX,BPY->BPXY", k, beta[..., None] * wrong)
+    return _product("BPX,BPXY->BPY", q, state)[:, None], state
+
+
+def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, x, y, precision=HIGHEST)
+
+
+def _in_chunks(x_BTP: jax.Array, chunk: int) -> jax.Array:
+    """Return (B, T, P, ...) as (n, B, P, c, ...), with zeros behind the last token."""
+    padding = [(0, 0), (0, -x_BTP.shape[1] % chunk)] + [(0, 0)] * (x_BTP.ndim - 2)
+    whole = jnp.pad(x_BTP, padding)
+    apart = whole.reshape(len(whole), -1, chunk, *whole.shape[2:])
+    return jnp.moveaxis(jnp.moveaxis(apart, 1, 0), 3, 2)
+
+
+def _by_row(x_nBPc: jax.Array) -> jax.Array:
+    """Undo `_in_chunks`, but for the zeros."""
+    apart = jnp.moveaxis(jnp.moveaxis(x_nBPc, 2, 3), 0, 1)
+    return apart.reshape(len(apart), -1, *apart.shape[3:])
+
+
+def _chunks(tokens: Tokens, segments_BT: jax.Array, continued: bool, chunk: int) -> _Chunks:
+    q, k, v, g, beta = (_in_chunks(a, chunk) for a in tokens)
+    B, T = segments_BT.shape
+    # Behind a row's end stands its last segment, with g and beta 0: the state stays as it is.
+    whole = jnp.pad(segments_BT, ((0, 0), (0, -T % chunk)), mode="edge").reshape(B, -1, chunk)
+    segment_nBc = jnp.moveaxis(whole, 1, 0)
+    first_B = segment_nBc[0, :, 0] if continued else jnp.full(B, -1, segment_nBc.dtype)
+    earlier_nB = jnp.concatenate([first_B[None], segment_nBc[:-1, :, -1]])
+    sum_nBPc, last_nB1 = jnp.cumsum(g, axis=-1), segment_nBc[..., -1:]
+    lower = jnp.tril(jnp.ones((chunk, chunk), bool))
+    same_nB1cc = ((segment_nBc[..., :, None] == segment_nBc[..., None, :]) & lower)[:, :, None]
+
+    def decay(exponent: jax.Array, seen: jax.Array) -> jax.Array:
+        return jnp.exp(jnp.where(seen, exponent, -jnp.inf))
+
+    within = decay(sum_nBPc[..., :, None] - sum_nBPc[..., None, :], same_nB1cc)
+    before = decay(sum_nBPc, (segment_nBc == earlier_nB[..., None])[:, :, None])
+    after = decay(sum_nBPc[..., -1:] - sum_nBPc, (segment_nBc == last_nB1)[:, :, None])
+    across = decay(sum_nBPc[..., -1], last_nB1 == earlier_nB[..., None])
+    system = jnp.tril(beta[..., None] * _product("nBPcX,nBPdX->nBPcd", k, k) * within, -1)
+    right = jnp.concatenate([beta[..., None] * v, (beta * before)[..., None] * k], axis=-1)
+    values, keys = jnp.split(_solve(system, right), [v.shape[-1]], axis=-1)
+    scores = _product("nBPcX,nBPdX->nBPcd", q, k) * within
+    return _Chunks(q, k, v, beta, within, before, after, across, system, values, keys, scores)
+
+
+def _solve(system: jax.Array, right: jax.Array, *, transposed: bool = False) -> jax.Array:
+    """Return what (I + A), or its transpose, times is `right` (..., c, m)."""
+    return jax.lax.linalg.triangular_solve(
+        system, right, left_side=True, lower=True, transpose_a=transposed, unit_diagonal=True
+    )
+
+
+def _first_state(x: _Chunks, state_BPXY: jax.Array | None) -> jax.Array:
+    return jnp.zeros((*x.k.shape[1:3], x.k.shape[-1], x.v.shape[-1]), x.k.dtype) if state_BPXY is None else state_BPXY
+
+
+def _run(x: _Chunks, state_BPXY: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the corrections (n, B, P, c, Y) and the state before each chunk (n, B, P, X, Y), and the last state."""
+
+    def step(state: jax.Array, of: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        k, after, across, values, keys = of
+        corrections = values - _product("BPcX,BPXY->BPcY", keys, state)
+        kept = across[..., None, None] * state + _product("BPcX,BPcY->BPXY", k * after[..., None], corrections)
+        return kept, (corrections, state)
+
+    last, (corrections, states) = jax.lax.scan(step, state_BPXY, (x.k, x.after, x.across, x.values, x.keys))
+    return corrections, states, last
