@@ -7,7 +7,6 @@ The sizes are those of the models' config.json; the machines are what `jax_clien
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from written_page import keep
 
 from jax_client.estimate.chips import parse_machine
 from jax_client.estimate.plan import Question, estimate
@@ -138,29 +138,13 @@ def table() -> str:
     return "\n".join([*head, *map(row, MODELS)]) + "\n"
 
 
-def replaced(page: str, between: str) -> str:
-    """Return the page with new text between the two markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"the page lacks {BEGIN} or {END}")
-    return f"{before}{BEGIN}\n\n{between}\n{END}{after}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the table, or compare the page with it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--write", action="store_true", help="write the table into the page, instead of comparing")
     parser.add_argument("--page", type=Path, default=PAGE, help="default: docs/compatibility.md")
     args = parser.parse_args(argv)
-    page = args.page.read_text(encoding="utf-8")
-    written = replaced(page, table())
-    if args.write:
-        args.page.write_text(written, encoding="utf-8")
-    elif page != written:
-        print(*difflib.unified_diff(page.splitlines(), written.splitlines(), "page", "found", lineterm=""), sep="\n")
-        return 1
-    return 0
+    return keep(args.page, (BEGIN, END), table(), write=args.write)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import inspect
 import json
@@ -27,6 +26,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from written_page import keep
 
 CLIENTS = ("ServiceClient", "TrainingClient", "SamplingClient", "RestClient", "AdminClient", "APIFuture")
 SIDES = ("in-process", "served")
@@ -266,15 +268,6 @@ def tables(found: dict[str, dict[str, dict[str, str]]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def replaced(page: str, between: str) -> str:
-    """Return the page with new text between the two markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"the page lacks {BEGIN} or {END}")
-    return f"{before}{BEGIN}\n\n{between}\n{END}{after}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     for name in [name for name in os.environ if name.startswith(("TINKER_", "JAX_CLIENT_"))]:
@@ -293,14 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wrong:
         print(*wrong, sep="\n")
         return 1
-    page = args.page.read_text(encoding="utf-8")
-    written = replaced(page, tables(found))
-    if args.write:
-        args.page.write_text(written, encoding="utf-8")
-    elif page != written:
-        print(*difflib.unified_diff(page.splitlines(), written.splitlines(), "page", "found", lineterm=""), sep="\n")
-        return 1
-    return 0
+    return keep(args.page, (BEGIN, END), tables(found), write=args.write)
 
 
 if __name__ == "__main__":
