@@ -58,7 +58,8 @@ def speed(e: Estimate) -> Speed:
     """Return how fast the answered question would run."""
     q, chip, mesh = e.question, e.question.machine.chip, e.layout.mesh
     dtype = jnp.dtype(q.dtype)
-    everything = _model_bytes(e)
+    everything, of_experts = _weight_bytes(e)
+    gathered = (everything - of_experts) / mesh.shape["tensor"]
     flops = hardware = 0.0
     call = tokens_per_s = decode = sampled = None
     if e.training is not None:
@@ -67,17 +68,15 @@ def speed(e: Estimate) -> Speed:
         hardware *= sum(plan.rows * plan.length for plan in e.training.plans) / real
         if chip.flops is not None and dtype == jnp.bfloat16:
             computing = hardware / (chip.flops * mesh.size)
-            sending = _sent_bytes(e) / (chip.link or math.inf)
+            sending = _sent_bytes(e, gathered) / (chip.link or math.inf)
             fast, slow = (computing / share for share in MATMULS[chip.platform])
             call = max(fast, sending), slow + 2 * sending
             tokens_per_s = real / call[0], real / call[1]
     if e.sampling is not None and e.sampling.rows and chip.bandwidth is not None:
-        of_experts, split = _expert_bytes(e)
-        gathered = (everything - of_experts) / mesh.shape["tensor"]
         ways = mesh.shape["fsdp"]
         cache = e.sampling.rows * _seen_tokens(e) / PAGE * e.layout.page_bytes
         met = _met_experts(q.model, e.sampling.rows * e.layout.limits.ways)
-        reading = (gathered + of_experts / split * met + cache) / chip.bandwidth
+        reading = (gathered + of_experts / _expert_devices(e) * met + cache) / chip.bandwidth
         sending = 0.0 if e.sampling.whole else gathered * (ways - 1) / ways / (chip.link or math.inf)
         fast, slow = (reading / share for share in READS[chip.platform])
         decode = max(fast, sending), slow + 2 * sending
@@ -96,20 +95,17 @@ def speed(e: Estimate) -> Speed:
     )
 
 
-def _model_bytes(e: Estimate) -> int:
-    """Return the bytes of the whole model, as one device would have it."""
+def _weight_bytes(e: Estimate) -> tuple[int, int]:
+    """Return the bytes of the whole model, as one device would have it, and those of all experts' among them."""
     leaves = jax.tree.leaves(param_specs(e.question.model, jnp.dtype(e.question.dtype)))
-    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in leaves)
+    each = [(math.prod(p.shape) * p.dtype.itemsize, "experts" in p.axes) for p in leaves]
+    return sum(size for size, _ in each), sum(size for size, is_of_experts in each if is_of_experts)
 
 
-def _expert_bytes(e: Estimate) -> tuple[int, int]:
-    """Return the bytes of all matrices of experts, and how many devices split them."""
+def _expert_devices(e: Estimate) -> int:
+    """Return how many devices split the experts."""
     c, mesh = e.question.model, e.layout.mesh
-    if c.experts is None:
-        return 0, 1
-    leaves = jax.tree.leaves(param_specs(c, jnp.dtype(e.question.dtype)))
-    size = sum(math.prod(p.shape) * p.dtype.itemsize for p in leaves if "experts" in p.axes)
-    return size, split_of(mesh, c.experts.count).count * mesh.shape["tensor"]
+    return 1 if c.experts is None else split_of(mesh, c.experts.count).count * mesh.shape["tensor"]
 
 
 def _met_experts(c: ModelConfig, rows: int) -> float:
@@ -124,22 +120,25 @@ def _seen_tokens(e: Estimate) -> float:
     return seen / windows.total()
 
 
-def _sent_bytes(e: Estimate) -> float:
+def _sent_bytes(e: Estimate, gathered: float) -> float:
     """Return what a device receives in a training call: layers' weights, and sums over a split of heads and widths.
 
     Of experts it receives no weights, but the tokens of the ways that share them, and sends what it adds to these.
+
+    Args:
+        e: the answered question.
+        gathered: bytes of the other weights, of which a device needs all.
     """
     if e.training is None:
         return 0.0
     c, mesh = e.question.model, e.layout.mesh
     ways, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    of_experts, split = _expert_bytes(e)
-    weights = (_model_bytes(e) - of_experts) / tensor * (ways - 1) / ways
+    weights = gathered * (ways - 1) / ways
     # Forwards o and down, backwards the inputs of q|k|v and of gate and up: float32, once each way round the ring.
     tokens = sum(plan.rows * plan.length for plan in e.training.plans) / e.layout.limits.ways
     sums = 4 * c.n_layers * tokens * c.d_model * 4 * 2 * (tensor - 1) / tensor
     # Forwards x, backwards x and dy, in the matmul type; each time sums come back in float32.
-    others = tokens * (split // tensor - 1) * c.d_model * (3 * e.layout.passes.dtype.itemsize + 2 * 4)
+    others = tokens * (_expert_devices(e) // tensor - 1) * c.d_model * (3 * e.layout.passes.dtype.itemsize + 2 * 4)
     return 2 * len(e.training.plans) * weights + sums + others * count(c, MOE)
 
 
