@@ -21,8 +21,6 @@ from jax_client.weights.write.peft_config import way_out
 
 FUSED = re.compile(r"(.*\.experts)\.(base_layer\.)?lora_([AB])\.weight")
 SHARED = re.compile(r"(.*\.experts)\.(w[123])\.lora_([AB])\.weight")
-# The parameter of transformers that a projection of an expert is in.
-PARAMETERS = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +66,10 @@ def open_adapter(path: Path, c: ModelConfig, prefix: str) -> AdapterFile:
         return AdapterFile(path=path, infos=infos, parameters=parameters, _views=views)
     stacked = [match for name in entries if (match := FUSED.fullmatch(name) or SHARED.fullmatch(name))]
     for module in dict.fromkeys(match[1] for match in stacked if match.re is FUSED):
-        linears = {f"{module}.{e}.{p}".removeprefix(prefix): p for e in range(c.experts.count) for p in PARAMETERS}
-        parameters |= {linear: f"{module}.{PARAMETERS[p]}".removeprefix(prefix) for linear, p in linears.items()}
+        plain = module.removeprefix(prefix)
+        for parameter, projections in expert_layouts.PARAMETERS.items():
+            linears = (f"{plain}.{e}.{p}" for e in range(c.experts.count) for p in projections)
+            parameters |= dict.fromkeys(linears, f"{plain}.{parameter}")
     for match in stacked:
         name = match[0]
         if infos[name].dtype not in safetensors.NUMPY_DTYPES:

@@ -19,6 +19,9 @@ from jax_client.models.plan import kinds, layers_of
 from jax_client.weights.towers import module_name
 from jax_client.weights.write.adapter_names import Pairs
 
+# The parameters of transformers that hold all experts of a layer, and which projections each has; `Files.experts` says
+# in which order. These are the ends of their names in files, too.
+PARAMETERS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # The projections of an expert in the names that the shared layout has.
 SHARED = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 # peft's names of the matrices of gate_up and down: the second wraps the first.

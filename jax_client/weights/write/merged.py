@@ -32,7 +32,7 @@ from jax_client.weights.read.tensors import EMBEDDING, HEAD, TensorReader, check
 from jax_client.weights.read.tokenizer import load_tokenizer
 from jax_client.weights.towers import TowerReader, module_name
 from jax_client.weights.write.adapter_names import Pairs, to_pairs
-from jax_client.weights.write.expert_layouts import fused_product
+from jax_client.weights.write.expert_layouts import PARAMETERS, fused_product
 from jax_client.weights.write.shards import Tensor, check_space, write_model
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,6 @@ LEAST_KEPT = 0.9
 SAMPLE = 2**18  # elements of each weight that are looked at for it
 # f(first, end) -> what is added to rows [first, end) of a tensor.
 Addition = Callable[[int, int], np.ndarray]
-# The end of the name of a tensor that holds all experts of a layer, and which projections it holds of each;
-# `Files.experts` says in which order.
-FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -141,7 +138,7 @@ def _addition(name: str, pairs: Pairs, scale: float, files: Files) -> Addition |
         return lambda first, end: _product(pair, scale, slice(first, end))
     # The experts of a layer as one tensor, which has their matrices one after the other.
     prefix, _, last = name.rpartition(".")
-    projections = FUSED.get(last, ())
+    projections = PARAMETERS.get(last, ())
     if not projections or f"{prefix}.0.{projections[0]}" not in pairs:
         return None
 
