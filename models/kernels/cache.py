@@ -19,8 +19,6 @@ from jax_client.models.kernels.paged import BLOCK, paged_attention, write_pages,
 
 # Arrays (N, S, ...) by name: N pages of S tokens each.
 Pool = dict[str, jax.Array]
-# Values of a TPU's tile, of the last axis.
-LANES = 128
 # Keys of a wide turn: of a row, and of all rows together, whose keys and values exist as copies then.
 ROW_KEYS = 512
 ALL_KEYS = 2**15
@@ -61,7 +59,7 @@ def _on_tpu(K: int, H: int) -> dict[str, tuple[int, ...]]:
 
     A TPU would fill such heads up to 128 values: it copies the pool into that layout, twice its size, for a program.
     """
-    return _heads(K, H) if H % LANES == 0 else {"k": (K * H,), "v": (K * H,)}
+    return _heads(K, H) if H % ragged.LANES == 0 else {"k": (K * H,), "v": (K * H,)}
 
 
 def _write(

@@ -39,14 +39,8 @@ def conv_forward(
 
 def conv_backward(dy_BTU: jax.Array, w_Uz: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Return the cotangent of x (B, T, U) for that of y, of rows that began with a segment."""
-    later, T = w_Uz.shape[1] - 1, dy_BTU.shape[1]
-    dys = jnp.pad(dy_BTU, ((0, 0), (0, later), (0, 0)))
-    segments = jnp.pad(segments_BT, ((0, 0), (0, later)), constant_values=-1)
-    dx_BTU = dy_BTU * w_Uz[:, 0]
-    for j in range(1, later + 1):
-        at = slice(j, j + T)
-        dx_BTU += jnp.where((segments[:, at] == segments_BT)[..., None], dys[:, at], 0) * w_Uz[:, j]
-    return dx_BTU
+    # The same convolution, with time reversed.
+    return jnp.flip(conv_forward(jnp.flip(dy_BTU, 1), w_Uz, jnp.flip(segments_BT, 1)), 1)
 
 
 def last_inputs(x_BTU: jax.Array, before_BzU: jax.Array, count_B: jax.Array) -> jax.Array:

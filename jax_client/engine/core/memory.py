@@ -24,6 +24,7 @@ from jax_client.errors import DoesNotFitError
 from jax_client.losses.logprob_head import Blocks
 from jax_client.models.config import Experts, ModelConfig
 from jax_client.models.kernels.blockwise import LARGE_BLOCK
+from jax_client.models.kernels.ragged import LANES
 from jax_client.models.parts.block import kept_widths, saved_for_backward
 from jax_client.models.parts.experts import rows_of_round
 from jax_client.models.parts.kind import Remat
@@ -58,7 +59,6 @@ LIVE_ARRAYS: dict[str, dict[str, tuple[float, float, float]]] = {
 }
 # Of these arrays those as wide as all query heads, at most, while the experts of a layer run.
 BESIDE_EXPERTS = {"tpu": math.inf, "gpu": 2.5}
-LANES = 128  # of a TPU's tile: the last axis of an array is a multiple in memory
 VECTOR_MEMORY = 128 * 2**20  # of a TPU: what of them lies there takes none of the device's memory
 SCORE_ARRAYS = {"tpu": 5.5, "gpu": 2}  # of blockwise attention: scores of all queries against a block of keys
 GATHERED = 3  # copies of the largest weights, while the ways gather and use them
