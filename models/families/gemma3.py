@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from jax_client.errors import BadRequestError
 from jax_client.models.config import ModelConfig
 from jax_client.models.families.family import Family, Files, HfConfig, Tower
 from jax_client.models.families.hf_config import (
+    from_one,
     positive,
     read_rope,
     read_windows,
@@ -60,9 +60,7 @@ def _read(hf: HfConfig, where: str) -> ModelConfig:
     for softcap in ("attn_logit_softcapping", "final_logit_softcapping"):
         refuse_unless(hf, where, softcap, (None,))
     refuse_unless(hf, where, "use_bidirectional_attention", (None, False))
-    each = hf["sliding_window_pattern"]
-    if isinstance(each, bool) or not isinstance(each, int) or each < 1:
-        raise BadRequestError(f"{where}: sliding_window_pattern is {each!r:.80}; it must be an integer from 1 on.")
+    each = from_one(hf["sliding_window_pattern"], "sliding_window_pattern", where)
     windowed = windowed_layers(hf, where, lambda i: (i + 1) % each != 0)
     local = read_rope(hf, where, "sliding_attention", 10_000.0)
     fields = shared_fields(hf, where, read_rope(hf, where, "full_attention", 1_000_000.0))

@@ -61,8 +61,7 @@ def check_types(hf: HfConfig, where: str) -> None:
     sizes = {key: hf[key] for key in SIZES if key in hf}
     sizes |= {key: hf[key] for key in SIZES_OR_NULL if hf.get(key) is not None}
     for key, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise BadRequestError(f"{where}: {key} is {value!r:.80}; it must be an integer from 1 on. {COMPLETE}")
+        from_one(value, key, where)
     # Readers make lists with an entry for each layer.
     if (layers := sizes.get("num_hidden_layers", 1)) > MAX_LAYERS:
         raise BadRequestError(f"{where}: num_hidden_layers is {layers}; it must be {MAX_LAYERS} or less. {COMPLETE}")
@@ -146,8 +145,7 @@ def text_config(hf: HfConfig, where: str, *, tied: bool) -> dict[str, Any]:
     text = hf.get("text_config")
     if not isinstance(text, Mapping):
         raise BadRequestError(
-            f"{where}: text_config is {text!r:.80}; it must be an object with the text model's keys. A complete "
-            "config.json is needed."
+            f"{where}: text_config is {text!r:.80}; it must be an object with the text model's keys. {COMPLETE}"
         )
     check_types(text, f"{where}: text_config")
     eos = list(dict.fromkeys([*eos_ids(hf, where), *eos_ids(text, where)]))
@@ -186,14 +184,10 @@ def read_windows(hf: HfConfig, where: str, layers: Sequence[int], rope: Rope | N
     window = hf.get("sliding_window")
     if not layers:
         return None
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise BadRequestError(
-            f"{where}: sliding_window is {window!r}; it must be an integer from 1 on, since layers have a window. A "
-            "complete config.json is needed."
-        )
-    if rope is None and window >= hf["max_position_embeddings"]:
+    size = from_one(window, "sliding_window", where, ", since layers have a window")
+    if rope is None and size >= hf["max_position_embeddings"]:
         return None
-    return Windows(size=window, layers=tuple(layers), rope=rope)
+    return Windows(size=size, layers=tuple(layers), rope=rope)
 
 
 def windowed_layers(hf: HfConfig, where: str, usual: Callable[[int], bool]) -> list[int]:
@@ -215,6 +209,13 @@ def windowed_layers(hf: HfConfig, where: str, usual: Callable[[int], bool]) -> l
                 "'sliding_attention'. Use a model without such layers."
             )
     return [i for i, kind in enumerate(types) if kind == "sliding_attention"]
+
+
+def from_one(value: object, key: str, where: str, why: str = "") -> int:
+    """Return a key's value; BadRequestError unless it is an integer from 1 on, which `why` gives a reason for."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BadRequestError(f"{where}: {key} is {value!r:.80}; it must be an integer from 1 on{why}. {COMPLETE}")
+    return value
 
 
 def positive(hf: HfConfig, where: str, key: str, default: float | None) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax_client.errors import BadRequestError
 from jax_client.models.config import Experts, ModelConfig
 from jax_client.models.families.family import Family, HfConfig
-from jax_client.models.families.hf_config import refuse_sliding_window, refuse_unless, shared_fields
+from jax_client.models.families.hf_config import from_one, refuse_sliding_window, refuse_unless, shared_fields
 
 
 def config_from_hf(hf: HfConfig, where: str) -> ModelConfig:
@@ -15,10 +15,8 @@ def config_from_hf(hf: HfConfig, where: str) -> ModelConfig:
     fields = shared_fields(hf, where)
     # Two spellings: transformers 5 writes the second. A model without experts is a dense Qwen3 under a wrong name.
     count = hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"]
-    step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers")
-    dense = [] if dense is None else dense
-    if isinstance(step, bool) or not isinstance(step, int) or step < 1:
-        raise BadRequestError(f"{where}: decoder_sparse_step is {step!r}; it must be an integer from 1 on.")
+    step = from_one(hf.get("decoder_sparse_step", 1), "decoder_sparse_step", where)
+    dense = [] if (listed := hf.get("mlp_only_layers")) is None else listed
     layers = range(fields["n_layers"])
     if not isinstance(dense, list) or not all(type(i) is int and i in layers for i in dense):
         raise BadRequestError(f"{where}: mlp_only_layers is {dense!r}; it must list layers in 0..{len(layers) - 1}.")
