@@ -21,17 +21,12 @@ from jax_client.models.parts.kind import Remat
 from jax_client.sharding import describe_mesh
 from jax_client.values import LoraSpec
 from jax_client.weights.read.source import COMMON_MODELS
+from support.models.sizes import QWEN3
 
 MIB = 2**20
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = QWEN3 | {
     "family": "qwen3_moe",
-    "norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "qk_norm": True,
-    "max_context": 40960,
-    "vocab_size": 151936,
-    "head_dim": 128,
     "n_kv_heads": 4,
     "d_model": 2048,
     "d_ff": 6144,

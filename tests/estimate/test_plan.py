@@ -23,17 +23,9 @@ from jax_client.sharding import describe_mesh
 from jax_client.values import LoraSpec
 from support.golden_cases import CASES
 from support.golden_engine import open_engine
+from support.models.sizes import QWEN3
 
-QWEN: dict[str, Any] = {
-    "family": "qwen3",
-    "norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "qk_norm": True,
-    "max_context": 40960,
-    "vocab_size": 151936,
-    "head_dim": 128,
-    "n_kv_heads": 8,
-}
+QWEN: dict[str, Any] = QWEN3 | {"n_kv_heads": 8}
 QWEN_4B = ModelConfig(**QWEN, d_model=2560, d_ff=9728, n_layers=36, n_heads=32, tied_embeddings=True)
 QWEN_8B = ModelConfig(**QWEN, d_model=4096, d_ff=12288, n_layers=36, n_heads=32, tied_embeddings=False)
 QWEN_14B = ModelConfig(**QWEN, d_model=5120, d_ff=17408, n_layers=40, n_heads=40, tied_embeddings=False)
