@@ -25,6 +25,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "rows": ROWS,
     "embed": ("fsdp",),
     "kv_heads": ("tensor",),
+    "heads": ("tensor",),
     "ffw": ("tensor",),
     "vocab": ("tensor",),
     "experts": ("fsdp", "expert"),
@@ -54,8 +55,8 @@ class ModelSizes(Protocol):
         ...
 
     @property
-    def n_kv_heads(self) -> int:
-        """Key/value heads, over "tensor"."""
+    def head_counts(self) -> tuple[int, ...]:
+        """Heads of the layers, over "tensor"."""
         ...
 
     @property
@@ -154,7 +155,7 @@ def auto_axes(devices: Sequence[Device], model: ModelSizes | None) -> dict[str, 
     if model is not None and devices[0].platform == "tpu":
         for tensor in (n for n in range(1, count + 1) if count % n == 0):
             fsdp = count // tensor
-            split = model.n_kv_heads, *model.hidden_widths, model.vocab_size
+            split = *model.head_counts, *model.hidden_widths, model.vocab_size
             if model.d_model % (fsdp * LANES) == 0 and not any(size % tensor for size in split):
                 return {"fsdp": fsdp, "tensor": tensor}
     return {"fsdp": count}
@@ -229,11 +230,12 @@ def put_whole(array: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
 
 def check_mesh_divides(mesh: Mesh, model: ModelSizes) -> None:
     """Raise BadRequestError if the tensor axis cannot keep whole heads and equal slices of the feed-forward widths."""
-    ways, sizes = mesh.shape["tensor"], (model.n_kv_heads, *model.hidden_widths)
+    ways, sizes = mesh.shape["tensor"], (*model.head_counts, *model.hidden_widths)
     if any(size % ways for size in sizes):
-        fits = [n for n in range(1, model.n_kv_heads + 1) if not any(size % n for size in sizes)]
+        fits = [n for n in range(1, min(model.head_counts) + 1) if not any(size % n for size in sizes)]
         raise BadRequestError(
-            f"EngineConfig.mesh['tensor'] is {ways}, but the model has {model.n_kv_heads} key/value heads and a "
-            f"feed-forward width of {' and '.join(map(str, model.hidden_widths))}; the tensor axis must divide them. "
+            f"EngineConfig.mesh['tensor'] is {ways}, but the model has "
+            f"{' and '.join(map(str, model.head_counts))} key/value heads and a feed-forward width of "
+            f"{' and '.join(map(str, model.hidden_widths))}; the tensor axis must divide them. "
             f"Sizes that do: {', '.join(map(str, fits))}."
         )

@@ -2,7 +2,8 @@
 
 The one legend of array names: B rows, T query tokens, S key tokens, D model, F feed-forward, N query heads, K key/value
 heads, G query heads per key/value head, J = G + 2 (the group's queries, its key, its value), H head dimension, V
-vocabulary, L layers, R adapter rank, C targets per position, E experts, k experts per token, M tokens of all rows.
+vocabulary, L layers, R adapter rank, C targets per position, E experts, k experts per token, M tokens of all rows. Of
+a gated delta rule: P value heads, X the width of keys, Y that of values, U channels and z taps of its convolution.
 """
 
 from __future__ import annotations
@@ -48,6 +49,39 @@ class Experts:
 
     def __post_init__(self) -> None:
         check_sizes(self, {"count": 2**12, "d_ff": 2**19, "per_token": self.count})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatedDelta:
+    """The layers that mix tokens by a gated delta rule in place of attention.
+
+    Attributes:
+        layers: numbers of these layers.
+        key_heads: heads of queries and keys; P / key_heads successive value heads share one.
+        value_heads: P.
+        key_dim, value_dim: X and Y.
+        taps: tokens that the convolution before the rule sees, the token itself included.
+    """
+
+    layers: tuple[int, ...]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+    def __post_init__(self) -> None:
+        sizes = dict.fromkeys(("key_heads", "value_heads", "key_dim", "value_dim"), 2**12)
+        check_sizes(self, sizes | {"taps": 2**5})
+        if self.value_heads % self.key_heads:
+            raise BadRequestError(
+                f"model config: value_heads {self.value_heads} is not a multiple of key_heads {self.key_heads}."
+            )
+
+    @property
+    def channels(self) -> int:
+        """U: of queries, keys and values together."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
 def check_sizes(sizes: object, limits: Mapping[str, int]) -> None:
@@ -150,9 +184,12 @@ class ModelConfig:
         d_ff: hidden width of the layers that have one MLP.
         rope_dim: the first values of a head that rotate; None for all.
         qkv_bias, o_bias: whether attention's matrices in, and the one out, have biases.
+        output_gate: whether each value of attention's output is multiplied by the sigmoid of a gate, a product of the
+            layer's input as queries are.
         sinks: whether each query head has a score that takes its share of the softmax and has no value.
         query_scale: that scores are multiplied by; None for 1 / sqrt(head_dim).
         windows: the layers with a window; None for none.
+        delta: the layers with a gated delta rule; None for none.
         activation: of the MLPs and the experts: "swiglu", or "geglu".
         clamp: of a swiglu; None for a plain one.
         post_norms: whether the output of each part of a layer has a norm of its own.
@@ -180,9 +217,11 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    output_gate: bool = False
     sinks: bool = False
     query_scale: float | None = None
     windows: Windows | None = None
+    delta: GatedDelta | None = None
     activation: Literal["swiglu", "geglu"] = "swiglu"
     clamp: SwigluClamp | None = None
     post_norms: bool = False
@@ -227,6 +266,11 @@ class ModelConfig:
         return (self.experts.d_ff, self.d_ff) if self.experts.dense_layers else (self.experts.d_ff,)
 
     @property
+    def head_counts(self) -> tuple[int, ...]:
+        """How many heads the layers have whose queries, or value heads, belong together."""
+        return (self.n_kv_heads,) if self.delta is None else (self.n_kv_heads, self.delta.key_heads)
+
+    @property
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.n_heads // self.n_kv_heads
@@ -257,6 +301,8 @@ def config_from_fields(fields: Mapping[str, Any]) -> ModelConfig:
         found["windows"] = Windows(**windows | {"layers": tuple(windows["layers"]), "rope": _rope(windows["rope"])})
     if (clamp := found["clamp"]) is not None:
         found["clamp"] = SwigluClamp(**clamp)
+    if (delta := found["delta"]) is not None:
+        found["delta"] = GatedDelta(**delta | {"layers": tuple(delta["layers"])})
     if (experts := found["experts"]) is not None:
         found["experts"] = Experts(**experts | {"dense_layers": tuple(experts["dense_layers"])})
     return ModelConfig(**found)

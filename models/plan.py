@@ -17,6 +17,7 @@ import jax
 
 from jax_client.models.config import LayerOptions, ModelConfig
 from jax_client.models.parts.dense import DENSE
+from jax_client.models.parts.gated_delta.layer import DELTA
 from jax_client.models.parts.kind import Kind
 from jax_client.models.parts.moe import MOE
 from jax_client.models.parts.self_attention import ATTENTION
@@ -85,7 +86,12 @@ class Segment:
 def layers(c: ModelConfig) -> tuple[Layer, ...]:
     """Return every layer of a model."""
     sparse = set() if c.experts is None else set(range(c.n_layers)) - set(c.experts.dense_layers)
-    return tuple(Layer((ATTENTION, MOE if i in sparse else DENSE), c.layer_options(i)) for i in range(c.n_layers))
+    recurrent = set() if c.delta is None else set(c.delta.layers)
+
+    def kinds_of(i: int) -> tuple[Kind, ...]:
+        return DELTA if i in recurrent else ATTENTION, MOE if i in sparse else DENSE
+
+    return tuple(Layer(kinds_of(i), c.layer_options(i)) for i in range(c.n_layers))
 
 
 @functools.cache

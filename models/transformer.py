@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax_client.models.config import ModelConfig
 from jax_client.models.layers import from_bits, rms_norm, rms_norm_backward, to_bits
 from jax_client.models.parts.attention import Attention
-from jax_client.models.parts.block import layer_backward, layer_forward, row_attention, saved_for_backward
+from jax_client.models.parts.block import layer_backward, layer_forward, mixing_of_rows, saved_for_backward
 from jax_client.models.parts.kind import Context, Remat, Saved
 from jax_client.models.parts.linears import Linears
 from jax_client.models.parts.lora import Adapter
@@ -85,7 +85,7 @@ def forward_pass(
     Returns:
         h_BTD float32, the input of the output projection, and what `backward_pass` needs.
     """
-    attend = row_attention(segments_BT, c)
+    mixing = mixing_of_rows(segments_BT, c)
     x_BTD, kept = c.split_rows(embed(params, tokens_BT, c)), []
     for segment in plan(c.config):
         stacks = SegmentStacks(segment, c.config, params["layers"], lora)
@@ -98,7 +98,7 @@ def forward_pass(
                 kinds, own_c = layer.kinds, c.of_layer(layer.options)
                 linears = [Linears(kind, own, own_c) for kind, own in zip(kinds, loras, strict=True)]
                 with jax.named_scope("layer"):
-                    x_BTD, saved, _ = layer_forward(x_BTD, kinds, ws, linears, own_c, attend)
+                    x_BTD, saved, _ = layer_forward(x_BTD, kinds, ws, linears, own_c, mixing)
                 names = [()] * len(kinds) if remat is None else saved_for_backward(kinds, remat, c.config)
                 found = [{n: own[n] for n in wanted if n in own} for wanted, own in zip(names, saved, strict=True)]
                 every.append(to_bits(found) if c.on_cpu else found)

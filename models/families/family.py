@@ -18,10 +18,10 @@ HfConfig: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tower:
-    """The text model inside a model that reads images, too; nothing else of it is read.
+    """The text model inside a model that has more, as one that reads images; nothing else of it is read.
 
     Attributes:
-        modules: how the names of its modules begin in transformers, in place of "model.".
+        modules: how the names of its modules begin in transformers, in place of "model.", or this itself.
         stored: how the names of its tensors begin in files, in place of "model." and of "lm_head."; in the first form
             that the files have.
         others: how the names of the other towers' tensors begin.
@@ -43,6 +43,8 @@ class Files:
         experts: the matrices of a layer where they are one tensor: "rows", gate above up (E, 2F, D) and down (E, D, F);
             or with the input first, (E, D, 2F) and (E, F, D), "columns" with gate beside up, or "interleaved" with a
             column of gate and one of up by turns.
+        delta: the rows of the gated delta rule's products in: "by product", those of q, k and v as one matrix, or "by
+            head", those of q, k, v and z of each key head in turn, and of b and a.
         tower: where the text model is one of several.
     """
 
@@ -50,6 +52,7 @@ class Files:
     added_to_one: bool = False
     router: str = "mlp.gate"
     experts: Literal["rows", "columns", "interleaved"] = "rows"
+    delta: Literal["by product", "by head"] = "by product"
     tower: Tower | None = None
 
 

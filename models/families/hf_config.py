@@ -92,21 +92,21 @@ def eos_ids(hf: HfConfig, where: str) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
-def shared_fields(hf: HfConfig, where: str, rope: Rope | None = None) -> dict[str, Any]:
+def shared_fields(hf: HfConfig, where: str, rope: Rope | None = None, *, partial: bool = False) -> dict[str, Any]:
     """Return the `ModelConfig` fields that every family reads alike; refuse what the layers do not compute.
-
-    Partial rotation is refused, since transformers ignores its key in the families that have no use for it.
 
     Args:
         hf: the parsed config.json.
         where: the file, for messages.
         rope: of a family that reads it itself.
+        partial: whether a part of a head's values may rotate alone. Else that is refused, since transformers ignores
+            its key in the families that have no use for it.
     """
     refuse_unless(hf, where, "hidden_act", (None, "silu"))
     refuse_unless(hf, where, "pretraining_tp", (None, 1))
     refuse_unless(hf, where, "mlp_bias", (None, False))
     rope = read_rope(hf, where) if rope is None else rope
-    if rope.dim is not None:
+    if rope.dim is not None and not partial:
         raise UnsupportedError(
             f"{where}: partial_rotary_factor makes {rope.dim} of {head_width(hf)} values of a head rotate, which is "
             "not supported in this architecture. Use a model without it."
@@ -123,6 +123,7 @@ def shared_fields(hf: HfConfig, where: str, rope: Rope | None = None) -> dict[st
         "norm_eps": float(hf["rms_norm_eps"]),
         "rope_theta": rope.theta,
         "rope_scaling": rope.scaling,
+        "rope_dim": rope.dim,
         "tied_embeddings": bool(hf.get("tie_word_embeddings", False)),
         "max_context": hf["max_position_embeddings"],
         "eos_token_ids": tuple(eos_ids(hf, where)),

@@ -5,14 +5,13 @@ key, and asks it:
 
     S <- exp(g) S;    S <- S + k (beta (v - S^T k))^T;    o = S^T q
 
-Within a chunk the corrections depend on each other: they are the solution of a triangular system, one for all values
-and for all keys. So only three products per chunk wait for the state of the chunk before. A segment of a row begins
+Within a chunk the corrections depend on each other: they solve a triangular system, one for all values and for all
+keys, whose inverse is made block by block. So only three products per chunk wait for the state of the chunk before. A segment of a row begins
 with an empty state, also within a chunk: decays between segments are zero, and these are masked before `exp`, of which
 the masked part could overflow.
 
-Letters here: P heads, X the width of keys, Y that of values, n chunks, c tokens of a chunk. All is computed in the type
-of the arguments, float32 outside of tests, at full precision: inverting by repeated squaring would lose everything
-where a key repeats.
+Letters as in `models.config`, and n chunks, c tokens of a chunk. All is computed in the type of the arguments, float32
+outside of tests, at full precision: the inverse as a product of powers would lose everything where a key repeats.
 
 Source: gated delta networks, arXiv 2412.06464; the chunked form, arXiv 2406.06484.
 """
@@ -53,8 +52,9 @@ class _Chunks(NamedTuple):
         within: E (c, c), the decay from token j to token i of a segment.
         before, after, across: of what was there before the chunk until each token (c,), of each token until the chunk's
             end (c,), and of the chunk as a whole ().
-        system: A (c, c), strictly lower: (I + A) is solved.
-        values, keys: U (c, Y) and W (c, X): the corrections are U - W S.
+        system: A (c, c), strictly lower.
+        inverse: T (c, c), of I + A.
+        values, keys: U = T (beta V) (c, Y) and W (c, X): the corrections are U - W S.
         scores: (Q K^T) * E (c, c).
     """
 
@@ -67,6 +67,7 @@ class _Chunks(NamedTuple):
     after: jax.Array
     across: jax.Array
     system: jax.Array
+    inverse: jax.Array
     values: jax.Array
     keys: jax.Array
     scores: jax.Array
@@ -82,7 +83,7 @@ def delta_forward(
         segments_BT: int32; tokens of a segment stand behind each other. Padding at the end of a row may have a segment
             of its own.
         state_BPXY: in which the first segment of each row begins; None for an empty one.
-        chunk: tokens that are solved together.
+        chunk: tokens that are solved together, a power of 2.
 
     Returns:
         o_BTPY and the state (B, P, X, Y), in the type of the tokens.
@@ -120,8 +121,8 @@ def delta_backward(tokens: Tokens, segments_BT: jax.Array, do_BTPY: jax.Array, c
     _, (dcorrections, dstates) = jax.lax.scan(back, jnp.zeros_like(states[0]), scanned, reverse=True)
 
     dkeys = -_product("nBPcY,nBPXY->nBPcX", dcorrections, states)
-    solved = _solve(x.system, jnp.concatenate([dcorrections, dkeys], axis=-1), transposed=True)
-    for_values, for_keys = jnp.split(solved, [dcorrections.shape[-1]], axis=-1)
+    for_values = _product("nBPdc,nBPdY->nBPcY", x.inverse, dcorrections)
+    for_keys = _product("nBPdc,nBPdX->nBPcX", x.inverse, dkeys)
     against = _product("nBPcY,nBPdY->nBPcd", for_values, x.values) + _product("nBPcX,nBPdX->nBPcd", for_keys, x.keys)
     dsystem = -jnp.tril(against, -1)
     between = _product("nBPcY,nBPdY->nBPcd", do, corrections)
@@ -201,17 +202,31 @@ def _chunks(tokens: Tokens, segments_BT: jax.Array, continued: bool, chunk: int)
     after = decay(sum_nBPc[..., -1:] - sum_nBPc, (segment_nBc == last_nB1)[:, :, None])
     across = decay(sum_nBPc[..., -1], last_nB1 == earlier_nB[..., None])
     system = jnp.tril(beta[..., None] * _product("nBPcX,nBPdX->nBPcd", k, k) * within, -1)
-    right = jnp.concatenate([beta[..., None] * v, (beta * before)[..., None] * k], axis=-1)
-    values, keys = jnp.split(_solve(system, right), [v.shape[-1]], axis=-1)
+    inverse = _inverse(system)
+    values = _product("nBPcd,nBPdY->nBPcY", inverse, beta[..., None] * v)
+    keys = _product("nBPcd,nBPdX->nBPcX", inverse, (beta * before)[..., None] * k)
     scores = _product("nBPcX,nBPdX->nBPcd", q, k) * within
-    return _Chunks(q, k, v, beta, within, before, after, across, system, values, keys, scores)
+    return _Chunks(q, k, v, beta, within, before, after, across, system, inverse, values, keys, scores)
 
 
-def _solve(system: jax.Array, right: jax.Array, *, transposed: bool = False) -> jax.Array:
-    """Return what (I + A), or its transpose, times is `right` (..., c, m)."""
-    return jax.lax.linalg.triangular_solve(
-        system, right, left_side=True, lower=True, transpose_a=transposed, unit_diagonal=True
-    )
+def _inverse(system: jax.Array) -> jax.Array:
+    """Return the inverse of I + A, for a strictly lower A (..., c, c).
+
+    Two blocks on the diagonal, T1 and T2, have -T2 A T1 between them: blocks grow from one token to the chunk. Each is
+    an inverse itself, and so no larger than the result. XLA's own solver has a task of the CPU's pool wait for others
+    there, and hangs where two programs run side by side.
+    """
+    c = system.shape[-1]
+    inverse = jnp.ones((*system.shape[:-1], 1, 1), system.dtype)
+    while (size := inverse.shape[-1]) < c:
+        pairs = c // (2 * size)
+        below = system.reshape(*system.shape[:-2], pairs, 2 * size, pairs, 2 * size)[..., size:, :, :size]
+        below = jnp.moveaxis(jnp.diagonal(below, axis1=-4, axis2=-2), -1, -3)
+        first, second = jnp.moveaxis(inverse.reshape(*system.shape[:-2], pairs, 2, size, size), -3, 0)
+        between = -_product("...ij,...jk->...ik", second, _product("...ij,...jk->...ik", below, first))
+        upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
+        inverse = jnp.concatenate([upper, jnp.concatenate([between, second], -1)], -2)
+    return inverse[..., 0, :, :]
 
 
 def _first_state(x: _Chunks, state_BPXY: jax.Array | None) -> jax.Array:

@@ -18,7 +18,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax_client.models.config import ModelConfig
 from jax_client.models.layers import rms_norm, rms_norm_backward
 from jax_client.models.parts.attention import Extras
-from jax_client.models.parts.kind import Attend, Context, Kept, Kind, Remat, Saved, Weights
+from jax_client.models.parts.gated_delta.mixing import Inputs, mix_rows
+from jax_client.models.parts.kind import Context, Kept, Kind, Mixing, Remat, Saved, Weights
 from jax_client.models.parts.linears import Linears, MixedLinears
 from jax_client.models.parts.lora import Adapter
 
@@ -48,7 +49,7 @@ def layer_forward(
     ws: Sequence[Weights],
     linears: Sequence[Linears] | Sequence[MixedLinears],
     c: Context,
-    attend: Attend,
+    mixing: Mixing,
 ) -> tuple[jax.Array, list[Saved], Kept]:
     """Apply one layer.
 
@@ -58,14 +59,14 @@ def layer_forward(
         ws: the parameters of each part, without the leading axis of the stacks.
         linears: the matmuls of each part with their adapters.
         c: what all layers of the pass share.
-        attend: `f(q, k, v, **extras) -> (o, kept)`, the attention over the row (training) or over a cache (sampling).
+        mixing: what mixes tokens: within the rows (training), or with what is stored of them (sampling).
 
     Returns:
-        The new residual stream, everything that `layer_backward` reads of each part, and what `attend` kept.
+        The new residual stream, everything that `layer_backward` reads of each part, and what `mixing` kept.
     """
     x_MD, every, kept = x_BTD.reshape(-1, x_BTD.shape[-1]), [], None
     for kind, w, own in zip(layer, ws, linears, strict=True):
-        x_MD, saved, found = _part_forward(x_MD, x_BTD.shape[:2], kind, w, own, c, attend, {})
+        x_MD, saved, found = _part_forward(x_MD, x_BTD.shape[:2], kind, w, own, c, mixing, {})
         kept = kept if found is None else found
         every.append(_rounded(saved, kind, c))
     return x_MD.reshape(x_BTD.shape), every, kept
@@ -78,12 +79,12 @@ def _part_forward(
     w: Weights,
     linears: Linears | MixedLinears,
     c: Context,
-    attend: Attend,
+    mixing: Mixing,
     known: Saved,
 ) -> tuple[jax.Array, Saved, Kept]:
     with jax.named_scope(kind.scope):
         h_MD = rms_norm(x_MD, w["norm_LD"], c.config.norm_eps)
-        y_MD, saved, kept = kind.forward(h_MD, rows, w, linears, c, attend, known)
+        y_MD, saved, kept = kind.forward(h_MD, rows, w, linears, c, mixing, known)
         saved = {"x": x_MD} | saved | linears.us
         if c.config.post_norms:
             saved["y"] = y_MD
@@ -155,7 +156,7 @@ def _recompute(
     c: Context,
 ) -> list[Saved]:
     """Return everything that the backward pass reads; XLA drops the products that it does not read."""
-    attend = row_attention(segments_BT, c)
+    mixing = mixing_of_rows(segments_BT, c)
     x_MD: Any = None  # a layer begins with a part whose input is kept
     whole = not _needed(layer[0], c) <= set(kept[0])
     every = []
@@ -166,16 +167,19 @@ def _recompute(
         if "x" in found:
             x_MD = found["x"].astype(jnp.float32)
         linears = Linears(kind, lora, c)
-        x_MD, rerun, _ = _part_forward(x_MD, segments_BT.shape, kind, w, linears, c, attend, found)
+        x_MD, rerun, _ = _part_forward(x_MD, segments_BT.shape, kind, w, linears, c, mixing, found)
         # A whole layer as if it had been kept; of a part alone nothing need be rounded.
         every.append((_rounded(rerun, kind, c) if whole else rerun) | found)
     return every
 
 
-def row_attention(segments_BT: jax.Array, c: Context) -> Attend:
-    """Return the attention of training: causal within the segments of a row; keeps what its backward pass needs."""
+def mixing_of_rows(segments_BT: jax.Array, c: Context) -> Mixing:
+    """Return what mixes tokens in training: causal, within the segments of a row."""
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, **extras: Unpack[Extras]) -> tuple[jax.Array, Kept]:
         return c.attention.forward(q, k, v, segments_BT, c.dtype, **extras)
 
-    return attend
+    def recur(inputs: Inputs, w: Weights) -> tuple[jax.Array, Kept]:
+        return mix_rows(inputs, w, segments_BT, c), None
+
+    return Mixing(attend=attend, recur=recur)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts.activations import activation_of
-from jax_client.models.parts.kind import Attend, Context, Kept, Kind, Saved, Weights
+from jax_client.models.parts.kind import Context, Kept, Kind, Mixing, Saved, Weights
 from jax_client.models.parts.linears import Linears, MixedLinears
 from jax_client.models.parts.lora import Adapter, Pair, fused_pair
 from jax_client.models.specs import LoraArray, ParamSpec
@@ -48,7 +48,7 @@ def _forward(
     w: Weights,
     linears: Linears | MixedLinears,
     c: Context,
-    attend: Attend,
+    mixing: Mixing,
     known: Saved,
 ) -> tuple[jax.Array, Saved, Kept]:
     gate_MF, up_MF = linears.forward("gate_up", h_MD, *w["gate_up_L2DF"])

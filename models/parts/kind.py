@@ -2,14 +2,14 @@
 
 A layer is a list of residual parts, each x + f(norm(x)) or x + norm(f(norm(x))). `f` belongs to a `Kind`: a record of
 functions, which says what it stores, which of its matmuls an adapter covers, and how it runs forwards and backwards.
-Training, prefill and decoding share the forward function; only the attention that they give it differs.
+Training, prefill and decoding share the forward function; only what mixes a row's tokens there differs (`Mixing`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,19 @@ Saved = dict[str, Any]
 Kept = Any  # what an attention keeps, as one tree of arrays
 Remat = Literal["none", "selective", "full"]
 Weights = Mapping[str, Any]
-# attend(q_BTKGH, k_BTKH, v_BTKH, **extras) -> (o_BTKGH, what the caller wants to keep), with rotated q and k, and the
-# keywords of `Context.extras`.
-Attend = Callable[..., tuple[jax.Array, Kept]]
+
+
+class Mixing(NamedTuple):
+    """How the tokens of a row meet, in training over the rows themselves, in sampling over what is stored of each row.
+
+    Attributes:
+        attend: `f(q_BTKGH, k_BTKH, v_BTKH, **extras) -> (o_BTKGH, kept)`, with rotated q and k, the keywords of
+            `Context.extras`, and what the caller wants to keep.
+        recur: `f(inputs, weights) -> (o_BTPY, kept)`, of `parts.gated_delta.mixing.Inputs`.
+    """
+
+    attend: Callable[..., tuple[jax.Array, Kept]]
+    recur: Callable[..., tuple[jax.Array, Kept]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,9 +105,9 @@ class Kind:
             kind's own: no other kind has a module of that name.
         pairs: `f(adapter) -> {matmul: Pair}` of the modules that the adapter has, linear in it: its transpose takes the
             gradients of the pairs to those of the modules.
-        forward: `f(h_MD, rows, weights, linears, context, attend, known) -> (y_MD, saved, kept)` for the normed stream
-            of `rows` (B, T); `saved` is what `backward` reads, and `kept` what `attend` wants to keep, if it was
-            called. `known` is what an earlier run saved, where this one computes the rest of it again.
+        forward: `f(h_MD, rows, weights, linears, context, mixing, known) -> (y_MD, saved, kept)` for the normed stream
+            of `rows` (B, T); `saved` is what `backward` reads, and `kept` what `mixing` wants to keep, if a function of
+            it was called. `known` is what an earlier run saved, where this one computes the rest of it again.
         backward: `f(dy_MD, h, saved, weights, linears, context, segments_BT) -> dh_MD`; `h() -> h_MD` is computed where
             it is called.
         saved: names in `saved`, with "u_" and a matmul's name for an adapter's u and "attention" for what the attention

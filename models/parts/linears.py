@@ -25,7 +25,9 @@ from jax_client.models.parts.lora import (
 )
 
 # The matmuls whose outputs an accelerator rounds; of the others it is the cotangents of the inputs.
-ROUNDED = ("qkv", "gate_up")
+ROUNDED = ("qkv", "gate_up", "qkvz")
+# Those whose inputs are split over devices.
+SUMMED = ("o", "down", "out")
 
 
 class Linears:
@@ -95,7 +97,7 @@ class MixedLinears:
         pairs: by matmul, from `mixed_pairs`.
         scale_MV: float32; alpha / rank in the column of a row's adapter, else 0.
         dtype: of the matmul operands.
-        total: sums the outputs of o and down over the devices that have a part of their inputs each.
+        total: sums the outputs of `SUMMED` over the devices that have a part of their inputs each.
         accelerator: as of the `Context`.
     """
 
@@ -119,7 +121,7 @@ class MixedLinears:
         """Return x W with each row's own adapter's part of each output (M, O), typed as by `Linears`."""
         out = self._rounded if name in ROUNDED else jnp.float32
         ys_MO, _ = linear(x_MI, ws_IO, self.pair(name), self.scale(name), self._dtype, parts, out)
-        return [self.total(y_MO) for y_MO in ys_MO] if name in ("o", "down") else ys_MO
+        return [self.total(y_MO) for y_MO in ys_MO] if name in SUMMED else ys_MO
 
     def pair(self, name: str) -> Pair | None:
         """Return the pair of a matmul, None where no adapter covers it."""

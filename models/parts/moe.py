@@ -26,7 +26,7 @@ from jax_client.models.config import Experts, ModelConfig
 from jax_client.models.layers import InStack, contract
 from jax_client.models.parts import experts
 from jax_client.models.parts.activations import activation_of
-from jax_client.models.parts.kind import Attend, Context, Kept, Kind, Saved, Weights
+from jax_client.models.parts.kind import Context, Kept, Kind, Mixing, Saved, Weights
 from jax_client.models.parts.linears import Linears, MixedLinears
 from jax_client.models.parts.lora import Adapter, Pair, fused_pair
 from jax_client.models.parts.router import route, route_backward
@@ -83,7 +83,7 @@ def _forward(
     w: Weights,
     linears: Linears | MixedLinears,
     c: Context,
-    attend: Attend,
+    mixing: Mixing,
     known: Saved,
 ) -> tuple[jax.Array, Saved, Kept]:
     if "choice" in known:

@@ -1,10 +1,11 @@
 """What is self-attention as a residual part? Fused q|k|v, rotary positions, grouped queries, an output projection.
 
     q, k, v = h W_q, h W_k, h W_v                        + biases (Qwen2, gpt-oss)
-    q, k    = rope(norm(q)), rope(norm(k))               the norms, times a weight each, in Qwen3 and Gemma 3 only
+    g       = h W_g                                      in Qwen3.5 only; its rows stand among those of W_q
+    q, k    = rope(norm(q)), rope(norm(k))               the norms, times a weight each, not in all families
     o       = softmax(q k^T / sqrt(H)) v                 causal, within a segment and a window if there is one; a query
                                                          head n uses the key/value head n // G
-    y       = o W_o                                      + a bias (gpt-oss)
+    y       = o W_o                                      + a bias (gpt-oss); (o * sigmoid(g)) W_o in Qwen3.5
 
 Every x W that the adapter covers is x W + (alpha / R) (x A) B.
 
@@ -20,21 +21,26 @@ import jax.numpy as jnp
 
 from jax_client.models.config import ModelConfig
 from jax_client.models.layers import rms_norm, rms_norm_backward
-from jax_client.models.parts.kind import Attend, Context, Kept, Kind, Saved, Weights
+from jax_client.models.parts.kind import Context, Kept, Kind, Mixing, Saved, Weights
 from jax_client.models.parts.linears import Linears, MixedLinears
 from jax_client.models.parts.lora import Adapter, Pair, fused_pair
 from jax_client.models.rope import rotate
 from jax_client.models.specs import LoraArray, ParamSpec
 
 
+def _query_rows(c: ModelConfig) -> int:
+    """Return how many heads of W_q a key/value head has: those of queries, and as many gates if there are any."""
+    return c.group * (1 + c.output_gate)
+
+
 def _params(c: ModelConfig, dtype: jnp.dtype) -> dict[str, ParamSpec]:
-    D, K, G, H = c.d_model, c.n_kv_heads, c.group, c.head_dim
+    D, K, G, H, J = c.d_model, c.n_kv_heads, c.group, c.head_dim, _query_rows(c) + 2
     f32 = jnp.dtype(jnp.float32)
-    # q|k|v of a key/value head after those of the one before. Not with the heads apart: a TPU lays out the last two
+    # q|k|v of a key/value head after those of the one before, gates behind queries. Not with the heads apart: a TPU lays out the last two
     # axes in tiles of 8 x 128, and each use would copy the matrix into another layout first.
-    leaves = {"qkv_LDO": ParamSpec(shape=(D, K * (G + 2) * H), dtype=dtype, axes=("embed", "kv_heads"))}
+    leaves = {"qkv_LDO": ParamSpec(shape=(D, K * J * H), dtype=dtype, axes=("embed", "kv_heads"))}
     if c.qkv_bias:
-        leaves["qkv_bias_LKJH"] = ParamSpec(shape=(K, G + 2, H), dtype=f32, axes=("kv_heads", None, None))
+        leaves["qkv_bias_LKJH"] = ParamSpec(shape=(K, J, H), dtype=f32, axes=("kv_heads", None, None))
     if c.qk_norm:
         leaves |= {name: ParamSpec(shape=(H,), dtype=f32, axes=(None,)) for name in ("q_norm_LH", "k_norm_LH")}
     leaves["o_LKGHD"] = ParamSpec(shape=(K, G, H, D), dtype=dtype, axes=("kv_heads", None, None, "embed"))
@@ -50,7 +56,7 @@ def _modules(c: ModelConfig, rank: int) -> dict[str, dict[str, LoraArray]]:
     into = LoraArray((R, D), (None, None), D)
     q_heads, kv_heads = (None, "kv_heads", None, None), (None, "kv_heads", None)
     return {
-        "q": {"A": into, "B": LoraArray((R, K, G, H), q_heads, 0)},
+        "q": {"A": into, "B": LoraArray((R, K, _query_rows(c), H), q_heads, 0)},
         "k": {"A": into, "B": LoraArray((R, K, H), kv_heads, 0)},
         "v": {"A": into, "B": LoraArray((R, K, H), kv_heads, 0)},
         "o": {"A": LoraArray((R, K, G, H), q_heads, K * G * H), "B": LoraArray((R, D), (None, None), 0)},
@@ -87,7 +93,7 @@ def _rotated_backward(
 
 
 def _split(qkv_KJH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return q_KGH, k_KH and v_KH of the fused (..., K, J, H), J = G + 2."""
+    """Return q_KGH, k_KH and v_KH of the fused (..., K, J, H); of gates, too, there are G behind the queries."""
     return qkv_KJH[..., :-2, :], qkv_KJH[..., -2, :], qkv_KJH[..., -1, :]
 
 
@@ -102,10 +108,10 @@ def _forward(
     w: Weights,
     linears: Linears | MixedLinears,
     c: Context,
-    attend: Attend,
+    mixing: Mixing,
     known: Saved,
 ) -> tuple[jax.Array, Saved, Kept]:
-    heads = (-1, c.config.group + 2, c.config.head_dim)
+    heads = (-1, _query_rows(c.config) + 2, c.config.head_dim)
 
     def parts(qkv_MO: jax.Array) -> list[jax.Array]:
         if c.accelerator:
@@ -117,18 +123,29 @@ def _forward(
         return [part.reshape(len(h_MD), -1) for part in _split(qkv_MKJH)]
 
     q_MO, k_MO, v_MO = linears.forward("qkv", h_MD, w["qkv_LDO"], parts=parts)
-    q_BTKGH = q_MO.reshape(*rows, *w["o_LKGHD"].shape[:-1])
+    K, G, H, _ = w["o_LKGHD"].shape
+    q_BTKGH, *gate = jnp.split(q_MO.reshape(*rows, K, -1, H), 1 + c.config.output_gate, axis=-2)
     k_BTKH, v_BTKH = (x.reshape(*rows, -1, q_BTKGH.shape[-1]) for x in (k_MO, v_MO))
     rotated_q, rotated_k = _rotated(q_BTKGH, k_BTKH, w, c)
     with jax.named_scope("softmax"):
-        o_BTKGH, kept = attend(rotated_q, rotated_k, v_BTKH, **c.extras(w))
+        o_BTKGH, kept = mixing.attend(rotated_q, rotated_k, v_BTKH, **c.extras(w))
     if not c.config.qk_norm:  # a norm's backward pass reads its inputs; else nothing need be rotated again
         q_BTKGH, k_BTKH = rotated_q, rotated_k
-    o_MI = o_BTKGH.reshape(len(h_MD), -1)
+    saved = {"q": q_BTKGH, "k": k_BTKH, "v": v_BTKH, "o": o_BTKGH.reshape(len(h_MD), -1)}
+    if gate:
+        saved["gate"] = gate[0].reshape(len(h_MD), -1)
+    o_MI = _gated(saved)
     (y_MD,) = linears.forward("o", o_MI, w["o_LKGHD"].reshape(-1, h_MD.shape[1]))
     if c.config.o_bias:
         y_MD += w["o_bias_LD"]
-    return y_MD, {"q": q_BTKGH, "k": k_BTKH, "v": v_BTKH, "o": o_MI}, kept
+    return y_MD, saved, kept
+
+
+def _gated(saved: Saved) -> jax.Array:
+    """Return what the output projection takes."""
+    if "gate" not in saved:
+        return saved["o"]
+    return saved["o"].astype(jnp.float32) * jax.nn.sigmoid(saved["gate"].astype(jnp.float32))
 
 
 def _backward(
@@ -141,7 +158,12 @@ def _backward(
     segments_BT: jax.Array,
 ) -> jax.Array:
     M, D = dy_MD.shape
-    do_MI = linears.backward("o", [dy_MD], saved["o"], w["o_LKGHD"].reshape(-1, D)).astype(jnp.float32)
+    do_MI = linears.backward("o", [dy_MD], _gated(saved), w["o_LKGHD"].reshape(-1, D)).astype(jnp.float32)
+    dgate = None
+    if "gate" in saved:
+        share_MI = jax.nn.sigmoid(saved["gate"].astype(jnp.float32))
+        dgate = do_MI * saved["o"].astype(jnp.float32) * share_MI * (1 - share_MI)
+        do_MI *= share_MI
     q, k, v = (saved[name].astype(jnp.float32) for name in "qkv")
     rotated_q, rotated_k = _rotated(q, k, w, c) if c.config.qk_norm else (q, k)
     o, do = saved["o"].reshape(q.shape), do_MI.reshape(q.shape)
@@ -149,6 +171,8 @@ def _backward(
         operands = rotated_q, rotated_k, v, segments_BT, o, saved["attention"], do, c.dtype
         dq, dk, dv = c.attention.backward(*operands, **c.extras(w))
     dqkv = *_rotated_backward(dq, dk, q, k, w, c), dv
+    if dgate is not None:
+        dqkv = jnp.concatenate([dqkv[0], dgate.reshape(q.shape)], axis=-2), *dqkv[1:]
     h_MD = h()
     dqkv_MO = [d.reshape(M, -1) for d in dqkv]
     whole_MO = _join(*dqkv).reshape(M, -1)
@@ -157,15 +181,16 @@ def _backward(
 
 def _widths(c: ModelConfig, tensor: int) -> dict[str, int]:
     heads, kv = c.n_heads * c.head_dim // tensor, c.n_kv_heads * c.head_dim // tensor
-    return {"x": c.d_model, "q": heads, "k": kv, "v": kv, "o": heads}
+    gate = {"gate": heads} if c.output_gate else {}
+    return {"x": c.d_model, "q": heads, "k": kv, "v": kv, "o": heads, **gate}
 
 
 def _multiply_adds(c: ModelConfig) -> tuple[int, int, int]:
-    qkv, o = c.d_model * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim, c.n_heads * c.head_dim * c.d_model
+    qkv, o = c.d_model * c.n_kv_heads * (_query_rows(c) + 2) * c.head_dim, c.n_heads * c.head_dim * c.d_model
     return qkv + o, 0, qkv + o
 
 
-_SAVED = ("x", "q", "k", "v", "o", "u_qkv", "u_o", "attention")
+_SAVED = ("x", "q", "k", "v", "o", "gate", "u_qkv", "u_o", "attention")
 ATTENTION = Kind(
     name="attention",
     flag="train_attn",

@@ -14,15 +14,15 @@ SEGMENTS = np.array([[1] * 2 + [2] * 5 + [3] + [4] * 4 + [0] * 2, [1] * 14])
 def by_definition(x: np.ndarray, w: np.ndarray, segments: np.ndarray) -> np.ndarray:
     y = np.zeros_like(x)
     for b, t in np.ndindex(segments.shape):
-        for j in range(min(w.shape[1], t + 1)):
-            y[b, t] += w[:, j] * x[b, t - j] * (segments[b, t - j] == segments[b, t])
+        for j in range(min(len(w), t + 1)):
+            y[b, t] += w[-1 - j] * x[b, t - j] * (segments[b, t - j] == segments[b, t])
     return y
 
 
 def test_segments_and_backward() -> None:
     rng = np.random.default_rng(0)
     x, dy = rng.normal(size=(2, 2, 14, 3)).astype(np.float32)
-    w, segments = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), jnp.asarray(SEGMENTS)
+    w, segments = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), jnp.asarray(SEGMENTS)
     y, pullback = jax.vjp(lambda x: conv_forward(x, w, segments), jnp.asarray(x))
     np.testing.assert_allclose(y, by_definition(x, np.asarray(w), SEGMENTS), atol=1e-5)
     np.testing.assert_allclose(conv_backward(jnp.asarray(dy), w, segments), pullback(jnp.asarray(dy))[0], atol=1e-5)
@@ -31,7 +31,7 @@ def test_segments_and_backward() -> None:
 def test_tiles_go_on_from_the_last_inputs() -> None:
     """The last tile of a row is padded: its state is of the inputs that are there."""
     rng = np.random.default_rng(1)
-    x, w = jnp.asarray(rng.normal(size=(2, 14, 3)), jnp.float32), jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+    x, w = jnp.asarray(rng.normal(size=(2, 14, 3)), jnp.float32), jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
     ones, before, found = jnp.ones((2, 5), jnp.int32), jnp.zeros((2, 3, 3)), []
     whole = conv_forward(x, w, jnp.ones((2, 14), jnp.int32))
     for first in range(0, 14, 5):

@@ -6,17 +6,20 @@ is [in, out], stacked by layer, with q|k|v and gate|up fused.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from jax_client.models.config import Experts, ModelConfig
+from jax_client.models.config import Experts, GatedDelta, ModelConfig
 from jax_client.models.families.family import Files
 from jax_client.models.families.registry import FAMILIES
 from jax_client.models.parts.dense import DENSE
+from jax_client.models.parts.gated_delta.layer import DELTA, OUT, PRODUCTS
+from jax_client.models.parts.gated_delta.mixing import CONVOLUTIONS, GATES
 from jax_client.models.parts.kind import Kind
 from jax_client.models.parts.moe import MOE
 from jax_client.models.parts.self_attention import ATTENTION
@@ -39,8 +42,8 @@ class Part:
         axis, start: it fills the leaf from `start` along `axis`, and all of the other axes.
         apart: (K, J, H), the leaf's last axis with the heads apart, as `order` and `axis` count them; empty where the
             leaf has no such axis.
-        pick: (axis, index) of `split`, the entries that belong to the leaf; that axis is taken away before `order`.
-            None for all.
+        pick: (axis, index) of `split`, the entries that belong to the leaf: of one index, and that axis is taken away
+            before `order`, or of a range. None for all.
         expert: read of a tensor with all experts; `split` begins with an axis for it. None to read the whole tensor.
         plus: is added to the values.
     """
@@ -52,7 +55,7 @@ class Part:
     axis: int = 0
     start: int = 0
     apart: tuple[int, ...] = ()
-    pick: tuple[int, int] | None = None
+    pick: tuple[int, int | range] | None = None
     expert: int | None = None
     plus: float = 0.0
 
@@ -62,7 +65,8 @@ class Part:
         whole = whole.reshape(self.split)
         if self.pick is not None:
             axis, index = self.pick
-            whole = whole[(slice(None),) * axis + (index,)]
+            at = slice(index.start, index.stop) if isinstance(index, range) else index
+            whole = whole[(slice(None),) * axis + (at,)]
         whole = whole.transpose(self.order)
         return whole.astype(np.float32) + np.float32(self.plus) if self.plus else whole
 
@@ -83,12 +87,14 @@ def leaf_parts(c: ModelConfig, present: Container[str] = ()) -> dict[LeafPath, t
     if not c.tied_embeddings:
         leaves["unembed_VD",] = _plain(c.vocab_size, c.d_model, name="lm_head.weight")
     of_kinds: list[tuple[Kind, Leaves]] = [(ATTENTION, _attention(c, layer + "self_attn.", files))]
+    if c.delta is not None:
+        of_kinds.append((DELTA, _gated_delta(c, c.delta, layer + "linear_attn.", files)))
     if DENSE in kinds(c):
         of_kinds.append((DENSE, _dense(c, layer + "mlp.")))
     if c.experts is not None and MOE in kinds(c):
         of_kinds.append((MOE, _experts(c, c.experts, layer + "mlp.", files, present)))
     for kind, parts in of_kinds:
-        first = (0 if kind is ATTENTION else 1) * (1 + c.post_norms)
+        first = (0 if kind.flag == "train_attn" else 1) * (1 + c.post_norms)
         for leaf, name in zip(("norm_LD", "post_norm_LD"), files.norms[first : first + 1 + c.post_norms], strict=False):
             parts[leaf] = norm(name=f"{layer}{name}.weight")
         leaves |= {("layers", kind.name, leaf): found for leaf, found in parts.items()}
@@ -104,15 +110,21 @@ def _attention(c: ModelConfig, attn: str, files: Files) -> Leaves:
 
     def heads(kind: str) -> tuple[Part, ...]:
         tails, order = ((D,), (3, 0, 1, 2)) if kind == "weight" else ((), (0, 1, 2))
-        axis, apart = len(order) - 2, (K, G + 2, H) if kind == "weight" else ()
+        each = 1 + c.output_gate  # a query's rows, and those of its gate
+        axis, apart = len(order) - 2, (K, each * G + 2, H) if kind == "weight" else ()
         return (
-            Part(
-                name=f"{attn}q_proj.{kind}",
-                shape=(N * H, *tails),
-                split=(K, G, H, *tails),
-                order=order,
-                axis=axis,
-                apart=apart,
+            *(
+                Part(
+                    name=f"{attn}q_proj.{kind}",
+                    shape=(each * N * H, *tails),
+                    split=(K, G, each, H, *tails),
+                    pick=(2, i),
+                    order=order,
+                    axis=axis,
+                    start=i * G,
+                    apart=apart,
+                )
+                for i in range(each)
             ),
             *(
                 Part(
@@ -124,7 +136,7 @@ def _attention(c: ModelConfig, attn: str, files: Files) -> Leaves:
                     start=start,
                     apart=apart,
                 )
-                for which, start in (("k", G), ("v", G + 1))
+                for which, start in (("k", each * G), ("v", each * G + 1))
             ),
         )
 
@@ -139,6 +151,52 @@ def _attention(c: ModelConfig, attn: str, files: Files) -> Leaves:
     if c.qk_norm:
         plus = float(files.added_to_one)
         leaves |= {f"{q}_norm_LH": _plain(H, name=f"{attn}{q}_norm.weight", plus=plus) for q in "qk"}
+    return leaves
+
+
+def _gated_delta(c: ModelConfig, delta: GatedDelta, prefix: str, files: Files) -> Leaves:
+    D, P, X, Y = c.d_model, delta.value_heads, delta.key_dim, delta.value_dim
+    heads, shared = delta.key_heads, delta.value_heads // delta.key_heads
+    keys, values = heads * X, P * Y
+    # The rows of q, k and v behind each other: of the convolution, and of the matrix where z has one of its own.
+    rows = range(keys), range(keys, 2 * keys), range(2 * keys, 2 * keys + values)
+    one_by_one = {"in_proj_z.weight": values, "in_proj_a.weight": P, "in_proj_b.weight": P}
+
+    def of_head(name: str, widths: Sequence[int]) -> list[tuple[Part, ...]]:
+        """Return the parts of a matrix that has a few rows of each of several leaves for every key head in turn."""
+        ends, split = list(accumulate(widths)), (heads, sum(widths), D)
+        return [
+            (
+                Part(
+                    name=prefix + name,
+                    shape=(heads * sum(widths), D),
+                    split=split,
+                    pick=(1, range(end - width, end)),
+                    order=(2, 0, 1),
+                    axis=1,
+                    apart=(heads, width),
+                ),
+            )
+            for width, end in zip(widths, ends, strict=True)
+        ]
+
+    if files.delta == "by head":
+        found = of_head("in_proj_qkvz.weight", (X, X, shared * Y, shared * Y))
+        found += of_head("in_proj_ba.weight", (shared, shared))[::-1]
+    else:
+        both = {"name": prefix + "in_proj_qkv.weight", "shape": (delta.channels, D), "split": (delta.channels, D)}
+        found = [(Part(**both, order=(1, 0), pick=(0, of)),) for of in rows]
+        found += [
+            (Part(name=prefix + name, shape=(width, D), split=(width, D), order=(1, 0)),)
+            for name, width in one_by_one.items()
+        ]
+    leaves: Leaves = dict(zip((*PRODUCTS, "delta_a_LDP", "delta_b_LDP"), found, strict=True))
+    kernel = {"name": prefix + "conv1d.weight", "shape": (delta.channels, 1, delta.taps)}
+    for leaf, of in zip(CONVOLUTIONS, rows, strict=True):
+        leaves[leaf] = (Part(**kernel, split=(delta.channels, delta.taps), order=(1, 0), pick=(0, of)),)
+    leaves |= {leaf: _plain(P, name=prefix + name) for leaf, name in zip(GATES, ("A_log", "dt_bias"), strict=True)}
+    leaves["out_norm_LY"] = _plain(Y, name=prefix + "norm.weight")
+    leaves[OUT] = (Part(name=prefix + "out_proj.weight", shape=(D, values), split=(D, P, Y), order=(1, 2, 0)),)
     return leaves
 
 

@@ -15,7 +15,6 @@ import numpy as np
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.models import lora_arrays
 from jax_client.models.config import ModelConfig
-from jax_client.models.parts.moe import MOE
 from jax_client.models.plan import kinds, layers_of
 from jax_client.values import AdapterState, LoraSpec
 from jax_client.weights.towers import module_name
@@ -27,12 +26,20 @@ PROJECTIONS = {
     "k": ("self_attn.", "k_proj"),
     "v": ("self_attn.", "v_proj"),
     "o": ("self_attn.", "o_proj"),
+    "delta_q": ("linear_attn.", "in_proj_q"),
+    "delta_k": ("linear_attn.", "in_proj_k"),
+    "delta_v": ("linear_attn.", "in_proj_v"),
+    "delta_z": ("linear_attn.", "in_proj_z"),
+    "delta_out": ("linear_attn.", "out_proj"),
     "gate": ("mlp.", "gate_proj"),
     "up": ("mlp.", "up_proj"),
     "down": ("mlp.", "down_proj"),
     "experts_gate": ("mlp.experts.{expert}.", "gate_proj"),
     "experts_up": ("mlp.experts.{expert}.", "up_proj"),
     "experts_down": ("mlp.experts.{expert}.", "down_proj"),
+    "shared_gate": ("mlp.shared_expert.", "gate_proj"),
+    "shared_up": ("mlp.shared_expert.", "up_proj"),
+    "shared_down": ("mlp.shared_expert.", "down_proj"),
     UNEMBED: ("", "lm_head"),
 }
 
@@ -52,7 +59,7 @@ def linear_names(module: str, c: ModelConfig) -> list[str]:
     if module == UNEMBED:
         return [projection]
     kind = next(kind for kind in kinds(c) if module in kind.modules(c, 1))
-    experts = range(c.experts.count) if kind is MOE and c.experts is not None else (0,)
+    experts = range(c.experts.count) if "{expert}" in part and c.experts is not None else (0,)
     return [
         module_name(f"model.layers.{layer}.{part.format(expert=expert)}{projection}", c)
         for layer in layers_of(c, kind)

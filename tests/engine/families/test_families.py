@@ -48,6 +48,9 @@ engine.close()
         pytest.param("gemma3", "none", marks=pytest.mark.full),
         pytest.param("gemma3", "full", marks=pytest.mark.full),
         pytest.param("mistral", "none", marks=pytest.mark.full),
+        ("qwen3_5", "selective"),
+        pytest.param("qwen3_5", "none", marks=pytest.mark.full),
+        pytest.param("qwen3_5", "full", marks=pytest.mark.full),
     ],
 )
 def test_training_equals_autograd_through_merged_weights(case: str, remat: str, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def _reference(
 ) -> jax.Array:
     """Compute every expert for every token, and attention and dense layers by the package's forward pass."""
     from jax_client.models.layers import rms_norm
-    from jax_client.models.parts.block import layer_forward, row_attention
+    from jax_client.models.parts.block import layer_forward, mixing_of_rows
     from jax_client.models.parts.linears import Linears
     from jax_client.models.parts.moe import MOE
     from jax_client.models.plan import layers
@@ -99,7 +99,7 @@ def _reference(
             w = {name: a[i] for name, a in params["layers"][kind.name].items()}
             own = {m: {ab: a[i] for ab, a in lora[m].items()} for m in kind.modules(config, 2)}
             if kind is not MOE:
-                x, _, _ = layer_forward(x, [kind], [w], [Linears(kind, own, c)], c, row_attention(segments, c))
+                x, _, _ = layer_forward(x, [kind], [w], [Linears(kind, own, c)], c, mixing_of_rows(segments, c))
                 continue
             h = rms_norm(x, w["norm_LD"], config.norm_eps)
             add = lambda m, own=own: 16 * jnp.einsum("rd,ref->edf", own[m]["A"], own[m]["B"])  # noqa: E731

@@ -113,9 +113,37 @@ CASES |= {
         "tie_word_embeddings": False,
     },
 }
+_HYBRID: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_conv_kernel_dim": 4,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 256,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+    "tie_word_embeddings": False,
+}
+CASES |= {"qwen3_5": _HYBRID | {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text"}}
 SPEC = LoraSpec(rank=RANK, seed=0)
 # With these no token of the data has two experts of almost equal probability.
-SEEDS = {"qwen3_moe_mixed": 7, "qwen3_moe_raw": 8, "gpt_oss": 29, "gemma3": 10, "mistral": 11}
+SEEDS = {"qwen3_moe_mixed": 7, "qwen3_moe_raw": 8, "gpt_oss": 29, "gemma3": 10, "mistral": 11, "qwen3_5": 12}
 
 
 def model_config(case: str) -> ModelConfig:
@@ -156,9 +184,12 @@ def _drawn(name: str, shape: tuple[int, ...], case: str, rng: np.random.Generato
     1e-4 after five steps, in torch as here.
     """
     scale, plus = 0.25, 0.0
-    if "norm" in name:
-        scale, plus = 0.1, 0.0 if case == "gemma3" else 1.0
-    elif name.endswith(("bias", "sinks")):
+    if name.endswith("A_log"):
+        return np.log(rng.uniform(0.05, 4, size=shape)).astype(np.float32)
+    if "norm" in name or name.endswith("dt_bias"):
+        added = case == "gemma3" or (case.startswith("qwen3_5") and "linear_attn" not in name)
+        scale, plus = 0.1, 0.0 if added else 1.0
+    elif name.endswith(("bias", "sinks", "linear_attn.out_proj.weight")):
         scale = 0.1
     elif case == "gpt_oss" and name.endswith(("q_proj.weight", "k_proj.weight")):
         scale = 0.15
@@ -279,10 +310,24 @@ def with_adapter(c: ModelConfig, base: Mapping[str, Any], lora: Mapping[str, Any
     head = base["model.embed_tokens.weight"] if tied else base["lm_head.weight"]
     merged["lm_head.weight"] = head + s * lora["unembed.B"].T @ lora["unembed.A"]
     dense = list(range(c.n_layers)) if c.experts is None else sorted(c.experts.dense_layers)
+    recurrent = [] if c.delta is None else list(c.delta.layers)
     for i in range(c.n_layers):
         layer = f"model.layers.{i}."
-        for name in "qkvo":
-            a, b = (lora[f"{name}.{ab}"][i].reshape(RANK, -1) for ab in "AB")
+        if i in recurrent:
+            of = {
+                name: s * lora[f"delta_{name}.B"][recurrent.index(i)].T @ lora[f"delta_{name}.A"][recurrent.index(i)]
+                for name in "qkvz"
+            }
+            out = lora["delta_out.A"][recurrent.index(i)].reshape(RANK, -1)
+            added = {"in_proj_qkv": torch.cat([of[name] for name in "qkv"]), "in_proj_z": of["z"]}
+            added["out_proj"] = s * lora["delta_out.B"][recurrent.index(i)].T @ out
+            for name, matrix in added.items():
+                merged[f"{layer}linear_attn.{name}.weight"] = base[f"{layer}linear_attn.{name}.weight"] + matrix
+        for name in () if i in recurrent else "qkvo":
+            a, b = (lora[f"{name}.{ab}"][i - sum(d < i for d in recurrent)] for ab in "AB")
+            if name == "q" and c.output_gate:  # of each head the query's rows, then the gate's
+                b = b.unflatten(2, (2, c.group)).transpose(2, 3)
+            a, b = a.reshape(RANK, -1), b.reshape(RANK, -1)
             merged[f"{layer}self_attn.{name}_proj.weight"] = base[f"{layer}self_attn.{name}_proj.weight"] + s * b.T @ a
         if i in dense:
             for name in ("gate", "up", "down"):

@@ -20,6 +20,14 @@ from support.weight_files import write_hf
 CROSS_ENTROPY = LossSpec(name="cross_entropy")
 
 
+def tolerance(case: str) -> float:
+    """Return how far logprobs, and gradients as a share of their norm, may be from the goldens.
+
+    transformers' chunks of a gated delta rule are 1e-4 to 4e-4 from its own token by token.
+    """
+    return 1e-3 if family_cases.model_config(case).delta is not None else 1e-4
+
+
 def open_engine(directory: Path, case: str, tensors: dict[str, np.ndarray] | None = None, **settings: Any) -> Engine:
     path = write_hf(directory, family_cases.CASES[case], family_cases.tensors(case) if tensors is None else tensors)
     settings = {"dtype": "float32", "compilation_cache_dir": "", "precompile": False} | settings
@@ -41,13 +49,13 @@ def check_training(engine: Engine, case: str) -> tuple[Any, Any]:
             first, grads = result, {name: np.asarray(g) for name, g in flatten(adapter.grads).items()}
         engine.optim_step(lane, adapter, AdamSettings(**ADAM)).result()
     trained = engine.score_batch(lane, adapter, family_cases.data(case), CROSS_ENTROPY).result()
-    np.testing.assert_allclose(first.metrics["loss:sum"], golden["loss"], rtol=1e-5)
+    np.testing.assert_allclose(first.metrics["loss:sum"], golden["loss"], rtol=tolerance(case) / 10)
     if engine.model.experts is not None:
         assert first.metrics["e_frac_with_tokens:mean"] == 1.0  # of 8 experts, by 71 tokens with two choices each
         assert 0 < first.metrics["e_max_violation:mean"] <= first.metrics["e_max_violation:max"] < 7
     for i, (before, after) in enumerate(zip(first.logprobs, trained.logprobs, strict=True)):
-        np.testing.assert_allclose(before, golden[f"logprobs.{i}"], atol=1e-4)
-        np.testing.assert_allclose(after, golden[f"trained.{i}"], atol=1e-4)
+        np.testing.assert_allclose(before, golden[f"logprobs.{i}"], atol=tolerance(case))
+        np.testing.assert_allclose(after, golden[f"trained.{i}"], atol=tolerance(case))
     shortest = min(range(len(trained.logprobs)), key=lambda i: len(trained.logprobs[i]))  # it shared a row with others
     example = family_cases.data(case)[shortest]
     (alone,) = engine.score_batch(lane, adapter, [example], CROSS_ENTROPY).result().logprobs
@@ -55,7 +63,7 @@ def check_training(engine: Engine, case: str) -> tuple[Any, Any]:
     assert grads.keys() == family_cases.adapter(case).keys()
     for name, grad in grads.items():
         error = np.linalg.norm(grad - golden[f"grad.{name}"]) / np.linalg.norm(golden[f"grad.{name}"])
-        assert error < 1e-4, (name, error)
+        assert error < tolerance(case), (name, error)
     return lane, adapter
 
 

@@ -1,0 +1,181 @@
+"""How does a layer with a gated delta rule mix the tokens of a row? A short convolution, then the rule itself.
+
+    q, k, v = silu(conv(q)), silu(conv(k)), silu(conv(v))         per channel, over the last few tokens
+    q, k    = q / |q| / sqrt(X), k / |k|                          of each key head
+    g       = -exp(A_log) softplus(a + dt_bias)                   of each value head, as are beta and the state
+    beta    = sigmoid(b)
+    o       = the gated delta rule of q, k, v, g and beta         see `kernels.delta`
+
+Queries and keys of a key head serve successive value heads. Between two passes over a row stands its `Memory`. All is
+computed in float32.
+
+Source: gated delta networks, arXiv 2412.06464; its form in Qwen3-Next, as in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jax_client.models.config import GatedDelta
+from jax_client.models.kernels.convolution import conv_backward, conv_forward, last_inputs
+from jax_client.models.kernels.delta import CHUNK, Tokens, delta_backward, delta_forward, delta_step
+from jax_client.models.parts.kind import Context
+from jax_client.sharding import ROWS
+
+Array = jax.Array
+# The weights of the mixing by leaf: the convolutions' (z, O), A_log and dt_bias (P,), all float32.
+CONVOLUTIONS = ("conv_q_LzO", "conv_k_LzO", "conv_v_LzO")
+GATES = ("A_log_LP", "dt_bias_LP")
+NORM_EPS = 1e-6  # beside the sum of squares of a query or key, whatever the config says of norms
+
+
+class Inputs(NamedTuple):
+    """What the mixing reads of each token, as products of the layer's input.
+
+    Attributes:
+        q_BTO, k_BTO, v_BTO: of all heads, (B, T, heads x width) each.
+        a_BTP, b_BTP: of which decay and share of a correction are made, float32.
+    """
+
+    q_BTO: Array
+    k_BTO: Array
+    v_BTO: Array
+    a_BTP: Array
+    b_BTP: Array
+
+
+class Memory(NamedTuple):
+    """What is left of a row's tokens for those that follow.
+
+    Attributes:
+        state_BPXY: of the rule, float32.
+        inputs_BzU: (B, taps - 1, U), the last q, k and v before the convolution, side by side.
+    """
+
+    state_BPXY: Array
+    inputs_BzU: Array
+
+
+def delta_of(c: Context) -> GatedDelta:
+    """Return the sizes of the rule of a model that has it."""
+    if c.config.delta is None:
+        raise ValueError("a model without a gated delta rule has no sizes of it")
+    return c.config.delta
+
+
+def mix_rows(inputs: Inputs, w: Mapping[str, Any], segments_BT: Array, c: Context) -> Array:
+    """Return o (B, T, P, Y), float32, of rows whose segments each begin with nothing before them."""
+    delta = delta_of(c)
+
+    def run(inputs: Inputs, weights: tuple[Array, ...], segments: Array) -> Array:
+        mixed = _convolved(inputs, weights, segments, None)
+        return delta_forward(_tokens(mixed, inputs.a_BTP, inputs.b_BTP, weights, delta), segments)[0]
+
+    return _on_devices(run, c, PartitionSpec(ROWS, None, "tensor"))(inputs, _weights(w), segments_BT)
+
+
+def mix_rows_backward(inputs: Inputs, w: Mapping[str, Any], segments_BT: Array, do_BTPY: Array, c: Context) -> Inputs:
+    """Return the cotangents of what `mix_rows` read, float32, for that of its output; the weights are frozen."""
+    delta = delta_of(c)
+
+    def run(inputs: Inputs, weights: tuple[Array, ...], segments: Array, do: Array) -> Inputs:
+        mixed = _convolved(inputs, weights, segments, None)
+        # No matmul is in it, so that nothing is gained by hand.
+        tokens, pull = jax.vjp(lambda *of: _tokens(*of, weights, delta), mixed, inputs.a_BTP, inputs.b_BTP)
+        dmixed, da, db = pull(delta_backward(tokens, segments, do))
+        back = [conv_backward(d, w_zO, segments) for d, w_zO in zip(dmixed, weights, strict=False)]
+        return Inputs(*back, da, db)
+
+    by_token = PartitionSpec(ROWS, None, "tensor")
+    run_on = _on_devices(run, c, Inputs(*(by_token,) * len(Inputs._fields)))
+    return run_on(inputs, _weights(w), segments_BT, do_BTPY)
+
+
+def mix_tile(inputs: Inputs, w: Mapping[str, Any], count_B: Array, before: Memory, c: Context) -> tuple[Array, Memory]:
+    """Return o of tiles (B, T, P, Y) that continue rows, float32, and what is left of these behind them.
+
+    Args:
+        inputs: of which the first `count_B` tokens of each row count.
+        w: the layer's weights.
+        count_B: int32; behind them is padding, which leaves the memory alone.
+        before: of each row.
+        c: the pass.
+    """
+    delta, weights = delta_of(c), _weights(w)
+    B, T = inputs.a_BTP.shape[:2]
+    ones_BT, real_BT1 = jnp.ones((B, T), jnp.int32), (jnp.arange(T) < count_B[:, None])[..., None]
+    mixed = _convolved(inputs, weights, ones_BT, before.inputs_BzU)
+    tokens = _tokens(mixed, inputs.a_BTP, inputs.b_BTP, weights, delta)
+    tokens = tokens._replace(
+        g_BTP=jnp.where(real_BT1, tokens.g_BTP, 0), beta_BTP=jnp.where(real_BT1, tokens.beta_BTP, 0)
+    )
+    o_BTPY, state = delta_forward(tokens, ones_BT, before.state_BPXY, chunk=min(T, CHUNK))
+    return o_BTPY, Memory(state, _last(inputs, before, count_B))
+
+
+def mix_token(inputs: Inputs, w: Mapping[str, Any], before: Memory, c: Context) -> tuple[Array, Memory]:
+    """Return o (B, 1, P, Y) of one token that continues each row, float32, and what is left behind it."""
+    weights, ones_B1 = _weights(w), jnp.ones(inputs.a_BTP.shape[:2], jnp.int32)
+    mixed = _convolved(inputs, weights, ones_B1, before.inputs_BzU)
+    tokens = _tokens(mixed, inputs.a_BTP, inputs.b_BTP, weights, delta_of(c))
+    o_B1PY, state = delta_step(tokens, before.state_BPXY)
+    return o_B1PY, Memory(state, _last(inputs, before, ones_B1[:, 0]))
+
+
+def _last(inputs: Inputs, before: Memory, count_B: Array) -> Array:
+    new_BTU = jnp.concatenate([inputs.q_BTO, inputs.k_BTO, inputs.v_BTO], -1)
+    return last_inputs(new_BTU.astype(before.inputs_BzU.dtype), before.inputs_BzU, count_B)
+
+
+def _weights(w: Mapping[str, Any]) -> tuple[Array, ...]:
+    return tuple(w[name] for name in (*CONVOLUTIONS, *GATES))
+
+
+def _convolved(
+    inputs: Inputs, weights: tuple[Array, ...], segments: Array, before_BzU: Array | None
+) -> tuple[Array, ...]:
+    xs = [x.astype(jnp.float32) for x in inputs[:3]]
+    ends = [xs[0].shape[-1], xs[0].shape[-1] + xs[1].shape[-1]]
+    befores = [None] * 3 if before_BzU is None else jnp.split(before_BzU.astype(jnp.float32), ends, axis=-1)
+    return tuple(
+        conv_forward(x, w_zO, segments, before) for x, w_zO, before in zip(xs, weights[:3], befores, strict=True)
+    )
+
+
+def _tokens(
+    mixed: tuple[Array, ...], a_BTP: Array, b_BTP: Array, weights: tuple[Array, ...], delta: GatedDelta
+) -> Tokens:
+    q, k, v = (
+        jax.nn.silu(x).reshape(*x.shape[:2], -1, width)
+        for x, width in zip(mixed, (delta.key_dim, delta.key_dim, delta.value_dim), strict=True)
+    )
+    q, k = (x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + NORM_EPS) for x in (q, k))
+    shared = delta.value_heads // delta.key_heads
+    q, k = (jnp.repeat(x, shared, axis=2) for x in (q * delta.key_dim**-0.5, k))
+    *_, A_log_P, dt_bias_P = weights
+    return Tokens(q, k, v, -jnp.exp(A_log_P) * jax.nn.softplus(a_BTP + dt_bias_P), jax.nn.sigmoid(b_BTP))
+
+
+def _on_devices(function: Callable[..., Any], c: Context, out: Any) -> Callable[..., Any]:
+    """Return a function of inputs, weights and arrays (B, T, ...) that each device runs for its rows and heads.
+
+    Left to itself, XLA would gather what it solves.
+    """
+    if c.mesh is None or c.on_device:
+        return function
+    by_token = PartitionSpec(ROWS, None, "tensor")
+    inputs = Inputs(*(by_token,) * len(Inputs._fields))
+    weights = (*(PartitionSpec(None, "tensor"),) * len(CONVOLUTIONS), *(PartitionSpec("tensor"),) * len(GATES))
+
+    def on_mesh(of: Inputs, w: tuple[Array, ...], segments: Array, *others: Array) -> Any:
+        specs = inputs, weights, PartitionSpec(ROWS), *(by_token,) * len(others)
+        return jax.shard_map(function, mesh=c.mesh, in_specs=specs, out_specs=out, check_vma=False)(
+            of, w, segments, *others
+        )
+
+    return on_mesh
