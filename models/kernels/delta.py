@@ -6,9 +6,9 @@ key, and asks it:
     S <- exp(g) S;    S <- S + k (beta (v - S^T k))^T;    o = S^T q
 
 Within a chunk the corrections depend on each other: they solve a triangular system, one for all values and for all
-keys, whose inverse is made block by block. So only three products per chunk wait for the state of the chunk before. A segment of a row begins
-with an empty state, also within a chunk: decays between segments are zero, and these are masked before `exp`, of which
-the masked part could overflow.
+keys, whose inverse is made block by block. So only three products per chunk wait for the state of the chunk before. A
+segment of a row begins with an empty state, also within a chunk: decays between segments are zero, and these are masked
+before `exp`, of which the masked part could overflow.
 
 Letters as in `models.config`, and n chunks, c tokens of a chunk. All is computed in the type of the arguments, float32
 outside of tests, at full precision: the inverse as a product of powers would lose everything where a key repeats.

@@ -36,8 +36,8 @@ def _query_rows(c: ModelConfig) -> int:
 def _params(c: ModelConfig, dtype: jnp.dtype) -> dict[str, ParamSpec]:
     D, K, G, H, J = c.d_model, c.n_kv_heads, c.group, c.head_dim, _query_rows(c) + 2
     f32 = jnp.dtype(jnp.float32)
-    # q|k|v of a key/value head after those of the one before, gates behind queries. Not with the heads apart: a TPU lays out the last two
-    # axes in tiles of 8 x 128, and each use would copy the matrix into another layout first.
+    # q|k|v of a key/value head after those of the one before, gates behind queries. Not with the heads apart: a TPU
+    # lays out the last two axes in tiles of 8 x 128, and each use would copy the matrix into another layout first.
     leaves = {"qkv_LDO": ParamSpec(shape=(D, K * J * H), dtype=dtype, axes=("embed", "kv_heads"))}
     if c.qkv_bias:
         leaves["qkv_bias_LKJH"] = ParamSpec(shape=(K, J, H), dtype=f32, axes=("kv_heads", None, None))
@@ -123,7 +123,7 @@ def _forward(
         return [part.reshape(len(h_MD), -1) for part in _split(qkv_MKJH)]
 
     q_MO, k_MO, v_MO = linears.forward("qkv", h_MD, w["qkv_LDO"], parts=parts)
-    K, G, H, _ = w["o_LKGHD"].shape
+    K, _, H, _ = w["o_LKGHD"].shape
     q_BTKGH, *gate = jnp.split(q_MO.reshape(*rows, K, -1, H), 1 + c.config.output_gate, axis=-2)
     k_BTKH, v_BTKH = (x.reshape(*rows, -1, q_BTKGH.shape[-1]) for x in (k_MO, v_MO))
     rotated_q, rotated_k = _rotated(q_BTKGH, k_BTKH, w, c)

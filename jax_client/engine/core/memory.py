@@ -319,9 +319,8 @@ def decode_temporaries(
 
     def split(p: ParamSpec) -> int:
         """Return over how many devices an array is split."""
-        return (tensor if {"kv_heads", "heads", "ffw", "vocab"} & set(p.axes) else 1) * (
-            ways if "experts" in p.axes else 1
-        )
+        over_tensor = {"kv_heads", "heads", "ffw", "vocab"} & set(p.axes)
+        return (tensor if over_tensor else 1) * (ways if "experts" in p.axes else 1)
 
     adapter = sum(math.prod(p.shape) // split(p) * size for p in arrays)
     scores = 4 * rows * c.vocab_size // tensor
