@@ -116,7 +116,12 @@ def question(found: Estimate, topology: dict[str, Any], programs: tuple[str, ...
         "length": training.largest.length,
         "remat": training.remat,
         "whole": sampling.whole > 0,
-        "sample": (sampling.slots, loop.sizes_on(q.machine.chip.platform).tiles[-1], found.layout.pages + 2),
+        "sample": (
+            sampling.slots,
+            loop.sizes_on(q.machine.chip.platform).tiles[-1],
+            found.layout.pages + 2,
+            found.layout.states,
+        ),
     }
 
 

@@ -24,8 +24,8 @@ from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.attention_check import kernel_of, plain_attention
 from jax_client.engine.core.programs import Program
 from jax_client.engine.sample.batches import Batches
-from jax_client.engine.sample.programs import BLOCK_STEPS, SamplePrograms
-from jax_client.engine.sample.weights import WHOLE, whole_specs
+from jax_client.engine.sample.device.programs import BLOCK_STEPS, SamplePrograms
+from jax_client.engine.sample.device.weights import WHOLE, whole_specs
 from jax_client.engine.train.programs import TrainPrograms
 from jax_client.engine.train.shapes import batch_shapes, loss_shape, step_shapes
 from jax_client.estimate import hlo
@@ -136,21 +136,21 @@ def _sample(
     dtype: jnp.dtype,
     mesh: Mesh,
     spec: LoraSpec,
-    sizes: tuple[int, int, int],
+    sizes: tuple[int, int, int, int],
     options: dict[str, Any],
     *,
     whole: bool,
 ) -> None:
-    """Compile decode and prefill; `sizes` are rows of a block, tiles of a prefill and pages, all per way.
+    """Compile decode and prefill; `sizes` are rows of a block, tiles of a prefill, pages and states, all per way.
 
     `whole` has the ways hold whole weights to decode with.
     """
     programs = SamplePrograms(c, dtype, mesh, _attention(mesh, c, dtype), [])
-    rows, tiles, pages = sizes
-    batches = Batches.of(mesh, c.max_context)
+    rows, tiles, pages, states = sizes
+    batches = Batches.of(mesh, c)
     params = {WHOLE: _params(whole_specs(c, dtype), mesh)} if whole else _params(param_specs(c, dtype), mesh)
     version: Any = Snapshot(spec=spec, weights=adapters.abstract_weights(c, spec, mesh))  # type: ignore[arg-type]
-    pool, loras = programs.pool_shapes(batches.ways, pages), (version.weights,)
+    pool, loras = programs.pools.shapes(batches.ways, pages, states), (version.weights,)
     block = batches.of_rows([], rows, [version]) | {"steps": np.asarray(BLOCK_STEPS, np.int32)}
     for program, batch in ((programs.decode, block), (programs.prefill, batches.of_tiles([], tiles, version))):
         if program.name in wanted:

@@ -18,7 +18,7 @@ Source: gated delta networks, arXiv 2412.06464; the chunked form, arXiv 2406.064
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +145,38 @@ def delta_backward(tokens: Tokens, segments_BT: jax.Array, do_BTPY: jax.Array, c
     dsum = dsum.at[..., -1].add(jnp.sum(stored, -1) + x.across * jnp.sum(states * dstates, (-1, -2)))
     dg = jnp.flip(jnp.cumsum(jnp.flip(dsum, -1), -1), -1)
     return Tokens(*(_by_row(d)[:, :T] for d in (dq, dk, beta * for_values, dg, dbeta)))
+
+
+def delta_tiles(
+    tokens: Tokens, states_NPXY: jax.Array, source_t: jax.Array, targets_t2: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the outputs of t tiles, each a chunk of some row, and all states with those behind the tiles.
+
+    The tiles run in order, so that one can begin where one before it ended.
+
+    Args:
+        tokens: (t, T, ...), T a power of 2.
+        states_NPXY: of rows; the first is that of none.
+        source_t: int32, in which each tile begins; 0 for an empty one.
+        targets_t2: int32, the two places where it is left; 0 for nowhere.
+    """
+    t, T = tokens.g_BTP.shape[:2]
+    x = jax.tree.map(lambda a: a[0], _chunks(tokens, jnp.ones((t, T), jnp.int32), True, T))
+
+    def step(states: jax.Array, of: tuple[Any, jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        (k, after, across, values, keys), source, targets = of
+        state = jnp.where(source > 0, jax.lax.dynamic_index_in_dim(states, source, keepdims=False), 0)
+        corrections = values - _product("PcX,PXY->PcY", keys, state)
+        new = across[..., None, None] * state + _product("PcX,PcY->PXY", k * after[..., None], corrections)
+        for target in targets:
+            states = jax.lax.dynamic_update_index_in_dim(states, new, target, 0)
+        return states, (corrections, state)
+
+    of_tiles = (x.k, x.after, x.across, x.values, x.keys), source_t, targets_t2
+    states_NPXY, (corrections, states_tPXY) = jax.lax.scan(step, states_NPXY, of_tiles)
+    o_tPcY = _product("tPcX,tPXY->tPcY", x.q * x.before[..., None], states_tPXY)
+    o_tPcY += _product("tPcd,tPdY->tPcY", x.scores, corrections)
+    return jnp.swapaxes(o_tPcY, 1, 2), states_NPXY
 
 
 def delta_step(token: Tokens, state_BPXY: jax.Array) -> tuple[jax.Array, jax.Array]:

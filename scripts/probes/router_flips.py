@@ -34,7 +34,7 @@ from bench_rows import machine
 from jax_client.config import EngineConfig
 from jax_client.engine.core.requests import GenerationRequest, LossSpec
 from jax_client.engine.engine import Engine
-from jax_client.engine.sample import programs as sample_programs
+from jax_client.engine.sample.device import programs as sample_programs
 from jax_client.engine.train import programs as train_programs
 from jax_client.models.families.registry import config_from_hf
 from jax_client.models.lora_arrays import flatten, lora_arrays

@@ -12,7 +12,7 @@ import pytest
 
 from jax_client.engine.core.requests import GenerationRequest, GenerationResult
 from jax_client.engine.engine import Engine
-from jax_client.engine.sample.token_sampling import draw_tokens
+from jax_client.engine.sample.device.token_sampling import draw_tokens
 from jax_client.values import AdapterState, TrainExample
 from support.golden_cases import CASES, lora_values
 from support.golden_engine import CROSS_ENTROPY, SPEC, open_engine, to_ours

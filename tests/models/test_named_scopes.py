@@ -14,8 +14,8 @@ import pytest
 from jax_client.engine.core import adapters
 from jax_client.engine.core.requests import MAX_TARGETS, AdamSettings
 from jax_client.engine.sample.batches import STATE, RowFields
+from jax_client.engine.sample.device.programs import SamplePrograms
 from jax_client.engine.sample.pages import PAGE
-from jax_client.engine.sample.programs import SamplePrograms
 from jax_client.engine.train import packing
 from jax_client.engine.train.programs import TrainPrograms
 from jax_client.losses import registry
@@ -76,7 +76,7 @@ def optimizer() -> jax.stages.Lowered:
 
 def sample_programs() -> tuple[SamplePrograms, dict[str, Any]]:
     programs = SamplePrograms(CONFIG, F32, MESH, attention.blockwise(one_cpu=True), [])
-    return programs, programs.new_pool(1, 8)
+    return programs, programs.pools.new(1, 8, 0)
 
 
 def unrolled(stacks: Any) -> dict[str, list[Any]]:

@@ -1,1 +1,1 @@
-"""Sampling: the serving loop, its schedule, the cache's pages and the programs that decode."""
+"""Sampling: the serving loop, its schedule, the pages of the cache and the batches of the programs."""

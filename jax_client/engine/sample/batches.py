@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 
 from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.requests import MAX_TARGETS
+from jax_client.engine.sample.device.token_sampling import make_keys
 from jax_client.engine.sample.pages import PAGE, SCRATCH
 from jax_client.engine.sample.rows import Row, Tile
-from jax_client.engine.sample.token_sampling import make_keys
+from jax_client.models.config import ModelConfig
 from jax_client.models.kernels.paged import BLOCK
 from jax_client.models.parts.lora import LORA_ALPHA
 from jax_client.sharding import put_rows, put_whole, shape_of_rows, shape_of_whole, ways_of
@@ -52,9 +53,14 @@ class RowFields:
         return slice(0, OF_REQUEST + STOP_IDS)
 
     @property
+    def states(self) -> slice:
+        """Where the places of its states are, 0 in a model that is not recurrent: `Row.place` and `Row.mark`."""
+        return slice(self.of_request.stop, self.of_request.stop + 2)
+
+    @property
     def scale(self) -> slice:
         """Where alpha / rank of the row's adapter is, in the column of that adapter, as bits of float32."""
-        return slice(self.of_request.stop, self.of_request.stop + self.versions)
+        return slice(self.states.stop, self.states.stop + self.versions)
 
     @property
     def table(self) -> slice:
@@ -78,6 +84,8 @@ class RowFields:
             "top_p": floats(top_p),
             "key": make_keys(jax.lax.bitcast_convert_type(jnp.stack(number, axis=-1), jnp.uint32)),
             "stop_ids": settings_RF[:, OF_REQUEST : self.of_request.stop],
+            "place": settings_RF[:, self.states.start],
+            "mark": settings_RF[:, self.states.start + 1],
             "scale": floats(settings_RF[:, self.scale]),
             "table": settings_RF[:, self.table],
         }
@@ -114,17 +122,19 @@ class Batches:
     Attributes:
         ways: W.
         table_width: entries of a row's page table.
+        recurrent: whether rows have states.
     """
 
     mesh: Mesh
     ways: int
     table_width: int
+    recurrent: bool
 
     @classmethod
-    def of(cls, mesh: Mesh, max_context: int) -> Batches:
-        """Return the builder for sequences of up to `max_context` tokens."""
-        ways = ways_of(mesh)
-        return cls(mesh=mesh, ways=ways, table_width=-(-max_context // (PAGE * BLOCK)) * BLOCK)
+    def of(cls, mesh: Mesh, c: ModelConfig) -> Batches:
+        """Return the builder for sequences of a model."""
+        width = -(-c.max_context // (PAGE * BLOCK)) * BLOCK
+        return cls(mesh=mesh, ways=ways_of(mesh), table_width=width, recurrent=c.delta is not None)
 
     def of_tiles(self, tiles: list[list[Tile]], size: int, snapshot: Snapshot | None) -> HostBatch:
         """Return the batch of a prefill of up to `size` tiles per way, all with one adapter's weights."""
@@ -142,6 +152,8 @@ class Batches:
             "top_p": np.ones((W, N), np.float32),
             "wanted": np.zeros((N // SCORE_CHUNK, 3), np.int32),
         }
+        if self.recurrent:
+            batch |= {"count": np.zeros((W, t), np.int32), "places": np.zeros((W, t, 3), np.int32)}
         for way, placed in enumerate(tiles):
             for i, tile in enumerate(placed):
                 tokens_S = tile.row.tokens(tile.start, tile.stop)
@@ -149,6 +161,8 @@ class Batches:
                 batch["start"][way, i], batch["page"][way, i] = tile.start, tile.page
                 batch["table"][way, i, : len(tile.table)] = tile.table
                 batch["scale"][way, i] = _scale(snapshot)
+                if self.recurrent:
+                    batch["count"][way, i], batch["places"][way, i] = len(tokens_S), tile.places
                 _add_scores(batch, way, i, tile)
                 _add_draw(batch, way, i, tile)
         return batch
@@ -163,6 +177,7 @@ class Batches:
             if not members:
                 continue
             settings[way, : len(members), fields.of_request] = [_of_request(row) for row in members]
+            settings[way, : len(members), fields.states] = [(row.place, row.mark) for row in members]
             scale_RV = settings[way, :, fields.scale].view(np.float32)
             for i, row in enumerate(members):
                 settings[way, i, fields.table.start : fields.table.start + len(row.pages)] = row.pages
@@ -186,8 +201,9 @@ class Batches:
         for way, members in enumerate(rows):
             for i, row in enumerate(members):
                 if row.stop_reason is not None:
-                    # Its pages may be another's by now.
+                    # Its pages and states may be another's by now.
                     settings[way, i, fields.table], settings[way, i, fields.of_request.start] = SCRATCH, 0
+                    settings[way, i, fields.states] = SCRATCH
                 elif count := taken.get(row, 0):
                     end = fields.table.start + len(row.pages)
                     settings[way, i, end - count : end] = row.pages[-count:]

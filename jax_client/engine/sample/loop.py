@@ -30,12 +30,21 @@ from jax_client.engine.core.programs import CompileRecord
 from jax_client.engine.core.requests import GenerationRequest, GenerationResult
 from jax_client.engine.core.turns import Elsewhere, Lane, Task, Unawaited
 from jax_client.engine.sample.batches import Batches, HostBatch
-from jax_client.engine.sample.pages import FEWEST_PAGES, PAGE, fitting_pages, most_pages
-from jax_client.engine.sample.programs import BLOCK_STEPS, Pool, SamplePrograms
+from jax_client.engine.sample.device.pool import Pool
+from jax_client.engine.sample.device.programs import BLOCK_STEPS, SamplePrograms
+from jax_client.engine.sample.device.weights import DecodeWeights, sampling_params
+from jax_client.engine.sample.pages import (
+    FEWEST_PAGES,
+    PAGE,
+    fitting_pages,
+    fitting_states,
+    most_pages,
+    page_bytes,
+    state_bytes,
+)
 from jax_client.engine.sample.rows import Job, Row, take_scores
 from jax_client.engine.sample.schedule import Schedule
 from jax_client.engine.sample.sized import Block, Counts, Flight, Runnable, SizedPrograms, StepTimes, sizes_on
-from jax_client.engine.sample.weights import DecodeWeights, sampling_params
 from jax_client.errors import RequestFailedError
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params
@@ -77,13 +86,16 @@ class SamplingLoop:
         self._model = model
         self._mesh = mesh
         self._sizes = sizes_on(mesh.devices.flat[0].platform)
-        self._batches = Batches.of(mesh, model.max_context)
+        self._batches = Batches.of(mesh, model)
         self._memory_fraction = memory_fraction
         self.attention = choose_paged_attention(mesh, model, dtype)
         self._programs = SamplePrograms(model, dtype, mesh, attention, log, self.attention)
         self._sized = SizedPrograms(self._programs, self._batches, self._weights, compilers, background)
         self._runnable = Runnable(self._sized, self._sizes, self._batches.ways, self._fail_rows)
         self._most_pages = most_pages(model.max_context, self._sizes.rows[-1] * self._sizes.tokens_per_row)
+        per_device = lambda size: size // mesh.shape["tensor"]  # noqa: E731
+        self._page_bytes, self._state_bytes = (per_device(size(model, dtype)) for size in (page_bytes, state_bytes))
+        self._states = fitting_states(self._sizes.rows[-1], self._state_bytes, self._free_bytes())
         self._pool: Pool | None = None
         self._schedule: Schedule | None = None
         self._lock = threading.Lock()
@@ -192,12 +204,15 @@ class SamplingLoop:
     def describe(self) -> dict[str, float]:
         """Return the sizes of the cache and of a copy of the weights, and what has been sampled."""
         schedule = self._schedule
-        pages = 0 if schedule is None else len(schedule.pages) * schedule.pages[0].count
+        ways = [] if schedule is None else schedule.pages
+        pages, states = sum(way.count for way in ways), sum(way.states.count for way in ways)
         return {
             "cache_tokens": pages * PAGE,
-            "cache_bytes": pages * self._programs.page_bytes(),
+            "cache_bytes": self._mesh.shape["tensor"] * (pages * self._page_bytes + states * self._state_bytes),
             "decode_weights_bytes": self._weights.bytes * self._mesh.size,
-            "pages_used": 0 if schedule is None else sum(way.used for way in schedule.pages),
+            "pages_used": sum(way.used for way in ways),
+            "states_used": sum(way.states.used for way in ways),
+            "states_kept": sum(way.states.kept for way in ways),
             "rows_running": 0 if schedule is None else len(schedule.placed),
             "rows_waiting": self._waiting_rows,
             **self.counts.described(),
@@ -335,7 +350,9 @@ class SamplingLoop:
         self._pool = self._schedule = None
         while True:
             try:
-                self._pool = jax.block_until_ready(self._programs.new_pool(self._batches.ways, pages + 2))
+                self._pool = jax.block_until_ready(
+                    self._programs.pools.new(self._batches.ways, pages + 2, self._states)
+                )
                 break
             except Exception as error:
                 if not is_out_of_memory(error) or pages <= FEWEST_PAGES:
@@ -343,7 +360,11 @@ class SamplingLoop:
                 pages //= 2
         self._weights.choose(self._free_bytes())
         self._schedule = schedule = Schedule(
-            ways=self._batches.ways, pages=pages + 2, rows=self._sizes.rows[-1], steps=BLOCK_STEPS
+            ways=self._batches.ways,
+            pages=pages + 2,
+            rows=self._sizes.rows[-1],
+            steps=BLOCK_STEPS,
+            states=self._states,
         )
         return schedule
 
@@ -353,15 +374,16 @@ class SamplingLoop:
 
     def _fitting_pages(self, pages_now: int) -> int:
         """Return how many pages a way's pool may have; `pages_now` is what it has."""
-        page_bytes = self._programs.page_bytes() // self._mesh.shape["tensor"]
-        return fitting_pages(self._most_pages, page_bytes, self._free_bytes() + pages_now * page_bytes)
+        states = self._states * self._state_bytes
+        held = pages_now * self._page_bytes + states if pages_now else 0
+        return fitting_pages(self._most_pages, self._page_bytes, self._free_bytes() + held, states)
 
     def _free_bytes(self) -> int:
         return memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction)
 
     def cache_bytes(self) -> int:
         """Return the bytes of a device that the cache will take, from what is free now; for before there is one."""
-        return self._fitting_pages(0) * self._programs.page_bytes() // self._mesh.shape["tensor"]
+        return self._fitting_pages(0) * self._page_bytes + self._states * self._state_bytes
 
     def _prefill(self, schedule: Schedule, size: int) -> Task[None]:
         """Yield-from: compute tiles of one version; wait for their scores and draws if any were asked for."""
@@ -371,7 +393,7 @@ class SamplingLoop:
         self._share(schedule, [tile.row for way in tiles for tile in way])
         self._pool, scores = self._programs.prefill(self._weights.now, loras, self._take_pool(), batch)
         for tile in (tile for way in tiles for tile in way):
-            tile.launched = True
+            schedule.launched(tile)
             self.counts.computed_prompt_tokens += tile.stop - tile.start
         if not any(tile.scores or tile.draws for way in tiles for tile in way):
             if len(self.lane.shares) > 1:  # the next program may be paid by others

@@ -1,8 +1,9 @@
-"""Which pages of the key/value cache hold what? Allocation, shared prefixes, and eviction.
+"""Which pages of the cache hold what, and which states of recurrent layers? Allocation, shared prefixes, and eviction.
 
 A page holds the keys and values of `PAGE` successive tokens. A published page stays after its last user and is found by
 its contents: its owner and the weights' number, then page by page the tokens from the start. So a prompt that begins as
-an earlier one of its owner did is not computed again. Nothing here touches a device.
+an earlier one of its owner did is not computed again. Of a recurrent model, a known beginning ends at a page behind
+which a state was kept. Nothing here touches a device.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from jax_client.models.config import ModelConfig
+from jax_client.models.parts.gated_delta.layer import DELTA
 from jax_client.models.parts.self_attention import ATTENTION
 from jax_client.models.plan import count
 
@@ -23,6 +25,9 @@ PAGE = 32
 CACHE_SHARE = 0.4  # of the free memory that the pages may take
 FEWEST_PAGES = 16
 SCRATCH = 0  # where the writes of padding go; never handed out
+STATES_SHARE = 0.5  # of the cache that states may take
+# Places of states for each row: that of the row, one for its last full page, and one that is kept of another.
+STATES_PER_ROW = 3
 
 _Key = tuple[int, bytes]
 
@@ -32,22 +37,46 @@ def page_bytes(c: ModelConfig, dtype: DTypeLike) -> int:
     return 2 * count(c, ATTENTION) * c.n_kv_heads * c.head_dim * PAGE * np.dtype(dtype).itemsize
 
 
+def state_bytes(c: ModelConfig, dtype: DTypeLike) -> int:
+    """Return the bytes of what a row leaves behind in recurrent layers, on all devices that share it; 0 without."""
+    if (delta := c.delta) is None:
+        return 0
+    state = 4 * delta.value_heads * delta.key_dim * delta.value_dim
+    return count(c, DELTA) * (state + (delta.taps - 1) * delta.channels * np.dtype(dtype).itemsize)
+
+
+def fitting_states(rows: int, size: int, free: int) -> int:
+    """Return how many places for states a way's pool has; 0 for a model without.
+
+    Args:
+        rows: of a way that run at once, if there is memory.
+        size: of a state on each device, in bytes.
+        free: bytes of each device.
+    """
+    if not size:
+        return 0
+    while rows > 1 and (1 + STATES_PER_ROW * rows) * size > STATES_SHARE * CACHE_SHARE * free:
+        rows //= 2
+    return 1 + STATES_PER_ROW * rows
+
+
 def most_pages(max_context: int, tokens: int) -> int:
     """Return how many pages a way's pool has where there is memory for all: for `tokens`, and for one longest row."""
     return max(-(-max_context // PAGE), tokens // PAGE)
 
 
-def fitting_pages(most: int, size: int, free: int) -> int:
+def fitting_pages(most: int, size: int, free: int, states: int = 0) -> int:
     """Return how many pages, at most `most`, a way's pool has.
 
     Args:
         most: that are of use.
         size: of a page on each device, in bytes.
         free: bytes of each device.
+        states: bytes that the places for states take of the cache.
     """
     pages = most
     # Halves, so that what was compiled for one size is found again by later processes.
-    while pages * size > CACHE_SHARE * free and pages > FEWEST_PAGES:
+    while pages * size > CACHE_SHARE * free - states and pages > FEWEST_PAGES:
         pages //= 2
     return pages
 
@@ -60,11 +89,89 @@ class Prefix:
         pages: in order; all of them full but perhaps the last.
         tokens: how many tokens they hold.
         node: names the last full page, for `publish`.
+        state: of a recurrent model, the place of what the tokens leave behind; 0 where there are none.
     """
 
     pages: list[int]
     tokens: int
     node: int
+    state: int = 0
+
+
+class States:
+    """The places of the states of one pool.
+
+    A place has users: the row whose state it is, tiles that read it or write to it, and the page behind which it is
+    kept. What only a page uses is found by later prompts, and goes, the longest unused first, where places run out.
+
+    Args:
+        count: places in the pool, the scratch place included; 0 for a model that is not recurrent.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._free = list(range(count - 1, SCRATCH, -1))
+        self._users = [0] * count
+        self._behind: dict[int, int] = {}  # to the place of the state behind a page
+        self._kept_for: dict[int, int] = {}  # the inverse
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    @property
+    def used(self) -> int:
+        """Places that rows and tiles use."""
+        return max(0, self.count - 1) - len(self._free) - len(self._idle)
+
+    @property
+    def kept(self) -> int:
+        """Places that pages keep."""
+        return len(self._behind)
+
+    def take(self, count: int) -> list[int] | None:
+        """Return places with one user each, evicting what is kept the longest; None if there are too few."""
+        if count > len(self._free) + len(self._idle):
+            return None
+        while len(self._free) < count:
+            self.forget(self._kept_for[next(iter(self._idle))])
+        taken = [self._free.pop() for _ in range(count)]
+        self.use(taken)
+        return taken
+
+    def use(self, places: Iterable[int]) -> None:
+        """Give each place, but scratch, one more user."""
+        for place in places:
+            if place != SCRATCH:
+                self._users[place] += 1
+                self._idle.pop(place, None)
+
+    def drop(self, places: Iterable[int]) -> None:
+        """Take one user from each place, but scratch."""
+        for place in places:
+            if place == SCRATCH:
+                continue
+            self._users[place] -= 1
+            if not self._users[place]:
+                self._free.append(place)
+            elif self._users[place] == 1 and place in self._kept_for:
+                self._idle[place] = None
+
+    def behind(self, page: int) -> int:
+        """Return the place of the state that is kept behind a page; 0 if there is none."""
+        return self._behind.get(page, SCRATCH)
+
+    def keep(self, page: int, place: int) -> None:
+        """Have a page, which keeps none, be a user of a place: what is left there once its tokens have run."""
+        self.use([place])
+        self._behind[page], self._kept_for[place] = place, page
+
+    def forget(self, page: int) -> None:
+        """Keep nothing behind a page any more."""
+        if (place := self._behind.pop(page, None)) is not None:
+            del self._kept_for[place]
+            self._idle.pop(place, None)
+            self.drop([place])
 
 
 class Pages:
@@ -72,10 +179,12 @@ class Pages:
 
     Args:
         count: pages in the pool, the scratch page included.
+        states: places of states in the pool; 0 for a model that is not recurrent.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, states: int = 0):
         self.count = count
+        self.states = States(states)
         self._free = list(range(count - 1, SCRATCH, -1))
         self._users = [0] * count
         self._page_of: dict[_Key, tuple[int, int]] = {}  # to (page, node)
@@ -104,20 +213,35 @@ class Pages:
 
     def find(self, of: Hashable, tokens_T: np.ndarray) -> Prefix:
         """Return the longest known beginning of a prompt, page by page; its last page may be a partial one that ends
-        exactly where the prompt does. The pages gain a user.
+        exactly where the prompt does. Where there are states, it ends at a page that keeps one, or is empty. The pages,
+        and the state, gain a user.
 
         Args:
             of: whose prompt it is and of which weights, as one name.
             tokens_T: int32, the prompt.
         """
-        node, pages, at = self.root(of), [], 0
+        node, pages, at, last = self.root(of), [], 0, 0
+        nodes = [node]
         while at < len(tokens_T) and (known := self._page_of.get((node, tokens_T[at : at + PAGE].tobytes()))):
             pages.append(known[0])
             at += PAGE
             if at <= len(tokens_T):
                 node = known[1]
+            nodes.append(node)
+            if self.states.behind(known[0]):
+                last = len(pages)
+        state = SCRATCH
+        if self.states:
+            pages, at, node = pages[:last], last * PAGE, nodes[last]
+            state = self.states.behind(pages[-1]) if pages else SCRATCH
+            self.states.use([state])
         self.use(pages)
-        return Prefix(pages=pages, tokens=min(at, len(tokens_T)), node=node)
+        return Prefix(pages=pages, tokens=min(at, len(tokens_T)), node=node, state=state)
+
+    def release(self, prefix: Prefix) -> None:
+        """Take from the pages and the state of a beginning the user that `find` gave them."""
+        self.drop(prefix.pages)
+        self.states.drop([prefix.state])
 
     def publish(self, node: int, page: int, tokens_S: np.ndarray) -> int:
         """Make a page findable by what it holds; return its node, the parent of the page that follows.
@@ -134,10 +258,24 @@ class Pages:
             self._key_of[page] = key
         return self._page_of[key][1]
 
+    def keep_state(self, node: int, tokens_S: np.ndarray, place: int) -> bool:
+        """Keep a state behind the published page of these tokens; return whether there was none behind it.
+
+        Args:
+            node, tokens_S: as `publish` was given them.
+            place: of the state, once the tokens have run.
+        """
+        page, _ = self._page_of[node, tokens_S.tobytes()]
+        if self.states.behind(page):
+            return False
+        self.states.keep(page, place)
+        return True
+
     def withdraw(self, page: int) -> None:
         """Make a page not findable any more: what it was published to hold will not be computed."""
         if (key := self._key_of.pop(page, None)) is not None:
             del self._page_of[key]
+            self.states.forget(page)
 
     def root(self, of: Hashable) -> int:
         """Return the node of an owner and weights, before the first page."""
@@ -152,6 +290,7 @@ class Pages:
         while len(self._free) < count:
             page, _ = self._idle.popitem(last=False)
             del self._page_of[self._key_of.pop(page)]
+            self.states.forget(page)
             self._free.append(page)
         taken = [self._free.pop() for _ in range(count)]
         self.use(taken)

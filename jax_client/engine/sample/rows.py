@@ -166,6 +166,8 @@ class Tile:
         table: the row's pages up to there, which it attends to.
         scores: takes the scores of its positions, None where the request asks for none.
         draws: whether the row's one token is drawn at its last position.
+        places: of a recurrent model, where the row's state is before it, 0 for a row that begins, and the two places
+            where it is left, 0 for nowhere.
     """
 
     row: Row
@@ -174,6 +176,7 @@ class Tile:
     table: list[int]
     scores: PromptScores | None
     draws: bool = False
+    places: tuple[int, int, int] = (0, 0, 0)
     launched: bool = False
 
     @property
@@ -195,6 +198,9 @@ class Row:
         after: the last tile that it depends on.
         served: when it last took part in a decode block, in blocks.
         packed: what its request says, as decode blocks take it.
+        place, mark: of a recurrent model, where its state is, and where decoding leaves that behind each full page.
+        decoded_from: how many tokens are computed before decoding begins.
+        cut: whether it ended before the last token that was drawn, at a stop string.
     """
 
     job: Job
@@ -211,6 +217,10 @@ class Row:
     tops: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     stop_reason: Literal["stop", "length"] | None = None
     packed: np.ndarray | None = None
+    place: int = 0
+    mark: int = 0
+    decoded_from: int = 0
+    cut: bool = False
 
     @property
     def used_pages(self) -> list[int]:
@@ -299,6 +309,7 @@ class Row:
             self.tops.append((tops[0][:, :k], tops[1][:, :k]))
         keep = None if request.find_stop is None else request.find_stop(self.drawn)
         if keep is not None:
+            self.cut = True
             del self.drawn[keep:]
         if done or keep is not None:
             self.stop_reason = "stop" if stopped or keep is not None else "length"

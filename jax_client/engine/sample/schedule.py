@@ -27,6 +27,7 @@ from jax_client.engine.sample.rows import Job, Row, Tile
 from jax_client.engine.sample.waiting import CacheUse, Waiting
 
 MAX_VERSIONS = 4  # adapters of one decode batch
+STATE_EVERY = 2048  # tokens of a prompt, behind which a state is kept, as behind its last full page
 PATIENCE = 16  # decode blocks for which an owner without any row lets others place theirs before its own
 
 
@@ -38,10 +39,13 @@ class Schedule:
         pages: of each way's pool.
         rows: most rows of a way at once.
         steps: of one decode block.
+        states: places of states of each way's pool; 0 for a model that is not recurrent.
     """
 
-    def __init__(self, *, ways: int, pages: int, rows: int, steps: int):
-        self.pages = [Pages(pages) for _ in range(ways)]
+    def __init__(self, *, ways: int, pages: int, rows: int, steps: int, states: int = 0):
+        self.pages = [Pages(pages, states) for _ in range(ways)]
+        self._recurrent = states > 0
+        rows = min(rows, (states - 1) // 2) if states else rows
         self.placed: list[Row] = []
         self.waiting = Waiting()
         self._held = CacheUse(all_rows=ways * rows, all_pages=ways * (pages - 1))
@@ -115,7 +119,7 @@ class Schedule:
         prefix = pages.find(row.job.pages_of, usable_T)
         lacking, taken = self._lacking(row, way, prefix, len(tokens_T)), _taken(row, prefix, len(tokens_T))
         after = held.part(row.owner, 1, taken + pages.last_of(Counter(prefix.pages)))
-        pages.drop(prefix.pages)
+        pages.release(prefix)
         here = [each for each in self.placed if each.way == way]
         running = [each for each in here if each.owner != row.owner and each.ready and each.job.decodes]
         running = [each for each in running if each.stop_reason is None]
@@ -280,7 +284,7 @@ class Schedule:
             if not placed and self._take_pages(row, way, found[way], tokens_T):
                 placed = True
             else:
-                self.pages[way].drop(found[way].pages)
+                self.pages[way].release(found[way])
         self._held.pages[row.owner] += sum(pages.used for pages in self.pages) - before
         return placed
 
@@ -289,6 +293,9 @@ class Schedule:
         tokens_T = row.tokens(0, row.prefilled)
         # Positions to score, or to draw at, are computed, even where their pages are published.
         whole = row.first_needed >= len(tokens_T)
+        if whole and self._recurrent:
+            # The row's own state is what its last tile leaves.
+            return tokens_T, tokens_T[: _last_full_page(len(tokens_T))]
         return tokens_T, tokens_T if whole else tokens_T[: row.first_needed // PAGE * PAGE]
 
     def _lacking(self, row: Row, way: int, prefix: Prefix, count: int) -> int:
@@ -303,21 +310,30 @@ class Schedule:
         planned = _planned(prefix, count)
         if self._lacking(row, way, prefix, count) > 0:
             return False
+        states = pages.states.take(1 + decodes) if self._recurrent else [0, 0]
+        if states is None:
+            return False
         taken = pages.take(planned + decodes)
         if taken is None:
+            pages.states.drop(states)
             return False
-        row.copy = None
+        row.copy, row.decoded_from = None, count
+        row.place, row.mark = states[0], states[1] if decodes else 0
         row.way, row.pages, row.node = way, [*prefix.pages, *taken[:planned]], prefix.node
         row.published = prefix.tokens // PAGE
         of = row.job.pages_of
         queues = self._tiles.get(of) or [deque() for _ in self.pages]
         for i in range(planned):
             start = prefix.tokens + i * PAGE
-            node = pages.publish(row.node, taken[i], tokens_T[start : start + PAGE])
+            before = row.node
+            node = pages.publish(before, taken[i], tokens_T[start : start + PAGE])
             if start + PAGE <= count:
                 row.node, row.published = node, row.published + 1
             table, draws = row.pages[: start // PAGE + 1], in_prefill and i == planned - 1
-            queues[way].append(Tile(row, start, taken[i], table, row.scores, draws))
+            tile = Tile(row, start, taken[i], table, row.scores, draws)
+            if self._recurrent:
+                self._place_states(tile, before, tokens_T, prefix.state if i == 0 else row.place)
+            queues[way].append(tile)
         if planned:
             self._tiles[of] = queues
         row.after = queues[way][-1] if queues[way] else None
@@ -331,6 +347,30 @@ class Schedule:
         self._held.rows[row.owner] += 1
         return True
 
+    def _place_states(self, tile: Tile, before: int, tokens_T: np.ndarray, source: int) -> None:
+        """Say where a tile's row has its state before it, and where it leaves it: also behind its page, at times.
+
+        Args:
+            tile: of a row that has a place.
+            before: the node of the page before its own.
+            tokens_T: of the row, that tiles compute.
+            source: place of the state before it, of which it is a user already where it is not the row's.
+        """
+        states, stop, kept = self.pages[tile.row.way].states, tile.start + PAGE, [0]
+        if stop == _last_full_page(len(tokens_T)) or (stop <= len(tokens_T) and stop % STATE_EVERY == 0):
+            kept = states.take(1) or [0]
+            if kept[0] and not self.pages[tile.row.way].keep_state(before, tokens_T[tile.start : stop], kept[0]):
+                states.drop(kept)
+                kept = [0]
+        tile.places = source, tile.row.place, kept[0]
+        states.use(tile.places if source == tile.row.place else tile.places[1:])
+        states.drop(kept)  # it has the page and the tile as users
+
+    def launched(self, tile: Tile) -> None:
+        """Note that a tile runs before all that is launched from now on."""
+        tile.launched = True
+        self.pages[tile.row.way].states.drop(tile.places)
+
     def _drop_tiles(self, row: Row) -> None:
         """Plan no more of a row's tiles than other rows read; these give no scores."""
         pages, queues = self.pages[row.way], self._tiles[row.job.pages_of]
@@ -338,6 +378,7 @@ class Schedule:
         dropped: dict[Tile, Tile | None] = {}  # to the tile before it in the queue, for rows that wait for it
         while own and not pages.is_shared(own[-1].page):
             pages.withdraw(own[-1].page)
+            pages.states.drop(own[-1].places)
             dropped[own.pop()] = None
         for tile in own:
             tile.scores, tile.draws = None, False
@@ -374,13 +415,18 @@ class Schedule:
 
     def _publish(self, row: Row) -> None:
         pages = self.pages[row.way]
-        for i in range(row.published, (row.length - 1) // PAGE):
-            row.node = pages.publish(row.node, row.pages[i], row.tokens(i * PAGE, (i + 1) * PAGE))
+        last = (row.length - 1) // PAGE * PAGE
+        for i in range(row.published, last // PAGE):
+            tokens_S = row.tokens(i * PAGE, (i + 1) * PAGE)
+            before, row.node = row.node, pages.publish(row.node, row.pages[i], tokens_S)
+            if row.mark and (i + 1) * PAGE == last > row.decoded_from and not (row.cut or row.job.overflowed):
+                pages.keep_state(before, tokens_S, row.mark)
 
     def _remove(self, row: Row) -> None:
         self.copied(row)
         self._drop(row, row.pages)
-        row.pages, row.after = [], None
+        self.pages[row.way].states.drop([row.place, row.mark])
+        row.pages, row.after, row.place, row.mark = [], None, 0, 0
         self.placed.remove(row)
         self._held.rows[row.owner] -= 1
 
@@ -389,6 +435,11 @@ class Schedule:
         before = pages.used
         pages.drop(dropped)
         self._held.pages[row.owner] += pages.used - before
+
+
+def _last_full_page(count: int) -> int:
+    """Return where the last page of `count` tokens ends that has another behind it."""
+    return (count - 1) // PAGE * PAGE
 
 
 def _planned(prefix: Prefix, count: int) -> int:

@@ -22,10 +22,11 @@ import numpy as np
 from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.programs import Cause, Program
 from jax_client.engine.sample.batches import Batches, HostBatch, unpack_drawn
-from jax_client.engine.sample.programs import BLOCK_STEPS, Pool, SamplePrograms
+from jax_client.engine.sample.device.pool import Pool
+from jax_client.engine.sample.device.programs import BLOCK_STEPS, SamplePrograms
+from jax_client.engine.sample.device.weights import DecodeWeights
 from jax_client.engine.sample.rows import Row, extend
 from jax_client.engine.sample.schedule import MAX_VERSIONS, Schedule
-from jax_client.engine.sample.weights import DecodeWeights
 from jax_client.threads import Workers
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 
 from jax_client.models.config import GatedDelta
 from jax_client.models.kernels.convolution import conv_backward, conv_forward, last_inputs
-from jax_client.models.kernels.delta import CHUNK, Tokens, delta_backward, delta_forward, delta_step
+from jax_client.models.kernels.delta import Tokens, delta_backward, delta_forward, delta_step, delta_tiles
 from jax_client.models.parts.kind import Context
 from jax_client.sharding import ROWS
 
@@ -61,6 +61,20 @@ class Memory(NamedTuple):
     inputs_BzU: Array
 
 
+class Marks(NamedTuple):
+    """Which rows are kept at another place, too.
+
+    Attributes:
+        count: int32 scalar, how many.
+        rows_B: int32, all rows; the first `count` are these.
+        places_B: int32, of each row.
+    """
+
+    count: Array
+    rows_B: Array
+    places_B: Array
+
+
 def delta_of(c: Context) -> GatedDelta:
     """Return the sizes of the rule of a model that has it."""
     if c.config.delta is None:
@@ -96,40 +110,76 @@ def mix_rows_backward(inputs: Inputs, w: Mapping[str, Any], segments_BT: Array, 
     return run_on(inputs, _weights(w), segments_BT, do_BTPY)
 
 
-def mix_tile(inputs: Inputs, w: Mapping[str, Any], count_B: Array, before: Memory, c: Context) -> tuple[Array, Memory]:
-    """Return o of tiles (B, T, P, Y) that continue rows, float32, and what is left of these behind them.
+def mix_tiles(
+    inputs: Inputs, w: Mapping[str, Any], count_t: Array, places_t3: Array, memory: Memory, c: Context
+) -> tuple[Array, Memory]:
+    """Return o of tiles (t, T, P, Y), float32, each of which continues some row, and what is left of all rows.
 
     Args:
-        inputs: of which the first `count_B` tokens of each row count.
+        inputs: of the tiles, which run in order.
         w: the layer's weights.
-        count_B: int32; behind them is padding, which leaves the memory alone.
-        before: of each row.
+        count_t: int32, the tokens of each tile that count; behind them is padding, which leaves the memory alone.
+        places_t3: int32, where in `memory` each tile's row begins, 0 for a row without tokens; and the two places where
+            its end is left, 0 for nowhere. A tile of less than T tokens is its row's last one.
+        memory: of all rows, with a leading axis of places.
         c: the pass.
     """
     delta, weights = delta_of(c), _weights(w)
-    B, T = inputs.a_BTP.shape[:2]
-    ones_BT, real_BT1 = jnp.ones((B, T), jnp.int32), (jnp.arange(T) < count_B[:, None])[..., None]
-    mixed = _convolved(inputs, weights, ones_BT, before.inputs_BzU)
+    t, T = inputs.a_BTP.shape[:2]
+    ones_tT, real_tT1 = jnp.ones((t, T), jnp.int32), (jnp.arange(T) < count_t[:, None])[..., None]
+    source_t, targets_t2 = places_t3[:, 0], places_t3[:, 1:]
+    new_tTU = jnp.concatenate([inputs.q_BTO, inputs.k_BTO, inputs.v_BTO], -1).astype(memory.inputs_BzU.dtype)
+    before_tzU = jnp.where((source_t > 0)[:, None, None], memory.inputs_BzU[source_t], 0)
+    # Of a tile whose row another of these has left there, the last inputs are that one's own.
+    earlier_tt = (targets_t2[None] == source_t[:, None, None]).any(-1) & (source_t > 0)[:, None]
+    earlier_tt &= jnp.arange(t)[None] < jnp.arange(t)[:, None]
+    which_t = jnp.max(jnp.where(earlier_tt, jnp.arange(t), -1), axis=1)
+    tail_tzU = new_tTU[:, T - before_tzU.shape[1] :]
+    before_tzU = jnp.where((which_t >= 0)[:, None, None], tail_tzU[which_t], before_tzU)
+    mixed = _convolved(inputs, weights, ones_tT, before_tzU)
     tokens = _tokens(mixed, inputs.a_BTP, inputs.b_BTP, weights, delta)
-    tokens = tokens._replace(
-        g_BTP=jnp.where(real_BT1, tokens.g_BTP, 0), beta_BTP=jnp.where(real_BT1, tokens.beta_BTP, 0)
-    )
-    o_BTPY, state = delta_forward(tokens, ones_BT, before.state_BPXY, chunk=min(T, CHUNK))
-    return o_BTPY, Memory(state, _last(inputs, before, count_B))
+    g_BTP, beta_BTP = (jnp.where(real_tT1, x, 0) for x in (tokens.g_BTP, tokens.beta_BTP))
+    tokens = tokens._replace(g_BTP=g_BTP, beta_BTP=beta_BTP)
+    o_tTPY, states = delta_tiles(tokens, memory.state_BPXY, source_t, targets_t2)
+    left_tzU, later_tt = last_inputs(new_tTU, before_tzU, count_t), jnp.arange(t)[None] > jnp.arange(t)[:, None]
+    found = memory.inputs_BzU
+    for target_t in targets_t2.T:
+        # Of several tiles that leave a row at one place the last one does.
+        again_t = ((targets_t2[None] == target_t[:, None, None]).any(-1) & later_tt).any(-1)
+        found = found.at[jnp.where(again_t, 0, target_t)].set(left_tzU)
+    return o_tTPY, Memory(states, found)
 
 
-def mix_token(inputs: Inputs, w: Mapping[str, Any], before: Memory, c: Context) -> tuple[Array, Memory]:
-    """Return o (B, 1, P, Y) of one token that continues each row, float32, and what is left behind it."""
+def mix_token(
+    inputs: Inputs, w: Mapping[str, Any], place_B: Array, begins_B: Array, marks: Marks, memory: Memory, c: Context
+) -> tuple[Array, Memory]:
+    """Return o (B, 1, P, Y) of one token that continues each row, float32, and what is left of all rows.
+
+    Args:
+        inputs: of the tokens.
+        w: the layer's weights.
+        place_B: int32, where in `memory` each row is; 0 for a row that has ended.
+        begins_B: bool, whether no token of a row came before.
+        marks: the rows of which what is left is kept at another place, too.
+        memory: of all rows, with a leading axis of places.
+        c: the pass.
+    """
     weights, ones_B1 = _weights(w), jnp.ones(inputs.a_BTP.shape[:2], jnp.int32)
+    nothing = lambda a: jnp.where(begins_B.reshape(-1, *(1,) * (a.ndim - 1)), 0, a)  # noqa: E731
+    before = Memory(*(nothing(every[place_B]) for every in memory))
     mixed = _convolved(inputs, weights, ones_B1, before.inputs_BzU)
     tokens = _tokens(mixed, inputs.a_BTP, inputs.b_BTP, weights, delta_of(c))
     o_B1PY, state = delta_step(tokens, before.state_BPXY)
-    return o_B1PY, Memory(state, _last(inputs, before, ones_B1[:, 0]))
+    new_B1U = jnp.concatenate([inputs.q_BTO, inputs.k_BTO, inputs.v_BTO], -1).astype(before.inputs_BzU.dtype)
+    left = Memory(state, jnp.concatenate([before.inputs_BzU[:, 1:], new_B1U], 1))
+    memory = Memory(*(every.at[place_B].set(own) for every, own in zip(memory, left, strict=True)))
 
+    def keep(i: Array, every: Memory) -> Memory:
+        row = marks.rows_B[i]
+        put = lambda a, own: jax.lax.dynamic_update_index_in_dim(a, own[row], marks.places_B[row], 0)  # noqa: E731
+        return Memory(*map(put, every, left))
 
-def _last(inputs: Inputs, before: Memory, count_B: Array) -> Array:
-    new_BTU = jnp.concatenate([inputs.q_BTO, inputs.k_BTO, inputs.v_BTO], -1)
-    return last_inputs(new_BTU.astype(before.inputs_BzU.dtype), before.inputs_BzU, count_B)
+    return o_B1PY, jax.lax.fori_loop(0, marks.count, keep, memory)
 
 
 def _weights(w: Mapping[str, Any]) -> tuple[Array, ...]:

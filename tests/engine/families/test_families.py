@@ -62,7 +62,13 @@ def test_training_equals_autograd_through_merged_weights(case: str, remat: str, 
 
 
 @pytest.mark.parametrize(
-    "case", ["qwen3_moe_mixed", "gpt_oss", *(pytest.param(c, marks=pytest.mark.full) for c in ("gemma3", "mistral"))]
+    "case",
+    [
+        "qwen3_moe_mixed",
+        "gpt_oss",
+        "qwen3_5",
+        *(pytest.param(c, marks=pytest.mark.full) for c in ("gemma3", "mistral")),
+    ],
 )
 def test_sampling_equals_training(case: str, tmp_path: Path) -> None:
     engine = open_engine(tmp_path, case)

@@ -12,7 +12,7 @@ import pytest
 
 from jax_client.engine.core.requests import GenerationRequest, GenerationResult
 from jax_client.engine.engine import Engine
-from jax_client.engine.sample.token_sampling import draw_tokens
+from jax_client.engine.sample.device.token_sampling import draw_tokens
 from jax_client.errors import RequestFailedError
 from jax_client.models.lora_arrays import LARGEST_WEIGHT
 from jax_client.values import AdapterState

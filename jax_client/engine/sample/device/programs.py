@@ -6,6 +6,8 @@ step takes each row's newest token, stores its key and value, and draws the next
 block runs up to `BLOCK_STEPS` steps, as many as it is told, with no host round trip. Of a prompt that is scored and
 continued by one token, prefill computes the last token too, and draws from its logits.
 
+In recurrent layers tiles run in order, from what a row's tokens before them left at a place of its own.
+
 Arrays have a leading axis W, the ways that a mesh splits rows: each way has its own pages and its own rows. The
 programs are written for one device, which has one way's rows and its own heads of them; `Shards` says what it asks of
 the others.
@@ -19,7 +21,6 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_client.engine.core.adapters import Weights
@@ -27,10 +28,11 @@ from jax_client.engine.core.paged_check import preferred_attention
 from jax_client.engine.core.programs import CompileRecord, Program, shardings_of
 from jax_client.engine.core.requests import MAX_ALTERNATIVES, MAX_TARGETS, MAX_TOPK_PROMPT, MAX_TOPK_SAMPLE
 from jax_client.engine.sample.batches import SCORE_CHUNK, STATE, RowFields, pack_drawn
-from jax_client.engine.sample.pages import PAGE, page_bytes
-from jax_client.engine.sample.shards import Shards
-from jax_client.engine.sample.token_sampling import draw_tokens, make_keys
-from jax_client.engine.sample.weights import WHOLE, Base, partition_specs, whole_specs
+from jax_client.engine.sample.device.pool import STATES, Pool, PoolShapes, copy_pages, memory_of
+from jax_client.engine.sample.device.shards import Shards
+from jax_client.engine.sample.device.token_sampling import draw_tokens, make_keys
+from jax_client.engine.sample.device.weights import WHOLE, Base, partition_specs, whole_specs
+from jax_client.engine.sample.pages import PAGE
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, output_head_VD, param_specs
 from jax_client.models.kernels.cache import PagedAttention
@@ -38,10 +40,11 @@ from jax_client.models.layers import contract, from_bits, rms_norm
 from jax_client.models.lora_arrays import lora_arrays
 from jax_client.models.parts.attention import Attention, Extras
 from jax_client.models.parts.block import layer_forward
-from jax_client.models.parts.kind import Context
+from jax_client.models.parts.gated_delta.mixing import Inputs, Marks, mix_tiles, mix_token
+from jax_client.models.parts.kind import Context, Mixing
+from jax_client.models.parts.kind import Weights as ModelWeights
 from jax_client.models.parts.linears import MixedLinears
-from jax_client.models.parts.self_attention import ATTENTION
-from jax_client.models.plan import Layer, count
+from jax_client.models.plan import Layer
 from jax_client.models.transformer import context, scaled
 from jax_client.sharding import ROWS, sharding_for
 from jax_client.values import LoraSpec
@@ -50,14 +53,12 @@ BLOCK_STEPS = 32
 # Else XLA joins the output table and the adapter's A to one array, a second table, since both are multiplied by h.
 _GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": "0"}
 HEAD_BLOCK = 16_384  # tokens of the vocabulary whose weights exist at once, where the ways gather them
-# Arrays (W, L, P, S, ...), in the matmul type or its bits; which there are, the attention says.
-Pool = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
 # Whether any way goes on, the number of the step, the pool, the rows' state, and what the block has drawn.
 Carry = tuple[jax.Array, jax.Array, Pool, Batch, Batch]
-# f(q, k, v, pool, first, **extras) -> (o, pool): attention over pages (N, S, ...), which it writes to; a layer's begin
-# at first.
-Attend = Callable[..., tuple[jax.Array, Pool]]
+# f(pool, first) -> what mixes tokens with a layer's part of the pool, whose arrays (N, ...) have all layers'; the
+# layer's begin at first (pages, places). What it keeps are the arrays that it has changed.
+Mix = Callable[[Pool, tuple[jax.Array, jax.Array]], Mixing]
 
 
 class SamplePrograms:
@@ -70,6 +71,9 @@ class SamplePrograms:
         attention: of training, which the layers know of.
         log: of compiles.
         paged: the attention over the cache; None for what the platform prefers, unchecked.
+
+    Attributes:
+        pools: makes the pool.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class SamplePrograms:
         paged: PagedAttention | None = None,
     ):
         self.paged = preferred_attention(mesh, config, dtype).attention if paged is None else paged
+        self.pools = PoolShapes(config=config, dtype=dtype, mesh=mesh, paged=self.paged)
         self._config = config
         self._dtype = dtype
         self._attention = attention
@@ -105,27 +110,6 @@ class SamplePrograms:
         self.prefill = program("prefill", self._on_devices(self._prefill), log, outputs, tiles)
         self.decode = program("decode", self._on_devices(self._decode, states=True), log, with_state, rows)
 
-    def new_pool(self, ways: int, pages: int) -> Pool:
-        """Return an empty pool of zeros, `pages` for each way."""
-        shapes = self.pool_shapes(ways, pages)
-        if self._accelerator:
-            return {name: jnp.zeros(a.shape, a.dtype, device=a.sharding) for name, a in shapes.items()}
-        # Memory of a CPU is taken when a page is first written.
-        return {name: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding) for name, a in shapes.items()}
-
-    def pool_shapes(self, ways: int, pages: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the arrays of `new_pool` as shapes with their places."""
-        c, found = self._config, {}
-        kind = np.dtype(np.uint16) if self._dtype == jnp.bfloat16 and not self._accelerator else self._dtype
-        for name, token in self.paged.token_shapes(c.n_kv_heads, c.head_dim).items():
-            shape = (ways, count(c, ATTENTION), pages, PAGE, *token)
-            found[name] = jax.ShapeDtypeStruct(shape, kind, sharding=self._pool_sharding(shape))
-        return found
-
-    def _pool_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
-        axes = ("rows", None, None, None, "kv_heads", None)[: len(shape)]
-        return sharding_for(axes, shape, self._mesh, "key/value cache")
-
     def _on_devices(self, body: Callable[..., Any], *, states: bool = False) -> Callable[..., Any]:
         """Return a program of whole arrays from `body`, which each device runs over its own part of them.
 
@@ -139,7 +123,7 @@ class SamplePrograms:
             if self._mesh.size == 1:
                 return on_device(params, loras, pool, batch)
             rows = PartitionSpec(ROWS)
-            pools = jax.tree.map(lambda a: self._pool_sharding(a.shape).spec, pool)
+            pools = {name: self.pools.sharding(name, a.shape).spec for name, a in pool.items()}
             batches = {name: PartitionSpec() if name in ("wanted", "steps") else rows for name in batch}
             specs = base_specs, tuple(map(self._lora_specs, loras)), pools, batches
             outputs = (pools, rows, rows) if states else (pools, rows)
@@ -163,17 +147,15 @@ class SamplePrograms:
         unembed = {part: spec(whole["unembed"][part].axes, array) for part, array in lora["unembed"].items()}
         return {"layers": layers, "unembed": unembed}
 
-    def page_bytes(self) -> int:
-        """Return the bytes of one page, all layers together, on all devices that share it."""
-        return page_bytes(self._config, self._dtype)
-
     @jax.named_scope("prefill")
     def _prefill(self, base: Base, loras: tuple[Weights, ...], pool: Pool, batch: Batch) -> tuple[Pool, Batch]:
         """Store tiles, and score their positions where asked.
 
         Args:
             batch: per tile: `tokens` (W, t, S), `start` (W, t) the position of its first token or -1 for no tile,
-                `page` (W, t) where it is stored, `table` (W, t, n) the row's pages up to there, `scale` (W, t, V).
+                `page` (W, t) where it is stored, `table` (W, t, n) the row's pages up to there, `scale` (W, t, V). Of
+                recurrent models `count` (W, t), how many of its tokens are the row's, and `places` (W, t, 3), which
+                `mix_tiles` takes.
                 Per position (N = t x S): `targets` (W, N, `MAX_TARGETS`), and of the tokens to draw `number` (W, N, 4),
                 which makes their key, `temperature`, `top_k` and `top_p` (W, N).
                 Per chunk of `SCORE_CHUNK` positions: `wanted` (c, 3) int32, whether to score targets, how many top
@@ -197,13 +179,21 @@ class SamplePrograms:
         )
         scale_MV = jnp.repeat(batch["scale"], S, axis=0)
 
-        def attend(*qkv: jax.Array, pool: Pool, first: jax.Array, **extras: Unpack[Extras]) -> tuple[jax.Array, Pool]:
-            table, page = first + batch["table"], first + batch["page"]
-            return self.paged.attend(*qkv, pool, table, page, position_tS, self._dtype, **extras)
+        def mix(pool: Pool, first: tuple[jax.Array, jax.Array]) -> Mixing:
+            def attend(*qkv: jax.Array, **extras: Unpack[Extras]) -> tuple[jax.Array, Pool]:
+                table, page = first[0] + batch["table"], first[0] + batch["page"]
+                return self._attended(pool, qkv, table, page, position_tS, extras)
+
+            def recur(inputs: Inputs, w: ModelWeights) -> tuple[jax.Array, Pool]:
+                places = jnp.where(batch["places"] > 0, first[1] + batch["places"], 0)
+                o, memory = mix_tiles(inputs, w, batch["count"], places, memory_of(pool), c)
+                return o, dict(zip(STATES, memory, strict=True))
+
+            return Mixing(attend=attend, recur=recur)
 
         x_tSD = self._shards.rows_of(base.params["embed_VD"], base.specs["embed_VD"], batch["tokens"])
         layers = base, base.pairs(loras, self._dtype)
-        x_tSD, pool = self._through_layers(layers, scale_MV, c, attend, scaled(x_tSD, c), pool)
+        x_tSD, pool = self._through_layers(layers, scale_MV, c, mix, scaled(x_tSD, c), pool)
         h_ND = rms_norm(x_tSD, base.params["final_norm_D"], self._config.norm_eps).reshape(t * S, -1)
         scores = self._scores(base, loras, h_ND, scale_MV, batch)
         return pool, jax.tree.map(lambda a: a[None], scores)
@@ -273,7 +263,8 @@ class SamplePrograms:
         flat = RowFields(table_width, len(loras)).unpacked(batch["settings"][0])
         flat |= {name: batch["state"][0, :, i] for i, name in enumerate(STATE)}
         flat["done"] = (flat["done"] > 0) | (flat["count"] >= flat["max_tokens"])
-        pool = self._copy_pages(pool, jnp.stack([flat.pop("copy_from"), flat.pop("copy_to")], axis=-1))
+        copy_R2 = jnp.stack([flat.pop("copy_from"), flat.pop("copy_to")], axis=-1)
+        pool = copy_pages(pool, copy_R2, accelerator=self._accelerator)
         # Before the loop, as it is the same at every step.
         layers = base, base.pairs(loras, self._dtype)
         any_top, R = jnp.any(flat["top"]), len(flat["token"])
@@ -295,15 +286,24 @@ class SamplePrograms:
             more: Any = {"work": any_row, **self._context}
             c = context(position_R[:, None], self._config, self._dtype, self._attention, **more)
 
-            def attend(
-                *qkv: jax.Array, pool: Pool, first: jax.Array, **extras: Unpack[Extras]
-            ) -> tuple[jax.Array, Pool]:
-                table = first + flat["table"]
-                page = jnp.take_along_axis(table, (position_R // PAGE)[:, None], axis=1)[:, 0]
-                return self.paged.attend(*qkv, pool, table, page, position_R[:, None], self._dtype, **extras)
+            def mix(pool: Pool, first: tuple[jax.Array, jax.Array]) -> Mixing:
+                def attend(*qkv: jax.Array, **extras: Unpack[Extras]) -> tuple[jax.Array, Pool]:
+                    table = first[0] + flat["table"]
+                    page = jnp.take_along_axis(table, (position_R // PAGE)[:, None], axis=1)[:, 0]
+                    return self._attended(pool, qkv, table, page, position_R[:, None], extras)
+
+                def recur(inputs: Inputs, w: ModelWeights) -> tuple[jax.Array, Pool]:
+                    # A row that has ended would go through its last token once more.
+                    place_R = jnp.where(row["done"], 0, first[1] + flat["place"])
+                    full_R = ~row["done"] & ((position_R + 1) % PAGE == 0)
+                    marks = Marks(jnp.sum(full_R, dtype=jnp.int32), jnp.argsort(~full_R), first[1] + flat["mark"])
+                    o, memory = mix_token(inputs, w, place_R, position_R == 0, marks, memory_of(pool), c)
+                    return o, dict(zip(STATES, memory, strict=True))
+
+                return Mixing(attend=attend, recur=recur)
 
             x_R1D = self._shards.rows_of(base.params["embed_VD"], base.specs["embed_VD"], row["token"][:, None])
-            x_R1D, pool = self._through_layers(layers, flat["scale"], c, attend, scaled(x_R1D, c), pool)
+            x_R1D, pool = self._through_layers(layers, flat["scale"], c, mix, scaled(x_R1D, c), pool)
             h_RD = rms_norm(x_R1D, base.params["final_norm_D"], self._config.norm_eps)[:, 0]
             logits_RV = self._logits(base, loras, h_RD, flat["scale"])
             settings = {name: flat[name] for name in ("key", "temperature", "top_k", "top_p")}
@@ -333,7 +333,7 @@ class SamplePrograms:
         layers: tuple[Base, Any],
         scale_MV: jax.Array,
         c: Context,
-        attend: Attend,
+        mix: Mix,
         x_BTD: jax.Array,
         pool: Pool,
     ) -> tuple[jax.Array, Pool]:
@@ -343,19 +343,17 @@ class SamplePrograms:
         work.
         """
         base, pairs_of = layers
-        P = next(iter(pool.values())).shape[2]
+        P, N = (next((a.shape[2] for name, a in pool.items() if (name in STATES) == of), 0) for of in (False, True))
 
         @partial(jax.jit, static_argnums=0)
         def layer(
-            this: Layer, x_BTD: jax.Array, ws: Any, pairs: Any, pages: Pool, i: jax.Array
+            this: Layer, x_BTD: jax.Array, ws: Any, pairs: Any, pool: Pool, i: jax.Array
         ) -> tuple[jax.Array, Pool]:
-            def attention(q: jax.Array, k: jax.Array, v: jax.Array, **extras: Unpack[Extras]) -> tuple[jax.Array, Pool]:
-                return attend(q, k.astype(self._dtype), v.astype(self._dtype), pool=pages, first=i * P, **extras)
-
             options: Any = {"accelerator": self._accelerator}
             linears = [MixedLinears(own, scale_MV, self._dtype, self._shards.total, **options) for own in pairs]
-            y_BTD, _, pages = layer_forward(x_BTD, this.kinds, ws, linears, c.of_layer(this.options), attention)
-            return y_BTD, pages
+            mixing = mix(pool, (i * P, i * N))
+            y_BTD, _, changed = layer_forward(x_BTD, this.kinds, ws, linears, c.of_layer(this.options), mixing)
+            return y_BTD, pool | changed
 
         def run(this: Layer, carry: Any, ws: Any, pairs: Any, i: jax.Array) -> tuple[jax.Array, Pool]:
             return layer(this, carry[0], ws, pairs, carry[1], i)
@@ -364,21 +362,20 @@ class SamplePrograms:
         carry = base.each_layer(run, carry, pairs_of, self._shards.whole)
         return carry[0], {name: a.reshape(pool[name].shape) for name, a in carry[1].items()}
 
-    @jax.named_scope("copy_pages")
-    def _copy_pages(self, pool: Pool, copy_R2: jax.Array) -> Pool:
-        """Return the pool with pages copied, in the decode program because it has the pool anyway."""
-        any_copy = jnp.any(copy_R2 > 0)
-        if not self._accelerator:
-            each = lambda a: a.at[0, :, copy_R2[:, 1]].set(a[0, :, copy_R2[:, 0]])  # noqa: E731
-            return jax.lax.cond(any_copy, lambda p: jax.tree.map(each, p), lambda p: p, pool)
-
-        # Of a pool that goes through a condition XLA makes a copy on a GPU, and holds it twice.
-        def copy(i: jax.Array, a: jax.Array) -> jax.Array:
-            page = jax.lax.dynamic_slice_in_dim(a, copy_R2[i, 0], 1, axis=2)
-            return jax.lax.dynamic_update_slice_in_dim(a, page, copy_R2[i, 1], axis=2)
-
-        pages = jnp.where(any_copy, len(copy_R2), 0)
-        return jax.lax.fori_loop(0, pages, lambda i, pool: jax.tree.map(partial(copy, i), pool), pool)
+    def _attended(
+        self,
+        pool: Pool,
+        qkv: tuple[jax.Array, ...],
+        table: jax.Array,
+        page: jax.Array,
+        position: jax.Array,
+        extras: Extras,
+    ) -> tuple[jax.Array, Pool]:
+        """Return what attention over the pages gives, and the pages with the new tokens."""
+        q, k, v = qkv
+        pages = {name: a for name, a in pool.items() if name not in STATES}
+        new = k.astype(self._dtype), v.astype(self._dtype)
+        return self.paged.attend(q, *new, pages, table, page, position, self._dtype, **extras)
 
     @jax.named_scope("head")
     def _logits(self, base: Base, loras: tuple[Weights, ...], h_ND: jax.Array, scale_NV: jax.Array) -> jax.Array:

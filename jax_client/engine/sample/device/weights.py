@@ -28,7 +28,6 @@ from jax_client.models.decoder import Params, output_head_VD, param_specs
 from jax_client.models.layers import InStack, from_bits
 from jax_client.models.parts.kind import Kind
 from jax_client.models.parts.linears import mixed_pairs
-from jax_client.models.parts.self_attention import ATTENTION
 from jax_client.models.plan import Layer, PlacedLayer, Segment, count, kinds, plan
 from jax_client.models.specs import ParamSpec
 from jax_client.sharding import sharding_for
@@ -108,7 +107,7 @@ class Base:
 
         Args:
             run: `f(layer, carry, ws, pairs, i) -> carry` for the weights and the pairs of each part of a layer; i is
-                the layer's place among those that attend, int32.
+                the place of the layer's first part in its kind's stacks, int32.
             carry: what the layers change.
             pairs: as `pairs` returns them.
             gather: as for `part`.
@@ -118,8 +117,8 @@ class Base:
         def one(layer: PlacedLayer, carry: Carry, i: jax.Array | int) -> Carry:
             ws = [self.part(part.kind, part.place(i), gather) for part in layer.parts]
             own = [_entry(pairs[part.kind.name], part.place(i)) for part in layer.parts]
-            at = next((part.place(i) for part in layer.parts if part.kind is ATTENTION), 0)
-            return run(Layer(layer.kinds, layer.options), carry, ws, own, jnp.asarray(at, jnp.int32))
+            at = jnp.asarray(layer.parts[0].place(i), jnp.int32)
+            return run(Layer(layer.kinds, layer.options), carry, ws, own, at)
 
         for segment in plan(self.config):
             if self.unrolled:
