@@ -120,7 +120,7 @@ def question(found: Estimate, topology: dict[str, Any], programs: tuple[str, ...
             sampling.slots,
             loop.sizes_on(q.machine.chip.platform).tiles[-1],
             found.layout.pages + 2,
-            found.layout.states,
+            found.layout.cache.states,
         ),
     }
 

@@ -18,6 +18,7 @@ from jax_client.engine.core import memory
 from jax_client.engine.core.attention_check import kernel_of, plain_attention
 from jax_client.engine.core.memory import PassMemory
 from jax_client.engine.sample import loop, pages
+from jax_client.engine.sample.cache_size import CacheSize
 from jax_client.engine.sample.device import weights
 from jax_client.engine.train import packing
 from jax_client.engine.train.limits import TYPICAL, Sizing
@@ -66,9 +67,8 @@ class Layout:
     Attributes:
         usable: bytes of a device that may be filled.
         weights, adapter: bytes of a device; the adapter's are those of its weights alone.
-        pages: of a way's cache.
-        page_bytes: of a page, on a device.
-        states, state_bytes: places for states of recurrent layers in a way's cache, and of one of them, on a device.
+        cache: of a way.
+        pages: of it.
         limits: of a micro-batch.
     """
 
@@ -80,15 +80,13 @@ class Layout:
     usable: int
     weights: int
     adapter: int
+    cache: CacheSize
     pages: int
-    page_bytes: int
-    states: int
-    state_bytes: int
 
     @property
-    def cache(self) -> int:
+    def cache_bytes(self) -> int:
         """Bytes of a device that the cache takes."""
-        return self.pages * self.page_bytes + self.states * self.state_bytes
+        return self.cache.bytes(self.pages)
 
 
 def lay_out(q: Question) -> Layout:
@@ -103,17 +101,13 @@ def lay_out(q: Question) -> Layout:
     weights = memory.tree_bytes(param_specs(c, dtype), mesh)
     usable = memory.available_bytes(mesh.devices.flat[0], q.memory_fraction)
     free = max(0, usable - weights)
-    tensor = mesh.shape["tensor"]
-    page_bytes, state_bytes = pages.page_bytes(c, dtype) // tensor, pages.state_bytes(c, dtype) // tensor
     sizes = loop.sizes_on(platform)
-    states = pages.fitting_states(sizes.rows[-1], state_bytes, free)
-    held = states * state_bytes
-    most = pages.most_pages(c.max_context, sizes.rows[-1] * sizes.tokens_per_row)
+    cache = CacheSize.of(c, dtype, mesh.shape["tensor"], sizes.rows[-1], sizes.tokens_per_row, free)
     attention = kernel_of(mesh, c, dtype) or plain_attention(mesh)
     passes = PassMemory(config=c, dtype=dtype, mesh=mesh, attention=attention.name, blocks=Blocks.of(platform))
     adapter = passes.adapter(q.spec)
-    cache = pages.fitting_pages(most, page_bytes, free, held) * page_bytes + held
-    sizing = Sizing(memory=passes, attention=attention, free=free, cache=cache, setting=q.remat)
+    held = cache.bytes(cache.pages(free))
+    sizing = Sizing(memory=passes, attention=attention, free=free, cache=held, setting=q.remat)
     return Layout(
         mesh=mesh,
         attention=attention,
@@ -123,10 +117,8 @@ def lay_out(q: Question) -> Layout:
         usable=usable,
         weights=weights,
         adapter=adapter,
-        pages=pages.fitting_pages(most, page_bytes, max(0, free - 3 * adapter), held),
-        page_bytes=page_bytes,
-        states=states,
-        state_bytes=state_bytes,
+        cache=cache,
+        pages=cache.pages(max(0, free - 3 * adapter)),
     )
 
 
@@ -164,7 +156,7 @@ def train(q: Question, layout: Layout) -> Training:
         parts = {name: size * (1 if limits.alone(largest) else limits.concurrent) for name, size in parts.items()}
         fits = sum(parts.values()) <= room
         if fits or tokens <= packing.ROW_LENGTHS[0] or limits.alone(largest):
-            beside = sum(parts.values()) + layout.cache <= room
+            beside = sum(parts.values()) + layout.cache_bytes <= room
             return Training(
                 plans=plans, largest=largest, remat=remat, parts=parts, fits=fits, beside_cache=fits and beside
             )
@@ -198,11 +190,11 @@ def sample(q: Question, layout: Layout) -> Sampling:
     ways = layout.limits.ways
     held = layout.pages * pages.PAGE
     rows = min(-(-q.sampled_rows // ways), ladder[-1], held // q.sampled_tokens)
-    if layout.states:
-        rows = min(rows, (layout.states - 1) // 2)
+    if layout.cache.states:
+        rows = min(rows, (layout.cache.states - 1) // 2)
     slots = next(size for size in ladder if size >= rows)
     dtype, mesh = layout.passes.dtype, layout.mesh
-    beside = layout.weights + layout.adapter + layout.cache
+    beside = layout.weights + layout.adapter + layout.cache_bytes
     whole = weights.whole_bytes(q.model, dtype, mesh)
     if not weights.fit_whole(whole, layout.usable - beside):
         whole = 0

@@ -75,7 +75,7 @@ def speed(e: Estimate) -> Speed:
     if e.sampling is not None and e.sampling.rows and chip.bandwidth is not None:
         ways = mesh.shape["fsdp"]
         # A state is read and written in each step.
-        cache = e.sampling.rows * (_seen_tokens(e) / PAGE * e.layout.page_bytes + 2 * e.layout.state_bytes)
+        cache = e.sampling.rows * (_seen_tokens(e) / PAGE * e.layout.cache.page_bytes + 2 * e.layout.cache.state_bytes)
         met = _met_experts(q.model, e.sampling.rows * e.layout.limits.ways)
         reading = (gathered + of_experts / _expert_devices(e) * met + cache) / chip.bandwidth
         sending = 0.0 if e.sampling.whole else gathered * (ways - 1) / ways / (chip.link or math.inf)

@@ -376,7 +376,7 @@ def test_every_owner_takes_part_in_a_block_of_few_adapters() -> None:
         schedule.add(Job(job("many", n).request, Adapter(n + 1)))  # type: ignore[arg-type]
     schedule.add(Job(job("one", 50).request, Adapter(50)))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jax_client.engine.sample.schedule._alike", lambda *_: True)
+        patch.setattr("jax_client.engine.core.adapters.Snapshot.is_like", lambda *_: True)
         schedule.place()
         launch_all(schedule)
         for _ in range(10):

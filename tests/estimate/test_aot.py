@@ -99,4 +99,4 @@ def test_sampling_has_no_second_cache(
             shape for shape in account["copies"] if f",{pages},{PAGE}," in shape or f"[{L * pages},{PAGE}" in shape
         ]
         assert not wrong, f"{account['program']}: {wrong}"
-        assert account["temporaries"] < found.layout.pages * found.layout.page_bytes / 8, account["program"]
+        assert account["temporaries"] < found.layout.cache_bytes / 8, account["program"]

@@ -23,7 +23,7 @@ def memory_of(found: Estimate) -> dict[str, int]:
     if found.training is not None:
         taken |= found.training.parts
     if found.sampling is not None:
-        taken["cache"] = layout.cache
+        taken["cache"] = layout.cache_bytes
         if found.sampling.whole:
             taken["weights to decode"] = found.sampling.whole
         taken["decoding"] = found.sampling.temporaries

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
@@ -86,6 +86,10 @@ class Snapshot:
     nu: Weights | None = None
     accumulating: bool = False
     number: int = field(default_factory=itertools.count(1).__next__)
+
+    def is_like(self, other: Snapshot) -> bool:
+        """Whether both have arrays of the same shapes."""
+        return replace(self.spec, seed=0) == replace(other.spec, seed=0)
 
     def fetch(self) -> AdapterState:
         """Copy it to the host. Blocks; call it off the dispatch thread.

@@ -8,12 +8,11 @@ anything. Where an adapter's programs are still compiled, the rows of others con
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, cast
 
@@ -28,20 +27,13 @@ from jax_client.engine.core.device_errors import is_out_of_memory, named_error
 from jax_client.engine.core.paged_check import choose_paged_attention
 from jax_client.engine.core.programs import CompileRecord
 from jax_client.engine.core.requests import GenerationRequest, GenerationResult
-from jax_client.engine.core.turns import Elsewhere, Lane, Task, Unawaited
+from jax_client.engine.core.turns import Elsewhere, Lane, Task, Unawaited, ring
 from jax_client.engine.sample.batches import Batches, HostBatch
+from jax_client.engine.sample.cache_size import FEWEST_PAGES, CacheSize
 from jax_client.engine.sample.device.pool import Pool
 from jax_client.engine.sample.device.programs import BLOCK_STEPS, SamplePrograms
 from jax_client.engine.sample.device.weights import DecodeWeights, sampling_params
-from jax_client.engine.sample.pages import (
-    FEWEST_PAGES,
-    PAGE,
-    fitting_pages,
-    fitting_states,
-    most_pages,
-    page_bytes,
-    state_bytes,
-)
+from jax_client.engine.sample.pages import PAGE
 from jax_client.engine.sample.rows import Job, Row, take_scores
 from jax_client.engine.sample.schedule import Schedule
 from jax_client.engine.sample.sized import Block, Counts, Flight, Runnable, SizedPrograms, StepTimes, sizes_on
@@ -92,10 +84,8 @@ class SamplingLoop:
         self._programs = SamplePrograms(model, dtype, mesh, attention, log, self.attention)
         self._sized = SizedPrograms(self._programs, self._batches, self._weights, compilers, background)
         self._runnable = Runnable(self._sized, self._sizes, self._batches.ways, self._fail_rows)
-        self._most_pages = most_pages(model.max_context, self._sizes.rows[-1] * self._sizes.tokens_per_row)
-        per_device = lambda size: size // mesh.shape["tensor"]  # noqa: E731
-        self._page_bytes, self._state_bytes = (per_device(size(model, dtype)) for size in (page_bytes, state_bytes))
-        self._states = fitting_states(self._sizes.rows[-1], self._state_bytes, self._free_bytes())
+        per_row, tensor = self._sizes.tokens_per_row, mesh.shape["tensor"]
+        self._cache = CacheSize.of(model, dtype, tensor, self._sizes.rows[-1], per_row, self._free_bytes())
         self._pool: Pool | None = None
         self._schedule: Schedule | None = None
         self._lock = threading.Lock()
@@ -126,7 +116,7 @@ class SamplingLoop:
             self._inbox.append(job)
             self.lane.expect(job.owner)
             start, self._serving = not self._serving, True
-        _ring(self._news)
+        ring(self._news)
         job.future.add_done_callback(partial(self._left, job.left))
         return job.future, start
 
@@ -205,10 +195,9 @@ class SamplingLoop:
         """Return the sizes of the cache and of a copy of the weights, and what has been sampled."""
         schedule = self._schedule
         ways = [] if schedule is None else schedule.pages
-        pages, states = sum(way.count for way in ways), sum(way.states.count for way in ways)
         return {
-            "cache_tokens": pages * PAGE,
-            "cache_bytes": self._mesh.shape["tensor"] * (pages * self._page_bytes + states * self._state_bytes),
+            "cache_tokens": sum(way.count for way in ways) * PAGE,
+            "cache_bytes": self._mesh.shape["tensor"] * sum(self._cache.bytes(way.count) for way in ways),
             "decode_weights_bytes": self._weights.bytes * self._mesh.size,
             "pages_used": sum(way.used for way in ways),
             "states_used": sum(way.states.used for way in ways),
@@ -228,7 +217,7 @@ class SamplingLoop:
             self._waiting_rows -= rows
             self._any_cancelled |= done.cancelled()
         if done.cancelled():
-            _ring(self._news)
+            ring(self._news)
 
     def _forget_cancelled(self, schedule: Schedule) -> None:
         if self._any_cancelled:
@@ -321,9 +310,9 @@ class SamplingLoop:
         with self._lock:
             self._news = news
             if self._inbox or self._any_cancelled or not awaited:
-                _ring(news)
+                ring(news)
         for compile_ in awaited:
-            compile_.add_done_callback(lambda _: _ring(news))
+            compile_.add_done_callback(lambda _: ring(news))
         return news
 
     def _receive(self, schedule: Schedule) -> bool:
@@ -342,30 +331,24 @@ class SamplingLoop:
         pages_now = 0
         if (schedule := self._schedule) is not None:
             pages_now = schedule.pages[0].count - 2
-            if schedule.placed or schedule.waiting or pages_now >= self._most_pages:
+            if schedule.placed or schedule.waiting or pages_now >= self._cache.most_pages:
                 return schedule
         pages = self._fitting_pages(pages_now)
         if schedule is not None and pages <= pages_now:
             return schedule
         self._pool = self._schedule = None
         while True:
+            of_way = {"pages": pages + 2, "states": self._cache.states}
             try:
-                self._pool = jax.block_until_ready(
-                    self._programs.pools.new(self._batches.ways, pages + 2, self._states)
-                )
+                self._pool = jax.block_until_ready(self._programs.pools.new(self._batches.ways, **of_way))
                 break
             except Exception as error:
                 if not is_out_of_memory(error) or pages <= FEWEST_PAGES:
                     raise
                 pages //= 2
         self._weights.choose(self._free_bytes())
-        self._schedule = schedule = Schedule(
-            ways=self._batches.ways,
-            pages=pages + 2,
-            rows=self._sizes.rows[-1],
-            steps=BLOCK_STEPS,
-            states=self._states,
-        )
+        schedule = Schedule(ways=self._batches.ways, rows=self._sizes.rows[-1], steps=BLOCK_STEPS, **of_way)
+        self._schedule = schedule
         return schedule
 
     def _ready_to_open(self) -> Task[None]:
@@ -374,16 +357,14 @@ class SamplingLoop:
 
     def _fitting_pages(self, pages_now: int) -> int:
         """Return how many pages a way's pool may have; `pages_now` is what it has."""
-        states = self._states * self._state_bytes
-        held = pages_now * self._page_bytes + states if pages_now else 0
-        return fitting_pages(self._most_pages, self._page_bytes, self._free_bytes() + held, states)
+        return self._cache.pages(self._free_bytes() + (self._cache.bytes(pages_now) if pages_now else 0))
 
     def _free_bytes(self) -> int:
         return memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction)
 
     def cache_bytes(self) -> int:
         """Return the bytes of a device that the cache will take, from what is free now; for before there is one."""
-        return self._fitting_pages(0) * self._page_bytes + self._states * self._state_bytes
+        return self._cache.bytes(self._fitting_pages(0))
 
     def _prefill(self, schedule: Schedule, size: int) -> Task[None]:
         """Yield-from: compute tiles of one version; wait for their scores and draws if any were asked for."""
@@ -465,8 +446,3 @@ class SamplingLoop:
         if pool is None:
             raise RequestFailedError("the key/value cache is gone; this should not happen.", category="server")
         return pool
-
-
-def _ring(news: Future[None]) -> None:
-    with contextlib.suppress(InvalidStateError):  # it has been rung
-        news.set_result(None)

@@ -14,71 +14,11 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import DTypeLike
-
-from jax_client.models.config import ModelConfig
-from jax_client.models.parts.gated_delta.layer import DELTA
-from jax_client.models.parts.self_attention import ATTENTION
-from jax_client.models.plan import count
 
 PAGE = 32
-CACHE_SHARE = 0.4  # of the free memory that the pages may take
-FEWEST_PAGES = 16
 SCRATCH = 0  # where the writes of padding go; never handed out
-STATES_SHARE = 0.5  # of the cache that states may take
-# Places of states for each row: that of the row, one for its last full page, and one that is kept of another.
-STATES_PER_ROW = 3
 
 _Key = tuple[int, bytes]
-
-
-def page_bytes(c: ModelConfig, dtype: DTypeLike) -> int:
-    """Return the bytes of one page, all layers together, on all devices that share it."""
-    return 2 * count(c, ATTENTION) * c.n_kv_heads * c.head_dim * PAGE * np.dtype(dtype).itemsize
-
-
-def state_bytes(c: ModelConfig, dtype: DTypeLike) -> int:
-    """Return the bytes of what a row leaves behind in recurrent layers, on all devices that share it; 0 without."""
-    if (delta := c.delta) is None:
-        return 0
-    state = 4 * delta.value_heads * delta.key_dim * delta.value_dim
-    return count(c, DELTA) * (state + (delta.taps - 1) * delta.channels * np.dtype(dtype).itemsize)
-
-
-def fitting_states(rows: int, size: int, free: int) -> int:
-    """Return how many places for states a way's pool has; 0 for a model without.
-
-    Args:
-        rows: of a way that run at once, if there is memory.
-        size: of a state on each device, in bytes.
-        free: bytes of each device.
-    """
-    if not size:
-        return 0
-    while rows > 1 and (1 + STATES_PER_ROW * rows) * size > STATES_SHARE * CACHE_SHARE * free:
-        rows //= 2
-    return 1 + STATES_PER_ROW * rows
-
-
-def most_pages(max_context: int, tokens: int) -> int:
-    """Return how many pages a way's pool has where there is memory for all: for `tokens`, and for one longest row."""
-    return max(-(-max_context // PAGE), tokens // PAGE)
-
-
-def fitting_pages(most: int, size: int, free: int, states: int = 0) -> int:
-    """Return how many pages, at most `most`, a way's pool has.
-
-    Args:
-        most: that are of use.
-        size: of a page on each device, in bytes.
-        free: bytes of each device.
-        states: bytes that the places for states take of the cache.
-    """
-    pages = most
-    # Halves, so that what was compiled for one size is found again by later processes.
-    while pages * size > CACHE_SHARE * free - states and pages > FEWEST_PAGES:
-        pages //= 2
-    return pages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,18 +198,28 @@ class Pages:
             self._key_of[page] = key
         return self._page_of[key][1]
 
-    def keep_state(self, node: int, tokens_S: np.ndarray, place: int) -> bool:
-        """Keep a state behind the published page of these tokens; return whether there was none behind it.
+    def keep_state(self, node: int, tokens_S: np.ndarray, place: int) -> None:
+        """Keep the state at a place behind the published page of these tokens, unless one is kept there.
 
         Args:
             node, tokens_S: as `publish` was given them.
-            place: of the state, once the tokens have run.
+            place: of the state once the tokens have run.
         """
         page, _ = self._page_of[node, tokens_S.tobytes()]
-        if self.states.behind(page):
-            return False
-        self.states.keep(page, place)
-        return True
+        if not self.states.behind(page):
+            self.states.keep(page, place)
+
+    def new_state_behind(self, node: int, tokens_S: np.ndarray) -> int:
+        """Return a place for a state that is kept behind a published page, of which only that is a user yet.
+
+        0 if one is kept there already, or rows and tiles use all places.
+        """
+        page, _ = self._page_of[node, tokens_S.tobytes()]
+        if self.states.behind(page) or (taken := self.states.take(1)) is None:
+            return SCRATCH
+        self.states.keep(page, taken[0])
+        self.states.drop(taken)
+        return taken[0]
 
     def withdraw(self, page: int) -> None:
         """Make a page not findable any more: what it was published to hold will not be computed."""

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import numpy as np
 
 from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.sample.pages import PAGE, Pages, Prefix
 from jax_client.engine.sample.rows import Job, Row, Tile
-from jax_client.engine.sample.waiting import CacheUse, Waiting
+from jax_client.engine.sample.waiting import CacheUse, Waiting, in_turn
 
 MAX_VERSIONS = 4  # adapters of one decode batch
 STATE_EVERY = 2048  # tokens of a prompt, behind which a state is kept, as behind its last full page
@@ -180,10 +179,10 @@ class Schedule:
         chosen: list[Row] = []
         snapshots: list[Snapshot] = []
         sizes = Counter[int]()
-        for row in _in_turn(r for r in self.placed if r.ready and r.job.decodes):
+        for row in in_turn(r for r in self.placed if r.ready and r.job.decodes):
             snapshot, after = row.job.snapshot, snapshots
             if snapshot is not None and snapshot not in snapshots:
-                if len(snapshots) == MAX_VERSIONS or (snapshots and not _alike(snapshot, snapshots[0])):
+                if len(snapshots) == MAX_VERSIONS or (snapshots and not snapshot.is_like(snapshots[0])):
                     continue
                 after = [*snapshots, snapshot]
             if fits is not None and not fits(after, max(max(sizes.values(), default=0), sizes[row.way] + 1)):
@@ -356,15 +355,11 @@ class Schedule:
             tokens_T: of the row, that tiles compute.
             source: place of the state before it, of which it is a user already where it is not the row's.
         """
-        states, stop, kept = self.pages[tile.row.way].states, tile.start + PAGE, [0]
+        pages, stop, kept = self.pages[tile.row.way], tile.start + PAGE, 0
         if stop == _last_full_page(len(tokens_T)) or (stop <= len(tokens_T) and stop % STATE_EVERY == 0):
-            kept = states.take(1) or [0]
-            if kept[0] and not self.pages[tile.row.way].keep_state(before, tokens_T[tile.start : stop], kept[0]):
-                states.drop(kept)
-                kept = [0]
-        tile.places = source, tile.row.place, kept[0]
-        states.use(tile.places if source == tile.row.place else tile.places[1:])
-        states.drop(kept)  # it has the page and the tile as users
+            kept = pages.new_state_behind(before, tokens_T[tile.start : stop])
+        tile.places = source, tile.row.place, kept
+        pages.states.use(tile.places if source == tile.row.place else tile.places[1:])
 
     def launched(self, tile: Tile) -> None:
         """Note that a tile runs before all that is launched from now on."""
@@ -451,19 +446,3 @@ def _planned(prefix: Prefix, count: int) -> int:
 def _taken(row: Row, prefix: Prefix, count: int) -> int:
     """Return how many pages a row of `count` tokens takes beside those that are known."""
     return _planned(prefix, count) + row.job.decodes
-
-
-def _in_turn(rows: Iterable[Row]) -> list[Row]:
-    """Return rows from the owners in turn; of each owner those first that took part in a block the longest ago."""
-    waited = sorted(rows, key=lambda row: row.served)
-    before: Counter[str] = Counter()
-    places = []
-    for row in waited:
-        places.append(before[row.owner])
-        before[row.owner] += 1
-    return [waited[i] for i in sorted(range(len(waited)), key=lambda i: places[i])]
-
-
-def _alike(a: Snapshot, b: Snapshot) -> bool:
-    """Whether two adapters have arrays of the same shapes."""
-    return replace(a.spec, seed=0) == replace(b.spec, seed=0)

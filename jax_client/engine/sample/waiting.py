@@ -84,3 +84,14 @@ class Waiting:
         rows.popleft()
         if rows:  # behind the other owners
             self._rows[row.owner] = rows
+
+
+def in_turn(rows: Iterable[Row]) -> list[Row]:
+    """Return rows from the owners in turn; of each owner those first that took part in a block the longest ago."""
+    waited = sorted(rows, key=lambda row: row.served)
+    before: Counter[str] = Counter()
+    places = []
+    for row in waited:
+        places.append(before[row.owner])
+        before[row.owner] += 1
+    return [waited[i] for i in sorted(range(len(waited)), key=lambda i: places[i])]
