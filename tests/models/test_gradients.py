@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 
 from jax_client.losses import logprob_head
-from jax_client.models.config import ModelConfig, Rope, SwigluClamp, Windows
+from jax_client.models.config import GatedDelta, ModelConfig, Rope, SwigluClamp, Windows
 from jax_client.models.decoder import param_specs
 from jax_client.models.kernels import blockwise
+from jax_client.models.lora_arrays import LoraArray, lora_arrays
 from jax_client.models.parts import attention
+from jax_client.models.parts.gated_delta import mixing
 from jax_client.models.transformer import backward_pass, context, forward_pass
+from jax_client.values import LoraSpec
 from support.models.plain_attention import PLAIN
+from support.models.recurrence import by_token
 
 F32 = jnp.dtype("float32")
 
@@ -35,19 +39,23 @@ GEMMA: dict[str, Any] = {
 }  # fmt: skip
 
 
+# All that Qwen3.5 has beside a Llama, with a layer of attention between two with the rule.
+HYBRID: dict[str, Any] = {
+    "qk_norm": True, "output_gate": True, "rope_dim": 4, "n_layers": 3,
+    "delta": GatedDelta(layers=(0, 2), key_heads=2, value_heads=4, key_dim=6, value_dim=5, taps=4),
+}  # fmt: skip
+
+
 def random_tree(specs: Any, seed: int, scale: float = 0.3) -> Any:
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * scale, s.dtype), specs)
 
 
-def random_lora(c: ModelConfig, rank: int, seed: int) -> dict[str, Any]:
-    L, D, F, K, G, H, R = c.n_layers, c.d_model, c.d_ff, c.n_kv_heads, c.group, c.head_dim, rank
-    shapes = {
-        "q": ((R, D), (R, K, G, H)), "k": ((R, D), (R, K, H)), "v": ((R, D), (R, K, H)), "o": ((R, K, G, H), (R, D)),
-        "gate": ((R, D), (R, F)), "up": ((R, D), (R, F)), "down": ((R, F), (R, D)),
-    }  # fmt: skip
+def random_lora(c: ModelConfig, rank: int, seed: int) -> Any:
+    arrays = lora_arrays(c, LoraSpec(rank=rank, seed=0))["layers"]
     rng = np.random.default_rng(seed)
-    return {n: {"A": jnp.asarray(rng.normal(size=(L, *a)) * 0.3, F32), "B": jnp.asarray(rng.normal(size=(L, *b)) * 0.3, F32)} for n, (a, b) in shapes.items()}  # fmt: skip # noqa: E501
+    draw = lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.3, F32)  # noqa: E731
+    return jax.tree.map(draw, arrays, is_leaf=lambda leaf: isinstance(leaf, LoraArray))
 
 
 @pytest.mark.parametrize(
@@ -64,6 +72,9 @@ def random_lora(c: ModelConfig, rank: int, seed: int) -> dict[str, Any]:
         (GEMMA, "full", True),
         ({"o_bias": True, "sinks": True, "windows": Windows(size=3, layers=(1,))}, "selective", True),
         ({"windows": Windows(size=3, layers=(0, 1)), "clamp": SwigluClamp(limit=0.5, alpha=1.7)}, "none", False),
+        (HYBRID, "none", True),
+        (HYBRID, "selective", False),
+        (HYBRID, "full", True),
     ],
 )
 def test_layers_backward(changes: dict[str, Any], remat: Any, one_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +103,22 @@ def test_layers_backward(changes: dict[str, Any], remat: Any, one_cpu: bool, mon
     (h, grads), (expected_h, expected_grads) = ours(lora), expected(lora)
     np.testing.assert_allclose(h, expected_h, rtol=1e-5, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), grads, expected_grads)
+
+
+def test_chunks_are_the_rule_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a model, with segments that begin within chunks, padding, and one token repeated through several chunks."""
+    config = tiny(**HYBRID)
+    # The norm behind the rule makes much of what is left of small outputs, in either form: with this seed none are.
+    params, lora = random_tree(param_specs(config, F32), 5), random_lora(config, 3, 1)
+    params["layers"]["delta"]["delta_out_LPYD"] *= 0.1
+    lora["delta_out"]["B"] *= 0.1
+    tokens = jnp.asarray([[7] * 150, list(np.random.default_rng(2).integers(0, 61, 150))])
+    segments = jnp.asarray([[1] * 150, [1] * 70 + [2] * 3 + [3] * 67 + [0] * 10])
+    c = context(jnp.tile(jnp.arange(150), (2, 1)), config, F32, attention.blockwise(True), on_cpu=True, one_cpu=True)
+    run = lambda lora: forward_pass(params, lora, tokens, segments, c, None)[0]  # noqa: E731
+    chunks = jax.jit(run)(lora)
+    monkeypatch.setattr(mixing, "delta_forward", by_token)
+    np.testing.assert_allclose(chunks, jax.jit(lambda lora: run(lora))(lora), atol=1e-5)
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -2,8 +2,9 @@
 
 `Work` adds up what each call cost; `flops` counts what a call needs.
 Useful FLOPs per token are 4 N for the frozen weights (forward, and the gradient by the input; none by the weights),
-6 for each adapter weight, and three times the forward attention, counted over the pairs that causality allows. The
-limit is what the device would need for them at its measured matmul rate, with what the remat setting recomputes.
+6 for each adapter weight, and three times the forward attention, counted over the pairs that causality allows, and the
+chunks of a gated delta rule. The limit is what the device would need for them at its measured matmul rate, with what
+the remat setting recomputes.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from dataclasses import dataclass, fields
 
 from jax_client.models.config import ModelConfig
 from jax_client.models.lora_arrays import flatten, lora_arrays
+from jax_client.models.parts.gated_delta.layer import DELTA, chunk_multiply_adds
 from jax_client.models.parts.kind import Remat
 from jax_client.models.parts.self_attention import ATTENTION
-from jax_client.models.plan import layers
+from jax_client.models.plan import count, layers
 from jax_client.values import LoraSpec
 
 
@@ -77,11 +79,12 @@ def flops(c: ModelConfig, spec: LoraSpec, lengths: Sequence[int], remat: Remat) 
     tokens = sum(lengths)
     pairs = sum(seen_pairs(n, window) * times for window, times in windows_of(c).items() for n in lengths)
     attention = 4 * pairs * c.n_heads * c.head_dim
-    useful = tokens * (4 * frozen + 6 * adapters) + 3 * attention
+    chunks = 0.0 if c.delta is None else 2 * tokens * count(c, DELTA) * chunk_multiply_adds(c)
+    useful = tokens * (4 * frozen + 6 * adapters) + 3 * (attention + chunks)
     recomputed_matmuls = {"none": 0, "selective": selective, "full": full}[remat]
-    # The backward pass of attention recomputes its scores, whatever is kept.
-    recomputed = tokens * (2 * recomputed_matmuls + (2 * adapters if remat == "full" else 0)) + 0.5 * attention
-    return float(useful), float(useful + recomputed + (attention if remat == "full" else 0))
+    # Whatever is kept, the backward pass of attention recomputes its scores, and that of chunks all of them.
+    recomputed = tokens * (2 * recomputed_matmuls + (2 * adapters if remat == "full" else 0)) + 0.5 * attention + chunks
+    return float(useful), float(useful + recomputed + (attention + chunks if remat == "full" else 0))
 
 
 def seen_pairs(tokens: int, window: int | None) -> float:

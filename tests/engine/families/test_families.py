@@ -80,10 +80,12 @@ def test_sampling_equals_training(case: str, tmp_path: Path) -> None:
     ("case", "mesh"),
     [
         ("gpt_oss", {"expert": 4, "tensor": 2}),
+        ("qwen3_5", {"data": 2, "fsdp": 2, "tensor": 2}),
         *(
             pytest.param(case, mesh, marks=pytest.mark.full)
-            for case, mesh in itertools.product(("qwen3_moe_mixed", "gpt_oss", "gemma3"), MESHES)
-            if (case, mesh) != ("gpt_oss", {"expert": 4, "tensor": 2}) and not (case == "gemma3" and "expert" in mesh)
+            for case, mesh in itertools.product(("qwen3_moe_mixed", "gpt_oss", "gemma3", "qwen3_5"), MESHES)
+            if (case, mesh) not in (("gpt_oss", MESHES[0]), ("qwen3_5", MESHES[3]))
+            and not (case in ("gemma3", "qwen3_5") and "expert" in mesh)
         ),
     ],
     ids=str,
