@@ -14,7 +14,7 @@ from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, sh
 from jax_client.host import places
 from jax_client.weights.read import hf
 from jax_client.weights.read.gguf import GGUF_MAGIC
-from jax_client.weights.read.source import HUB_NAME, local_models
+from jax_client.weights.read.source import HUB_NAME, base_name, local_models
 
 MAX_NAME = 4_096
 
@@ -42,7 +42,8 @@ class ModelNames:
 
     def alias(self, name: str) -> str:
         """Return the base model that a name of the operator's stands for."""
-        return self._aliases.get(name, name)
+        base = base_name(name)
+        return self._aliases.get(name) or self._aliases.get(base, base)
 
     def meaning(self, name: str) -> str:
         """Return the base model that a client's name stands for.
@@ -53,7 +54,7 @@ class ModelNames:
         """
         if len(name) > MAX_NAME:
             raise BadRequestError(f"base_model has {len(name):,} characters, the limit is {MAX_NAME:,}.")
-        meant = self._aliases.get(name, name)
+        meant = self.alias(name)
         # An empty name, and one that cannot be a file's, is refused where it is looked for.
         if self._directories is None or not meant.strip() or "\0" in meant:
             return meant

@@ -25,6 +25,7 @@ from bench_rows import NEW_TOKENS, RANK, Contender, Job, cores, output
 
 Step = Callable[[], None]
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DELTA = ["in_proj_qkv", "in_proj_z", "out_proj"]  # of a gated delta rule, where there is one
 
 
 def run(job: Job) -> Contender:
@@ -40,7 +41,7 @@ def run(job: Job) -> Contender:
             "CUDA, or set CUDA_VISIBLE_DEVICES= to compare both on the CPU."
         )
     model: Any = load(job).to(device)
-    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=MODULES, lora_dropout=0.0, bias="none")
+    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=[*MODULES, *DELTA], lora_dropout=0.0, bias="none")
     if getattr(model.config, "num_experts", 0):  # transformers has the experts of a layer as two parameters
         config.target_modules = set(MODULES[:4])
         config.target_parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -15,13 +15,13 @@ from huggingface_hub import constants
 import jax_client
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import EngineConfig
-from jax_client.errors import BadRequestError
+from jax_client.errors import BadRequestError, NotFoundError
 from jax_client.runs.lifecycle.base_models import BaseModels, Loader
 from jax_client.runs.lifecycle.session import Session
 from jax_client.runs.results import api_records
 from jax_client.values import CheckpointKey
 from jax_client.weights.read import identity
-from jax_client.weights.read.source import mended_name, resolve
+from jax_client.weights.read.source import mended_name, resolve, resolve_config
 from support.fake_engine import FakeModels
 from support.weight_files import HF_CONFIG, hf_tensors, write_gguf, write_hf
 
@@ -201,3 +201,10 @@ def test_an_earlier_record_of_such_a_folder_means_the_hub_model(hub_model: str, 
 def test_files_of_this_moment_are_read_again(tmp_path: Path) -> None:
     path = write_hf(tmp_path / "model", HF_CONFIG, hf_tensors(HF_CONFIG))
     assert identity.stamp(resolve(str(path))) is None
+
+
+def test_a_variant_for_long_contexts_is_its_model(hub_model: str) -> None:
+    for find in (resolve, resolve_config):
+        assert find(f"{hub_model}:peft:262144") == find(hub_model)
+    with pytest.raises(NotFoundError, match=r"Some-Org/tiny-model:peft:long"):
+        resolve("Some-Org/tiny-model:peft:long")

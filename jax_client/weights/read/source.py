@@ -53,6 +53,8 @@ COMMON_MODELS = (
 )
 
 HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
+# The hosted service's names of variants for long contexts, such as "Qwen/Qwen3.6-27B:peft:262144".
+VARIANT = re.compile(rf"({HUB_NAME.pattern}):peft:[0-9]{{1,9}}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +79,19 @@ class ModelSource:
         return str(self.path) if self.by_path else self.name
 
 
+def base_name(name: str) -> str:
+    """Return the name of the model that a variant for long contexts has; other names are their own.
+
+    Here every model has the context of its config.json, and an input beyond it is refused.
+    """
+    return found[1] if (found := VARIANT.fullmatch(name)) else name
+
+
 def resolve(name: str | None) -> ModelSource:
     """Find the files of a model; download them when nothing local has that name.
 
     Args:
-        name: a directory with config.json and safetensors, a .gguf file, or a hub name.
+        name: a directory with config.json and safetensors, a .gguf file, or a hub name; see `base_name`, too.
 
     Raises:
         BadRequestError: no name, or a directory that cannot be loaded (pickles only, custom code).
@@ -96,7 +106,7 @@ def resolve(name: str | None) -> ModelSource:
         )
     if not isinstance(name, str | os.PathLike):
         raise BadTypeError(f"base_model is {type(name).__name__}, expected str: a directory, .gguf file or hub name.")
-    name = os.fspath(name)
+    name = base_name(os.fspath(name))
     if "\0" in name:
         raise BadRequestError(f"base_model is {name!r}; a name cannot contain a NUL character.")
     path = Path(os.path.abspath(places.expand(name, "base_model")))
@@ -130,6 +140,7 @@ def resolve_config(name: str) -> ModelSource:
     Raises:
         NotFoundError, RequestFailedError: as `resolve`.
     """
+    name = base_name(name)
     path = Path(os.path.abspath(places.expand(name, "base_model")))
     if path.is_file():
         return _file(name, path)

@@ -40,6 +40,7 @@ def test_a_client_names_what_the_operator_named(directory: Path) -> None:
     assert names.meaning(str(directory / "other" / "model" / "m")), "by the path that a checkpoint records"
     assert names.meaning("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
     assert names.meaning(str(directory / "models" / "link")), "a link in the operator's directory is the operator's"
+    assert names.meaning("Qwen/Big:peft:262144") == names.meaning("Qwen/Big")
     only_named = ModelNames({}, ["other/model/m"], [])
     assert only_named.meaning("other/model/m") and only_named.meaning("Qwen/Qwen3-4B")
     with pytest.raises(BadRequestError, match="--models-dir"):
