@@ -248,17 +248,23 @@ def _inverse(system: jax.Array) -> jax.Array:
     an inverse itself, and so no larger than the result. XLA's own solver has a task of the CPU's pool wait for others
     there, and hangs where two programs run side by side.
     """
-    c = system.shape[-1]
-    inverse = jnp.ones((*system.shape[:-1], 1, 1), system.dtype)
+    c, outer = system.shape[-1], system.shape[:-2]
+    inverse = jnp.ones((*outer, c, 1, 1), system.dtype)
     while (size := inverse.shape[-1]) < c:
         pairs = c // (2 * size)
-        below = system.reshape(*system.shape[:-2], pairs, 2 * size, pairs, 2 * size)[..., size:, :, :size]
-        below = jnp.moveaxis(jnp.diagonal(below, axis1=-4, axis2=-2), -1, -3)
-        first, second = jnp.moveaxis(inverse.reshape(*system.shape[:-2], pairs, 2, size, size), -3, 0)
-        between = -_product("...ij,...jk->...ik", second, _product("...ij,...jk->...ik", below, first))
+        below = system.reshape(*outer, pairs, 2 * size, pairs, 2 * size)[..., size:, :, :size]
+        # A pair's own block, without a gather: all others are zeros in the sum.
+        below = jnp.sum(jnp.where(jnp.eye(pairs, dtype=bool)[:, None, :, None], below, 0), axis=-2)
+        first, second = jnp.moveaxis(inverse.reshape(*outer, pairs, 2, size, size), -3, 0)
+        between = -_small_product(second, _small_product(below, first))
         upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
         inverse = jnp.concatenate([upper, jnp.concatenate([between, second], -1)], -2)
     return inverse[..., 0, :, :]
+
+
+def _small_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return x y of many small matrices, as sums: a TPU's compiler takes half a minute over a product of each size."""
+    return jnp.sum(x[..., :, :, None] * y[..., None, :, :], axis=-2)
 
 
 def _first_state(x: _Chunks, state_BPXY: jax.Array | None) -> jax.Array:
