@@ -23,11 +23,11 @@ def model(D: int, L: int, N: int, K: int, F: int, V: int, H: int = 128, E: int =
     )  # fmt: skip
 
 
-def hybrid(D: int, L: int, N: int, K: int, values: int, F: int) -> ModelConfig:
-    """A Qwen3.5: three layers with a gated delta rule, then one with gated attention."""
-    recurrent = tuple(layer for layer in range(L) if layer % 4 != 3)
-    delta = GatedDelta(layers=recurrent, key_heads=16, value_heads=values, key_dim=128, value_dim=128, taps=4)
-    return replace(model(D, L, N, K, F, 248320, H=256), family="qwen3_5", delta=delta, output_gate=True, qk_norm=True)
+def hybrid(c: ModelConfig, *, value_heads: int) -> ModelConfig:
+    """Return a Qwen3.5: of four layers one has attention with a gate."""
+    layers = tuple(i for i in range(c.n_layers) if (i + 1) % 4)
+    delta = GatedDelta(layers=layers, key_heads=16, value_heads=value_heads, key_dim=128, value_dim=128, taps=4)
+    return replace(c, delta=delta, output_gate=True)
 
 
 # Model, then mlp, attn and unembed.
@@ -42,10 +42,15 @@ PUBLISHED = {
     # The text parts of Qwen3-VL-30B-A3B and Qwen3-VL-235B-A22B have these sizes, and are published with these counts.
     "Qwen3-30B-A3B": (model(2048, 48, 32, 4, 768, 151936, E=128), 14_450_688, 835_584, 153_984),
     "Qwen3-235B-A22B": (model(4096, 94, 64, 4, 1536, 151936, E=128), 56_598_528, 3_176_448, 156_032),
-    "Qwen3.5-4B": (hybrid(2560, 32, 16, 4, 32, 9216), 1_130_496, 897_024, 250_880),
-    "Qwen3.5-9B": (hybrid(4096, 32, 16, 4, 32, 12288), 1_572_864, 1_130_496, 252_416),
+    "Qwen3.5-4B": (hybrid(model(2560, 32, 16, 4, 9216, 248320, H=256), value_heads=32), 1_130_496, 897_024, 250_880),
+    "Qwen3.5-9B": (hybrid(model(4096, 32, 16, 4, 12288, 248320, H=256), value_heads=32), 1_572_864, 1_130_496, 252_416),
     # Qwen3.6-27B and Qwen3.8-27B have these sizes, and are published with these counts.
-    "Qwen3.5-27B": (hybrid(5120, 64, 24, 4, 48, 17408), 4_325_376, 2_965_504, 253_440),
+    "Qwen3.5-27B": (
+        hybrid(model(5120, 64, 24, 4, 17408, 248320, H=256), value_heads=48),
+        4_325_376,
+        2_965_504,
+        253_440,
+    ),
     "gpt-oss-20b": (model(2880, 24, 64, 8, 2880, 201088, H=64, E=32), 6_842_880, 497_664, 203_968),
     "gpt-oss-120b": (model(2880, 36, 64, 8, 2880, 201088, H=64, E=128), 40_124_160, 746_496, 203_968),
 }
