@@ -99,13 +99,13 @@ def to_pairs(state: AdapterState, c: ModelConfig) -> Pairs:
         names = linear_names(module, c)
         of = {ab: state.weights[f"{module}.{ab}"] for ab in "AB"}
         if module == "q" and c.output_gate:
-            of["B"] = _turned(of["B"], 2, c.group)
+            of["B"] = _reordered(of["B"], 2, c.group)
         a, b = (_each(of[ab], arrays[f"{module}.{ab}"], len(names), state.spec.rank) for ab in "AB")
         pairs |= dict(zip(names, zip(a, b, strict=True), strict=True))
     return pairs
 
 
-def _turned(b_LRKJH: np.ndarray, outer: int, inner: int) -> np.ndarray:
+def _reordered(b_LRKJH: np.ndarray, outer: int, inner: int) -> np.ndarray:
     """Return B of a q with gates in its other order: its outputs go by `outer` times `inner`, then the reverse.
 
     Here those of each key/value head are all queries, then all gates; in files each query has its gate behind it.
@@ -149,5 +149,5 @@ def from_pairs(pairs: Pairs, c: ModelConfig, spec: LoraSpec) -> dict[str, np.nda
                 )
         arrays[name] = np.stack(matrices[::of_layer], dtype=np.float32).reshape(array.shape)
         if name == "q.B" and c.output_gate:
-            arrays[name] = _turned(arrays[name], c.group, 2)
+            arrays[name] = _reordered(arrays[name], c.group, 2)
     return arrays

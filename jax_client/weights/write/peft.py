@@ -127,7 +127,7 @@ def _of_experts(
                 "--max-lora-rank must be %d at least, since gate and up are one matrix of twice the rank",
                 2 * rank,
             )
-        changes = {
+        changes: dict[str, object] = {
             "target_modules": [name for name in pairs if ".experts." not in name],
             "target_parameters": expert_layouts.TARGETS,
         }
