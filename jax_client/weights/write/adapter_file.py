@@ -1,22 +1,24 @@
-"""Which matrices are in an adapter file? Those of experts look apart, expert by expert, in whichever layout they are.
+"""Which matrices are in an adapter file? Those of experts and of a gated delta rule look apart, whatever their layout.
 
-The layouts are those of `expert_layouts`. Each matrix is a view of the file.
+The layouts are those of `expert_layouts` and `delta_layouts`. Most matrices are views of the file.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from jax_client.errors import BadRequestError, UnsupportedError
-from jax_client.models.config import Experts, ModelConfig
+from jax_client.models.config import Experts, GatedDelta, ModelConfig
 from jax_client.weights.read import safetensors
 from jax_client.weights.read.tensors import TensorInfo
-from jax_client.weights.write import expert_layouts
+from jax_client.weights.towers import module_name
+from jax_client.weights.write import delta_layouts, expert_layouts
 from jax_client.weights.write.peft_config import way_out
 
 FUSED = re.compile(r"(.*\.experts)\.(base_layer\.)?lora_([AB])\.weight")
@@ -29,9 +31,10 @@ class AdapterFile:
 
     Attributes:
         path: the file.
-        infos: the tensors by name, with experts apart.
+        infos: the tensors by name, with experts and products of a gated delta rule apart.
         parameters: by the linear layer of an expert, such as "model.layers.0.mlp.experts.3.up_proj", peft's name of the
-            parameter that it is a part of, where it came from a matrix of peft's for all experts.
+            parameter that it is a part of, where it came from a matrix of peft's for all experts; by that of a product,
+            its name of the linear layer of all products, unless the file has them apart.
     """
 
     path: Path
@@ -54,7 +57,7 @@ def open_adapter(path: Path, c: ModelConfig, prefix: str) -> AdapterFile:
 
     Raises:
         BadRequestError: a damaged file; matrices of experts that are missing or misshapen, by name.
-        UnsupportedError: gate and up that share ranks, which no adapter here can.
+        UnsupportedError: gate and up, or products of a gated delta rule, that share ranks, which no adapter here can.
     """
     entries = safetensors.read_header(path)
     infos = {n: TensorInfo(shape=e.shape, dtype=e.dtype, file=str(path)) for n, e in entries.items()}
@@ -62,24 +65,79 @@ def open_adapter(path: Path, c: ModelConfig, prefix: str) -> AdapterFile:
         name: (lambda entry=entry: safetensors.view(path, entry)) for name, entry in entries.items()
     }
     parameters: dict[str, str] = {}
-    if c.experts is None:
-        return AdapterFile(path=path, infos=infos, parameters=parameters, _views=views)
-    stacked = [match for name in entries if (match := FUSED.fullmatch(name) or SHARED.fullmatch(name))]
-    for module in dict.fromkeys(match[1] for match in stacked if match.re is FUSED):
-        plain = module.removeprefix(prefix)
-        for parameter, projections in expert_layouts.PARAMETERS.items():
-            linears = (f"{plain}.{e}.{p}" for e in range(c.experts.count) for p in projections)
-            parameters |= dict.fromkeys(linears, f"{plain}.{parameter}")
-    for match in stacked:
-        name = match[0]
+    # f(matrix) -> its parts, by the tensors that are taken apart.
+    takes: dict[str, Callable[[np.ndarray], dict[str, np.ndarray]]] = {}
+    if c.experts is not None:
+        takes |= _experts_in(entries, c, c.experts, path, prefix, parameters)
+    if c.delta is not None:
+        takes |= _products_in(entries, c, c.delta, path, prefix, parameters)
+    for name, take in takes.items():
         if infos[name].dtype not in safetensors.NUMPY_DTYPES:
             continue  # refused by this name, with the others
-        take = _fused if match.re is FUSED else _shared
-        for part, matrix in take(match, views[name](), c, c.experts, path).items():
+        for part, matrix in take(views[name]()).items():
             infos[part] = TensorInfo(shape=matrix.shape, dtype=infos[name].dtype, file=str(path))
             views[part] = lambda matrix=matrix: matrix
         del infos[name], views[name]
     return AdapterFile(path=path, infos=infos, parameters=parameters, _views=views)
+
+
+def _experts_in(
+    names: Collection[str],
+    c: ModelConfig,
+    experts: Experts,
+    path: Path,
+    prefix: str,
+    parameters: dict[str, str],
+) -> dict[str, Callable[[np.ndarray], dict[str, np.ndarray]]]:
+    """Return how to take the tensors apart that all experts of a layer have; add peft's names to `parameters`."""
+    stacked = [match for name in names if (match := FUSED.fullmatch(name) or SHARED.fullmatch(name))]
+    for module in dict.fromkeys(match[1] for match in stacked if match.re is FUSED):
+        plain = module.removeprefix(prefix)
+        for parameter, projections in expert_layouts.PARAMETERS.items():
+            linears = (f"{plain}.{e}.{p}" for e in range(experts.count) for p in projections)
+            parameters |= dict.fromkeys(linears, f"{plain}.{parameter}")
+    return {
+        match[0]: partial(_fused if match.re is FUSED else _shared, match, c=c, experts=experts, path=path)
+        for match in stacked
+    }
+
+
+def _products_in(
+    names: Collection[str], c: ModelConfig, delta: GatedDelta, path: Path, prefix: str, parameters: dict[str, str]
+) -> dict[str, Callable[[np.ndarray], dict[str, np.ndarray]]]:
+    """Return how to take the tensors apart that all products of a rule have; add peft's names to `parameters`."""
+    found, outputs = {}, delta_layouts.product_outputs(c, delta)
+    for layer in delta.layers:
+        plain = module_name(f"model.layers.{layer}.linear_attn", c)
+        if any(f"{prefix}{plain}.{name}.lora_{ab}.weight" in names for name in outputs for ab in "AB"):
+            continue
+        linear = f"{plain}.{delta_layouts.fused_name(c)}"
+        parameters |= {f"{plain}.{name}": linear for name in outputs}
+        for letter in "AB":
+            if (name := f"{prefix}{linear}.lora_{letter}.weight") in names:
+                found[name] = partial(_products, name, letter, c=c, delta=delta, path=path)
+    return found
+
+
+def _products(
+    name: str, letter: str, whole: np.ndarray, c: ModelConfig, delta: GatedDelta, path: Path
+) -> dict[str, np.ndarray]:
+    """Return each product's matrix of one of all, A (n R, in) or B (out, n R)."""
+    outputs = delta_layouts.product_outputs(c, delta)
+    width = sum(map(len, outputs.values()))
+    if whole.ndim != 2 or (letter == "B" and len(whole) != width):
+        expected = f"a matrix with {width} rows" if letter == "B" else "a matrix"
+        raise BadRequestError(
+            f"{path}: tensor {name} is {whole.shape}; expected {expected}. Use an adapter of this very base model."
+        )
+    matrices = delta_layouts.apart(c, delta, letter, whole)
+    if matrices is None:
+        raise UnsupportedError(
+            f"{path}: tensor {name}: {', '.join(outputs)} share ranks, as peft trains them, and here each has its own. "
+            f"{way_out(path.parent)}"
+        )
+    stem = name.removesuffix(f"{delta_layouts.fused_name(c)}.lora_{letter}.weight")
+    return {f"{stem}{product}.lora_{letter}.weight": matrix for product, matrix in matrices.items()}
 
 
 def _fused(

@@ -83,7 +83,7 @@ def _width(module: str, array: lora_arrays.LoraArray) -> int:
 
 
 def to_pairs(state: AdapterState, c: ModelConfig) -> Pairs:
-    """Return an adapter's matrices, as views of its arrays.
+    """Return an adapter's matrices, as views of its arrays but for a q with gates.
 
     Raises:
         BadRequestError: the arrays are not those of this model: how many, and the first five with both shapes. Or
@@ -97,12 +97,21 @@ def to_pairs(state: AdapterState, c: ModelConfig) -> Pairs:
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for module in covered(c, state.spec):
         names = linear_names(module, c)
-        a, b = (
-            _each(state.weights[name], arrays[name], len(names), state.spec.rank)
-            for name in (f"{module}.A", f"{module}.B")
-        )
+        of = {ab: state.weights[f"{module}.{ab}"] for ab in "AB"}
+        if module == "q" and c.output_gate:
+            of["B"] = _reordered(of["B"], 2, c.group)
+        a, b = (_each(of[ab], arrays[f"{module}.{ab}"], len(names), state.spec.rank) for ab in "AB")
         pairs |= dict(zip(names, zip(a, b, strict=True), strict=True))
     return pairs
+
+
+def _reordered(b_LRKJH: np.ndarray, outer: int, inner: int) -> np.ndarray:
+    """Return B of a q with gates in its other order: its outputs go by `outer` times `inner`, then the reverse.
+
+    Here those of each key/value head are all queries, then all gates; in files each query has its gate behind it.
+    """
+    shape_LRK, H = b_LRKJH.shape[:3], b_LRKJH.shape[-1]
+    return b_LRKJH.reshape(*shape_LRK, outer, inner, H).swapaxes(3, 4).reshape(b_LRKJH.shape)
 
 
 def _each(values: np.ndarray, array: lora_arrays.LoraArray, count: int, rank: int) -> list[np.ndarray]:
@@ -139,4 +148,6 @@ def from_pairs(pairs: Pairs, c: ModelConfig, spec: LoraSpec) -> dict[str, np.nda
                     "adapter into its base model with the program that trained it, and train on that."
                 )
         arrays[name] = np.stack(matrices[::of_layer], dtype=np.float32).reshape(array.shape)
+        if name == "q.B" and c.output_gate:
+            arrays[name] = _reordered(arrays[name], c.group, 2)
     return arrays

@@ -31,6 +31,7 @@ from jax_client.weights.read.source import ModelSource
 from jax_client.weights.read.tensors import EMBEDDING, HEAD, TensorReader, check_tensors
 from jax_client.weights.read.tokenizer import load_tokenizer
 from jax_client.weights.towers import TowerReader, module_name
+from jax_client.weights.write import delta_layouts
 from jax_client.weights.write.adapter_names import Pairs, to_pairs
 from jax_client.weights.write.expert_layouts import PARAMETERS, fused_product
 from jax_client.weights.write.shards import Tensor, check_space, write_model
@@ -82,7 +83,8 @@ def write_merged(
         source: the base model, of either kind.
         config: from `load.read_config` of that source.
         state: the adapter; None writes the base model as it is.
-        dtype: of every tensor written, but for those that are copied.
+        dtype: of every tensor written, but for those that are copied; those that steer a gated delta rule stay float32
+            where they are.
         shard_bytes: most bytes of a weight file, unless a single tensor needs more.
 
     Raises:
@@ -90,7 +92,8 @@ def write_merged(
         UnsupportedError: a GGUF tokenizer that is not read; a dtype of another tower that is not copied.
         RequestFailedError: there is not enough space on the disk.
     """
-    pairs = {} if state is None else to_pairs(state, config)
+    # Also what a file has as one, and A and B by product: the zeros between them add nothing.
+    pairs = {} if state is None else delta_layouts.fused(config, to_pairs(state, config))
     scale = 0.0 if state is None else LORA_ALPHA / state.spec.rank
     reader = open_tensors(source)
     expected = expected_tensors(config, reader.tensors)
@@ -107,7 +110,12 @@ def write_merged(
     }
     tower = reader if isinstance(reader, TowerReader) else None
     tensors = [
-        Tensor(name=tower.stored_name(n) if tower else n, shape=expected[sources[n]], rows=part.rows)
+        Tensor(
+            name=tower.stored_name(n) if tower else n,
+            shape=expected[sources[n]],
+            rows=part.rows,
+            dtype=DTYPES["float32"] if _stays_float32(reader, sources[n]) else None,
+        )
         for n, part in parts.items()
     ]
     if tower:
@@ -118,6 +126,11 @@ def write_merged(
     (directory / hf.CONFIG).write_text(json.dumps(_hf_config(source, dtype, untied), indent=2) + "\n")
     write_model(directory, tensors, numpy_dtype, shard_bytes)
     _say_what_rounding_took(list(parts.values()), dtype)
+
+
+def _stays_float32(reader: TensorReader, name: str) -> bool:
+    """Return whether a tensor, too small to save space, would lose what its model computes with."""
+    return name.endswith(delta_layouts.STEERING) and reader.tensors[name].dtype == "F32"
 
 
 def _copy(tower: TowerReader, name: str) -> Tensor:

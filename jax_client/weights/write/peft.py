@@ -21,9 +21,9 @@ from jax_client.models.parts.lora import LORA_ALPHA
 from jax_client.values import AdapterState
 from jax_client.weights.read import hf
 from jax_client.weights.read.tensors import TensorReader
-from jax_client.weights.write import expert_layouts
-from jax_client.weights.write.adapter_names import PROJECTIONS, Pairs, covered, from_pairs, linear_sizes, to_pairs
-from jax_client.weights.write.peft_config import CONFIG, PEFT_VERSION, PeftConfig, read_peft_config
+from jax_client.weights.write import delta_layouts, expert_layouts
+from jax_client.weights.write.adapter_names import Pairs, from_pairs, linear_sizes, to_pairs
+from jax_client.weights.write.peft_config import CONFIG, PEFT_VERSION, PeftConfig, matrices_in, read_peft_config
 from jax_client.weights.write.peft_tensors import PREFIX, AdapterTensors, read_tensors
 from jax_client.weights.write.shards import Tensor, check_space, write_file
 
@@ -58,14 +58,21 @@ def write_adapter(
     pairs = to_pairs(state, config)
     if state.spec.train_unembed and config.tied_embeddings:
         _refuse_tied_head(program)
-    modules = list(dict.fromkeys(PROJECTIONS[module][1] for module in covered(config, state.spec)))
+    if program != "sglang":
+        pairs = delta_layouts.fused(config, pairs)
     # The other towers of a model have modules of the same names.
     whole_names = FAMILIES[config.family].files.tower is not None
+    modules = list(dict.fromkeys(name.rpartition(".")[2] for name in pairs))
     changes: dict[str, object] = {"target_modules": list(pairs) if whole_names else modules}
     matrices = {f"{name}.lora_{ab}": m for name, (a, b) in pairs.items() for ab, m in (("A", a), ("B", b.T))}
+    together = {name: n for name in modules if (n := matrices_in(name)) > 1}
+    if together and program != "peft":
+        _say_who_reads(together, state.spec.rank, program)
     if expert_layouts.has_experts(config, pairs):
         matrices, changed = _of_experts(config, pairs, state.spec.rank, program, matrices)
         changes |= changed
+        if changed:
+            together[expert_layouts.GATE_UP] = matrices_in(expert_layouts.GATE_UP)
     tensors = [Tensor(name=f"{PREFIX}{n}.weight", shape=m.shape, rows=_slicer(m)) for n, m in matrices.items()]
     check_space(directory, sum(tensor.nbytes(F32) for tensor in tensors))
     write_file(directory / WEIGHTS, tensors, F32)
@@ -83,10 +90,24 @@ def write_adapter(
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        # Where peft has several matrices as one, alpha grows with the rank, so that the scale is that of the others.
+        "rank_pattern": {name: n * state.spec.rank for name, n in together.items()},
+        "alpha_pattern": {name: n * int(LORA_ALPHA) for name, n in together.items()},
     }
     (directory / CONFIG).write_text(json.dumps(adapter_config | changes, indent=2) + "\n")
+
+
+def _say_who_reads(together: Mapping[str, int], rank: int, program: Program | None) -> None:
+    """Log which rank vLLM must be started with for products of a gated delta rule that are one matrix."""
+    for name, count in together.items():
+        logger.warning(
+            "the adapter covers %s. This layout is that of peft and vLLM; vLLM's --max-lora-rank must be %d at least, "
+            "since %d products are one matrix there, with the ranks of each%s",
+            name,
+            count * rank,
+            count,
+            "" if program else ". SGLang reads them apart: --for sglang",
+        )
 
 
 def _of_experts(
@@ -106,11 +127,9 @@ def _of_experts(
                 "--max-lora-rank must be %d at least, since gate and up are one matrix of twice the rank",
                 2 * rank,
             )
-        changes = {
+        changes: dict[str, object] = {
             "target_modules": [name for name in pairs if ".experts." not in name],
             "target_parameters": expert_layouts.TARGETS,
-            "rank_pattern": {expert_layouts.GATE_UP: 2 * rank},
-            "alpha_pattern": {expert_layouts.GATE_UP: 2 * int(LORA_ALPHA)},
         }
         return expert_layouts.fused(config, pairs), changes
     if program == "sglang":

@@ -53,6 +53,8 @@ NOTHING = (None, False, "none", {}, [], "")
 INITIAL_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 # Of those, peft computes these anew from the base model when it loads the adapter; the others need their data.
 REPEATABLE = ("pissa", "olora")
+# How many matrices with ranks of their own a linear layer or parameter of peft's holds, by the end of its name.
+MATRICES = {"gate_up_proj": 2, "in_proj_qkv": 3, "in_proj_qkvz": 4}
 NO_MERGE = "peft cannot merge it into a model either: train a LoRA adapter without it."
 # Kinds of adapters that peft cannot merge into weights.
 PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA"}
@@ -96,6 +98,11 @@ class PeftConfig:
         """Return the alpha that, over `rank`, is the scale of a linear layer."""
         own = self.rank_of(linear)
         return self.alphas.value(linear, self.alpha) * rank / (math.sqrt(own) if self.rank_stabilised else own)
+
+
+def matrices_in(name: str) -> int:
+    """Return how many matrices with ranks of their own peft's linear layer or parameter of a name holds."""
+    return next((count for end, count in MATRICES.items() if name.endswith(end)), 1)
 
 
 def read_peft_config(directory: Path) -> PeftConfig:
@@ -230,8 +237,9 @@ def _patterns(
 
 
 def _rank(path: Path, field: str, value: object) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_LORA_RANK:
-        raise BadRequestError(f"{path}: {field} is {value!r:.80}; expected an integer in 1..{MAX_LORA_RANK}.")
+    most = MAX_LORA_RANK * matrices_in(field.removesuffix("']"))
+    if type(value) is not int or not 1 <= value <= most:
+        raise BadRequestError(f"{path}: {field} is {value!r:.80}; expected an integer in 1..{most}.")
     return value
 
 

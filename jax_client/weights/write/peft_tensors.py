@@ -21,7 +21,7 @@ from jax_client.weights.read.tensors import EMBEDDING, HEAD, TensorInfo, TensorR
 from jax_client.weights.towers import module_name
 from jax_client.weights.write.adapter_file import AdapterFile, open_adapter
 from jax_client.weights.write.adapter_names import covered, linear_names, linear_sizes
-from jax_client.weights.write.peft_config import CONFIG, PeftConfig, way_out
+from jax_client.weights.write.peft_config import CONFIG, PeftConfig, matrices_in, way_out
 
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."
@@ -76,7 +76,7 @@ class AdapterTensors:
         return LoraSpec(
             rank=self.rank,
             seed=0,
-            train_attn="self_attn" in names,
+            train_attn=not names.isdisjoint(("self_attn", "linear_attn")),
             train_mlp="mlp" in names,
             train_unembed="lm_head" in names,
         )
@@ -116,13 +116,16 @@ def read_tensors(path: Path, config: PeftConfig, model: ModelConfig, base: Tenso
     present = {name for name in known if any(tensor_name(name, part) in entries for part in "AB")}
     if not present:
         _refuse_more(path, config, [name for name in entries if name not in known_copies])
-        example = module_name("model.layers.0.self_attn.q_proj", model)
+        example = linear_names("q", model)[0]
         raise BadRequestError(
             f"{path}: none of its {len(entries)} tensors is LoRA's on a linear layer of this model "
             f"({'; '.join(list(entries)[:5])}). Give an adapter of a causal language model of the same kind and number "
             f"of layers, with tensors such as {tensor_name(example, 'A')}."
         )
-    linears = present if config.targets is None else config.targets.among(known)
+    linears = present
+    if config.targets is not None:
+        named = config.targets.among(known | set(file.parameters.values()))
+        linears = {name for name in known if name in named or file.parameters.get(name) in named}
     if config.of_experts:
         linears |= {name for name in known if ".experts." in name}
     copies = {name: known_copies[name] for name in entries if name in known_copies}
@@ -140,10 +143,9 @@ def read_tensors(path: Path, config: PeftConfig, model: ModelConfig, base: Tenso
 
 
 def _rank(config: PeftConfig, file: AdapterFile, linear: str) -> int:
-    """Return the rank of a linear layer's matrices; gate and up of peft's experts have half that of their parameter."""
+    """Return the rank of a linear layer's matrices; those that peft has as one share its rank out."""
     parameter = file.parameters.get(linear, linear)
-    rank = config.rank_of(parameter)
-    return rank // 2 if parameter.endswith("gate_up_proj") else rank
+    return config.rank_of(parameter) // matrices_in(parameter)
 
 
 def _refuse_more(path: Path, config: PeftConfig, names: list[str]) -> None:

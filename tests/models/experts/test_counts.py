@@ -6,10 +6,11 @@ The figures are those that tinker-cookbook 0.6.1 publishes, per unit of rank.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from jax_client.models.config import Experts, ModelConfig
+from jax_client.models.config import Experts, GatedDelta, ModelConfig
 from jax_client.models.lora_arrays import array_shapes
 from jax_client.values import LoraSpec
 
@@ -20,6 +21,13 @@ def model(D: int, L: int, N: int, K: int, F: int, V: int, H: int = 128, E: int =
         family="llama", vocab_size=V, d_model=D, d_ff=F, n_layers=L, n_heads=N, n_kv_heads=K, head_dim=H,
         norm_eps=1e-6, rope_theta=1e6, tied_embeddings=False, max_context=4096, experts=experts,
     )  # fmt: skip
+
+
+def hybrid(c: ModelConfig, *, value_heads: int) -> ModelConfig:
+    """Return a Qwen3.5: of four layers one has attention with a gate."""
+    layers = tuple(i for i in range(c.n_layers) if (i + 1) % 4)
+    delta = GatedDelta(layers=layers, key_heads=16, value_heads=value_heads, key_dim=128, value_dim=128, taps=4)
+    return replace(c, delta=delta, output_gate=True)
 
 
 # Model, then mlp, attn and unembed.
@@ -34,6 +42,15 @@ PUBLISHED = {
     # The text parts of Qwen3-VL-30B-A3B and Qwen3-VL-235B-A22B have these sizes, and are published with these counts.
     "Qwen3-30B-A3B": (model(2048, 48, 32, 4, 768, 151936, E=128), 14_450_688, 835_584, 153_984),
     "Qwen3-235B-A22B": (model(4096, 94, 64, 4, 1536, 151936, E=128), 56_598_528, 3_176_448, 156_032),
+    "Qwen3.5-4B": (hybrid(model(2560, 32, 16, 4, 9216, 248320, H=256), value_heads=32), 1_130_496, 897_024, 250_880),
+    "Qwen3.5-9B": (hybrid(model(4096, 32, 16, 4, 12288, 248320, H=256), value_heads=32), 1_572_864, 1_130_496, 252_416),
+    # Qwen3.6-27B and Qwen3.8-27B have these sizes, and are published with these counts.
+    "Qwen3.5-27B": (
+        hybrid(model(5120, 64, 24, 4, 17408, 248320, H=256), value_heads=48),
+        4_325_376,
+        2_965_504,
+        253_440,
+    ),
     "gpt-oss-20b": (model(2880, 24, 64, 8, 2880, 201088, H=64, E=32), 6_842_880, 497_664, 203_968),
     "gpt-oss-120b": (model(2880, 36, 64, 8, 2880, 201088, H=64, E=128), 40_124_160, 746_496, 203_968),
 }

@@ -92,6 +92,26 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
 }
+_HYBRID = {name: value for name, value in cases.CASES["qwen3_5"].items() if name != "architectures"}
+CASES["qwen3_5_vision"] = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "model_type": "qwen3_5",
+    "image_token_id": 120,
+    "video_token_id": 121,
+    "vision_start_token_id": 122,
+    "vision_end_token_id": 123,
+    "text_config": _HYBRID,
+    "vision_config": {
+        "model_type": "qwen3_5",
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 16,
+    },
+    "tie_word_embeddings": False,
+}
 # With these no token of the data has two experts of almost equal probability.
 SEEDS = {"qwen3_vl_moe": 0, "gemma3_vision": 1}
 
@@ -102,6 +122,8 @@ def model_config(case: str) -> ModelConfig:
 
 def text(case: str) -> dict[str, np.ndarray]:
     """Return the text model's weights, under the names of a model that has text alone."""
+    if case == "qwen3_5_vision":
+        return cases.tensors("qwen3_5")
     rng, found = np.random.default_rng(SEEDS[case]), {}
     for name, shape in sorted(expected_tensors(model_config(case)).items()):
         plus = 1.0 if "norm" in name and case != "gemma3_vision" else 0.0

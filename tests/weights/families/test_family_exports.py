@@ -1,4 +1,4 @@
-"""Is an exported adapter of a Gemma 3 or a Mistral the adapter, and is a merged model base and adapter?"""
+"""Is an exported adapter of a Gemma 3, a Mistral or a Qwen3.5 the adapter, and is a merged model base and adapter?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.weights.exports import directory
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("case", ["gemma3", "mistral"])
+@pytest.mark.parametrize("case", ["gemma3", "mistral", "qwen3_5"])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_both_exports_compute_base_and_adapter(case: str, tmp_path: Path) -> None:
