@@ -15,7 +15,7 @@ Source: gated delta networks, arXiv 2412.06464; its form in Qwen3-Next, as in tr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,11 @@ class Inputs(NamedTuple):
     v_BTO: Array
     a_BTP: Array
     b_BTP: Array
+
+
+# How a mesh splits tokens and heads, of arrays (B, T, ...).
+_BY_TOKEN = PartitionSpec(ROWS, None, "tensor")
+_SPLIT_INPUTS = cast(Any, Inputs)(*(_BY_TOKEN,) * len(Inputs._fields))  # of specs in place of arrays
 
 
 class Memory(NamedTuple):
@@ -90,7 +95,7 @@ def mix_rows(inputs: Inputs, w: Mapping[str, Any], segments_BT: Array, c: Contex
         mixed = _convolved(inputs, weights, segments, None)
         return delta_forward(_tokens(mixed, inputs.a_BTP, inputs.b_BTP, weights, delta), segments)[0]
 
-    return _on_devices(run, c, PartitionSpec(ROWS, None, "tensor"))(inputs, _weights(w), segments_BT)
+    return _on_devices(run, c, _BY_TOKEN)(inputs, _weights(w), segments_BT)
 
 
 def mix_rows_backward(inputs: Inputs, w: Mapping[str, Any], segments_BT: Array, do_BTPY: Array, c: Context) -> Inputs:
@@ -99,15 +104,17 @@ def mix_rows_backward(inputs: Inputs, w: Mapping[str, Any], segments_BT: Array, 
 
     def run(inputs: Inputs, weights: tuple[Array, ...], segments: Array, do: Array) -> Inputs:
         mixed = _convolved(inputs, weights, segments, None)
-        # No matmul is in it, so that nothing is gained by hand.
-        tokens, pull = jax.vjp(lambda *of: _tokens(*of, weights, delta), mixed, inputs.a_BTP, inputs.b_BTP)
-        dmixed, da, db = pull(delta_backward(tokens, segments, do))
-        back = [conv_backward(d, w_zO, segments) for d, w_zO in zip(dmixed, weights, strict=False)]
-        return Inputs(*back, da, db)
 
-    by_token = PartitionSpec(ROWS, None, "tensor")
-    run_on = _on_devices(run, c, Inputs(*(by_token,) * len(Inputs._fields)))
-    return run_on(inputs, _weights(w), segments_BT, do_BTPY)
+        def made_of(mixed: tuple[Array, ...], a_BTP: Array, b_BTP: Array) -> Tokens:
+            return _tokens(mixed, a_BTP, b_BTP, weights, delta)
+
+        # No matmul is in it, so that nothing is gained by hand.
+        tokens, pull = jax.vjp(made_of, mixed, inputs.a_BTP, inputs.b_BTP)
+        dmixed, da, db = pull(delta_backward(tokens, segments, do))
+        dq, dk, dv = (conv_backward(d, w_zO, segments) for d, w_zO in zip(dmixed, weights[:3], strict=True))
+        return Inputs(dq, dk, dv, da, db)
+
+    return _on_devices(run, c, _SPLIT_INPUTS)(inputs, _weights(w), segments_BT, do_BTPY)
 
 
 def mix_tiles(
@@ -218,12 +225,10 @@ def _on_devices(function: Callable[..., Any], c: Context, out: Any) -> Callable[
     """
     if c.mesh is None or c.on_device:
         return function
-    by_token = PartitionSpec(ROWS, None, "tensor")
-    inputs = Inputs(*(by_token,) * len(Inputs._fields))
     weights = (*(PartitionSpec(None, "tensor"),) * len(CONVOLUTIONS), *(PartitionSpec("tensor"),) * len(GATES))
 
     def on_mesh(of: Inputs, w: tuple[Array, ...], segments: Array, *others: Array) -> Any:
-        specs = inputs, weights, PartitionSpec(ROWS), *(by_token,) * len(others)
+        specs = _SPLIT_INPUTS, weights, PartitionSpec(ROWS), *(_BY_TOKEN,) * len(others)
         return jax.shard_map(function, mesh=c.mesh, in_specs=specs, out_specs=out, check_vma=False)(
             of, w, segments, *others
         )
