@@ -2,7 +2,7 @@
 
 A `Layer` is a tuple of kinds of parts, with options. Each kind has its parameters in stacks over all layers that have
 it, in the model's order. The plan finds what repeats: a `Segment` is a block of a few layers that runs several times,
-so that compile time does not grow with depth.
+and in a block a layer may run several times, too. So compile time does not grow with depth.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -40,24 +40,27 @@ class Part:
 
     Attributes:
         kind: what it computes.
-        start, stride: in run i of the block its arrays are those at start + i * stride of the kind's stacks.
+        start, stride, step: in run i of the block, and run j of the layer within it, its arrays are those at
+            start + i * stride + j * step of the kind's stacks.
     """
 
     kind: Kind
     start: int
     stride: int
+    step: int = 0
 
-    def place(self, i: Index) -> Index:
-        """Return where its arrays are in run i of the block."""
-        return self.start + i * self.stride
+    def place(self, i: Index, j: Index = 0) -> Index:
+        """Return where its arrays are in run i of the block, and run j of the layer within it."""
+        return self.start + i * self.stride + j * self.step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacedLayer:
-    """A layer of a segment's block."""
+    """A layer of a segment's block, and how many times it runs before the next one."""
 
     parts: tuple[Part, ...]
     options: LayerOptions
+    times: int = 1
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -135,10 +138,25 @@ def segments(every: tuple[Layer, ...]) -> tuple[Segment, ...]:
                 parts.append(Part(kind=kind, start=within[kind.name], stride=each[kind.name]))
                 within[kind.name] += 1
             found.append(PlacedLayer(parts=tuple(parts), options=layer.options))
-        taken.append(Segment(repeats=repeats, layers=tuple(found)))
+        taken.append(Segment(repeats=repeats, layers=tuple(_runs(found))))
         seen.update({name: n * repeats for name, n in each.items()})
         done += size * repeats
     return tuple(taken)
+
+
+def _runs(block: list[PlacedLayer]) -> Iterator[PlacedLayer]:
+    """Give the layers of a block, each with how many times it runs."""
+    while block:
+        first, times = block[0], 1
+        while times < len(block) and (block[times].kinds, block[times].options) == (first.kinds, first.options):
+            times += 1
+        if times == 1:
+            yield first
+        else:
+            steps = [after.start - part.start for part, after in zip(first.parts, block[1].parts, strict=True)]
+            parts = tuple(replace(part, step=step) for part, step in zip(first.parts, steps, strict=True))
+            yield PlacedLayer(parts=parts, options=first.options, times=times)
+        block = block[times:]
 
 
 def _longest_repetition(every: tuple[Layer, ...], start: int) -> tuple[int, int]:

@@ -41,11 +41,13 @@ class SegmentStacks:
         """Return whether a part's stacks are among `scanned`."""
         return self._segment.has_all(part, self._c)
 
-    def of_layer(self, layer: PlacedLayer, i: jax.Array, scanned: Any) -> tuple[list[Weights], list[Adapter]]:
-        """Return the weights and the adapters of each part of a layer in run i of the block."""
+    def of_layer(
+        self, layer: PlacedLayer, i: jax.Array, j: jax.Array | int, scanned: Any
+    ) -> tuple[list[Weights], list[Adapter]]:
+        """Return the weights and the adapters of each part of a layer in run i of the block, and j of the layer."""
         ws, loras = [], []
         for part in layer.parts:
-            kind, place = part.kind, part.place(i)
+            kind, place = part.kind, part.place(i, j)
             stacks = self._layers[kind.name]
             if self.is_scanned(part):
                 w, lora = scanned[kind.name]

@@ -18,7 +18,7 @@ from jax_client.models.parts.block import layer_backward, layer_forward, mixing_
 from jax_client.models.parts.kind import Context, Remat, Saved
 from jax_client.models.parts.linears import Linears
 from jax_client.models.parts.lora import Adapter
-from jax_client.models.plan import Segment, layers, plan
+from jax_client.models.plan import PlacedLayer, Segment, layers, plan
 from jax_client.models.rope import rope_table
 from jax_client.models.stacks import SegmentStacks
 
@@ -94,15 +94,19 @@ def forward_pass(
             i, scanned = xs
             every = []
             for layer in segment.layers:
-                ws, loras = stacks.of_layer(layer, i, scanned)
-                kinds, own_c = layer.kinds, c.of_layer(layer.options)
-                linears = [Linears(kind, own, own_c) for kind, own in zip(kinds, loras, strict=True)]
-                with jax.named_scope("layer"):
-                    x_BTD, saved, _ = layer_forward(x_BTD, kinds, ws, linears, own_c, mixing)
-                names = [()] * len(kinds) if remat is None else saved_for_backward(kinds, remat, c.config)
-                found = [{n: own[n] for n in wanted if n in own} for wanted, own in zip(names, saved, strict=True)]
-                every.append(to_bits(found) if c.on_cpu else found)
-                x_BTD = c.split_rows(x_BTD)
+
+                def run(x_BTD: jax.Array, j: jax.Array | int, layer: PlacedLayer = layer) -> tuple[jax.Array, Any]:
+                    ws, loras = stacks.of_layer(layer, i, j, scanned)
+                    kinds, own_c = layer.kinds, c.of_layer(layer.options)
+                    linears = [Linears(kind, own, own_c) for kind, own in zip(kinds, loras, strict=True)]
+                    with jax.named_scope("layer"):
+                        x_BTD, saved, _ = layer_forward(x_BTD, kinds, ws, linears, own_c, mixing)
+                    names = [()] * len(kinds) if remat is None else saved_for_backward(kinds, remat, c.config)
+                    found = [{n: own[n] for n in wanted if n in own} for wanted, own in zip(names, saved, strict=True)]
+                    return c.split_rows(x_BTD), to_bits(found) if c.on_cpu else found
+
+                x_BTD, found = run(x_BTD, 0) if layer.times == 1 else jax.lax.scan(run, x_BTD, jnp.arange(layer.times))
+                every.append(found)
             return x_BTD, every
 
         x_BTD, found = jax.lax.scan(step, x_BTD, (jnp.arange(segment.repeats), stacks.scanned))
@@ -129,7 +133,10 @@ def expert_load(saved: Saved, segments_BT: jax.Array, config: ModelConfig) -> ja
 
     every = [layer for segment in saved["layers"] for layer in segment]
     choices = [part["choice"] for layer in every for part in layer if "choice" in part]
-    return jnp.concatenate([jax.vmap(of_layer)(choice_LMk) for choice_LMk in choices])
+    flat = [
+        choice.reshape(-1, *choice.shape[-2:]) for choice in choices
+    ]  # of a layer that runs in runs of a block, too
+    return jnp.concatenate([jax.vmap(of_layer)(choice_LMk) for choice_LMk in flat])
 
 
 def _add_at(place: jax.Array, total: jax.Array, new: jax.Array) -> jax.Array:
@@ -157,19 +164,29 @@ def backward_pass(
 
         def step(carry: Any, xs: Any, segment: Segment = segment, stacks: SegmentStacks = stacks) -> Any:
             (dy_BTD, total), (i, scanned, kept, whole) = carry, xs
-            kept, new = from_bits(kept), {}
+            new: Gradients = {}
             for layer, found in reversed(list(zip(segment.layers, kept, strict=True))):
-                ws, loras = stacks.of_layer(layer, i, scanned)
-                own_c = c.of_layer(layer.options)
-                with jax.named_scope("layer"):
-                    dy_BTD, grads = layer_backward(dy_BTD, found, segments_BT, layer.kinds, ws, loras, own_c)
-                for part, own in zip(layer.parts, grads, strict=True):
-                    if stacks.is_scanned(part):
-                        new |= jax.tree.map(jnp.add, {module: whole[module] for module in own}, own)
-                    else:
-                        add = partial(_add_at, part.place(i))
-                        total = total | jax.tree.map(add, {module: total[module] for module in own}, own)
-                dy_BTD = c.split_rows(dy_BTD)
+
+                def run(carry: Any, xs: Any, layer: PlacedLayer = layer) -> tuple[Any, Gradients]:
+                    (dy_BTD, total), (j, found), new = carry, xs, {}
+                    ws, loras = stacks.of_layer(layer, i, j, scanned)
+                    own_c, found = c.of_layer(layer.options), from_bits(found)
+                    with jax.named_scope("layer"):
+                        dy_BTD, grads = layer_backward(dy_BTD, found, segments_BT, layer.kinds, ws, loras, own_c)
+                    for part, own in zip(layer.parts, grads, strict=True):
+                        if stacks.is_scanned(part):
+                            new |= jax.tree.map(jnp.add, {module: whole[module] for module in own}, own)
+                        else:
+                            add = partial(_add_at, part.place(i, j))
+                            total = total | jax.tree.map(add, {module: total[module] for module in own}, own)
+                    return (c.split_rows(dy_BTD), total), new
+
+                if layer.times == 1:
+                    (dy_BTD, total), own = run((dy_BTD, total), (0, found))
+                    new |= own
+                else:  # none of its parts is scanned
+                    xs = jnp.arange(layer.times), found
+                    (dy_BTD, total), _ = jax.lax.scan(run, (dy_BTD, total), xs, reverse=True)
             return (dy_BTD, total), new
 
         rest = {module: pair for module, pair in total.items() if module not in whole}

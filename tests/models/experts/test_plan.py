@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from jax_client.models.config import LayerOptions, Rope
@@ -31,13 +33,17 @@ A, M, S = Layer((ATTENTION, DENSE), WHOLE), Layer((ATTENTION, MOE), WHOLE), Laye
 )
 def test_every_layer_runs_once_with_its_own_arrays(layers: list[Layer], blocks: list[tuple[int, int]]) -> None:
     found = segments(tuple(layers))
-    assert [(segment.repeats, len(segment.layers)) for segment in found] == blocks
+    assert [(segment.repeats, sum(layer.times for layer in segment.layers)) for segment in found] == blocks
     ran = [
-        ([(part.kind.name, part.place(i)) for part in layer.parts], layer.options)
+        ([(part.kind.name, part.place(i, j)) for part in layer.parts], layer.options)
         for segment in found
         for i in range(segment.repeats)
         for layer in segment.layers
+        for j in range(layer.times)
     ]
+    for segment in found:  # neighbours differ: their programs are their own
+        kinds = [(layer.kinds, layer.options) for layer in segment.layers]
+        assert all(a != b for a, b in itertools.pairwise(kinds))
     used = {"attention": 0, "dense": 0, "moe": 0}
     for (placed, options), layer in zip(ran, layers, strict=True):
         assert options == layer.options

@@ -114,23 +114,31 @@ class Base:
         """
         numbers = itertools.count()
 
-        def one(layer: PlacedLayer, carry: Carry, i: jax.Array | int) -> Carry:
-            ws = [self.part(part.kind, part.place(i), gather) for part in layer.parts]
-            own = [_entry(pairs[part.kind.name], part.place(i)) for part in layer.parts]
-            at = jnp.asarray(layer.parts[0].place(i), jnp.int32)
+        def one(layer: PlacedLayer, carry: Carry, i: jax.Array | int, j: jax.Array | int) -> Carry:
+            ws = [self.part(part.kind, part.place(i, j), gather) for part in layer.parts]
+            own = [_entry(pairs[part.kind.name], part.place(i, j)) for part in layer.parts]
+            at = jnp.asarray(layer.parts[0].place(i, j), jnp.int32)
             return run(Layer(layer.kinds, layer.options), carry, ws, own, at)
 
         for segment in plan(self.config):
             if self.unrolled:
                 for i, layer in itertools.product(range(segment.repeats), segment.layers):
-                    with jax.named_scope(f"layer_{next(numbers)}"):
-                        carry = one(layer, carry, i)
+                    for time in range(layer.times):
+                        with jax.named_scope(f"layer_{next(numbers)}"):
+                            carry = one(layer, carry, i, time)
                 continue
 
             def block(carry: Carry, i: jax.Array, segment: Segment = segment) -> tuple[Carry, None]:
                 for layer in segment.layers:
-                    with jax.named_scope("layer"):
-                        carry = one(layer, carry, i)
+
+                    def again(carry: Carry, j: jax.Array | int, layer: PlacedLayer = layer) -> tuple[Carry, None]:
+                        with jax.named_scope("layer"):
+                            return one(layer, carry, i, j), None
+
+                    if layer.times == 1:
+                        carry, _ = again(carry, 0)
+                    else:
+                        carry, _ = jax.lax.scan(again, carry, jnp.arange(layer.times, dtype=jnp.int32))
                 return carry, None
 
             carry, _ = jax.lax.scan(block, carry, jnp.arange(segment.repeats, dtype=jnp.int32))
