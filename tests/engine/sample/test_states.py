@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -254,3 +255,35 @@ def test_states_that_were_evicted_are_computed_once_more(engine: Engine, monkeyp
 
 def fields_of(size: Any) -> dict[str, Any]:
     return {name: getattr(size, name) for name in type(size).__dataclass_fields__}
+
+
+@pytest.mark.full
+def test_two_hundred_ragged_turns_leave_nothing_and_compile_nothing(engine: Engine) -> None:
+    """Conversations of several turns, of several samples each, in turn; what is found is what was kept."""
+    engine.sampler.release_cache()
+    rng, texts, compiled, memory = np.random.default_rng(0), dict[int, np.ndarray](), 0, 0
+    for turn in range(200):
+        who = turn % 7
+        more = rng.integers(3, 128, int(rng.integers(1, 40))).astype(np.int32)
+        before = texts.get(who, np.zeros(0, np.int32))
+        text = np.concatenate([before, more])
+        new = int(rng.integers(1, 40))
+        if len(text) + new > 250:
+            text, before = more, before[:0]
+        answer = send(engine, tokens_T=text, max_tokens=new, seed=turn, num_samples=1 + turn % 3).result()
+        # At least what the last turn's prompt, whose state was kept before it was drawn from, has in full pages.
+        assert answer.cached_tokens >= max(0, len(before) - 40 - 1) // PAGE * PAGE - PAGE, (turn, len(before))
+        assert answer.cached_tokens <= max(0, len(text) - 2)
+        texts[who] = np.concatenate([text, answer.rows[0].tokens]).astype(np.int32)
+        if turn == 50:
+            compiled, memory = len(engine._log), resident_bytes()
+    described = engine.sampler.describe()
+    assert described["states_used"] == described["pages_used"] == 0 < described["states_kept"]
+    assert len(engine._log) == compiled
+    assert described["prompt_tokens_cached"] > described["prompt_tokens"] / 2
+    assert resident_bytes() - memory < 64 * 2**20
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
