@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_client.models.config import ModelConfig
 from jax_client.models.families.registry import FAMILIES
-from jax_client.models.parts.moe import MOE
+from jax_client.models.parts.mixture.moe import MOE
 from jax_client.models.plan import kinds, layers_of
 from jax_client.weights.towers import module_name
 from jax_client.weights.write.adapter_names import Pairs

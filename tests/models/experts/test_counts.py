@@ -6,10 +6,11 @@ The figures are those that tinker-cookbook 0.6.1 publishes, per unit of rank.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from jax_client.models.config import Experts, ModelConfig
+from jax_client.models.config import Experts, GatedDelta, ModelConfig
 from jax_client.models.lora_arrays import array_shapes
 from jax_client.values import LoraSpec
 
@@ -20,6 +21,14 @@ def model(D: int, L: int, N: int, K: int, F: int, V: int, H: int = 128, E: int =
         family="llama", vocab_size=V, d_model=D, d_ff=F, n_layers=L, n_heads=N, n_kv_heads=K, head_dim=H,
         norm_eps=1e-6, rope_theta=1e6, tied_embeddings=False, max_context=4096, experts=experts,
     )  # fmt: skip
+
+
+def hybrid(c: ModelConfig, *, value_heads: int) -> ModelConfig:
+    """Return a Qwen3.5: of four layers one has attention with a gate, and experts have one that tokens share."""
+    layers = tuple(i for i in range(c.n_layers) if (i + 1) % 4)
+    delta = GatedDelta(layers=layers, key_heads=16, value_heads=value_heads, key_dim=128, value_dim=128, taps=4)
+    experts = c.experts and replace(c.experts, shared_d_ff=c.experts.d_ff)
+    return replace(c, delta=delta, output_gate=True, experts=experts)
 
 
 # Model, then mlp, attn and unembed.
@@ -36,6 +45,12 @@ PUBLISHED = {
     "Qwen3-235B-A22B": (model(4096, 94, 64, 4, 1536, 151936, E=128), 56_598_528, 3_176_448, 156_032),
     "gpt-oss-20b": (model(2880, 24, 64, 8, 2880, 201088, H=64, E=32), 6_842_880, 497_664, 203_968),
     "gpt-oss-120b": (model(2880, 36, 64, 8, 2880, 201088, H=64, E=128), 40_124_160, 746_496, 203_968),
+    "Qwen3.5-35B-A3B": (
+        hybrid(model(2048, 40, 16, 2, 512, 248320, H=256, E=256), value_heads=32),
+        16_281_600,
+        1_013_760,
+        250_368,
+    ),
 }
 
 

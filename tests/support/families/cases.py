@@ -140,10 +140,39 @@ _HYBRID: dict[str, Any] = {
     },
     "tie_word_embeddings": False,
 }
-CASES |= {"qwen3_5": _HYBRID | {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text"}}
+_SHARED: dict[str, Any] = _HYBRID | {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
+HYBRID: dict[str, dict[str, Any]] = {
+    "qwen3_5": _HYBRID | {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text"},
+    "qwen3_5_moe": {name: value for name, value in _SHARED.items() if name != "intermediate_size"}
+    | {"architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text"},
+    "qwen3_next": _SHARED
+    | {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    },
+}
+CASES |= HYBRID
 SPEC = LoraSpec(rank=RANK, seed=0)
 # With these no token of the data has two experts of almost equal probability.
-SEEDS = {"qwen3_moe_mixed": 7, "qwen3_moe_raw": 8, "gpt_oss": 29, "gemma3": 10, "mistral": 11, "qwen3_5": 12}
+SEEDS = {
+    "qwen3_moe_mixed": 7,
+    "qwen3_moe_raw": 8,
+    "gpt_oss": 29,
+    "gemma3": 10,
+    "mistral": 11,
+    "qwen3_5": 12,
+    "qwen3_5_moe": 13,
+    "qwen3_next": 14,
+}
 
 
 def model_config(case: str) -> ModelConfig:
@@ -180,7 +209,8 @@ def tensors(case: str) -> dict[str, np.ndarray]:
 def _drawn(name: str, shape: tuple[int, ...], case: str, rng: np.random.Generator) -> np.ndarray:
     """Return weights with which every branch matters: gates of gpt-oss reach their clamp.
 
-    Parts of Qwen3.5 add little to the stream: the norm behind the rule makes much of what is left of small outputs.
+    Parts of Qwen3.5 and Qwen3-Next add little to the stream: the norm behind the rule makes much of what is left of
+    small outputs.
 
     Its queries and keys are small, as without norms steep attention in four layers makes float32 differ from float64 by
     1e-4 after five steps, in torch as here.
@@ -189,11 +219,11 @@ def _drawn(name: str, shape: tuple[int, ...], case: str, rng: np.random.Generato
     if name.endswith("A_log"):
         return np.log(rng.uniform(0.05, 4, size=shape)).astype(np.float32)
     if "norm" in name or name.endswith("dt_bias"):
-        added = case == "gemma3" or (case.startswith("qwen3_5") and "linear_attn" not in name)
+        added = case == "gemma3" or (case in HYBRID and "linear_attn" not in name)
         scale, plus = 0.1, 0.0 if added else 1.0
     elif name.endswith(("bias", "sinks")):
         scale = 0.1
-    elif case.startswith("qwen3_5"):
+    elif case in HYBRID:
         scale = {"embed_tokens": 1.0, "out_proj": 0.05, "o_proj": 0.05, "down_proj": 0.1}.get(name.split(".")[-2], 0.25)
     elif case == "gpt_oss" and name.endswith(("q_proj.weight", "k_proj.weight")):
         scale = 0.15
@@ -324,6 +354,9 @@ def with_adapter(c: ModelConfig, base: Mapping[str, Any], lora: Mapping[str, Any
             }
             out = lora["delta_out.A"][recurrent.index(i)].reshape(RANK, -1)
             added = {"in_proj_qkv": torch.cat([of[name] for name in "qkv"]), "in_proj_z": of["z"]}
+            if c.family == "qwen3_next":  # of each key head the rows of all four
+                rows = [of[name].unflatten(0, (c.delta.key_heads, -1)) for name in "qkvz"]
+                added = {"in_proj_qkvz": torch.cat(rows, 1).flatten(0, 1)}
             added["out_proj"] = s * lora["delta_out.B"][recurrent.index(i)].T @ out
             for name, matrix in added.items():
                 merged[f"{layer}linear_attn.{name}.weight"] = base[f"{layer}linear_attn.{name}.weight"] + matrix
@@ -339,6 +372,10 @@ def with_adapter(c: ModelConfig, base: Mapping[str, Any], lora: Mapping[str, Any
                 merged[f"{layer}mlp.{name}_proj.weight"] = base[f"{layer}mlp.{name}_proj.weight"] + s * b.T @ a
             continue
         at = i - sum(d < i for d in dense)
+        for name in ("gate", "up", "down") if c.experts.shared_d_ff else ():
+            a, b = (lora[f"shared_{name}.{ab}"][at] for ab in "AB")
+            matrix = f"{layer}mlp.shared_expert.{name}_proj.weight"
+            merged[matrix] = base[matrix] + s * b.T @ a
         of = {f"{name}.{ab}": lora[f"experts_{name}.{ab}"][at] for name in ("gate", "up", "down") for ab in "AB"}
         both = [torch.einsum("ref,rd->efd", of[f"{name}.B"], of[f"{name}.A"]) for name in ("gate", "up")]
         experts = f"{layer}mlp.experts."
