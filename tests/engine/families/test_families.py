@@ -51,11 +51,17 @@ engine.close()
         ("qwen3_5", "selective"),
         pytest.param("qwen3_5", "none", marks=pytest.mark.full),
         pytest.param("qwen3_5", "full", marks=pytest.mark.full),
+        ("qwen3_5_moe", "none"),
+        pytest.param("qwen3_5_moe", "selective", marks=pytest.mark.full),
+        pytest.param("qwen3_5_moe", "full", marks=pytest.mark.full),
+        ("qwen3_next", "selective"),
+        pytest.param("qwen3_next", "none", marks=pytest.mark.full),
+        pytest.param("qwen3_next", "full", marks=pytest.mark.full),
     ],
 )
 def test_training_equals_autograd_through_merged_weights(case: str, remat: str, tmp_path: Path) -> None:
     # The experts of a layer may come as one tensor.
-    tensors = family_cases.fused(case) if case == "qwen3_moe_raw" else family_cases.tensors(case)
+    tensors = family_cases.fused(case) if case in ("qwen3_moe_raw", "qwen3_5_moe") else family_cases.tensors(case)
     engine = open_engine(tmp_path, case, tensors, remat=remat)
     check_training(engine, case)
     engine.close()

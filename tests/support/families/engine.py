@@ -14,7 +14,7 @@ from jax_client.models.lora_arrays import flatten
 from jax_client.values import AdapterState, TrainExample
 from jax_client.weights.read.source import resolve
 from support.families import cases as family_cases
-from support.golden_cases import ADAM, GOLDENS, STEPS
+from support.golden_cases import GOLDENS, STEPS
 from support.weight_files import write_hf
 
 CROSS_ENTROPY = LossSpec(name="cross_entropy")
@@ -47,7 +47,7 @@ def check_training(engine: Engine, case: str) -> tuple[Any, Any]:
         if first is None:
             assert adapter.grads is not None
             first, grads = result, {name: np.asarray(g) for name, g in flatten(adapter.grads).items()}
-        engine.optim_step(lane, adapter, AdamSettings(**ADAM)).result()
+        engine.optim_step(lane, adapter, AdamSettings(**family_cases.adam(case))).result()
     trained = engine.score_batch(lane, adapter, family_cases.data(case), CROSS_ENTROPY).result()
     np.testing.assert_allclose(first.metrics["loss:sum"], golden["loss"], rtol=tolerance(case) / 10)
     if engine.model.experts is not None:
