@@ -59,7 +59,10 @@ def check_training(engine: Engine, case: str) -> tuple[Any, Any]:
     shortest = min(range(len(trained.logprobs)), key=lambda i: len(trained.logprobs[i]))  # it shared a row with others
     example = family_cases.data(case)[shortest]
     (alone,) = engine.score_batch(lane, adapter, [example], CROSS_ENTROPY).result().logprobs
-    np.testing.assert_allclose(trained.logprobs[shortest], alone, rtol=1e-6, atol=1e-6)
+    # Alone a sequence begins at another place of a chunk, and experts make more of the rule's rounding: transformers in
+    # float32 is 3e-5 from itself in float64.
+    close = 1e-5 if engine.model.delta is not None and engine.model.experts is not None else 1e-6
+    np.testing.assert_allclose(trained.logprobs[shortest], alone, rtol=close, atol=close)
     assert grads.keys() == family_cases.adapter(case).keys()
     for name, grad in grads.items():
         error = np.linalg.norm(grad - golden[f"grad.{name}"]) / np.linalg.norm(golden[f"grad.{name}"])
