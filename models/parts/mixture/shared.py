@@ -27,7 +27,7 @@ from jax_client.models.specs import LoraArray, ParamSpec
 
 PREFIX = "shared_"
 GATE_UP, DOWN, SHARE = "shared_gate_up_L2DF", "shared_down_LFD", "shared_share_LD"
-# What the backward pass reads beside its input, and computes again where it is not kept.
+# What the backward pass reads beside its input, and recomputes where it is not kept.
 SAVED = ("shared_gate", "shared_up")
 F32 = jnp.dtype(jnp.float32)
 
@@ -71,18 +71,18 @@ def forward(h_MD: jax.Array, w: Weights, linears: Linears | MixedLinears, c: Con
 def backward(dy_MD: jax.Array, h_MD: jax.Array, saved: Saved, w: Weights, linears: Linears, c: Context) -> jax.Array:
     """Return the cotangent of h (M, D), float32, for that of y.
 
-    What `saved` lacks of gate and up is computed again, and so is the adapter's u of both matmuls: XLA drops the
+    What `saved` lacks of gate and up is recomputed, and so is the adapter's u of both matmuls: XLA drops the
     products beside it that nothing reads.
     """
     share_M, activation = _share(h_MD, w), activation_of(c.config)
-    again = dict(zip(SAVED, linears.forward("shared_gate_up", h_MD, *w[GATE_UP]), strict=True))
-    gate_MF, up_MF = (saved.get(name, again[name]) for name in SAVED)
+    anew = dict(zip(SAVED, linears.forward("shared_gate_up", h_MD, *w[GATE_UP]), strict=True))
+    gate_MF, up_MF = (saved.get(name, anew[name]) for name in SAVED)
     a_MF = activation.forward(gate_MF, up_MF)
     linears.forward("shared_down", a_MF, w[DOWN])
     da_MF = linears.backward("shared_down", [share_M[:, None] * dy_MD], a_MF, w[DOWN])
     _, dgate_MF, dup_MF = activation.backward(da_MF, gate_MF, up_MF)
     dh_MD = linears.backward("shared_gate_up", [dgate_MF, dup_MF], h_MD, *w[GATE_UP])
-    # <a, da> = s <y / s, dy> = s ds: the output need be neither kept nor computed again.
+    # <a, da> = s <y / s, dy> = s ds: the output need be neither kept nor recomputed.
     dlogit_M = jnp.sum(a_MF * da_MF.astype(jnp.float32), axis=-1) * (1 - share_M)
     return dh_MD + dlogit_M[:, None] * w[SHARE]
 

@@ -13,7 +13,6 @@ import pytest
 
 from support.families import cases as family_cases
 from support.families.engine import check_sampling, check_training, open_engine
-from support.golden_cases import GOLDENS
 from support.meshes.devices import run_on
 
 MESHES: list[dict[str, int]] = [
@@ -97,6 +96,6 @@ def test_eight_devices_equal_one(case: str, mesh: dict[str, int], tmp_path: Path
 @pytest.mark.parametrize("case", family_cases.CASES)
 def test_goldens_are_what_torch_says_now(case: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    stored = np.load(GOLDENS / f"{case}.npz")
+    stored = np.load(family_cases.STORED / f"{case}.npz")
     for name, array in family_cases.reference(case, tmp_path).items():
         np.testing.assert_allclose(array, stored[name], rtol=1e-4, atol=2e-5, err_msg=name)

@@ -18,7 +18,7 @@ from jax_client.models.lora_arrays import array_shapes
 from jax_client.models.parts.lora import LORA_ALPHA
 from jax_client.values import LoraSpec, TrainExample
 from jax_client.weights.read.names import expected_tensors
-from support.golden_cases import ADAM, RANK, STEPS
+from support.golden_cases import ADAM, GOLDENS, RANK, STEPS
 from support.weight_files import write_hf
 
 _BASE: dict[str, Any] = {
@@ -161,6 +161,7 @@ HYBRID: dict[str, dict[str, Any]] = {
     },
 }
 CASES |= HYBRID
+STORED = GOLDENS / "families"
 SPEC = LoraSpec(rank=RANK, seed=0)
 # With these no token of the data has two experts of almost equal probability.
 SEEDS = {

@@ -14,7 +14,7 @@ from jax_client.models.lora_arrays import flatten
 from jax_client.values import AdapterState, TrainExample
 from jax_client.weights.read.source import resolve
 from support.families import cases as family_cases
-from support.golden_cases import GOLDENS, STEPS
+from support.golden_cases import STEPS
 from support.weight_files import write_hf
 
 CROSS_ENTROPY = LossSpec(name="cross_entropy")
@@ -36,7 +36,7 @@ def open_engine(directory: Path, case: str, tensors: dict[str, np.ndarray] | Non
 
 def check_training(engine: Engine, case: str) -> tuple[Any, Any]:
     """Train a case and compare it with its goldens; return the lane and the trained adapter."""
-    golden = np.load(GOLDENS / f"{case}.npz")
+    golden = np.load(family_cases.STORED / f"{case}.npz")
     lane = engine.open_lane()
     state = AdapterState(spec=family_cases.SPEC, step=0, weights=family_cases.adapter(case))
     adapter = engine.open_adapter(lane, state).result()
