@@ -38,6 +38,7 @@ class Experts:
         normalized: whether a token's weights sum to 1.
         biased: whether the router and the experts' matrices have biases.
         dense_layers: numbers of the layers that have one MLP of the model's `d_ff` instead.
+        shared_d_ff: the hidden width of one more expert, which all tokens share; None where there is none.
     """
 
     count: int
@@ -46,9 +47,12 @@ class Experts:
     normalized: bool
     biased: bool = False
     dense_layers: tuple[int, ...] = ()
+    shared_d_ff: int | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self, {"count": 2**12, "d_ff": 2**19, "per_token": self.count})
+        if self.shared_d_ff is not None:
+            check_sizes(self, {"shared_d_ff": 2**19})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,7 +267,8 @@ class ModelConfig:
         """The hidden widths of the layers' MLPs and experts."""
         if self.experts is None:
             return (self.d_ff,)
-        return (self.experts.d_ff, self.d_ff) if self.experts.dense_layers else (self.experts.d_ff,)
+        shared = () if self.experts.shared_d_ff is None else (self.experts.shared_d_ff,)
+        return self.experts.d_ff, *((self.d_ff,) if self.experts.dense_layers else ()), *shared
 
     @property
     def head_counts(self) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from jax_client.models.config import LayerOptions, ModelConfig
 from jax_client.models.parts.dense import DENSE
 from jax_client.models.parts.gated_delta.layer import DELTA
 from jax_client.models.parts.kind import Kind
-from jax_client.models.parts.moe import MOE
+from jax_client.models.parts.mixture.moe import MOE
 from jax_client.models.parts.self_attention import ATTENTION
 
 Index = TypeVar("Index", int, jax.Array, "jax.Array | int")

@@ -1,6 +1,6 @@
 """How were the stored goldens made? transformers and peft run the cases of tests/support/golden_cases.py in float32.
 
-Run it from the repository root with the extras torch and dev; it rewrites tests/goldens/*.npz.
+Run it from the repository root with the extras torch and dev; it rewrites tests/goldens/**/*.npz.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ def _lora_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 if __name__ == "__main__":
-    GOLDENS.mkdir(exist_ok=True)
+    family_cases.STORED.mkdir(parents=True, exist_ok=True)
     for case, config in CASES.items():
         np.savez_compressed(GOLDENS / f"{case}.npz", **reference(config))
         print(f"wrote {case}.npz, {(GOLDENS / f'{case}.npz').stat().st_size} bytes")
     for case in family_cases.CASES:
         with tempfile.TemporaryDirectory() as directory:
-            np.savez_compressed(GOLDENS / f"{case}.npz", **family_cases.reference(case, Path(directory)))
-        print(f"wrote {case}.npz, {(GOLDENS / f'{case}.npz').stat().st_size} bytes")
+            np.savez_compressed(family_cases.STORED / f"{case}.npz", **family_cases.reference(case, Path(directory)))
+        print(f"wrote {case}.npz, {(family_cases.STORED / f'{case}.npz').stat().st_size} bytes")

@@ -18,7 +18,7 @@ from jax_client.engine.sample.pages import PAGE
 from jax_client.estimate.plan import Estimate, Range
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import param_specs
-from jax_client.models.parts.moe import MOE, split_of
+from jax_client.models.parts.mixture.moe import MOE, split_of
 from jax_client.models.plan import count
 
 # By platform: shares of the peak that the matmuls of training reach, and of the memory's bandwidth while decoding.
@@ -135,9 +135,11 @@ def _sent_bytes(e: Estimate, gathered: float) -> float:
     c, mesh = e.question.model, e.layout.mesh
     ways, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     weights = gathered * (ways - 1) / ways
-    # Forwards o and down, backwards the inputs of q|k|v and of gate and up: float32, once each way round the ring.
+    # Forwards o and down, backwards the inputs of q|k|v and of gate and up: float32, once each way round the ring. An
+    # expert that all tokens share has a down, a gate and an up of its own.
     tokens = sum(plan.rows * plan.length for plan in e.training.plans) / e.layout.limits.ways
-    sums = 4 * c.n_layers * tokens * c.d_model * 4 * 2 * (tensor - 1) / tensor
+    shared = 2 * count(c, MOE) if c.experts is not None and c.experts.shared_d_ff is not None else 0
+    sums = (4 * c.n_layers + shared) * tokens * c.d_model * 4 * 2 * (tensor - 1) / tensor
     # Forwards x, backwards x and dy, in the matmul type; each time sums come back in float32.
     others = tokens * (_expert_devices(e) // tensor - 1) * c.d_model * (3 * e.layout.passes.dtype.itemsize + 2 * 4)
     return 2 * len(e.training.plans) * weights + sums + others * count(c, MOE)

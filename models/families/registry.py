@@ -23,7 +23,10 @@ from jax_client.models.families.qwen.qwen2 import QWEN2 as QWEN2
 from jax_client.models.families.qwen.qwen3 import QWEN3 as QWEN3
 from jax_client.models.families.qwen.qwen3_5 import QWEN3_5 as QWEN3_5
 from jax_client.models.families.qwen.qwen3_5 import QWEN3_5_VISION as QWEN3_5_VISION
+from jax_client.models.families.qwen.qwen3_5_moe import QWEN3_5_MOE as QWEN3_5_MOE
+from jax_client.models.families.qwen.qwen3_5_moe import QWEN3_5_MOE_VISION as QWEN3_5_MOE_VISION
 from jax_client.models.families.qwen.qwen3_moe import QWEN3_MOE as QWEN3_MOE
+from jax_client.models.families.qwen.qwen3_next import QWEN3_NEXT as QWEN3_NEXT
 from jax_client.models.families.qwen.qwen3_vl_moe import QWEN3_VL_MOE as QWEN3_VL_MOE
 
 FAMILIES: dict[str, Family] = {value.name: value for value in tuple(globals().values()) if isinstance(value, Family)}

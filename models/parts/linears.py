@@ -25,9 +25,9 @@ from jax_client.models.parts.lora import (
 )
 
 # The matmuls whose outputs an accelerator rounds; of the others it is the cotangents of the inputs.
-ROUNDED = ("qkv", "gate_up", "qkvz")
+ROUNDED = ("qkv", "gate_up", "qkvz", "shared_gate_up")
 # Those whose inputs are split over devices.
-SUMMED = ("o", "down", "out")
+SUMMED = ("o", "down", "out", "shared_down")
 
 
 class Linears:

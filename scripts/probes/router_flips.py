@@ -38,7 +38,7 @@ from jax_client.engine.sample.device import programs as sample_programs
 from jax_client.engine.train import programs as train_programs
 from jax_client.models.families.registry import config_from_hf
 from jax_client.models.lora_arrays import flatten, lora_arrays
-from jax_client.models.parts import moe
+from jax_client.models.parts.mixture import moe
 from jax_client.values import AdapterState, LoraSpec, TrainExample
 from jax_client.weights.read.names import expected_tensors
 from jax_client.weights.read.source import resolve

@@ -26,9 +26,10 @@ from jax_client.models.config import Experts, ModelConfig
 from jax_client.models.kernels.blockwise import LARGE_BLOCK
 from jax_client.models.kernels.ragged import LANES
 from jax_client.models.parts.block import kept_widths, saved_for_backward
-from jax_client.models.parts.experts import rows_of_round
 from jax_client.models.parts.kind import Remat
-from jax_client.models.parts.moe import MOE, split_of
+from jax_client.models.parts.mixture import shared
+from jax_client.models.parts.mixture.experts import rows_of_round
+from jax_client.models.parts.mixture.moe import MOE, split_of
 from jax_client.models.plan import kinds, layers
 from jax_client.models.specs import ParamSpec
 from jax_client.sharding import Device, sharding_for
@@ -234,7 +235,7 @@ class PassMemory:
         c, tensor, platform = self.config, self.mesh.shape["tensor"], _accelerator(self.mesh)
         hidden, heads = live_widths(c)
         if c.experts is not None:  # they compute tile by tile: no array is as wide as a token's experts together
-            hidden = max(kind.live(c)[0] for kind in kinds(c) if kind != MOE)
+            hidden = max(shared.width(c), *(kind.live(c)[0] for kind in kinds(c) if kind != MOE))
         widths = hidden / tensor, heads / tensor, c.d_model
 
         def live(name: str, most: float = math.inf) -> float:

@@ -21,7 +21,8 @@ from jax_client.models.parts.dense import DENSE
 from jax_client.models.parts.gated_delta.layer import DELTA, OUT, PRODUCTS
 from jax_client.models.parts.gated_delta.mixing import CONVOLUTIONS, GATES
 from jax_client.models.parts.kind import Kind
-from jax_client.models.parts.moe import MOE
+from jax_client.models.parts.mixture.moe import MOE
+from jax_client.models.parts.mixture.shared import PREFIX, SHARE
 from jax_client.models.parts.self_attention import ATTENTION
 from jax_client.models.plan import kinds, layers_of
 from jax_client.weights.read.tensors import TensorReader
@@ -90,7 +91,7 @@ def leaf_parts(c: ModelConfig, present: Container[str] = ()) -> dict[LeafPath, t
     if c.delta is not None:
         of_kinds.append((DELTA, _gated_delta(c, c.delta, layer + "linear_attn.", files)))
     if DENSE in kinds(c):
-        of_kinds.append((DENSE, _dense(c, layer + "mlp.")))
+        of_kinds.append((DENSE, _mlp(c.d_model, c.d_ff, layer + "mlp.")))
     if c.experts is not None and MOE in kinds(c):
         of_kinds.append((MOE, _experts(c, c.experts, layer + "mlp.", files, present)))
     for kind, parts in of_kinds:
@@ -200,8 +201,7 @@ def _gated_delta(c: ModelConfig, delta: GatedDelta, prefix: str, files: Files) -
     return leaves
 
 
-def _dense(c: ModelConfig, mlp: str) -> Leaves:
-    D, F = c.d_model, c.d_ff
+def _mlp(D: int, F: int, mlp: str) -> Leaves:
     down = Part(name=mlp + "down_proj.weight", shape=(D, F), split=(D, F), order=(1, 0))
     gate_up = tuple(
         Part(name=f"{mlp}{which}_proj.weight", shape=(F, D), split=(1, F, D), order=(0, 2, 1), axis=0, start=start)
@@ -222,6 +222,10 @@ def _experts(c: ModelConfig, experts: Experts, mlp: str, files: Files, present: 
             leaves[f"experts_{which}_bias_LEF"] = (bias,)
         leaves["experts_down_bias_LED"] = _plain(E, D, name=mlp + "experts.down_proj_bias")
         leaves["router_bias_LE"] = _plain(E, name=router + ".bias")
+    if experts.shared_d_ff is not None:
+        leaves |= {PREFIX + leaf: parts for leaf, parts in _mlp(D, experts.shared_d_ff, mlp + "shared_expert.").items()}
+        share = Part(name=mlp + "shared_expert_gate.weight", shape=(1, D), split=(1, D), order=(0,), pick=(0, 0))
+        leaves[SHARE] = (share,)
     names = {"gate": "experts_gate_LEDF", "up": "experts_up_LEDF", "down": "experts_down_LEFD"}
     fused = mlp + "experts.gate_up_proj"
     if files.experts != "rows" or fused.format(layer=layers_of(c, MOE)[0]) in present:

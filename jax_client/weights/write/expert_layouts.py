@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_client.models.config import ModelConfig
 from jax_client.models.families.registry import FAMILIES
-from jax_client.models.parts.moe import MOE
+from jax_client.models.parts.mixture.moe import MOE
 from jax_client.models.plan import kinds, layers_of
 from jax_client.weights.towers import module_name
 from jax_client.weights.write.adapter_names import Pairs
@@ -27,6 +27,8 @@ SHARED = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 # peft's names of the matrices of gate_up and down: the second wraps the first.
 FUSED = {"gate_up": "base_layer.", "down": ""}
 GATE_UP = r".*\.gate_up_proj"
+# Families whose releases have the experts of a layer in one tensor, by rows.
+BY_ROWS = ("qwen3_5_moe", "qwen3_5_moe_vision")
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -67,7 +69,7 @@ def fused_product(pairs: Sequence[tuple[np.ndarray, np.ndarray]], order: str) ->
 
 def in_one_tensor(c: ModelConfig) -> bool:
     """Return whether a family's releases have the experts of a layer in one tensor; vLLM then wants peft's form."""
-    return FAMILIES[c.family].files.experts != "rows"
+    return FAMILIES[c.family].files.experts != "rows" or c.family in BY_ROWS
 
 
 def fused(c: ModelConfig, pairs: Pairs) -> dict[str, np.ndarray]:

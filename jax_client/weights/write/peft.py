@@ -120,7 +120,7 @@ def _of_experts(
     """
     in_one = expert_layouts.in_one_tensor(config)
     if program == "peft" or (in_one and program != "sglang"):
-        _refuse_dense_layers(config)
+        _refuse_other_mlps(config)
         if in_one and program != "peft":
             logger.warning(
                 "the adapter covers experts. This layout is that of peft and vLLM for this model; vLLM's "
@@ -147,13 +147,19 @@ def _of_experts(
     return apart, {}
 
 
-def _refuse_dense_layers(config: ModelConfig) -> None:
-    """Raise UnsupportedError for a model with dense layers beside experts: peft leaves adapters out of the former."""
+def _refuse_other_mlps(config: ModelConfig) -> None:
+    """Raise UnsupportedError for a model with other MLPs beside experts, where peft leaves adapters out of them."""
     if config.experts is not None and config.experts.dense_layers:
         raise UnsupportedError(
             f"the layers {', '.join(map(str, config.experts.dense_layers[:5]))} of this model have one MLP and the "
             "others have experts: peft reads gate_proj, up_proj and down_proj as the experts' and leaves them out of "
             "the former, without a word. Export the merged model (--format merged), or the adapter --for vllm."
+        )
+    if config.experts is not None and config.experts.shared_d_ff and not expert_layouts.in_one_tensor(config):
+        raise UnsupportedError(
+            "the layers of this model have an expert that all tokens share beside the others: peft reads gate_proj, "
+            "up_proj and down_proj as the others' and leaves them out of the shared one, without a word. Export the "
+            "merged model (--format merged), or the adapter --for vllm."
         )
 
 

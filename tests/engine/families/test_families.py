@@ -13,7 +13,6 @@ import pytest
 
 from support.families import cases as family_cases
 from support.families.engine import check_sampling, check_training, open_engine
-from support.golden_cases import GOLDENS
 from support.meshes.devices import run_on
 
 MESHES: list[dict[str, int]] = [
@@ -51,11 +50,17 @@ engine.close()
         ("qwen3_5", "selective"),
         pytest.param("qwen3_5", "none", marks=pytest.mark.full),
         pytest.param("qwen3_5", "full", marks=pytest.mark.full),
+        ("qwen3_5_moe", "none"),
+        pytest.param("qwen3_5_moe", "selective", marks=pytest.mark.full),
+        pytest.param("qwen3_5_moe", "full", marks=pytest.mark.full),
+        ("qwen3_next", "selective"),
+        pytest.param("qwen3_next", "none", marks=pytest.mark.full),
+        pytest.param("qwen3_next", "full", marks=pytest.mark.full),
     ],
 )
 def test_training_equals_autograd_through_merged_weights(case: str, remat: str, tmp_path: Path) -> None:
     # The experts of a layer may come as one tensor.
-    tensors = family_cases.fused(case) if case == "qwen3_moe_raw" else family_cases.tensors(case)
+    tensors = family_cases.fused(case) if case in ("qwen3_moe_raw", "qwen3_5_moe") else family_cases.tensors(case)
     engine = open_engine(tmp_path, case, tensors, remat=remat)
     check_training(engine, case)
     engine.close()
@@ -99,6 +104,6 @@ def test_eight_devices_equal_one(case: str, mesh: dict[str, int], tmp_path: Path
 @pytest.mark.parametrize("case", family_cases.CASES)
 def test_goldens_are_what_torch_says_now(case: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    stored = np.load(GOLDENS / f"{case}.npz")
+    stored = np.load(family_cases.STORED / f"{case}.npz")
     for name, array in family_cases.reference(case, tmp_path).items():
         np.testing.assert_allclose(array, stored[name], rtol=1e-4, atol=2e-5, err_msg=name)

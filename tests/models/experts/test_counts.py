@@ -24,10 +24,11 @@ def model(D: int, L: int, N: int, K: int, F: int, V: int, H: int = 128, E: int =
 
 
 def hybrid(c: ModelConfig, *, value_heads: int) -> ModelConfig:
-    """Return a Qwen3.5: of four layers one has attention with a gate."""
+    """Return a Qwen3.5: of four layers one has attention with a gate, and experts have one that tokens share."""
     layers = tuple(i for i in range(c.n_layers) if (i + 1) % 4)
     delta = GatedDelta(layers=layers, key_heads=16, value_heads=value_heads, key_dim=128, value_dim=128, taps=4)
-    return replace(c, delta=delta, output_gate=True)
+    experts = c.experts and replace(c.experts, shared_d_ff=c.experts.d_ff)
+    return replace(c, delta=delta, output_gate=True, experts=experts)
 
 
 # Model, then mlp, attn and unembed.
@@ -53,6 +54,18 @@ PUBLISHED = {
     ),
     "gpt-oss-20b": (model(2880, 24, 64, 8, 2880, 201088, H=64, E=32), 6_842_880, 497_664, 203_968),
     "gpt-oss-120b": (model(2880, 36, 64, 8, 2880, 201088, H=64, E=128), 40_124_160, 746_496, 203_968),
+    "Qwen3.5-35B-A3B": (
+        hybrid(model(2048, 40, 16, 2, 512, 248320, H=256, E=256), value_heads=32),
+        16_281_600,
+        1_013_760,
+        250_368,
+    ),
+    "Qwen3.5-397B-A17B": (
+        hybrid(model(4096, 60, 32, 2, 1024, 248320, H=256, E=512), value_heads=64),
+        96_030_720,
+        2_841_600,
+        252_416,
+    ),
 }
 
 

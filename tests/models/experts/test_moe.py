@@ -24,13 +24,20 @@ F32 = jnp.dtype("float32")
 
 
 def model(
-    E: int, k: int = 2, *, dense_layers: tuple[int, ...] = (), normalized: bool = True, biased: bool = False
+    E: int,
+    k: int = 2,
+    *,
+    dense_layers: tuple[int, ...] = (),
+    normalized: bool = True,
+    biased: bool = False,
+    shared: int | None = None,
 ) -> ModelConfig:
     return ModelConfig(
         family="qwen3_moe", vocab_size=32, d_model=16, d_ff=24, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=8,
         norm_eps=1e-5, rope_theta=1e4, tied_embeddings=True, max_context=64, qk_norm=True,
         experts=Experts(
-            count=E, per_token=k, d_ff=12, normalized=normalized, biased=biased, dense_layers=dense_layers
+            count=E, per_token=k, d_ff=12, normalized=normalized, biased=biased, dense_layers=dense_layers,
+            shared_d_ff=shared,
         ),
         clamp=SwigluClamp(limit=1.0, alpha=1.5) if biased else None,
     )  # fmt: skip
@@ -46,13 +53,14 @@ def arrays(c: ModelConfig) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("remat", ["none", "selective", "full"])
 @pytest.mark.parametrize(
-    ("dense_layers", "normalized", "biased"), [((), True, False), ((0, 2, 4), False, False), ((), False, True)]
+    ("dense_layers", "normalized", "biased", "shared"),
+    [((), True, False, None), ((0, 2, 4), False, False, None), ((), False, True, None), ((0, 2, 4), True, False, 20)],
 )
 def test_backward_is_that_of_the_forward_pass(
-    dense_layers: tuple[int, ...], normalized: bool, biased: bool, remat: Remat
+    dense_layers: tuple[int, ...], normalized: bool, biased: bool, shared: int | None, remat: Remat
 ) -> None:
     """Layers that are scanned, and such that are cut out of their stacks: with and without dense ones between."""
-    config = model(6, dense_layers=dense_layers, normalized=normalized, biased=biased)
+    config = model(6, dense_layers=dense_layers, normalized=normalized, biased=biased, shared=shared)
     params, lora = arrays(config)
     rng = np.random.default_rng(1)
     tokens = jnp.asarray(rng.integers(0, 32, (2, 20)), jnp.int32)
@@ -85,7 +93,7 @@ def _reference(
     from jax_client.models.layers import rms_norm
     from jax_client.models.parts.block import layer_forward, mixing_of_rows
     from jax_client.models.parts.linears import Linears
-    from jax_client.models.parts.moe import MOE
+    from jax_client.models.parts.mixture.moe import MOE
     from jax_client.models.plan import layers
 
     c = context(positions, config, F32, PLAIN)
@@ -116,6 +124,11 @@ def _reference(
             best, which = jax.lax.top_k(probability, experts.per_token)
             best = best / best.sum(-1, keepdims=True) if experts.normalized else best
             x += jnp.einsum("btk,btkd->btd", best, jnp.take_along_axis(y, which[..., None], 2))
+            if experts.shared_d_ff is not None:
+                plus = lambda name, own=own: 16 * own[f"shared_{name}"]["A"].T @ own[f"shared_{name}"]["B"]  # noqa: E731
+                both = [h @ (w["shared_gate_up_L2DF"][i] + plus(name)) for i, name in enumerate(("gate", "up"))]
+                y = activation_of(config).forward(*both) @ (w["shared_down_LFD"] + plus("down"))
+                x += jax.nn.sigmoid(h @ w["shared_share_LD"])[..., None] * y
     return rms_norm(x, params["final_norm_D"], config.norm_eps)
 
 

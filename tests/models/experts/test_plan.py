@@ -8,7 +8,7 @@ import pytest
 
 from jax_client.models.config import LayerOptions, Rope
 from jax_client.models.parts.dense import DENSE
-from jax_client.models.parts.moe import MOE
+from jax_client.models.parts.mixture.moe import MOE
 from jax_client.models.parts.self_attention import ATTENTION
 from jax_client.models.plan import Layer, segments
 

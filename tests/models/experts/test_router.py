@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_client.models.parts.router import route, route_backward
+from jax_client.models.parts.mixture.router import route, route_backward
 
 M, D, E, K = 7, 5, 6, 3
 

@@ -18,7 +18,7 @@ from jax_client.models.lora_arrays import array_shapes
 from jax_client.models.parts.lora import LORA_ALPHA
 from jax_client.values import LoraSpec, TrainExample
 from jax_client.weights.read.names import expected_tensors
-from support.golden_cases import ADAM, RANK, STEPS
+from support.golden_cases import ADAM, GOLDENS, RANK, STEPS
 from support.weight_files import write_hf
 
 _BASE: dict[str, Any] = {
@@ -140,10 +140,40 @@ _HYBRID: dict[str, Any] = {
     },
     "tie_word_embeddings": False,
 }
-CASES |= {"qwen3_5": _HYBRID | {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text"}}
+_SHARED: dict[str, Any] = _HYBRID | {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
+HYBRID: dict[str, dict[str, Any]] = {
+    "qwen3_5": _HYBRID | {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text"},
+    "qwen3_5_moe": {name: value for name, value in _SHARED.items() if name != "intermediate_size"}
+    | {"architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text"},
+    "qwen3_next": _SHARED
+    | {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    },
+}
+CASES |= HYBRID
+STORED = GOLDENS / "families"
 SPEC = LoraSpec(rank=RANK, seed=0)
 # With these no token of the data has two experts of almost equal probability.
-SEEDS = {"qwen3_moe_mixed": 7, "qwen3_moe_raw": 8, "gpt_oss": 29, "gemma3": 10, "mistral": 11, "qwen3_5": 12}
+SEEDS = {
+    "qwen3_moe_mixed": 7,
+    "qwen3_moe_raw": 8,
+    "gpt_oss": 29,
+    "gemma3": 10,
+    "mistral": 11,
+    "qwen3_5": 12,
+    "qwen3_5_moe": 95,
+    "qwen3_next": 115,
+}
 
 
 def model_config(case: str) -> ModelConfig:
@@ -180,7 +210,8 @@ def tensors(case: str) -> dict[str, np.ndarray]:
 def _drawn(name: str, shape: tuple[int, ...], case: str, rng: np.random.Generator) -> np.ndarray:
     """Return weights with which every branch matters: gates of gpt-oss reach their clamp.
 
-    Parts of Qwen3.5 add little to the stream: the norm behind the rule makes much of what is left of small outputs.
+    Parts of Qwen3.5 and Qwen3-Next add little to the stream: the norm behind the rule makes much of what is left of
+    small outputs.
 
     Its queries and keys are small, as without norms steep attention in four layers makes float32 differ from float64 by
     1e-4 after five steps, in torch as here.
@@ -189,11 +220,11 @@ def _drawn(name: str, shape: tuple[int, ...], case: str, rng: np.random.Generato
     if name.endswith("A_log"):
         return np.log(rng.uniform(0.05, 4, size=shape)).astype(np.float32)
     if "norm" in name or name.endswith("dt_bias"):
-        added = case == "gemma3" or (case.startswith("qwen3_5") and "linear_attn" not in name)
+        added = case == "gemma3" or (case in HYBRID and "linear_attn" not in name)
         scale, plus = 0.1, 0.0 if added else 1.0
     elif name.endswith(("bias", "sinks")):
         scale = 0.1
-    elif case.startswith("qwen3_5"):
+    elif case in HYBRID:
         scale = {"embed_tokens": 1.0, "out_proj": 0.05, "o_proj": 0.05, "down_proj": 0.1}.get(name.split(".")[-2], 0.25)
     elif case == "gpt_oss" and name.endswith(("q_proj.weight", "k_proj.weight")):
         scale = 0.15
@@ -215,6 +246,16 @@ def fused(case: str) -> dict[str, np.ndarray]:
         found |= {f"{prefix}gate_up_proj": np.concatenate([of["gate"], of["up"]], axis=1)}
         found |= {f"{prefix}down_proj": of["down"]}
     return found
+
+
+def adam(case: str) -> dict[str, Any]:
+    """Return the settings of the optimizer's steps.
+
+    They are small where experts follow a gated delta rule: five of 1e-4 move a logprob there by 2.6. Adam
+    divides gradients by their sizes, so that where those of all tokens almost cancel, rounding decides which way a
+    whole step goes; and a router between two experts that have become almost equal chooses the other.
+    """
+    return ADAM | ({"learning_rate": 2e-5} if case in HYBRID and model_config(case).experts else {})
 
 
 def adapter(case: str) -> dict[str, np.ndarray]:
@@ -269,12 +310,13 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
         logits = h.last_hidden_state[0] @ head.T
         return torch.log_softmax(logits, -1).gather(-1, row["targets"][:, None].long())[:, 0]
 
-    adam = torch.optim.AdamW(
+    settings = adam(case)
+    optimizer = torch.optim.AdamW(
         list(lora.values()),
-        lr=ADAM["learning_rate"],
-        betas=(ADAM["beta1"], ADAM["beta2"]),
-        eps=ADAM["eps"],
-        weight_decay=ADAM["weight_decay"],
+        lr=settings["learning_rate"],
+        betas=(settings["beta1"], settings["beta2"]),
+        eps=settings["eps"],
+        weight_decay=settings["weight_decay"],
     )
     out: dict[str, np.ndarray] = {}
     for step in range(STEPS):
@@ -285,9 +327,9 @@ def reference(case: str, directory: Path) -> dict[str, np.ndarray]:
             out = {f"logprobs.{i}": p.detach().numpy() for i, p in enumerate(found)}
             out |= {f"grad.{name}": np.asarray(p.grad).copy() for name, p in lora.items()}
             out["loss"] = np.asarray(loss.detach())
-        torch.nn.utils.clip_grad_norm_(list(lora.values()), ADAM["grad_clip_norm"])
-        adam.step()
-        adam.zero_grad()
+        torch.nn.utils.clip_grad_norm_(list(lora.values()), settings["grad_clip_norm"])
+        optimizer.step()
+        optimizer.zero_grad()
     out |= {f"trained.{i}": logprobs(row).detach().numpy() for i, row in enumerate(rows)}
     # Where two experts are that close, rounding chooses between them, and no tolerance holds.
     assert min(gaps, default=1) > 1e-5, min(gaps)
@@ -324,6 +366,9 @@ def with_adapter(c: ModelConfig, base: Mapping[str, Any], lora: Mapping[str, Any
             }
             out = lora["delta_out.A"][recurrent.index(i)].reshape(RANK, -1)
             added = {"in_proj_qkv": torch.cat([of[name] for name in "qkv"]), "in_proj_z": of["z"]}
+            if c.family == "qwen3_next":  # of each key head the rows of all four
+                rows = [of[name].unflatten(0, (c.delta.key_heads, -1)) for name in "qkvz"]
+                added = {"in_proj_qkvz": torch.cat(rows, 1).flatten(0, 1)}
             added["out_proj"] = s * lora["delta_out.B"][recurrent.index(i)].T @ out
             for name, matrix in added.items():
                 merged[f"{layer}linear_attn.{name}.weight"] = base[f"{layer}linear_attn.{name}.weight"] + matrix
@@ -339,6 +384,10 @@ def with_adapter(c: ModelConfig, base: Mapping[str, Any], lora: Mapping[str, Any
                 merged[f"{layer}mlp.{name}_proj.weight"] = base[f"{layer}mlp.{name}_proj.weight"] + s * b.T @ a
             continue
         at = i - sum(d < i for d in dense)
+        for name in ("gate", "up", "down") if c.experts.shared_d_ff else ():
+            a, b = (lora[f"shared_{name}.{ab}"][at] for ab in "AB")
+            matrix = f"{layer}mlp.shared_expert.{name}_proj.weight"
+            merged[matrix] = base[matrix] + s * b.T @ a
         of = {f"{name}.{ab}": lora[f"experts_{name}.{ab}"][at] for name in ("gate", "up", "down") for ab in "AB"}
         both = [torch.einsum("ref,rd->efd", of[f"{name}.B"], of[f"{name}.A"]) for name in ("gate", "up")]
         experts = f"{layer}mlp.experts."

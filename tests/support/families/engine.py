@@ -14,7 +14,7 @@ from jax_client.models.lora_arrays import flatten
 from jax_client.values import AdapterState, TrainExample
 from jax_client.weights.read.source import resolve
 from support.families import cases as family_cases
-from support.golden_cases import ADAM, GOLDENS, STEPS
+from support.golden_cases import STEPS
 from support.weight_files import write_hf
 
 CROSS_ENTROPY = LossSpec(name="cross_entropy")
@@ -36,7 +36,7 @@ def open_engine(directory: Path, case: str, tensors: dict[str, np.ndarray] | Non
 
 def check_training(engine: Engine, case: str) -> tuple[Any, Any]:
     """Train a case and compare it with its goldens; return the lane and the trained adapter."""
-    golden = np.load(GOLDENS / f"{case}.npz")
+    golden = np.load(family_cases.STORED / f"{case}.npz")
     lane = engine.open_lane()
     state = AdapterState(spec=family_cases.SPEC, step=0, weights=family_cases.adapter(case))
     adapter = engine.open_adapter(lane, state).result()
@@ -47,7 +47,7 @@ def check_training(engine: Engine, case: str) -> tuple[Any, Any]:
         if first is None:
             assert adapter.grads is not None
             first, grads = result, {name: np.asarray(g) for name, g in flatten(adapter.grads).items()}
-        engine.optim_step(lane, adapter, AdamSettings(**ADAM)).result()
+        engine.optim_step(lane, adapter, AdamSettings(**family_cases.adam(case))).result()
     trained = engine.score_batch(lane, adapter, family_cases.data(case), CROSS_ENTROPY).result()
     np.testing.assert_allclose(first.metrics["loss:sum"], golden["loss"], rtol=tolerance(case) / 10)
     if engine.model.experts is not None:
@@ -59,7 +59,10 @@ def check_training(engine: Engine, case: str) -> tuple[Any, Any]:
     shortest = min(range(len(trained.logprobs)), key=lambda i: len(trained.logprobs[i]))  # it shared a row with others
     example = family_cases.data(case)[shortest]
     (alone,) = engine.score_batch(lane, adapter, [example], CROSS_ENTROPY).result().logprobs
-    np.testing.assert_allclose(trained.logprobs[shortest], alone, rtol=1e-6, atol=1e-6)
+    # Alone a sequence begins at another place of a chunk, and experts make more of the rule's rounding: transformers in
+    # float32 is 3e-5 from itself in float64.
+    close = 1e-5 if engine.model.delta is not None and engine.model.experts is not None else 1e-6
+    np.testing.assert_allclose(trained.logprobs[shortest], alone, rtol=close, atol=close)
     assert grads.keys() == family_cases.adapter(case).keys()
     for name, grad in grads.items():
         error = np.linalg.norm(grad - golden[f"grad.{name}"]) / np.linalg.norm(golden[f"grad.{name}"])

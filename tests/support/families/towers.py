@@ -112,6 +112,12 @@ CASES["qwen3_5_vision"] = {
     },
     "tie_word_embeddings": False,
 }
+CASES["qwen3_5_moe_vision"] = CASES["qwen3_5_vision"] | {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "model_type": "qwen3_5_moe",
+    "text_config": {name: value for name, value in cases.CASES["qwen3_5_moe"].items() if name != "architectures"},
+    "vision_config": CASES["qwen3_5_vision"]["vision_config"] | {"model_type": "qwen3_5_moe"},
+}
 # With these no token of the data has two experts of almost equal probability.
 SEEDS = {"qwen3_vl_moe": 0, "gemma3_vision": 1}
 
@@ -122,8 +128,8 @@ def model_config(case: str) -> ModelConfig:
 
 def text(case: str) -> dict[str, np.ndarray]:
     """Return the text model's weights, under the names of a model that has text alone."""
-    if case == "qwen3_5_vision":
-        return cases.tensors("qwen3_5")
+    if case.startswith("qwen3_5"):
+        return cases.tensors(case.removesuffix("_vision"))
     rng, found = np.random.default_rng(SEEDS[case]), {}
     for name, shape in sorted(expected_tensors(model_config(case)).items()):
         plus = 1.0 if "norm" in name and case != "gemma3_vision" else 0.0

@@ -37,7 +37,8 @@ from jax_client.threads import Workers
 WHOLE_SHARE = 0.8
 # Holds the parameters where the layers and the output projection are whole on each way.
 WHOLE = "whole"
-
+# Leaves with the matrices of gate and up, (L, 2, D, F).
+HALVED = "gate_up_L2DF", "shared_gate_up_L2DF"
 
 Carry = TypeVar("Carry")
 Tree = TypeVar("Tree")
@@ -74,7 +75,7 @@ class Base:
             spec = PartitionSpec(*specs[name][1:])
             if name in kind.in_stack:
                 w[name] = InStack(stack, jnp.asarray(place))
-            elif name == "gate_up_L2DF" and not _by_way(spec):
+            elif name in HALVED and not _by_way(spec):
                 w[name] = tuple(from_bits(_half(stack, place, j)) for j in range(2))
             else:
                 w[name] = from_bits(gather(jax.lax.dynamic_index_in_dim(stack, place, keepdims=False), spec))
@@ -175,7 +176,7 @@ def sampling_params(params: Params, model: ModelConfig) -> Params:
         # Of what a program cuts a matrix out of, it cuts bits: XLA's CPU backend has no slices of bfloat16.
         stacks = {name: np.asarray(stack) for name, stack in params["layers"][kind.name].items()}
         arrays = {name: a if name in kind.in_stack else numbers(a) for name, a in stacks.items()}
-        cut = lambda name, a: tuple(map(view, a)) if name == "gate_up_L2DF" else view(a)  # noqa: E731
+        cut = lambda name, a: tuple(map(view, a)) if name in HALVED else view(a)  # noqa: E731
         return [{name: cut(name, a[i]) for name, a in arrays.items()} for i in range(len(arrays["norm_LD"]))]
 
     layers = {kind.name: of_kind(kind) for kind in kinds(model)}

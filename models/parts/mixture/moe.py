@@ -3,7 +3,7 @@
     w, e = the k largest of softmax(h W_r), and which these are
     y    = sum_j w_j (silu(h W_gate,e) * (h W_up,e)) W_down,e           e = e_j
 
-gpt-oss has biases beside all four matrices, and another activation.
+gpt-oss has biases beside all four matrices, and another activation. Qwen3.5 adds an expert of all tokens (`shared`).
 An adapter has for gate and up one A that all experts share and a B of each, for down an A of each and one B: the
 shared-outer form, at full rank. So (h A) is computed once per token, and what the experts add for down is summed at the
 width of the rank. Router and experts are frozen; the gradient goes through the weights w.
@@ -24,12 +24,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jax_client.models.config import Experts, ModelConfig
 from jax_client.models.layers import InStack, contract
-from jax_client.models.parts import experts
 from jax_client.models.parts.activations import activation_of
 from jax_client.models.parts.kind import Context, Kept, Kind, Mixing, Saved, Weights
 from jax_client.models.parts.linears import Linears, MixedLinears
 from jax_client.models.parts.lora import Adapter, Pair, fused_pair
-from jax_client.models.parts.router import route, route_backward
+from jax_client.models.parts.mixture import experts, shared
+from jax_client.models.parts.mixture.router import route, route_backward
 from jax_client.models.specs import LoraArray, ParamSpec
 from jax_client.sharding import ROWS, sharding_for
 
@@ -58,6 +58,7 @@ def _params(c: ModelConfig, dtype: jnp.dtype) -> dict[str, ParamSpec]:
         "experts_up_LEDF": into,
         "experts_down_LEFD": ParamSpec(shape=(E, F, D), dtype=dtype, axes=("experts", "ffw", None)),
         **biases,
+        **shared.params(c, dtype),
     }
 
 
@@ -66,7 +67,7 @@ def _modules(c: ModelConfig, rank: int) -> dict[str, dict[str, LoraArray]]:
     each = (None, "experts", "ffw")
     into = {"A": LoraArray((R, D), (None, None), D), "B": LoraArray((R, E, F), each, 0)}
     down = {"A": LoraArray((R, E, F), each, F), "B": LoraArray((R, D), (None, None), 0)}
-    return {"experts_gate": into, "experts_up": into, "experts_down": down}
+    return {"experts_gate": into, "experts_up": into, "experts_down": down} | shared.modules(c, rank)
 
 
 def _pairs(lora: Adapter) -> dict[str, Pair]:
@@ -74,7 +75,7 @@ def _pairs(lora: Adapter) -> dict[str, Pair]:
         return {}
     (a_nD, _), down = fused_pair(lora, "experts_gate", "experts_up"), lora["experts_down"]
     bs_REF = [lora[name]["B"] for name in ("experts_gate", "experts_up")]
-    return {"experts_gate_up": (a_nD, bs_REF), "experts_down": (down["A"], [down["B"]])}
+    return {"experts_gate_up": (a_nD, bs_REF), "experts_down": (down["A"], [down["B"]])} | shared.pairs(lora)
 
 
 def _forward(
@@ -101,7 +102,11 @@ def _forward(
         u_MR = a_MR * linears.scale("experts_down")
         linears.us["u_experts_down"] = u_MR
         y_MD += contract("MR,RD->MD", u_MR, out[1][0], c.dtype)
-    return y_MD, {"choice": choice_Mk, "weight": weight_Mk} | dict(zip(("gate", "up"), kept, strict=False)), None
+    saved = {"choice": choice_Mk, "weight": weight_Mk} | dict(zip(("gate", "up"), kept, strict=False))
+    if shared.width(c.config):
+        of_all_MD, more = shared.forward(h_MD, w, linears, c)
+        y_MD, saved = y_MD + of_all_MD, saved | more
+    return y_MD, saved, None
 
 
 def _backward(
@@ -127,6 +132,8 @@ def _backward(
         linears.put_grad("experts_gate_up", (contract("Mn,MD->nD", du_Mn, h_MD, c.dtype), list(grads[:2])))
         db_RD = contract("MR,MD->RD", linears.us["u_experts_down"], dy_MD, c.dtype)
         linears.put_grad("experts_down", (grads[2], [db_RD]))
+    if shared.width(c.config):
+        dh_MD += shared.backward(dy_MD, h_MD, saved, w, linears, c)
     options = _router_options(w, c)
     return dh_MD + route_backward(dweight_Mk, h_MD, choice_Mk, weight_Mk, w["router_LDE"], **options)
 
@@ -200,12 +207,13 @@ def split_of(mesh: Mesh, count: int) -> experts.Split:
 
 def _widths(c: ModelConfig, tensor: int) -> dict[str, int]:
     hidden = _experts(c).per_token * _experts(c).d_ff // tensor
-    return {"x": c.d_model, "gate": hidden, "up": hidden}
+    return {"x": c.d_model, "gate": hidden, "up": hidden} | dict.fromkeys(shared.SAVED, shared.width(c) // tensor)
 
 
 def _multiply_adds(c: ModelConfig) -> tuple[int, int, int]:
     experts = _experts(c)
-    each, router = experts.per_token * c.d_model * experts.d_ff, c.d_model * experts.count
+    each, router = c.d_model * (experts.per_token * experts.d_ff + shared.width(c)), c.d_model * experts.count
+    router += c.d_model * bool(shared.width(c))  # each token's share
     return 3 * each + router, 2 * each, 2 * each + router
 
 
@@ -219,13 +227,13 @@ MOE = Kind(
     pairs=_pairs,
     forward=_forward,
     backward=_backward,
-    saved={"none": (*_SELECTIVE, "gate", "up"), "selective": _SELECTIVE},
+    saved={"none": (*_SELECTIVE, "gate", "up", *shared.SAVED), "selective": _SELECTIVE},
     always=_ALWAYS,
     needed=frozenset({"x", "choice", "weight"}),
     exact=frozenset({"choice", "weight"}),
     in_stack=frozenset((*experts.MATRICES, *experts.BIASES)),
     us={"u_experts_gate_up": 2, "u_experts_down": 1},
     widths=_widths,
-    live=lambda c: (_experts(c).per_token * _experts(c).d_ff, 0),
+    live=lambda c: (_experts(c).per_token * _experts(c).d_ff + shared.width(c), 0),
     multiply_adds=_multiply_adds,
 )

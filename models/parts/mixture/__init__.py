@@ -1,0 +1,1 @@
+"""A mixture of experts as a residual part: the part, its router, the experts, and one that all tokens share."""
