@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jax_client.models.config import ModelConfig
 from jax_client.models.layers import InStack, from_bits
@@ -47,7 +48,7 @@ class SegmentStacks:
         """Return the weights and the adapters of each part of a layer in run i of the block, and j of the layer."""
         ws, loras = [], []
         for part in layer.parts:
-            kind, place = part.kind, part.place(i, j)
+            kind, place = part.kind, jnp.asarray(part.place(i, j))
             stacks = self._layers[kind.name]
             if self.is_scanned(part):
                 w, lora = scanned[kind.name]

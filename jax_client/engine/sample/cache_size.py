@@ -85,5 +85,5 @@ class CacheSize:
         return pages
 
     def bytes(self, pages: int) -> int:
-        """Return what a cache of so many pages takes."""
+        """Return what a cache with this number of pages takes."""
         return pages * self.page_bytes + self.states * self.state_bytes

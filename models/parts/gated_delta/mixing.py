@@ -14,7 +14,7 @@ Source: gated delta networks, arXiv 2412.06464; its form in Qwen3-Next, as in tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from jax_client.models.config import GatedDelta
 from jax_client.models.kernels.convolution import conv_backward, conv_forward, last_inputs
 from jax_client.models.kernels.delta import Tokens, delta_backward, delta_forward, delta_step, delta_tiles
-from jax_client.models.parts.kind import Context
+from jax_client.models.parts.kind import Context, Weights
 from jax_client.sharding import ROWS
 
 Array = jax.Array
@@ -87,7 +87,7 @@ def delta_of(c: Context) -> GatedDelta:
     return c.config.delta
 
 
-def mix_rows(inputs: Inputs, w: Mapping[str, Any], segments_BT: Array, c: Context) -> Array:
+def mix_rows(inputs: Inputs, w: Weights, segments_BT: Array, c: Context) -> Array:
     """Return o (B, T, P, Y), float32, of rows whose segments each begin with nothing before them."""
     delta = delta_of(c)
 
@@ -98,7 +98,7 @@ def mix_rows(inputs: Inputs, w: Mapping[str, Any], segments_BT: Array, c: Contex
     return _on_devices(run, c, _BY_TOKEN)(inputs, _weights(w), segments_BT)
 
 
-def mix_rows_backward(inputs: Inputs, w: Mapping[str, Any], segments_BT: Array, do_BTPY: Array, c: Context) -> Inputs:
+def mix_rows_backward(inputs: Inputs, w: Weights, segments_BT: Array, do_BTPY: Array, c: Context) -> Inputs:
     """Return the cotangents of what `mix_rows` read, float32, for that of its output; the weights are frozen."""
     delta = delta_of(c)
 
@@ -118,7 +118,7 @@ def mix_rows_backward(inputs: Inputs, w: Mapping[str, Any], segments_BT: Array, 
 
 
 def mix_tiles(
-    inputs: Inputs, w: Mapping[str, Any], count_t: Array, places_t3: Array, memory: Memory, c: Context
+    inputs: Inputs, w: Weights, count_t: Array, places_t3: Array, memory: Memory, c: Context
 ) -> tuple[Array, Memory]:
     """Return o of tiles (t, T, P, Y), float32, each of which continues some row, and what is left of all rows.
 
@@ -158,7 +158,7 @@ def mix_tiles(
 
 
 def mix_token(
-    inputs: Inputs, w: Mapping[str, Any], place_B: Array, begins_B: Array, marks: Marks, memory: Memory, c: Context
+    inputs: Inputs, w: Weights, place_B: Array, begins_B: Array, marks: Marks, memory: Memory, c: Context
 ) -> tuple[Array, Memory]:
     """Return o (B, 1, P, Y) of one token that continues each row, float32, and what is left of all rows.
 
@@ -189,7 +189,7 @@ def mix_token(
     return o_B1PY, jax.lax.fori_loop(0, marks.count, keep, memory)
 
 
-def _weights(w: Mapping[str, Any]) -> tuple[Array, ...]:
+def _weights(w: Weights) -> tuple[Array, ...]:
     return tuple(w[name] for name in (*CONVOLUTIONS, *GATES))
 
 

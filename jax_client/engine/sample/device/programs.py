@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Unpack
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,21 +28,19 @@ from jax_client.engine.core.paged_check import preferred_attention
 from jax_client.engine.core.programs import CompileRecord, Program, shardings_of
 from jax_client.engine.core.requests import MAX_ALTERNATIVES, MAX_TARGETS, MAX_TOPK_PROMPT, MAX_TOPK_SAMPLE
 from jax_client.engine.sample.batches import SCORE_CHUNK, STATE, RowFields, pack_drawn
-from jax_client.engine.sample.device.pool import STATES, Pool, PoolShapes, copy_pages, memory_of
+from jax_client.engine.sample.device.mixing import Mix, mix_of_step, mix_of_tiles
+from jax_client.engine.sample.device.pool import STATES, Pool, PoolShapes, copy_pages
 from jax_client.engine.sample.device.shards import Shards
 from jax_client.engine.sample.device.token_sampling import draw_tokens, make_keys
 from jax_client.engine.sample.device.weights import WHOLE, Base, partition_specs, whole_specs
-from jax_client.engine.sample.pages import PAGE
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, output_head_VD, param_specs
 from jax_client.models.kernels.cache import PagedAttention
 from jax_client.models.layers import contract, from_bits, rms_norm
 from jax_client.models.lora_arrays import lora_arrays
-from jax_client.models.parts.attention import Attention, Extras
+from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.block import layer_forward
-from jax_client.models.parts.gated_delta.mixing import Inputs, Marks, mix_tiles, mix_token
-from jax_client.models.parts.kind import Context, Mixing
-from jax_client.models.parts.kind import Weights as ModelWeights
+from jax_client.models.parts.kind import Context
 from jax_client.models.parts.linears import MixedLinears
 from jax_client.models.plan import Layer
 from jax_client.models.transformer import context, scaled
@@ -56,9 +54,6 @@ HEAD_BLOCK = 16_384  # tokens of the vocabulary whose weights exist at once, whe
 Batch = dict[str, jax.Array]
 # Whether any way goes on, the number of the step, the pool, the rows' state, and what the block has drawn.
 Carry = tuple[jax.Array, jax.Array, Pool, Batch, Batch]
-# f(pool, first) -> what mixes tokens with a layer's part of the pool, whose arrays (N, ...) have all layers'; the
-# layer's begin at first (pages, places). What it keeps are the arrays that it has changed.
-Mix = Callable[[Pool, tuple[jax.Array, jax.Array]], Mixing]
 
 
 class SamplePrograms:
@@ -179,20 +174,9 @@ class SamplePrograms:
         )
         scale_MV = jnp.repeat(batch["scale"], S, axis=0)
 
-        def mix(pool: Pool, first: tuple[jax.Array, jax.Array]) -> Mixing:
-            def attend(*qkv: jax.Array, **extras: Unpack[Extras]) -> tuple[jax.Array, Pool]:
-                table, page = first[0] + batch["table"], first[0] + batch["page"]
-                return self._attended(pool, qkv, table, page, position_tS, extras)
-
-            def recur(inputs: Inputs, w: ModelWeights) -> tuple[jax.Array, Pool]:
-                places = jnp.where(batch["places"] > 0, first[1] + batch["places"], 0)
-                o, memory = mix_tiles(inputs, w, batch["count"], places, memory_of(pool), c)
-                return o, dict(zip(STATES, memory, strict=True))
-
-            return Mixing(attend=attend, recur=recur)
-
         x_tSD = self._shards.rows_of(base.params["embed_VD"], base.specs["embed_VD"], batch["tokens"])
         layers = base, base.pairs(loras, self._dtype)
+        mix = mix_of_tiles(self.paged, batch, position_tS, c)
         x_tSD, pool = self._through_layers(layers, scale_MV, c, mix, scaled(x_tSD, c), pool)
         h_ND = rms_norm(x_tSD, base.params["final_norm_D"], self._config.norm_eps).reshape(t * S, -1)
         scores = self._scores(base, loras, h_ND, scale_MV, batch)
@@ -285,24 +269,8 @@ class SamplePrograms:
             position_R, any_row = row["position"], ~jnp.all(row["done"])
             more: Any = {"work": any_row, **self._context}
             c = context(position_R[:, None], self._config, self._dtype, self._attention, **more)
-
-            def mix(pool: Pool, first: tuple[jax.Array, jax.Array]) -> Mixing:
-                def attend(*qkv: jax.Array, **extras: Unpack[Extras]) -> tuple[jax.Array, Pool]:
-                    table = first[0] + flat["table"]
-                    page = jnp.take_along_axis(table, (position_R // PAGE)[:, None], axis=1)[:, 0]
-                    return self._attended(pool, qkv, table, page, position_R[:, None], extras)
-
-                def recur(inputs: Inputs, w: ModelWeights) -> tuple[jax.Array, Pool]:
-                    # A row that has ended would go through its last token once more.
-                    place_R = jnp.where(row["done"], 0, first[1] + flat["place"])
-                    full_R = ~row["done"] & ((position_R + 1) % PAGE == 0)
-                    marks = Marks(jnp.sum(full_R, dtype=jnp.int32), jnp.argsort(~full_R), first[1] + flat["mark"])
-                    o, memory = mix_token(inputs, w, place_R, position_R == 0, marks, memory_of(pool), c)
-                    return o, dict(zip(STATES, memory, strict=True))
-
-                return Mixing(attend=attend, recur=recur)
-
             x_R1D = self._shards.rows_of(base.params["embed_VD"], base.specs["embed_VD"], row["token"][:, None])
+            mix = mix_of_step(self.paged, flat, row, c)
             x_R1D, pool = self._through_layers(layers, flat["scale"], c, mix, scaled(x_R1D, c), pool)
             h_RD = rms_norm(x_R1D, base.params["final_norm_D"], self._config.norm_eps)[:, 0]
             logits_RV = self._logits(base, loras, h_RD, flat["scale"])
@@ -361,21 +329,6 @@ class SamplePrograms:
         carry = x_BTD, {name: a.reshape(-1, *a.shape[3:]) for name, a in pool.items()}
         carry = base.each_layer(run, carry, pairs_of, self._shards.whole)
         return carry[0], {name: a.reshape(pool[name].shape) for name, a in carry[1].items()}
-
-    def _attended(
-        self,
-        pool: Pool,
-        qkv: tuple[jax.Array, ...],
-        table: jax.Array,
-        page: jax.Array,
-        position: jax.Array,
-        extras: Extras,
-    ) -> tuple[jax.Array, Pool]:
-        """Return what attention over the pages gives, and the pages with the new tokens."""
-        q, k, v = qkv
-        pages = {name: a for name, a in pool.items() if name not in STATES}
-        new = k.astype(self._dtype), v.astype(self._dtype)
-        return self.paged.attend(q, *new, pages, table, page, position, self._dtype, **extras)
 
     @jax.named_scope("head")
     def _logits(self, base: Base, loras: tuple[Weights, ...], h_ND: jax.Array, scale_NV: jax.Array) -> jax.Array:

@@ -132,14 +132,14 @@ class Base:
             def block(carry: Carry, i: jax.Array, segment: Segment = segment) -> tuple[Carry, None]:
                 for layer in segment.layers:
 
-                    def again(carry: Carry, j: jax.Array | int, layer: PlacedLayer = layer) -> tuple[Carry, None]:
+                    def once(carry: Carry, j: jax.Array | int, layer: PlacedLayer = layer) -> tuple[Carry, None]:
                         with jax.named_scope("layer"):
                             return one(layer, carry, i, j), None
 
                     if layer.times == 1:
-                        carry, _ = again(carry, 0)
+                        carry, _ = once(carry, 0)
                     else:
-                        carry, _ = jax.lax.scan(again, carry, jnp.arange(layer.times, dtype=jnp.int32))
+                        carry, _ = jax.lax.scan(once, carry, jnp.arange(layer.times, dtype=jnp.int32))
                 return carry, None
 
             carry, _ = jax.lax.scan(block, carry, jnp.arange(segment.repeats, dtype=jnp.int32))
