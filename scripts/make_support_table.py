@@ -66,6 +66,30 @@ def _gpt_oss(L: int, E: int) -> dict[str, Any]:
     return _sizes(2880, L, 64, 8, 2880, 201088, 131072, H=64) | {"architectures": ["GptOssForCausalLM"]} | experts
 
 
+def _qwen_hybrid(*sizes: int, delta: tuple[int, int], tied: bool = False, **experts: int) -> dict[str, Any]:
+    """Return a Qwen3.5's config: its text model's sizes, and key and value heads of the layers without attention."""
+    text = _sizes(*sizes, 248320, 262144, H=256) | {
+        "linear_num_key_heads": delta[0],
+        "linear_num_value_heads": delta[1],
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4,
+        **experts,
+    }
+    version = "Qwen3_5Moe" if experts else "Qwen3_5"
+    named = [f"{version}ForConditionalGeneration"]
+    return {"architectures": named, "text_config": text, "tie_word_embeddings": tied}
+
+
+def _experts(count: int, per_token: int, F: int) -> dict[str, int]:
+    named = {"num_experts": count, "num_experts_per_tok": per_token, "moe_intermediate_size": F}
+    return named | {"shared_expert_intermediate_size": F}
+
+
+QWEN3_5_9B = _qwen_hybrid(4096, 32, 16, 4, 12288, delta=(16, 32))
+QWEN3_5_27B = _qwen_hybrid(5120, 64, 24, 4, 17408, delta=(16, 48))
+QWEN3_5_35B = _qwen_hybrid(2048, 40, 16, 2, 512, delta=(16, 32), **_experts(256, 8, 512))
 GEMMA3_1B = _sizes(1152, 26, 4, 1, 6912, 262144, 32768, H=256) | {
     "architectures": ["Gemma3ForCausalLM"],
     "tie_word_embeddings": True,
@@ -97,6 +121,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-30B-A3B-Base": _qwen_moe(2048, 48, 32, 768, 32768),
     "Qwen/Qwen3-30B-A3B-Instruct-2507": _qwen_moe(2048, 48, 32, 768, 262144),
     "Qwen/Qwen3-235B-A22B-Instruct-2507": _qwen_moe(4096, 94, 64, 1536, 262144),
+    "Qwen/Qwen3.5-4B": _qwen_hybrid(2560, 32, 16, 4, 9216, delta=(16, 32), tied=True),
+    "Qwen/Qwen3.5-9B": QWEN3_5_9B,
+    "Qwen/Qwen3.5-9B-Base": QWEN3_5_9B,
+    "Qwen/Qwen3.5-27B": QWEN3_5_27B,
+    "Qwen/Qwen3.6-27B": QWEN3_5_27B,
+    "Qwen/Qwen3.8-27B": QWEN3_5_27B,
+    "Qwen/Qwen3.5-35B-A3B": QWEN3_5_35B,
+    "Qwen/Qwen3.5-35B-A3B-Base": QWEN3_5_35B,
+    "Qwen/Qwen3.6-35B-A3B": QWEN3_5_35B,
+    "Qwen/Qwen3.5-397B-A17B": _qwen_hybrid(4096, 60, 32, 2, 1024, delta=(16, 64), **_experts(512, 10, 1024)),
     "openai/gpt-oss-20b": _gpt_oss(24, 32),
     "openai/gpt-oss-120b": _gpt_oss(36, 128),
     "google/gemma-3-1b-it": GEMMA3_1B,

@@ -175,6 +175,7 @@ DELTA = Kind(
     exact=frozenset({"a", "b"}),
     us={"u_qkvz": 4, "u_out": 1},
     widths=_widths,
-    live=lambda c: (0, 2 * sum(_sizes(c)[1].values())),
+    # As many arrays as wide as queries, keys, values and z together as attention has of all its heads.
+    live=lambda c: (0, 4 * sum(_sizes(c)[1].values())),
     multiply_adds=_multiply_adds,
 )
