@@ -20,14 +20,9 @@ from typing import Any
 from rich.console import Console
 
 from recipe_data import read_lines
+from recipe_family import Models
 
 ROOT = Path(__file__).resolve().parents[3]
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Recipes without a renderer_name take the model for one that the cookbook knows; it speaks ChatML too.
-ALIAS = "Qwen/Qwen3-4B-Instruct-2507"
-# The model that the recipe of prompt distillation names in its source.
-TEACHER = "Qwen/Qwen3.6-35B-A3B"
-RENDERER = "qwen3_instruct"
 READY_SECONDS, STOP_SECONDS = 300, 180
 console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True)
 
@@ -54,12 +49,14 @@ class Bench:
     Attributes:
         out: logs and results; out / "work" is the recipes' working directory.
         python: of the recipes' environment.
+        models: what the recipes are told.
         steps: at which every run is cut off, None for whole runs.
         small: smaller batches where a step samples much.
     """
 
     out: Path
     python: Path
+    models: Models
     steps: int | None
     small: bool
     url: str = ""
@@ -197,7 +194,8 @@ def probe(bench: Bench, *arguments: str) -> dict[str, float]:
     Raises:
         RecipeError: it failed.
     """
-    command = [str(bench.python), str(Path(__file__).with_name("recipe_probe.py")), "--model", MODEL, *arguments]
+    command = [str(bench.python), str(Path(__file__).with_name("recipe_probe.py")), "--model", bench.models.model]
+    command += arguments
     log = bench.out / "logs" / f"probe-{arguments[0]}.log"
     began = time.perf_counter()
     with log.open("w") as file:
@@ -209,7 +207,7 @@ def probe(bench: Bench, *arguments: str) -> dict[str, float]:
 
 
 def options_of(bench: Bench, name: str, **own: Any) -> dict[str, Any]:
-    options = {"model_name": MODEL, "renderer_name": RENDERER, **own}
+    options = {"model_name": bench.models.model, "renderer_name": bench.models.renderer, **own}
     if bench.steps is not None:
         options["max_steps"] = bench.steps
     return {**options, "log_path": f"runs/{name}", "behavior_if_log_dir_exists": "delete"}

@@ -190,6 +190,21 @@ def _rubric(question: str, answer: int) -> dict[str, Any]:
     return {"convo": [*ONE_SHOT, _user(question)], "rubric_items": [item]}
 
 
+def write_pictures(folder: Path, *, each: int = 4) -> None:
+    """Write pictures of one colour, in folders named as their labels, as `datasets` reads pictures.
+
+    Args:
+        folder: gets train/LABEL/*.ppm and test/LABEL/*.ppm.
+        each: of a label.
+    """
+    for split in ("train", "test"):
+        for label, colour in {"red_square": (255, 0, 0), "blue_square": (0, 0, 255)}.items():
+            place = folder / split / label
+            place.mkdir(parents=True, exist_ok=True)
+            for i in range(each):
+                (place / f"{i}.ppm").write_bytes(b"P6 64 64 255\n" + bytes(colour) * 64 * 64)
+
+
 def write_short_model(gguf: Path, path: Path, context: int) -> None:
     """Copy a GGUF model with another context length: a short one fills at once.
 

