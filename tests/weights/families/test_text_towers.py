@@ -41,19 +41,21 @@ def engine_of(path: Path) -> Engine:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_the_text_is_that_of_transformers(case: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
+    # transformers' chunks of a gated delta rule are 1e-4 to 4e-4 from its own token by token.
+    close = CLOSE | ({"atol": 1e-3} if "qwen3_5" in case else {})
     path, state = towers.write_whole(tmp_path / "m", case), towers.state(case)
     engine = engine_of(path)
     lane, base = engine.open_lane(), towers.torch_model(path, case)
     before = engine.logits(lane, towers.tokens(), None).result()
     after = engine.logits(lane, towers.tokens(), state).result()
-    np.testing.assert_allclose(before, towers.torch_logits(base), **CLOSE)
+    np.testing.assert_allclose(before, towers.torch_logits(base), **close)
     assert np.abs(after - before).max() > 0.3
     merged, adapter = directory(tmp_path, "merged"), directory(tmp_path, "adapter")
     write_merged(merged, engine.source, engine.model, state, dtype="float32", shard_bytes=100_000)
-    np.testing.assert_allclose(towers.torch_logits(towers.torch_model(merged, case)), after, **CLOSE)
+    np.testing.assert_allclose(towers.torch_logits(towers.torch_model(merged, case)), after, **close)
     write_adapter(adapter, state, engine.model, str(path), "peft")
     adapted = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
-    np.testing.assert_allclose(towers.torch_logits(adapted), after, **CLOSE)
+    np.testing.assert_allclose(towers.torch_logits(adapted), after, **close)
     engine.close()
 
 
