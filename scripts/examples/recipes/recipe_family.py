@@ -84,12 +84,14 @@ class Models:
         known: what those without a renderer_name are told, a name of the cookbook's list.
         renderer: what the recipes are told; None leaves it to each, and to the cookbook's list.
         names: under which the server has the model beside `model`, and the working directory the tokenizer.
+        random: its answers are noise, and end where max_tokens ends them.
     """
 
     model: str
     known: str
     renderer: str | None
     names: Sequence[str]
+    random: bool = False
 
 
 FAMILIES: Mapping[str, Models] = {
@@ -100,6 +102,7 @@ FAMILIES: Mapping[str, Models] = {
         renderer=None,
         # The policies, teachers and graders of the recipes' defaults.
         names=("Qwen/Qwen3.5-9B", "Qwen/Qwen3.5-9B-Base", "Qwen/Qwen3.6-27B", "Qwen/Qwen3.5-397B-A17B", TEACHER),
+        random=True,
     ),
 }
 
