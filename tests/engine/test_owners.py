@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.dispatch import Dispatcher
 from jax_client.engine.core.requests import GenerationRequest
 from jax_client.engine.core.turns import RECENT_S, Lane, Turns
@@ -22,6 +23,7 @@ from jax_client.engine.sample.rows import Job
 from jax_client.engine.sample.schedule import Schedule
 from jax_client.engine.train.results import Results
 from jax_client.threads import InTurn
+from jax_client.values import LoraSpec
 
 
 def simulate(
@@ -367,21 +369,18 @@ def test_tiles_are_computed_for_the_owners_in_turn() -> None:
 def test_every_owner_takes_part_in_a_block_of_few_adapters() -> None:
     """A block has four adapters at most; who samples from twenty has not all of them."""
 
-    class Adapter:
-        def __init__(self, number: int) -> None:
-            self.number, self.spec = number, None
+    def adapter() -> Snapshot:
+        return Snapshot(spec=LoraSpec(rank=4, seed=0), weights={"layers": {}, "unembed": {}})
 
     schedule = Schedule(ways=1, pages=400, rows=32, steps=4)
     for n in range(10):
-        schedule.add(Job(job("many", n).request, Adapter(n + 1)))  # type: ignore[arg-type]
-    schedule.add(Job(job("one", 50).request, Adapter(50)))  # type: ignore[arg-type]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jax_client.engine.core.adapters.Snapshot.is_like", lambda *_: True)
-        schedule.place()
-        launch_all(schedule)
-        for _ in range(10):
-            _, (rows,) = schedule.next_block()
-            assert Counter(row.owner for row in rows) == {"many": 3, "one": 1}
+        schedule.add(Job(job("many", n).request, adapter()))
+    schedule.add(Job(job("one", 50).request, adapter()))
+    schedule.place()
+    launch_all(schedule)
+    for _ in range(10):
+        _, (rows,) = schedule.next_block()
+        assert Counter(row.owner for row in rows) == {"many": 3, "one": 1}
 
 
 def test_a_row_that_needs_a_page_takes_it_from_who_has_most() -> None:
