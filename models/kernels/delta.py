@@ -91,9 +91,7 @@ def delta_forward(
     T = segments_BT.shape[1]
     chunks = _chunks(tokens, segments_BT, state_BPXY is not None, chunk)
     corrections, states, last_BPXY = _run(chunks, _first_state(chunks, state_BPXY))
-    asked = _product("nBPcX,nBPXY->nBPcY", chunks.q * chunks.before[..., None], states)
-    o_nBPcY = asked + _product("nBPcd,nBPdY->nBPcY", chunks.scores, corrections)
-    return _by_row(o_nBPcY)[:, :T], last_BPXY
+    return _by_row(_outputs(chunks, states, corrections))[:, :T], last_BPXY
 
 
 def delta_backward(tokens: Tokens, segments_BT: jax.Array, do_BTPY: jax.Array, chunk: int = CHUNK) -> Tokens:
@@ -164,19 +162,16 @@ def delta_tiles(
     x = jax.tree.map(lambda a: a[0], _chunks(tokens, jnp.ones((t, T), jnp.int32), True, T))
 
     def step(states: jax.Array, of: tuple[Any, jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        (k, after, across, values, keys), source, targets = of
+        chunk, source, targets = of
         state = jnp.where(source > 0, jax.lax.dynamic_index_in_dim(states, source, keepdims=False), 0)
-        corrections = values - _product("PcX,PXY->PcY", keys, state)
-        new = across[..., None, None] * state + _product("PcX,PcY->PXY", k * after[..., None], corrections)
+        new, corrections = _through(state, chunk)
         for target in targets:
             states = jax.lax.dynamic_update_index_in_dim(states, new, target, 0)
         return states, (corrections, state)
 
-    of_tiles = (x.k, x.after, x.across, x.values, x.keys), source_t, targets_t2
-    states_NPXY, (corrections, states_tPXY) = jax.lax.scan(step, states_NPXY, of_tiles)
-    o_tPcY = _product("tPcX,tPXY->tPcY", x.q * x.before[..., None], states_tPXY)
-    o_tPcY += _product("tPcd,tPdY->tPcY", x.scores, corrections)
-    return jnp.swapaxes(o_tPcY, 1, 2), states_NPXY
+    scanned = _of_states(x), source_t, targets_t2
+    states_NPXY, (corrections, states_tPXY) = jax.lax.scan(step, states_NPXY, scanned)
+    return jnp.swapaxes(_outputs(x, states_tPXY, corrections), 1, 2), states_NPXY
 
 
 def delta_step(token: Tokens, state_BPXY: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -275,10 +270,27 @@ def _run(x: _Chunks, state_BPXY: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     """Return the corrections (n, B, P, c, Y) and the state before each chunk (n, B, P, X, Y), and the last state."""
 
     def step(state: jax.Array, of: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        k, after, across, values, keys = of
-        corrections = values - _product("BPcX,BPXY->BPcY", keys, state)
-        kept = across[..., None, None] * state + _product("BPcX,BPcY->BPXY", k * after[..., None], corrections)
-        return kept, (corrections, state)
+        new, corrections = _through(state, of)
+        return new, (corrections, state)
 
-    last, (corrections, states) = jax.lax.scan(step, state_BPXY, (x.k, x.after, x.across, x.values, x.keys))
+    last, (corrections, states) = jax.lax.scan(step, state_BPXY, _of_states(x))
     return corrections, states, last
+
+
+def _of_states(x: _Chunks) -> tuple[jax.Array, ...]:
+    """Return what `_through` reads of chunks."""
+    return x.k, x.after, x.across, x.values, x.keys
+
+
+def _through(state: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """Return the state (..., X, Y) behind a chunk that it stood before, and the chunk's corrections (..., c, Y)."""
+    k, after, across, values, keys = chunk
+    corrections = values - _product("...cX,...XY->...cY", keys, state)
+    learnt = _product("...cX,...cY->...XY", k * after[..., None], corrections)
+    return across[..., None, None] * state + learnt, corrections
+
+
+def _outputs(x: _Chunks, states: jax.Array, corrections: jax.Array) -> jax.Array:
+    """Return o (..., c, Y) of chunks, for the state before each and its corrections."""
+    asked = _product("...cX,...XY->...cY", x.q * x.before[..., None], states)
+    return asked + _product("...cd,...dY->...cY", x.scores, corrections)
