@@ -198,18 +198,29 @@ def windowed_layers(hf: HfConfig, where: str, usual: Callable[[int], bool]) -> l
         UnsupportedError: a type of layer that is not computed.
         BadRequestError: not one type for each layer.
     """
+    types = layer_types(hf, where, LAYER_TYPES, lambda i: LAYER_TYPES[usual(i)])
+    return [i for i, kind in enumerate(types) if kind == "sliding_attention"]
+
+
+def layer_types(hf: HfConfig, where: str, known: Sequence[str], usual: Callable[[int], str]) -> list[str]:
+    """Return the type of every layer by `layer_types`; where it is absent, what `usual(layer)` says.
+
+    Raises:
+        UnsupportedError: a type that is not among the `known`.
+        BadRequestError: not one type for each layer.
+    """
     n, types = hf["num_hidden_layers"], hf.get("layer_types")
     if types is None:
-        return [i for i in range(n) if usual(i)]
+        return [usual(i) for i in range(n)]
     if not isinstance(types, list) or len(types) != n:
         raise BadRequestError(f"{where}: layer_types is {types!r:.200}; it must list a type for each of {n} layers.")
     for kind in types:
-        if kind not in LAYER_TYPES:
+        if kind not in known:
             raise UnsupportedError(
-                f"{where}: layer_types has {kind!r}, which is not supported; supported are 'full_attention' and "
-                "'sliding_attention'. Use a model without such layers."
+                f"{where}: layer_types has {kind!r}, which is not supported; supported are "
+                f"{' and '.join(map(repr, known))}. Use a model without such layers."
             )
-    return [i for i, kind in enumerate(types) if kind == "sliding_attention"]
+    return types
 
 
 def from_one(value: object, key: str, where: str, why: str = "") -> int:

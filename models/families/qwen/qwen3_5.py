@@ -12,7 +12,14 @@ from typing import Any
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.models.config import GatedDelta, ModelConfig
 from jax_client.models.families.family import Family, Files, HfConfig, Tower
-from jax_client.models.families.hf_config import from_one, read_rope, refuse_unless, shared_fields, text_config
+from jax_client.models.families.hf_config import (
+    from_one,
+    layer_types,
+    read_rope,
+    refuse_unless,
+    shared_fields,
+    text_config,
+)
 
 TYPES = ("linear_attention", "full_attention")
 PREDICTION = "mtp."
@@ -50,18 +57,12 @@ def hybrid_fields(hf: HfConfig, where: str) -> dict[str, Any]:
 
 def _recurrent_layers(hf: HfConfig, where: str) -> tuple[int, ...]:
     """Return which layers have the rule: by `layer_types`, or all but each `full_attention_interval`-th."""
-    n, types = hf["num_hidden_layers"], hf.get("layer_types")
-    if types is None:
+
+    def usual(layer: int) -> str:
         each = from_one(hf.get("full_attention_interval", 4), "full_attention_interval", where)
-        types = [TYPES[(i + 1) % each == 0] for i in range(n)]
-    if len(types) != n:
-        raise BadRequestError(f"{where}: layer_types is {types!r:.200}; it must list a type for each of {n} layers.")
-    for kind in types:
-        if kind not in TYPES:
-            raise UnsupportedError(
-                f"{where}: layer_types has {kind!r}, which is not supported; supported are "
-                f"{' and '.join(map(repr, TYPES))}. Use a model without such layers."
-            )
+        return TYPES[(layer + 1) % each == 0]
+
+    types = layer_types(hf, where, TYPES, usual)
     if TYPES[1] not in types:
         raise UnsupportedError(
             f"{where}: no layer of layer_types is {TYPES[1]!r}; a model without attention is not supported. Use one "
