@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jax_client.models.kernels import ragged
 from jax_client.models.kernels.paged import BLOCK, paged_attention, write_pages, write_tokens
+from jax_client.sharding import LANES
 
 # Arrays (N, S, ...) by name: N pages of S tokens each.
 Pool = dict[str, jax.Array]
@@ -59,7 +60,7 @@ def _on_tpu(K: int, H: int) -> dict[str, tuple[int, ...]]:
 
     A TPU would fill such heads up to 128 values: it copies the pool into that layout, twice its size, for a program.
     """
-    return _heads(K, H) if H % ragged.LANES == 0 else {"k": (K * H,), "v": (K * H,)}
+    return _heads(K, H) if H % LANES == 0 else {"k": (K * H,), "v": (K * H,)}
 
 
 def _write(

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_client.models.kernels.paged import attend_in_turns, storable, store_one_by_one
+from jax_client.sharding import LANES
 
-LANES = 128
 # Of one step of the kernel: 512 keys, and the queries of 32 rows, or of one tile of a prompt.
 PAGES_AT_ONCE = 16
 QUERIES_AT_ONCE = 32

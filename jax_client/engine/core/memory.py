@@ -24,7 +24,6 @@ from jax_client.errors import DoesNotFitError
 from jax_client.losses.logprob_head import Blocks
 from jax_client.models.config import Experts, ModelConfig
 from jax_client.models.kernels.blockwise import LARGE_BLOCK
-from jax_client.models.kernels.ragged import LANES
 from jax_client.models.parts.block import kept_widths, saved_for_backward
 from jax_client.models.parts.kind import Remat
 from jax_client.models.parts.mixture import shared
@@ -32,7 +31,7 @@ from jax_client.models.parts.mixture.experts import rows_of_round
 from jax_client.models.parts.mixture.moe import MOE, split_of
 from jax_client.models.plan import kinds, layers
 from jax_client.models.specs import ParamSpec
-from jax_client.sharding import Device, sharding_for
+from jax_client.sharding import LANES, Device, sharding_for
 from jax_client.values import LoraSpec
 
 logger = logging.getLogger(__name__)
