@@ -90,6 +90,11 @@ class EngineConfig:
         map_loss: a loss of this package by the name of one whose formula is not public, such as
             {"stable_reinforce": "importance_sampling"}. The first is then accepted, and computed as the second, which
             every answer's metrics say; record_stability_info=True is accepted too, and records nothing.
+        hosts: "ray" computes on all hosts of the Ray cluster that this process belongs to, as one engine; this process
+            stays the only one that runs the program. None is `$JAX_CLIENT_HOSTS`, and this host alone where that is not
+            set.
+        samplers: further engines that only sample, each with the base weights, on other hosts or chips of the Ray
+            cluster; 0 samples with the engine that trains.
 
     Raises:
         BadRequestError: a field has a value outside its range; the message names both.
@@ -107,6 +112,8 @@ class EngineConfig:
     precompile: bool = True
     record_metrics: bool = True
     map_loss: Mapping[str, str] = field(default_factory=dict)
+    hosts: Literal["ray"] | None = None
+    samplers: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(DType):
@@ -124,6 +131,10 @@ class EngineConfig:
         for name in ("precompile", "record_metrics"):
             if not isinstance(value := getattr(self, name), bool):
                 raise BadRequestError(f"EngineConfig.{name} is {value!r}; give True or False.")
+        if self.hosts not in (None, "ray"):
+            raise BadRequestError(f"EngineConfig.hosts is {self.hosts!r}; give 'ray', or None for this host alone.")
+        if isinstance(self.samplers, bool) or not isinstance(self.samplers, int) or self.samplers < 0:
+            raise BadRequestError(f"EngineConfig.samplers is {self.samplers!r}; give an integer of at least 0.")
         self._check_places()
         self._check_losses()
         minutes = self.autosave_minutes
@@ -146,6 +157,18 @@ class EngineConfig:
                 raise BadRequestError(
                     f"EngineConfig.mesh[{axis!r}] is {size}; it stays 1 so far. Use data, fsdp, expert and tensor."
                 )
+
+    @property
+    def on_several_hosts(self) -> bool:
+        """Whether the engine computes on all hosts of a Ray cluster.
+
+        Raises:
+            BadRequestError: `$JAX_CLIENT_HOSTS` has another value than "ray".
+        """
+        chosen = self.hosts or os.environ.get("JAX_CLIENT_HOSTS") or None
+        if chosen not in (None, "ray"):
+            raise BadRequestError(f"the environment's JAX_CLIENT_HOSTS is {chosen!r}; set 'ray', or unset it.")
+        return chosen == "ray"
 
     def check_stability_info(self, record_stability_info: object) -> None:
         """Raise UnsupportedError if stability information is asked for, and no loss stands in for stable_reinforce."""

@@ -347,4 +347,5 @@ def _settings(config: EngineConfig) -> tuple[object, ...]:
     mesh = tuple(sorted(config.mesh.items())) if isinstance(config.mesh, Mapping) else config.mesh
     cache = None if config.compilation_cache_dir is None else str(config.compilation_cache_dir)
     own = config.max_tokens_per_micro_batch, config.remat, config.memory_fraction, config.precompile
-    return config.dtype, mesh, cache, *own
+    spread = config.on_several_hosts, config.samplers
+    return config.dtype, mesh, cache, *own, *spread
