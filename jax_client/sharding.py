@@ -199,33 +199,24 @@ def split_rows(array: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, sharding_for(axes, array.shape, mesh))
 
 
-def put_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Put a host array on the mesh, its first axis split as the rows of a batch are."""
-    return jax.device_put(array, _by_rows(array, mesh))
+def place_of_rows(array: np.ndarray, mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array whose first axis is split as the rows of a batch are."""
+    return sharding_for(("rows", *(None,) * (array.ndim - 1)), array.shape, mesh)
 
 
 def shape_of_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Return the shape, the type and the place of what `put_rows` puts on the mesh, to compile programs with."""
-    return _shape(array, _by_rows(array, mesh))
+    """Return the shape, the type and the place of an array of rows on the mesh, to compile programs with."""
+    return _shape(array, place_of_rows(array, mesh))
 
 
 def shape_of_whole(array: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
-    """Return the shape, the type and the place of what `put_whole` puts on the mesh, to compile programs with."""
+    """Return the shape, the type and the place of an array that every device has whole, to compile programs with."""
     return _shape(array, replicated(mesh))
-
-
-def _by_rows(array: np.ndarray, mesh: Mesh) -> NamedSharding:
-    return sharding_for(("rows", *(None,) * (array.ndim - 1)), array.shape, mesh)
 
 
 def _shape(array: np.ndarray | np.generic, place: NamedSharding) -> jax.Array:
     # A program is prepared with shapes as it is called with arrays.
     return cast(jax.Array, jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place))
-
-
-def put_whole(array: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
-    """Put a host array or scalar on the mesh, whole on every device."""
-    return jax.device_put(array, replicated(mesh))
 
 
 def check_mesh_divides(mesh: Mesh, model: ModelSizes) -> None:

@@ -78,12 +78,13 @@ def write(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays into the new directory `directory`; not yet durable.
 
     Orbax writes them on threads that it starts for each save. When Python gives it none any more, from the end of the
-    main module on, the same files are written without it.
+    main module on, the same files are written without it; so they are in a process that leads other hosts, where orbax
+    would wait for these, of which one may be gone.
 
     Raises:
         InterruptedWriteError: the main module ended meanwhile. Threads of orbax may still write to `directory`.
     """
-    if not pools_serve():
+    if not _orbax_serves():
         zarr.write(directory, arrays)
         return
     try:
@@ -92,6 +93,13 @@ def write(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
         if pools_serve():
             raise
         raise InterruptedWriteError from error
+
+
+def _orbax_serves() -> bool:
+    # Here: a process that only lists checkpoints imports no jax.
+    from jax_client.engine.devices.leader import leads
+
+    return pools_serve() and leads() is None
 
 
 def _write_with_orbax(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -108,7 +116,7 @@ def _write_with_orbax(directory: Path, arrays: Mapping[str, np.ndarray]) -> None
 
 def read(directory: Path) -> dict[str, np.ndarray]:
     """Read the arrays that `write` wrote, without a device; as there, with or without orbax."""
-    if not pools_serve():
+    if not _orbax_serves():
         return zarr.read(directory)
     import orbax.checkpoint as ocp
 

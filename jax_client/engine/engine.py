@@ -21,9 +21,8 @@ from jax_client.engine.core import adapters, matmul_benchmark, memory
 from jax_client.engine.core.accounting import Work
 from jax_client.engine.core.adapters import Adapter, Snapshot, Version, Weights
 from jax_client.engine.core.attention_check import choose_attention
-from jax_client.engine.core.device_errors import named_error
 from jax_client.engine.core.dispatch import Dispatcher
-from jax_client.engine.core.programs import CompileRecord, Program, enable_compilation_cache
+from jax_client.engine.core.programs import CompileRecord
 from jax_client.engine.core.requests import (
     AdamSettings,
     CustomLoss,
@@ -33,18 +32,24 @@ from jax_client.engine.core.requests import (
     TrainResult,
 )
 from jax_client.engine.core.turns import NO_OWNER, Elsewhere, Lane, Task
+from jax_client.engine.devices.arrays import fetch, put_whole, zeros
+from jax_client.engine.devices.compilation_cache import enable_compilation_cache
+from jax_client.engine.devices.device_errors import named_error
+from jax_client.engine.devices.engine_hosts import EngineHosts
+from jax_client.engine.devices.local import local_device
+from jax_client.engine.hosts.start import lead_other_hosts
 from jax_client.engine.monitor import EngineMonitor
 from jax_client.engine.precompile import Precompiler
 from jax_client.engine.sample.loop import SamplingLoop
 from jax_client.engine.train import step_range
-from jax_client.engine.train.logits import full_logits
+from jax_client.engine.train.logits import logits_program
 from jax_client.engine.train.programs import NO_ADAPTER
 from jax_client.engine.train.trainer import Packed, Trainer
 from jax_client.errors import RequestFailedError
 from jax_client.models.config import ModelConfig
-from jax_client.models.decoder import param_specs
+from jax_client.models.decoder import Params, param_specs
 from jax_client.process import Step
-from jax_client.sharding import check_mesh_divides, make_mesh, put_whole
+from jax_client.sharding import check_mesh_divides, make_mesh
 from jax_client.threads import InTurn
 from jax_client.values import AdapterState, LoraSpec, TrainExample
 from jax_client.weights.read.load import load_params, read_config
@@ -80,18 +85,20 @@ class Engine:
     def __init__(self, source: ModelSource, settings: EngineConfig):
         if (cache := settings.compilation_cache_dir) != "":
             enable_compilation_cache(default_compilation_cache_dir() if cache is None else cache)
+        leader = lead_other_hosts(settings)
         self.source = source
         self.model = read_config(source)
-        self.mesh = make_mesh(settings.mesh, model=self.model)
+        self.mesh = make_mesh(settings.mesh, None if leader is None else jax.devices(), self.model)
         check_mesh_divides(self.mesh, self.model)
-        device = self.mesh.devices.flat[0]
+        device = local_device(self.mesh)
         auto = settings.dtype == "auto"
         self.dtype = matmul_benchmark.faster_matmul_dtype(device) if auto else jnp.dtype(settings.dtype)
         # Now, while the device is idle: it is the yardstick of every step's time.
         self._matmul_rate = matmul_benchmark.matmul_rate(device, self.dtype) * self.mesh.size
         self._refuse_weights_that_do_not_fit(settings)
         self._on_cpu = device.platform == "cpu"
-        self.params = load_params(source, self.model, self.dtype, self.mesh, bits=self._on_cpu)
+        self._others = EngineHosts.of(leader, self.mesh, self.dtype, settings)
+        self.params = self._load(source, self.model)
         self._log: list[CompileRecord] = []
         self._adapters: list[Adapter] = []
         self.attention = choose_attention(self.mesh, self.model, self.dtype)
@@ -108,8 +115,11 @@ class Engine:
             make_room=self.sampler.release_cache,
             **threads,
         )
-        texts = partial(full_logits, dtype=self.dtype, attention=self.attention)
-        self._logits = Program("logits", texts, self._log, describe=lambda _, __, tokens: f"{tokens.shape[1]} tokens")
+        self._logits = logits_program(self.dtype, self.attention, self.mesh, self._log)
+        if self._others is not None:
+            programs = *self.trainer.programs.all, *self.sampler.programs, self._logits
+            self._others.share(programs, self.attention.name, self.sampler.attention.name)
+            self._others.leader.call_when_lost(self)
         self._dispatcher = Dispatcher("jax_client")
         self._packers = InTurn("jax_client-pack", PACKERS, ready=1)
         self.monitor = EngineMonitor(
@@ -293,8 +303,7 @@ class Engine:
             if model is not None:
                 config = read_config(model)
                 self._refuse_model_beside(config)
-                load = partial(load_params, model, config, self.dtype, self.mesh, bits=self._on_cpu)
-                params = yield load
+                params = yield partial(self._load, model, config, beside=True)
             weights: Weights = NO_ADAPTER
             if state is not None:
                 yield partial(adapters.refuse_wrong_numbers, state)
@@ -303,7 +312,7 @@ class Engine:
             tokens_BT = put_whole(tokens_T[None], self.mesh)
             run = partial(self._logits, params, weights, tokens_BT, model=config)
             yield Elsewhere(self._logits.begin(self._compiles.compilers, "first use", *run.args, **run.keywords))
-            return (yield partial(jax.device_get, run()))
+            return (yield partial(fetch, run()))
 
         return self.submit(lane, task())
 
@@ -326,7 +335,14 @@ class Engine:
         self._packers.close()
         self.trainer.close()
         self.sampler.fail_waiting(RequestFailedError("the engine was closed before this request was carried out."))
+        if self._others is not None:
+            self._others.close()
         process.unregister(self)
+
+    def hosts_lost(self, error: RequestFailedError) -> None:
+        """Fail all requests, and do no more work: a host of the mesh is gone. Adapters stay, to be saved."""
+        self._dispatcher.die(error)
+        self.sampler.fail_waiting(error)
 
     def _drop_compiles(self) -> None:
         """Exit step: give up the compiles that have not begun."""
@@ -354,9 +370,13 @@ class Engine:
         self, spec: LoraSpec, step: int, weights: Weights, mu: Weights | None, nu: Weights | None
     ) -> Adapter:
         # From the host, as the first weights: nothing is compiled for them.
-        zero = lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding)  # noqa: E731
-        zeros = lambda: jax.tree.map(zero, weights)  # noqa: E731
-        return Adapter(spec=spec, weights=weights, mu=mu or zeros(), nu=nu or zeros(), step=step)
+        none = lambda: jax.tree.map(lambda a: zeros(a.shape, a.dtype, a.sharding), weights)  # noqa: E731
+        return Adapter(spec=spec, weights=weights, mu=mu or none(), nu=nu or none(), step=step)
+
+    def _load(self, source: ModelSource, model: ModelConfig, *, beside: bool = False) -> Params:
+        """Read a model's weights onto the mesh, the engine's own or for a comparison beside it."""
+        read = partial(load_params, source, model, self.dtype, self.mesh, bits=self._on_cpu)
+        return read() if self._others is None else self._others.load(source, model, read, beside=beside)
 
     def _from_state(self, state: AdapterState) -> Adapter:
         put = partial(adapters.put, c=self.model, spec=state.spec, mesh=self.mesh)
@@ -399,7 +419,7 @@ class Engine:
         memory.refuse_unless_fits(
             f"the base model {self.source.name!r} in {self.dtype.name}",
             {"weights": weights},
-            partial(memory.available_bytes, self.mesh.devices.flat[0], settings.memory_fraction),
+            partial(memory.free_bytes, self.mesh, settings.memory_fraction),
             "Shard it over more devices (EngineConfig.mesh with fsdp or tensor), set dtype='bfloat16', close other "
             "clients, or raise EngineConfig.memory_fraction.",
         )

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jax_client.engine.core.attention_check import PLATFORMS, make, plain_attention, unsuited
 from jax_client.engine.core.paged_check import preferred_attention
+from jax_client.engine.devices.arrays import put_rows, put_whole
 from jax_client.engine.sample.pages import PAGE
 from jax_client.models.kernels.cache import PagedAttention, small_turns, wide_turns
 from jax_client.models.layers import to_bits
@@ -24,7 +25,7 @@ from jax_client.selftest import toy
 from jax_client.selftest.goldens import largest
 from jax_client.selftest.reference import attention, attention_backward
 from jax_client.selftest.row import Row, gap_row
-from jax_client.sharding import put_rows, put_whole, ways_of
+from jax_client.sharding import ways_of
 
 DTYPES = ("float32", "bfloat16")
 ROW = 256  # tokens

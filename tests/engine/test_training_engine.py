@@ -17,8 +17,9 @@ import pytest
 
 from jax_client.engine.core import accounting, attention_check, matmul_benchmark, memory
 from jax_client.engine.core.attention_check import agrees, objection
-from jax_client.engine.core.programs import CompileRecord, Program, compiling, enable_compilation_cache
+from jax_client.engine.core.programs import CompileRecord, Program, compiling
 from jax_client.engine.core.requests import AdamSettings, LossSpec
+from jax_client.engine.devices.compilation_cache import enable_compilation_cache
 from jax_client.engine.engine import Engine
 from jax_client.errors import RequestFailedError
 from jax_client.models import lora_arrays

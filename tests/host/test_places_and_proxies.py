@@ -13,7 +13,7 @@ import pytest
 
 import jax_client
 from jax_client.config import default_compilation_cache_dir, default_state_dir
-from jax_client.engine.core.programs import enable_compilation_cache
+from jax_client.engine.devices.compilation_cache import enable_compilation_cache
 from jax_client.errors import BadRequestError, RequestFailedError
 from jax_client.host import places
 from jax_client.host.proxies import bypassing, proxy_variables, through_proxy

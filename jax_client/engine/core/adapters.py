@@ -15,6 +15,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jax_client.engine.core.accounting import Work
+from jax_client.engine.devices.arrays import fetch
+from jax_client.engine.devices.arrays import put as put_array
 from jax_client.errors import BadRequestError, RequestFailedError
 from jax_client.models.config import ModelConfig
 from jax_client.models.lora_arrays import (
@@ -108,7 +110,7 @@ class Snapshot:
 
 
 def _host(tree: Weights | None) -> dict[str, np.ndarray] | None:
-    return None if tree is None else jax.device_get(flatten(tree))
+    return None if tree is None else fetch(flatten(tree))
 
 
 def snapshot_of(adapter: Adapter, optimizer: bool) -> Snapshot:
@@ -157,8 +159,8 @@ def initial_weights(c: ModelConfig, spec: LoraSpec, mesh: Mesh) -> Weights:
 
     def start(array: LoraArray, place: NamedSharding) -> jax.Array:
         if not array.fan_in:
-            return jax.device_put(np.zeros(array.shape, np.float32), place)
-        return jax.device_put((2 * rng.random(array.shape, np.float32) - 1) * np.float32(array.fan_in**-0.5), place)
+            return put_array(np.zeros(array.shape, np.float32), place)
+        return put_array((2 * rng.random(array.shape, np.float32) - 1) * np.float32(array.fan_in**-0.5), place)
 
     return jax.tree.map(start, lora_arrays(c, spec), shardings(c, spec, mesh), is_leaf=_is_array)
 
@@ -189,4 +191,4 @@ def put(flat: Mapping[str, np.ndarray], c: ModelConfig, spec: LoraSpec, mesh: Me
     advice = "Load it into a client with the base model, rank and train_* settings that it was saved with."
     refuse_other_shapes("the saved adapter", flat, c, spec, advice)
     place = flatten(shardings(c, spec, mesh))
-    return nest({name: jax.device_put(np.asarray(flat[name], np.float32), place[name]) for name in place})
+    return nest({name: put_array(np.asarray(flat[name], np.float32), place[name]) for name in place})

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jax_client.engine.devices.arrays import put_rows
+from jax_client.engine.devices.local import local_mesh
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts.attention import Attention, Extras, blockwise, cudnn, splash
-from jax_client.sharding import put_rows, replicated, ways_of
+from jax_client.sharding import replicated, ways_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +61,15 @@ def choose(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Choice:
     refused = {name: why for name in PLATFORMS if (why := unsuited(name, mesh, dtype))}
     for name in PLATFORMS.keys() - refused.keys():  # one at most: each is for a platform of its own
         try:
-            candidate = make(name, mesh)
+            candidate, own = make(name, mesh), local_mesh(mesh)
             if lacking := candidate.lacks & extras_of_all(model):
                 return Choice(
                     attention=plain, refused={**refused, name: f"it takes no {' and '.join(sorted(lacking))}"}
                 )
-            why = objection(candidate, plain, mesh, model, dtype)
+            # On a mesh of several hosts each probes the kernel on its own devices: a probe decides, and is not launched
+            # by all.
+            probed = candidate if own is mesh else make(name, own)
+            why = objection(probed, plain, own, model, dtype)
         except Exception as error:  # such as a private module that a newer jax no longer has
             candidate, why = plain, f"cannot be loaded: {error}"
         if not why:
@@ -79,6 +84,11 @@ def choose(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Choice:
 def plain_attention(mesh: Mesh) -> Attention:
     """Return the attention that runs everywhere."""
     return blockwise(one_cpu=mesh.size == 1 and mesh.devices.flat[0].platform == "cpu")
+
+
+def attention_named(name: str, mesh: Mesh) -> Attention:
+    """Return the attention that another host has chosen, by its name."""
+    return make(name, mesh) if name in PLATFORMS else plain_attention(mesh)
 
 
 def extras_of_all(model: ModelConfig) -> frozenset[str]:

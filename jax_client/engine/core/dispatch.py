@@ -126,6 +126,11 @@ class Dispatcher:
         self.workers.close(wait=False)
         process.unregister(self)
 
+    def die(self, error: RequestFailedError) -> None:
+        """Fail all tasks, and refuse those that come, with this error; waits for nothing."""
+        self._death = error
+        _fail(self._stop(), error)
+
     def drop_requests(self) -> None:
         """Stop after the step in hand; what waits, and what comes from now on, is never answered.
 

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_client.engine.core import adapters
+from jax_client.engine.devices import leader
+from jax_client.engine.devices.local import local_device
 from jax_client.errors import DoesNotFitError
 from jax_client.losses.logprob_head import Blocks
 from jax_client.models.config import Experts, ModelConfig
@@ -83,6 +85,17 @@ def available_bytes(device: Device, fraction: float = 1.0) -> int:
         )
     total, free = host_memory()
     return max(0, free - int(total * (1 - fraction)))
+
+
+def free_bytes(mesh: Mesh, fraction: float = 1.0) -> int:
+    """Return the bytes that can still be allocated on each device of a mesh: on the host that has the least.
+
+    Args:
+        mesh: of this host alone, or of several, which have told theirs.
+        fraction: of a device's whole memory that a process may fill.
+    """
+    own = available_bytes(local_device(mesh), fraction)
+    return min(own, leader.current().free_bytes()) if mesh.is_multi_process else own
 
 
 @functools.cache

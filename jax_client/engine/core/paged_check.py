@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_client.engine.core.attention_check import probe_extras
+from jax_client.engine.devices.local import local_device
 from jax_client.models.config import ModelConfig
 from jax_client.models.kernels import ragged
 from jax_client.models.kernels.cache import PagedAttention, ragged_pages, small_turns, triton_pages, wide_turns
@@ -80,7 +81,7 @@ def choose(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> Choice:
     heads = model.n_kv_heads // mesh.shape["tensor"], model.group, model.head_dim
     pages = -(-model.max_context // PAGE)
     extras = probe_extras(model, heads[:2], PAGE * PROBE_PAGES)
-    why = objection(preferred.attention, plain, mesh.devices.flat[0], heads, pages, dtype, extras)
+    why = objection(preferred.attention, plain, local_device(mesh), heads, pages, dtype, extras)
     return Choice(attention=plain, refused=f"it {why}", failed=True) if why else preferred
 
 
@@ -92,6 +93,12 @@ def choose_paged_attention(mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> 
             "the platform's kernel does not sample this model: %s. Using %s.", choice.refused, choice.attention.name
         )
     return choice.attention
+
+
+def paged_attention_named(name: str, mesh: Mesh, model: ModelConfig, dtype: jnp.dtype) -> PagedAttention:
+    """Return the attention that another host has chosen, by its name."""
+    preferred = preferred_attention(mesh, model, dtype).attention
+    return preferred if preferred.name == name else wide_turns(mesh.devices.flat[0].platform)
 
 
 def objection(

@@ -8,11 +8,8 @@ of the dispatch thread has what it needs compiled elsewhere (`begin`), and yield
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import logging
-import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,15 +18,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, Literal, ParamSpec, TypedDict, TypeVar, cast
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypedDict, TypeVar, cast
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 from jax_client import process
 from jax_client.errors import RequestFailedError
 from jax_client.host.memory import give_back
-from jax_client.host.places import expand, needs_home
 from jax_client.threads import Workers
 
 logger = logging.getLogger(__name__)
@@ -39,8 +34,21 @@ PAUSE_S = 0.5
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class OtherHosts(Protocol):
+    """Has the other hosts of a mesh do what this one does with an engine's programs."""
+
+    def call(self, program: str, run: Callable[..., Any], args: tuple[Any, ...], static: Mapping[str, Any]) -> Any:
+        """Run a compiled program on all hosts; return what it returns here."""
+        ...
+
+    def compile(self, program: str, args: tuple[Any, ...], static: Mapping[str, Any]) -> Callable[[], None]:
+        """Begin to compile a program on the others; return a function that waits for that, and raises if it fails."""
+        ...
+
+
 Cause = Literal["first use", "warmup", "background"]
-_CACHE_SETTINGS = "EngineConfig.compilation_cache_dir (or XDG_CACHE_HOME)"
 # Which requests run a program.
 Kind = Literal["sample", "train"]
 
@@ -114,6 +122,9 @@ class Program(Generic[P, R]):
         kind: of the requests that run it.
         model: text that tells the programs of one model on one mesh from those of others, for `is_cached`.
         options: of XLA's compiler, by name.
+
+    Attributes:
+        others: the other hosts of the mesh, which run the program too; None where there are none, and on these.
     """
 
     def __init__(
@@ -130,6 +141,7 @@ class Program(Generic[P, R]):
         options: Mapping[str, str | bool] = MappingProxyType({}),
     ):
         self.name = name
+        self.others: OtherHosts | None = None
         self.options: dict[str, str | bool] = dict(options)
         self._fn = fn
         self._out_shardings_of = out_shardings_of
@@ -149,7 +161,8 @@ class Program(Generic[P, R]):
 
     def __call__(self, *args: P.args, **static: P.kwargs) -> R:
         """Run the program; compile it first if the arrays' shapes, types or places, or `static`, are new."""
-        return self._get(args, static, "first use")(*args)
+        compiled = self._get(args, static, "first use")
+        return compiled(*args) if self.others is None else self.others.call(self.name, compiled, args, static)
 
     def prepare(self, cause: Cause, *args: P.args, **static: P.kwargs) -> R:
         """Compile for arguments given as arrays or as `jax.ShapeDtypeStruct`s with shardings, without running.
@@ -280,7 +293,10 @@ class Program(Generic[P, R]):
         )
         with _runs(running, entry), process.not_waited_for():
             del entry  # as in `_get`
+            wait = None if self.others is None else self.others.compile(self.name, args, static)
             compiled = self._lowered(args, static).compile(self.options)
+            if wait is not None:
+                wait()
         cached, seconds = _cache_hits() > hits, time.perf_counter() - start
         size = compiled.memory_analysis()
         record = CompileRecord(
@@ -365,55 +381,6 @@ def compiling(log: list[CompileRecord]) -> list[Compiling]:
         for each in sorted(_running.copy(), key=lambda each: (each.cause == "background", each.began))
         if each.log is log
     ]
-
-
-def enable_compilation_cache(directory: str | os.PathLike[str] | None) -> None:
-    """Keep compiled programs in `directory` between processes; it is made readable for its owner only.
-
-    Write access to the directory is the right to run code in this process, hence the mode. A URL, such as
-    "gs://bucket/path", is jax's to read and write; who may write there is set at the bucket. Where the directory is
-    another user's, cannot be written or is None, a warning says so once, and jax's own setting stays as it is.
-    """
-    if directory is None:
-        why = needs_home("compiled programs", _CACHE_SETTINGS)
-        _warn_once(f"{why} Until then every start compiles.")
-        return
-    try:
-        place = _made(directory)
-    except OSError as error:
-        _warn_once(
-            f"compiled programs cannot be kept in {os.fspath(directory)} ({error}): every start compiles. Set "
-            f"{_CACHE_SETTINGS} to a directory that belongs to this user."
-        )
-        return
-    if jax.config.jax_compilation_cache_dir != place:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", place)
-        compilation_cache.reset_cache()  # jax would keep the directory that it used first
-    # Everything: a second start should compile nothing at all.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _made(directory: str | os.PathLike[str]) -> str:
-    """Return a directory, once it is there, or a URL, as jax takes it.
-
-    Raises:
-        OSError: it cannot be made or written.
-    """
-    place = os.fspath(directory)
-    if "://" in place:
-        return place  # jax warns at the first compile if it cannot
-    path = expand(place, "EngineConfig.compilation_cache_dir")
-    path.mkdir(parents=True, exist_ok=True)
-    path.chmod(0o700)
-    with tempfile.TemporaryFile(dir=path):
-        pass
-    return str(path)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning("%s", message)
 
 
 def shardings_of(tree: object) -> Any:

@@ -15,13 +15,14 @@ from jax.sharding import Mesh
 
 from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.requests import MAX_TARGETS
+from jax_client.engine.devices.arrays import put_rows, put_whole
 from jax_client.engine.sample.device.token_sampling import make_keys
 from jax_client.engine.sample.pages import PAGE, SCRATCH
 from jax_client.engine.sample.rows import Row, Tile
 from jax_client.models.config import ModelConfig
 from jax_client.models.kernels.paged import BLOCK
 from jax_client.models.parts.lora import LORA_ALPHA
-from jax_client.sharding import put_rows, put_whole, shape_of_rows, shape_of_whole, ways_of
+from jax_client.sharding import shape_of_rows, shape_of_whole, ways_of
 
 SCORE_CHUNK = 64  # positions whose scores over the vocabulary exist at once
 STOP_IDS = 64

@@ -23,11 +23,12 @@ from jax.sharding import Mesh
 
 from jax_client.engine.core import memory
 from jax_client.engine.core.adapters import Snapshot, Weights, abstract_weights
-from jax_client.engine.core.device_errors import is_out_of_memory, named_error
 from jax_client.engine.core.paged_check import choose_paged_attention
 from jax_client.engine.core.programs import CompileRecord
 from jax_client.engine.core.requests import GenerationRequest, GenerationResult
 from jax_client.engine.core.turns import Elsewhere, Lane, Task, Unawaited, ring
+from jax_client.engine.devices.arrays import fetch
+from jax_client.engine.devices.device_errors import is_out_of_memory, named_error
 from jax_client.engine.sample.batches import Batches, HostBatch
 from jax_client.engine.sample.cache_size import FEWEST_PAGES, CacheSize
 from jax_client.engine.sample.device.pool import Pool
@@ -55,6 +56,7 @@ class SamplingLoop:
     Attributes:
         lane: where `serve` runs; the owners of its rows share its turns.
         attention: over the cache.
+        programs: that it launches.
         launches_ahead: whether a block may be launched before the one before it has been looked at. A CPU gains nothing
             by that: a block takes all of it, for longer.
     """
@@ -82,6 +84,7 @@ class SamplingLoop:
         self._memory_fraction = memory_fraction
         self.attention = choose_paged_attention(mesh, model, dtype)
         self._programs = SamplePrograms(model, dtype, mesh, attention, log, self.attention)
+        self.programs = self._programs.prefill, self._programs.decode, self._weights.gather
         self._sized = SizedPrograms(self._programs, self._batches, self._weights, compilers, background)
         self._runnable = Runnable(self._sized, self._sizes, self._batches.ways, self._fail_rows)
         per_row, tensor = self._sizes.tokens_per_row, mesh.shape["tensor"]
@@ -360,7 +363,7 @@ class SamplingLoop:
         return self._cache.pages(self._free_bytes() + (self._cache.bytes(pages_now) if pages_now else 0))
 
     def _free_bytes(self) -> int:
-        return memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction)
+        return memory.free_bytes(self._mesh, self._memory_fraction)
 
     def cache_bytes(self) -> int:
         """Return the bytes of a device that the cache will take, from what is free now; for before there is one."""
@@ -380,7 +383,7 @@ class SamplingLoop:
             if len(self.lane.shares) > 1:  # the next program may be paid by others
                 yield partial(jax.block_until_ready, self._pool)
             return
-        host = yield partial(jax.device_get, scores)
+        host = yield partial(fetch, scores)
         self.counts.sampled_tokens += sum(tile.draws for way in tiles for tile in way)
         yield partial(take_scores, tiles, host)
 

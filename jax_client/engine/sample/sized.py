@@ -21,6 +21,7 @@ import numpy as np
 
 from jax_client.engine.core.adapters import Snapshot
 from jax_client.engine.core.programs import Cause, Program
+from jax_client.engine.devices.arrays import fetch
 from jax_client.engine.sample.batches import Batches, HostBatch, unpack_drawn
 from jax_client.engine.sample.device.pool import Pool
 from jax_client.engine.sample.device.programs import BLOCK_STEPS, SamplePrograms
@@ -216,7 +217,7 @@ class SizedPrograms:
         """
         shapes = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)  # noqa: E731
         loras = tuple(version.weights for version in wanted.versions)
-        return *jax.tree.map(shapes, (self._weights.now, loras, wanted.pool)), self._batches.put(wanted.empty(size))
+        return *jax.tree.map(shapes, (self._weights.now, loras, wanted.pool)), self._batches.shapes(wanted.empty(size))
 
     def _key(self, wanted: _Wanted, size: int) -> object:
         versions, pool = wanted.versions, wanted.pool
@@ -325,9 +326,9 @@ class Flight:
     def take(self) -> tuple[int, int]:
         """Wait for the block and give its rows what it drew; return how many tokens, and the most of one row."""
         block, tops = self.block, {}
-        host = unpack_drawn(np.asarray(self.out["drawn"]))
+        host = unpack_drawn(fetch(self.out["drawn"]))
         if block.wants_top:
-            tops = jax.device_get({name: self.out[name] for name in ("top_ids", "top_logprobs")})
+            tops = fetch({name: self.out[name] for name in ("top_ids", "top_logprobs")})
         # One that ended at a stop string is not done on the device in the block after that.
         live = [[row.stop_reason is None for row in members] for members in block.rows]
         extend(block.rows, host | tops)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypedDict, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jax_client.engine.core.adapters import Weights
 from jax_client.engine.core.programs import CompileRecord, Program, shardings_of
@@ -27,7 +27,7 @@ from jax_client.models.decoder import Params, output_head_VD
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.kind import Remat, Saved
 from jax_client.models.transformer import backward_pass, context, expert_load, forward_pass
-from jax_client.sharding import split_rows
+from jax_client.sharding import replicated, split_rows
 
 Tree = TypeVar("Tree")
 EXPERT_LOAD = "expert_load"  # among the sums
@@ -117,15 +117,22 @@ class TrainPrograms:
         self._shards = tensor if config.vocab_size % tensor == 0 else 1
         size = lambda _, __, batch, *rest: "x".join(map(str, batch["targets_BTC"].shape))  # noqa: E731
         # Cotangents lie as a custom loss's do that come from the host, so that `backward` is compiled once for both.
-        # On one device all places are known, so that `backward` can be compiled before `forward` is.
-        place = NamedSharding(mesh, PartitionSpec()) if mesh.size == 1 else None
-        forwards = lambda *args: (place, args[2]["targets_BTC"].sharding, place, place)  # noqa: E731
+        # On one device all places are known, so that `backward` can be compiled before `forward` is. What the host
+        # reads is whole on every device: a host of several has only its own.
+        whole = replicated(mesh)
+        kept = whole if mesh.size == 1 else None
+        forwards = lambda *args: (whole, args[2]["targets_BTC"].sharding, whole, kept)  # noqa: E731
         model = Program.model_text(config, dtype, mesh, attention)
         self.forward = Program("forward", self._forward, log, forwards, size, model=model)
         self.backward = Program("backward", self._backward, log, lambda *args: shardings_of(args[-1]), size)
         self.zeros = Program("zeros", _zeros, log, shardings_of)
         self.add = Program("add", _add, log, lambda total, _: shardings_of(total))
-        self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*shardings_of(args[:3]), None))
+        self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*shardings_of(args[:3]), whole))
+
+    @property
+    def all(self) -> list[Program[..., Any]]:
+        """The programs."""
+        return [self.forward, self.backward, self.zeros, self.add, self.optim_step]
 
     @jax.named_scope("forward")
     def _forward(

@@ -15,6 +15,7 @@ import numpy as np
 
 from jax_client.engine.core.requests import LossSpec, TrainResult
 from jax_client.engine.core.turns import Task, Unawaited
+from jax_client.engine.devices.arrays import fetch
 from jax_client.engine.train import packing
 from jax_client.engine.train.packing import MicroBatch
 from jax_client.engine.train.programs import EXPERT_LOAD
@@ -68,7 +69,7 @@ class Results:
 
     def _fetch(self, wait: Callable[[], object] | None = None) -> Task[None]:
         batch, arrays = self._pending.pop(0)
-        get = partial(jax.device_get, arrays)
+        get = partial(fetch, arrays)
         logprobs_BTC, sums = yield get if wait is None else Unawaited(get, wait)
         start = time.perf_counter()
         packing.unpack(batch.plan, self._sequences, logprobs_BTC, self._logprobs)

@@ -23,11 +23,12 @@ from jax.sharding import Mesh
 from jax_client.engine.core import accounting, memory
 from jax_client.engine.core.accounting import Work
 from jax_client.engine.core.adapters import Adapter, Weights
-from jax_client.engine.core.device_errors import is_out_of_memory, named_error
 from jax_client.engine.core.memory import PassMemory
 from jax_client.engine.core.programs import CompileRecord
 from jax_client.engine.core.requests import AdamSettings, CustomLoss, LossSpec, TrainResult
 from jax_client.engine.core.turns import Task
+from jax_client.engine.devices.arrays import fetch, put_rows, put_whole
+from jax_client.engine.devices.device_errors import is_out_of_memory, named_error
 from jax_client.engine.train import packing
 from jax_client.engine.train.ahead import CompileAhead
 from jax_client.engine.train.halving import halved, shape_and_remedy
@@ -41,7 +42,6 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params
 from jax_client.models.parts.attention import Attention
 from jax_client.models.parts.kind import Remat
-from jax_client.sharding import put_rows, put_whole
 from jax_client.threads import Workers
 from jax_client.values import LoraSpec, TrainExample
 
@@ -124,7 +124,7 @@ class Trainer:
 
     def available_bytes(self) -> int:
         """Return the bytes that this process may still allocate on a device."""
-        return memory.available_bytes(self._mesh.devices.flat[0], self._memory_fraction)
+        return memory.free_bytes(self._mesh, self._memory_fraction)
 
     def remat(self, tokens: int) -> Remat:
         """Return the remat setting where `tokens` tokens per way are computed at the same time."""
@@ -283,7 +283,7 @@ class Trainer:
         self.total.add(work)
         work.add(adapter.work)
         weights, mu, nu = new
-        return (weights, mu, nu), (yield partial(jax.device_get, metrics)), work
+        return (weights, mu, nu), (yield partial(fetch, metrics)), work
 
     def _halving(
         self,

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from jax_client.engine.core import programs
-from jax_client.engine.core.programs import CompileRecord, Program, compiling, enable_compilation_cache
+from jax_client.engine.core.programs import CompileRecord, Program, compiling
+from jax_client.engine.devices.compilation_cache import enable_compilation_cache
 from jax_client.engine.sample.sized import SizedPrograms
 from jax_client.threads import Workers
 

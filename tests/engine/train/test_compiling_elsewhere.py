@@ -14,8 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from jax_client.engine.core.programs import Program, enable_compilation_cache
+from jax_client.engine.core.programs import Program
 from jax_client.engine.core.requests import AdamSettings, GenerationRequest, LossSpec
+from jax_client.engine.devices.compilation_cache import enable_compilation_cache
 from jax_client.engine.engine import Engine
 from jax_client.errors import RequestFailedError
 from jax_client.values import LoraSpec, TrainExample

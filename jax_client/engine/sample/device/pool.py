@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jax_client.engine.devices.arrays import zeros
 from jax_client.engine.sample.pages import PAGE
 from jax_client.models.config import ModelConfig
 from jax_client.models.kernels.cache import PagedAttention
@@ -51,10 +52,7 @@ class PoolShapes:
     def new(self, ways: int, pages: int, states: int) -> Pool:
         """Return an empty cache of zeros, with `pages` and places for `states` for each way."""
         shapes = self.shapes(ways, pages, states)
-        if self._accelerator:
-            return {name: jnp.zeros(a.shape, a.dtype, device=a.sharding) for name, a in shapes.items()}
-        # Memory of a CPU is taken when a page is first written.
-        return {name: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding) for name, a in shapes.items()}
+        return {name: zeros(a.shape, a.dtype, a.sharding) for name, a in shapes.items()}
 
     def shapes(self, ways: int, pages: int, states: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the arrays of `new` as shapes with their places."""

@@ -20,9 +20,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jax_client.engine.core import memory
 from jax_client.engine.core.adapters import Weights
-from jax_client.engine.core.device_errors import is_out_of_memory
 from jax_client.engine.core.programs import CompileRecord, Program
 from jax_client.engine.core.turns import Elsewhere, Task
+from jax_client.engine.devices.device_errors import is_out_of_memory
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, output_head_VD, param_specs
 from jax_client.models.layers import InStack, from_bits
@@ -248,6 +248,22 @@ def _is_spec(leaf: object) -> bool:
     return isinstance(leaf, ParamSpec)
 
 
+def gather_program(
+    model: ModelConfig, dtype: jnp.dtype, mesh: Mesh, log: list[CompileRecord]
+) -> Program[[list[jax.Array]], list[jax.Array]]:
+    """Return the program that makes the copy: devices send each other what they lack, nothing goes through a host."""
+    places = [sharding_for(p.axes, p.shape, mesh) for _, p in _moved(model, dtype)]
+    return Program(
+        "gather_weights",
+        lambda arrays: arrays,
+        log,
+        lambda arrays: places,
+        lambda arrays: f"{len(arrays)} arrays",
+        kind="sample",
+        model=Program.model_text(model, dtype, mesh, None),
+    )
+
+
 class DecodeWeights:
     """Chooses the weights that sampling programs take, and makes the copy. For the dispatch thread.
 
@@ -257,6 +273,7 @@ class DecodeWeights:
 
     Attributes:
         allowed: whether a copy is made where it fits.
+        gather: makes it.
         now: what the programs take.
     """
 
@@ -266,17 +283,7 @@ class DecodeWeights:
         self.allowed = _of_use(mesh)
         moved = _moved(model, dtype)
         self._moved, specs = [i for i, _ in moved], [spec for _, spec in moved]
-        places = [sharding_for(p.axes, p.shape, mesh) for p in specs]
-        # A program, so that devices send each other what they lack, and nothing goes through the host.
-        self._gather = Program(
-            "gather_weights",
-            lambda arrays: arrays,
-            log,
-            lambda arrays: places,
-            lambda arrays: f"{len(arrays)} arrays",
-            kind="sample",
-            model=Program.model_text(model, dtype, mesh, None),
-        )
+        self.gather = gather_program(model, dtype, mesh, log)
         self._device_bytes = memory.tree_bytes(specs, mesh)
         self._devices_at_once = mesh.size if mesh.devices.flat[0].platform == "cpu" else 1  # that share a memory
 
@@ -290,7 +297,7 @@ class DecodeWeights:
         if self._chosen(free):
             leaves = jax.tree.leaves(self._stored)
             with contextlib.suppress(Exception):  # `choose` meets the same
-                yield Elsewhere(self._gather.begin(compilers, "first use", [leaves[i] for i in self._moved]))
+                yield Elsewhere(self.gather.begin(compilers, "first use", [leaves[i] for i in self._moved]))
 
     def _chosen(self, free: int) -> bool:
         fits = fit_whole(self._device_bytes * self._devices_at_once, free)
@@ -302,7 +309,7 @@ class DecodeWeights:
             return
         leaves, tree = jax.tree.flatten(self._stored)
         try:
-            moved = jax.block_until_ready(self._gather([leaves[i] for i in self._moved]))
+            moved = jax.block_until_ready(self.gather([leaves[i] for i in self._moved]))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
