@@ -111,7 +111,7 @@ class Leader:
     """
 
     def __init__(self, channels: Sequence[Channel]) -> None:
-        self._followers = [_Follower(channel) for channel in channels]
+        self._followers = [_Follower(channel, free=channel.hello.free) for channel in channels]
         self._turn = threading.Condition(threading.RLock())
         self._buffer: list[Callable[[_Follower], Verb]] = []
         self._engines, self._launches = itertools.count(1), itertools.count(1)

@@ -151,6 +151,7 @@ class Hello:
         devices: how many it has.
         kind: of them.
         pid: of its process.
+        free: bytes that each of its devices may allocate.
     """
 
     versions: Mapping[str, str]
@@ -158,6 +159,7 @@ class Hello:
     devices: int
     kind: str
     pid: int
+    free: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,9 +71,9 @@ def _join() -> Leader:
             f"EngineConfig.hosts is 'ray', but {here.name} is the only host of the Ray cluster. Wait for the others to "
             "join it ('ray status' shows them), or leave EngineConfig.hosts out."
         )
-    remote = ray.remote(FollowerActor)
+    remote = ray.remote(concurrency_groups=GROUPS)(FollowerActor)
     actors = [
-        remote.options(concurrency_groups=GROUPS, max_restarts=0, **ray_cluster.on_host(host)).remote(environment())
+        remote.options(max_restarts=0, **ray_cluster.on_host(host)).remote(environment())
         for host in others
     ]
     _refuse_other_versions(ray, others, actors, versions())
