@@ -31,12 +31,13 @@ import contextlib
 import enum
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from jax_client import interpreter_end
 
@@ -66,6 +67,7 @@ class Part:
         owns: what it keeps, in words.
         at_exit: `f(owner)` by exit step; `f()` of a part without an owner.
         after_fork: likewise, called in the child.
+        at_loss: `f() -> lines`, called when devices are lost for good, and the process will end.
         owner: the object to which it belongs, whose end ends the part; None for a module.
     """
 
@@ -73,6 +75,7 @@ class Part:
     owns: str
     at_exit: Mapping[Step, Callable[..., object]]
     after_fork: Callable[..., object] | None
+    at_loss: Callable[[], list[str]] | None
     owner: weakref.ref[Any] | None
 
     def call(self, function: Callable[..., object]) -> None:
@@ -99,6 +102,7 @@ def register(
     *,
     at_exit: Mapping[Step, Callable[..., object]] | None = None,
     after_fork: Callable[..., object] | None = None,
+    at_loss: Callable[[], list[str]] | None = None,
     owner: object = None,
 ) -> None:
     """Add a part. Within a step, and after a fork, parts are called in the order of their registration.
@@ -109,11 +113,12 @@ def register(
         at_exit: `f()`, or `f(owner)` where there is one, by exit step. It starts no thread.
         after_fork: `f()` or `f(owner)`, called in the child, where no other thread of the parent's exists. A part with
             an owner is forgotten there afterwards.
+        at_loss: `f() -> lines` saves what can be saved, and says where that is.
         owner: is referred to weakly; the part ends with it, or by `unregister`.
     """
     key = id(owner)
     reference = None if owner is None else weakref.ref(owner, lambda _: _parts.pop(key, None))
-    part = Part(name=name, owns=owns, at_exit=at_exit or {}, after_fork=after_fork, owner=reference)
+    part = Part(name=name, owns=owns, at_exit=at_exit or {}, after_fork=after_fork, at_loss=at_loss, owner=reference)
     _parts[id(part) if owner is None else key] = part
 
 
@@ -126,6 +131,26 @@ def run_exit_steps_before_others() -> None:
     """Have the exit steps run before every `atexit` callback that is registered already, such as those of jax."""
     atexit.unregister(_run_exit_steps)
     atexit.register(_run_exit_steps)
+
+
+def save_after_loss() -> list[str]:
+    """Save what this process holds, as devices are lost for good; return where that is, in lines for people."""
+    lines: list[str] = []
+    for part in _parts.copy().values():
+        if part.at_loss is not None:
+            try:
+                lines += part.at_loss()
+            except Exception:
+                logger.exception("%s: what it holds could not be saved", part.name)
+    return lines
+
+
+def end_now(code: int) -> NoReturn:
+    """End the process with an exit code, without its finalisation, in which threads that hang would take part."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)
 
 
 def ending() -> bool:

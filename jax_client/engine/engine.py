@@ -34,7 +34,7 @@ from jax_client.engine.core.requests import (
 from jax_client.engine.core.turns import NO_OWNER, Elsewhere, Lane, Task
 from jax_client.engine.devices.arrays import fetch, put_whole, zeros
 from jax_client.engine.devices.compilation_cache import enable_compilation_cache
-from jax_client.engine.devices.device_errors import named_error
+from jax_client.engine.devices.device_errors import is_device_failure, named_error
 from jax_client.engine.devices.engine_hosts import EngineHosts
 from jax_client.engine.devices.local import local_device
 from jax_client.engine.hosts.start import lead_other_hosts
@@ -120,6 +120,7 @@ class Engine:
             programs = *self.trainer.programs.all, *self.sampler.programs, self._logits
             self._others.share(programs, self.attention.name, self.sampler.attention.name)
             self._others.leader.call_when_lost(self)
+            self.sampler.is_loss = self._is_loss
         self._dispatcher = Dispatcher("jax_client")
         self._packers = InTurn("jax_client-pack", PACKERS, ready=1)
         self.monitor = EngineMonitor(
@@ -339,6 +340,13 @@ class Engine:
             self._others.close()
         process.unregister(self)
 
+    def _is_loss(self, error: BaseException) -> bool:
+        """Return whether an error shows that a host of the mesh is lost; all requests fail then, soon."""
+        lost = self._others is not None and is_device_failure(error)
+        if lost and self._others is not None:
+            self._others.leader.suspect(error)
+        return lost
+
     def hosts_lost(self, error: RequestFailedError) -> None:
         """Fail all requests, and do no more work: a host of the mesh is gone. Adapters stay, to be saved."""
         self._dispatcher.die(error)
@@ -409,6 +417,8 @@ class Engine:
         try:
             return (yield from task)
         except BaseException as error:
+            if self._is_loss(error):
+                yield Elsewhere(Future())  # for ever: all requests are failed with what is lost
             named = named_error(error)
             if named is error:
                 raise

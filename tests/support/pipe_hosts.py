@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import queue
 import subprocess
 import sys
 import threading
@@ -20,7 +21,9 @@ class PipeChannel:
         self._lock = threading.Lock()
         self._waiting: dict[int, Future[Any]] = {}
         self._next = 0
-        threading.Thread(target=self._read, daemon=True).start()
+        self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for work in (self._read, self._write):
+            threading.Thread(target=work, daemon=True).start()
 
     def join(self, coordinator: str, count: int, number: int) -> Future[Any]:
         return self._ask("join", coordinator, count, number, 60)
@@ -49,22 +52,33 @@ class PipeChannel:
         with self._lock:
             number, self._next = self._next, self._next + 1
             self._waiting[number] = future
-            try:
-                pickle.dump((number, method, arguments), self.process.stdin)
-                self.process.stdin.flush()
-            except OSError as error:
-                self._waiting.pop(number).set_exception(error)
+            self._calls.put(pickle.dumps((number, method, arguments)))
         return future
+
+    def _write(self) -> None:
+        # On a thread of its own, as Ray does: a process that is stopped reads nothing, and the pipe is full soon.
+        try:
+            while True:
+                self.process.stdin.write(self._calls.get())
+                self.process.stdin.flush()
+        except OSError:
+            self._fail()
+
+    def _fail(self) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, {}
+        for future in waiting.values():
+            future.set_exception(ConnectionError("the process is gone"))
 
     def _read(self) -> None:
         try:
             while True:
                 number, ok, value = pickle.load(self.process.stdout)
-                future = self._waiting.pop(number)
+                with self._lock:
+                    future = self._waiting.pop(number)
                 future.set_result(value) if ok else future.set_exception(RuntimeError(value))
-        except Exception:
-            for future in self._waiting.copy().values():
-                future.set_exception(ConnectionError("the process is gone"))
+        except (EOFError, OSError):
+            self._fail()
 
 
 def start(count: int, environment: dict[str, str]) -> list[PipeChannel]:

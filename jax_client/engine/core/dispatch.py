@@ -120,7 +120,8 @@ class Dispatcher:
         """Stop after the step in hand; tasks that have not finished fail."""
         self._close_called = True
         abandoned = self._stop()
-        if threading.current_thread() is not self.thread:
+        # A thread that waits for a host that is lost does not end.
+        if threading.current_thread() is not self.thread and self._death is None:
             self.thread.join()
         _fail(abandoned, RequestFailedError("the engine was closed before this request was carried out."))
         self.workers.close(wait=False)

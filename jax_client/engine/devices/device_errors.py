@@ -14,6 +14,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in _first_line(error)
 
 
+def is_device_failure(error: BaseException) -> bool:
+    """Return whether a device failed, other than by running out of memory; the error may be named already."""
+    cause = error if isinstance(error, jax.errors.JaxRuntimeError) else error.__cause__
+    return isinstance(cause, jax.errors.JaxRuntimeError) and not is_out_of_memory(cause)
+
+
 def named_error(error: BaseException, where: str = "", remedy: str = SEND_LESS) -> BaseException:
     """Return the error that a future shows: device trouble by name with what to do, anything else as it is.
 

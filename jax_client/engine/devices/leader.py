@@ -4,27 +4,32 @@ This process runs the user's program and decides everything; the others follow. 
 under one lock, so that all devices see the same order. Nothing is sent back but that a host has followed so far: what
 the program reads is on this host's devices too.
 
-A host that dies, or is silent for `SILENCE_S`, is lost, and with it the engines on this mesh: XLA cannot go on without
-its devices. What the leading host has whole can still be copied from its devices.
+A host that dies, or is silent for `SILENCE_S`, is lost, and with it the engines on this mesh: XLA cannot continue
+without its devices. What this host has whole is then copied from its devices and saved, all requests fail, and the
+process ends with the exit code `LOST`.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import os
+import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from jax_client import process
+from jax_client.engine.devices.channel import Channel, Follower
 from jax_client.engine.devices.device_errors import is_out_of_memory
 from jax_client.engine.devices.local import local_zeros
 from jax_client.engine.devices.specs import described, from_parts, parts_by_process, spec_of
@@ -49,58 +54,12 @@ from jax_client.threads import start_thread
 logger = logging.getLogger(__name__)
 # Batches of verbs that a host may be behind.
 MAX_BEHIND = 64
-SILENCE_S = 30.0
+SILENCE_S = 20.0
 PING_S = 5.0
+# Between the errors of the requests and the end of the process: what the user's program does with them.
+GRACE_S = 10.0
+LOST = os.EX_TEMPFAIL  # the program can be started again
 LEAVE_S = 10.0
-
-
-class Channel(Protocol):
-    """The way to one host, which carries out in order what it is sent. Futures fail if the host is gone."""
-
-    @property
-    def name(self) -> str:
-        """Of the host, for people."""
-        ...
-
-    @property
-    def hello(self) -> Hello:
-        """What the host is."""
-        ...
-
-    def send(self, verbs: tuple[Verb, ...]) -> Future[Done]:
-        """Have verbs carried out after those before."""
-        ...
-
-    def load(self, load: Load) -> Future[str]:
-        """Have weights read, beside the verbs; return "" or why they cannot be."""
-        ...
-
-    def compile(self, compile_: Compile) -> Future[str]:
-        """Have a program compiled, beside the verbs; return "" or why it cannot be."""
-        ...
-
-    def ping(self) -> Future[int]:
-        """Return the bytes that each device may still allocate; at once, whatever else the host does."""
-        ...
-
-    def leave(self) -> Future[None]:
-        """Have the host leave jax's runtime."""
-        ...
-
-    def stop(self) -> None:
-        """End the host's process."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class _Follower:
-    """A host that follows, and how far."""
-
-    channel: Channel
-    behind: deque[tuple[float, Future[Done]]] = field(default_factory=deque)
-    free: int = 0
-    heard: float = field(default_factory=time.monotonic)
-    pinged: Future[int] | None = None
 
 
 class Leader:
@@ -111,9 +70,12 @@ class Leader:
     """
 
     def __init__(self, channels: Sequence[Channel]) -> None:
-        self._followers = [_Follower(channel, free=channel.hello.free) for channel in channels]
+        self._followers = [Follower(channel, free=channel.hello.free) for channel in channels]
+        # Held while something is told and done here, which may block for ever once another host's part is missing. What
+        # is known of the hosts has a lock of its own, for moments.
+        self._order = threading.RLock()
         self._turn = threading.Condition(threading.RLock())
-        self._buffer: list[Callable[[_Follower], Verb]] = []
+        self._buffer: list[Callable[[Follower], Verb]] = []
         self._engines, self._launches = itertools.count(1), itertools.count(1)
         self._next = 1  # number of an array
         self._arrays: dict[int, tuple[weakref.ref[Any], int]] = {}  # by Python's id of the array
@@ -135,23 +97,8 @@ class Leader:
 
     def health(self) -> list[dict[str, Any]]:
         """Return the other hosts and how they do; waits for nothing."""
-        now, found = time.monotonic(), []
-        for follower in self._followers:
-            hello = follower.channel.hello
-            state = "ready" if self._lost is None else "stopped"
-            silent = round(now - follower.heard, 1)
-            found.append(
-                {
-                    "host": follower.channel.name,
-                    "state": state,
-                    "pid": hello.pid,
-                    "devices": hello.devices,
-                    "silent_seconds": silent,
-                    "behind": len(follower.behind),
-                    "available_bytes": follower.free,
-                }
-            )
-        return found
+        state = "ready" if self._lost is None else "lost"
+        return [follower.described(state) for follower in self._followers]
 
     def call_when_lost(self, listener: Any) -> None:
         """Have `listener.hosts_lost(error)` called, on another thread, if a host is lost; refers to it weakly."""
@@ -168,18 +115,22 @@ class Leader:
         Raises:
             BadRequestError: a host cannot read them, or has others.
         """
-        with self._turn:
+        with self._order:
             self._check()
             first = self._take_numbers(count)
         answers = [(each, each.channel.load(load(first))) for each in self._followers]
         try:
-            arrays = read()
-        finally:
-            self._wait_for([answer for _, answer in answers], "load the weights")
-        for follower, answer in answers:
-            if why := answer.result():
-                raise BadRequestError(f"host {follower.channel.name}: {why}")
-        with self._turn:
+            try:
+                arrays = read()
+            finally:
+                self._wait_for([answer for _, answer in answers], "load the weights")
+            for follower, answer in answers:
+                if why := answer.result():
+                    raise BadRequestError(f"host {follower.channel.name}: {why}")
+        except BaseException:
+            self._freed.extend(range(first, first + count))
+            raise
+        with self._order:
             self._note(jax.tree.leaves(arrays), first)
         return arrays
 
@@ -193,7 +144,7 @@ class Leader:
 
     def close_engine(self, engine: int) -> None:
         """Have the other hosts forget an engine."""
-        with self._turn:
+        with self._order:
             if self._lost is None and not self._closed:
                 self._say(Close(engine))
                 self._flush()
@@ -202,7 +153,7 @@ class Leader:
         """Put a host array at a place that spans the hosts."""
         spec, parts = described(array.shape, array.dtype, place), parts_by_process(array, place)
         mine = from_parts(spec, parts(jax.process_index()))
-        with self._turn:
+        with self._order:
             self._check()
             number = self._note([mine], self._take_numbers(1))
             self._buffer.append(lambda follower: Put(number, spec, parts(follower.channel.hello.process)))
@@ -213,8 +164,7 @@ class Leader:
     def zeros(self, shape: tuple[int, ...], dtype: Any, place: Sharding) -> jax.Array:
         """Return zeros at a place that spans the hosts."""
         mine = local_zeros(shape, dtype, place)
-        with self._turn:
-            self._check()
+        with self._order:
             self._say(Zeros(self._note([mine], self._take_numbers(1)), described(shape, dtype, place)))
         return mine
 
@@ -243,7 +193,7 @@ class Leader:
             A function that waits for them, and raises if one of them cannot compile it: no host may call a program that
             another lacks, as it would wait for that one's part for ever.
         """
-        with self._turn:
+        with self._order:
             self._check()
             self._flush()  # the engine's programs may be among it
             compile_ = Compile(engine, program, dict(static), jax.tree.map(spec_of, arguments))
@@ -257,8 +207,14 @@ class Leader:
 
         return followed
 
+    def suspect(self, error: BaseException) -> None:
+        """Take an error of this host's devices for the loss of another host: a collective lacks its part."""
+        self._lose(f"the devices of the {len(self._followers) + 1} hosts no longer compute together ({error})")
+
     def refuse(self) -> None:
-        """Launch nothing any more."""
+        """Launch nothing any more; where a host is lost, end the process, as all is saved."""
+        if self._lost is not None:
+            process.end_now(LOST)
         with self._turn:
             self._closed = True
             self._turn.notify_all()
@@ -273,7 +229,7 @@ class Leader:
             follower.channel.stop()
 
     def _launch(self, verb: Callable[[int, int], Verb], run: Callable[[], Any]) -> Any:
-        with self._turn:
+        with self._order:
             self._make_room()
             number, first = next(self._launches), self._next
             self._say(verb(number, first))
@@ -292,25 +248,27 @@ class Leader:
 
     def _expect_failure(self, number: int) -> None:
         """Wait until every host has run out of memory at a launch, as this one; a host that has not is lost."""
-        self._wait_for([done for each in self._followers for _, done in each.behind], f"follow to launch {number}")
-        failed = self._failed.pop(number, set())
+        self._wait_for([done for each in self._followers for done in each.behind], f"follow to launch {number}")
+        with self._turn:
+            failed = self._failed.pop(number, set())
         for follower in self._followers:
             if follower.channel.name not in failed:
                 self._lose(f"host {follower.channel.name} had the memory for launch {number}, and this one had not")
 
     def _say(self, verb: Verb) -> None:
-        with self._turn:
+        with self._order:
             self._check()
             self._buffer.append(lambda _: verb)
 
     def _make_room(self) -> None:
-        """Wait while a host is too far behind. With the lock held, which others may have meanwhile."""
-        while any(len(each.behind) >= MAX_BEHIND for each in self._followers) and self._lost is None:
-            self._turn.wait(1.0)
-        self._check()
+        """Wait while a host is too far behind."""
+        with self._turn:
+            while any(len(each.behind) >= MAX_BEHIND for each in self._followers) and self._lost is None:
+                self._turn.wait(1.0)
+            self._check()
 
     def _flush(self, *, launch: bool = False) -> None:
-        """Send what has gathered, of which the last may be a launch. With the lock held."""
+        """Send what has gathered, of which the last may be a launch. In order."""
         freed = []
         while self._freed:
             freed.append(self._freed.popleft())
@@ -322,17 +280,18 @@ class Leader:
             return
         for follower in self._followers:
             done = follower.channel.send(tuple(verb(follower) for verb in buffer))
-            follower.behind.append((time.monotonic(), done))
+            with self._turn:
+                follower.behind.append(done)
             done.add_done_callback(lambda done, follower=follower: self._followed(follower, done))
 
-    def _followed(self, follower: _Follower, done: Future[Done]) -> None:
+    def _followed(self, follower: Follower, done: Future[Done]) -> None:
         error = None if done.cancelled() else done.exception()
         with self._turn:
             if error is not None:
                 self._lose(f"host {follower.channel.name} has failed: {error}")
                 return
             answer = done.result()
-            while follower.behind and follower.behind[0][1].done():
+            while follower.behind and follower.behind[0].done():
                 follower.behind.popleft()
             follower.free, follower.heard = answer.free, time.monotonic()
             for number in answer.failed:
@@ -340,12 +299,12 @@ class Leader:
             self._turn.notify_all()
 
     def _take_numbers(self, count: int) -> int:
-        """Return the first of some numbers that no array has. With the lock held."""
+        """Return the first of some numbers that no array has. In order."""
         first, self._next = self._next, self._next + count
         return first
 
     def _note(self, leaves: Sequence[jax.Array], first: int) -> int:
-        """Give arrays their numbers, from `first` on; return that. With the lock held."""
+        """Give arrays their numbers, from `first` on; return that. In order."""
         for number, array in enumerate(leaves, first):
             key = id(array)
             if key in self._arrays:  # a program returned an argument
@@ -369,7 +328,7 @@ class Leader:
             raise RequestFailedError("the other hosts have been released; make a new ServiceClient.", category="user")
 
     def _wait_for(self, answers: Sequence[Future[Any]], what: str) -> None:
-        """Wait for answers; raise if a host is lost meanwhile. May be called with the lock held, or without."""
+        """Wait for answers; raise if a host is lost meanwhile."""
         for answer in answers:
             answer.add_done_callback(lambda _: self._wake())
         with self._turn:
@@ -394,7 +353,7 @@ class Leader:
                 self._ping()
                 for follower in self._followers:
                     silent = time.monotonic() - follower.heard
-                    if silent > SILENCE_S + PING_S:
+                    if silent > SILENCE_S:
                         self._lose(f"host {follower.channel.name} has not answered for {silent:.0f} s")
 
     def _ping(self) -> None:
@@ -406,7 +365,7 @@ class Leader:
             follower.pinged = follower.channel.ping()
             follower.pinged.add_done_callback(lambda ping, follower=follower: self._heard(follower, ping))
 
-    def _heard(self, follower: _Follower, ping: Future[int]) -> None:
+    def _heard(self, follower: Follower, ping: Future[int]) -> None:
         error = None if ping.cancelled() else ping.exception()
         with self._turn:
             if error is not None:
@@ -419,15 +378,25 @@ class Leader:
         with self._turn:
             if self._lost is not None or self._closed:
                 return
-            self._lost = RequestFailedError(
-                f"{why}. The engine computed on {len(self._followers) + 1} hosts and cannot go on with fewer. What "
-                "this host holds of its runs is saved; start the program again, and go on from there.",
-                category="server",
-            )
+            self._lost = RequestFailedError(f"{why}. {self._consequence}", category="server")
             self._turn.notify_all()
         logger.error("%s", self._lost.message)
-        listeners = list(self._listeners)
-        start_thread("jax_client-hosts-lost", lambda: [each.hosts_lost(self._lost) for each in listeners])
+        start_thread("jax_client-hosts-lost", partial(self._end, self._lost))
+
+    @property
+    def _consequence(self) -> str:
+        return f"The engine computes on {len(self._followers) + 1} hosts and cannot continue with fewer."
+
+    def _end(self, lost: RequestFailedError) -> None:
+        """Save what this host has, fail all requests, and end the process soon."""
+        saved = process.save_after_loss()
+        told = " ".join([lost.message, "Start the program again, and continue from the newest checkpoint.", *saved])
+        self._lost = error = RequestFailedError(told, category="server")
+        for listener in list(self._listeners):
+            listener.hosts_lost(error)
+        print(f"jax_client: {told}", file=sys.stderr)
+        time.sleep(GRACE_S)
+        process.end_now(LOST)
 
 
 def gathered(arrays: list[jax.Array]) -> list[jax.Array]:

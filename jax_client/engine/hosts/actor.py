@@ -6,7 +6,9 @@ actor's environment has to be set before that.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -29,6 +31,9 @@ class FollowerActor:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         os.environ.update(environment)
+        with contextlib.suppress(ValueError):  # not the main thread
+            # A spot slice is told to end as a whole: this host waits while the leading one saves.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._follower: Follower | None = None
 
     def join(self, coordinator: str, count: int, process: int, timeout_s: int) -> Hello:

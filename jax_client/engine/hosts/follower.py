@@ -59,7 +59,9 @@ class Follower:
     def hello(self) -> Hello:
         """Return what this host is."""
         devices = jax.local_devices()
-        return Hello(versions(), jax.process_index(), len(devices), devices[0].device_kind, os.getpid(), self.free_bytes())
+        return Hello(
+            versions(), jax.process_index(), len(devices), devices[0].device_kind, os.getpid(), self.free_bytes()
+        )
 
     def free_bytes(self) -> int:
         """Return the bytes that each device may still allocate."""

@@ -72,10 +72,7 @@ def _join() -> Leader:
             "join it ('ray status' shows them), or leave EngineConfig.hosts out."
         )
     remote = ray.remote(concurrency_groups=GROUPS)(FollowerActor)
-    actors = [
-        remote.options(max_restarts=0, **ray_cluster.on_host(host)).remote(environment())
-        for host in others
-    ]
+    actors = [remote.options(max_restarts=0, **ray_cluster.on_host(host)).remote(environment()) for host in others]
     _refuse_other_versions(ray, others, actors, versions())
     coordinator = f"{here.address}:{os.environ.get('JAX_CLIENT_COORDINATOR_PORT') or _free_port(here.address)}"
     joins = [

@@ -5,12 +5,13 @@ Sizes are of one way of the mesh that rows are split; bytes are of one device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from jax_client.engine.sample.pages import PAGE
+from jax_client.engine.sample.pages import PAGE, Pages
 from jax_client.models.config import ModelConfig
 from jax_client.models.parts.gated_delta.layer import DELTA
 from jax_client.models.parts.self_attention import ATTENTION
@@ -87,3 +88,18 @@ class CacheSize:
     def bytes(self, pages: int) -> int:
         """Return what a cache with this number of pages takes."""
         return pages * self.page_bytes + self.states * self.state_bytes
+
+    def described(self, ways: Sequence[Pages], tensor: int) -> dict[str, float]:
+        """Return the size of a cache and what of it is in use, by the names under which these are shown.
+
+        Args:
+            ways: of the cache; empty where there is none.
+            tensor: ways that heads are split.
+        """
+        return {
+            "cache_tokens": sum(way.count for way in ways) * PAGE,
+            "cache_bytes": tensor * sum(self.bytes(way.count) for way in ways),
+            "pages_used": sum(way.used for way in ways),
+            "states_used": sum(way.states.used for way in ways),
+            "states_kept": sum(way.states.kept for way in ways),
+        }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, cast
@@ -57,6 +57,7 @@ class SamplingLoop:
         lane: where `serve` runs; the owners of its rows share its turns.
         attention: over the cache.
         programs: that it launches.
+        is_loss: `f(error) -> whether` another host of the mesh is lost.
         launches_ahead: whether a block may be launched before the one before it has been looked at. A CPU gains nothing
             by that: a block takes all of it, for longer.
     """
@@ -100,6 +101,7 @@ class SamplingLoop:
         self._counts: dict[int, jax.Array] = {}  # of steps, on the device
         self.launches_ahead = mesh.devices.flat[0].platform != "cpu"
         self.counts = Counts()
+        self.is_loss: Callable[[BaseException], bool] = lambda _: False
 
     def enqueue(self, snapshot: Snapshot | None, request: GenerationRequest) -> tuple[Future[GenerationResult], bool]:
         """Add a request; return the future of its answer, and whether a new `serve` task is needed for it.
@@ -141,6 +143,8 @@ class SamplingLoop:
             try:
                 yield from self._round()
             except Exception as error:
+                if self.is_loss(error):
+                    yield Elsewhere(Future())  # for ever: the engine fails all requests
                 self._weights.drop(for_good=is_out_of_memory(error))
                 self._fail_placed(named_error(error))
             with self._lock:
@@ -197,14 +201,9 @@ class SamplingLoop:
     def describe(self) -> dict[str, float]:
         """Return the sizes of the cache and of a copy of the weights, and what has been sampled."""
         schedule = self._schedule
-        ways = [] if schedule is None else schedule.pages
         return {
-            "cache_tokens": sum(way.count for way in ways) * PAGE,
-            "cache_bytes": self._mesh.shape["tensor"] * sum(self._cache.bytes(way.count) for way in ways),
+            **self._cache.described([] if schedule is None else schedule.pages, self._mesh.shape["tensor"]),
             "decode_weights_bytes": self._weights.bytes * self._mesh.size,
-            "pages_used": sum(way.used for way in ways),
-            "states_used": sum(way.states.used for way in ways),
-            "states_kept": sum(way.states.kept for way in ways),
             "rows_running": 0 if schedule is None else len(schedule.placed),
             "rows_waiting": self._waiting_rows,
             **self.counts.described(),

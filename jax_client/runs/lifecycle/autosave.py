@@ -225,6 +225,14 @@ def _save_watched(asked: _SaveAll) -> None:
         asked.done.set()
 
 
+def _save_after_loss() -> list[str]:
+    """Save every watched run; return a line with each one's newest checkpoint."""
+    with _lock:
+        checkpointers = list(_watched)
+    _save_all(SIGNAL_SECONDS, mirror_seconds=0.0)
+    return [f"Run {each.run_id}: {'no checkpoint' if each.newest is None else each.newest}." for each in checkpointers]
+
+
 def _end_thread() -> None:
     _asked.put(_End())
 
@@ -238,6 +246,7 @@ process.register(
         Step.ENGINES: _end_thread,
     },
     after_fork=_after_fork,
+    at_loss=_save_after_loss,
 )
 
 

@@ -51,6 +51,7 @@ class RunCheckpointer:
 
     Attributes:
         optimizer_config: the settings of the newest `optim_step`, None before the first.
+        newest: the checkpoint from which training can be continued; None before the first.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class RunCheckpointer:
         self.store = store
         self.spec = spec
         self.optimizer_config: AdamSettings | None = None
+        self.newest: CheckpointKey | None = source
         model_ref.retain()
         self._model_ref = model_ref
         self._engine = model_ref.model.engine
@@ -106,7 +108,7 @@ class RunCheckpointer:
             ttl_seconds=ttl_seconds,
         )
         if kind == "weights":
-            self._saved = max(self._saved, held.version)
+            self._saved, self.newest = max(self._saved, held.version), path
         event = "autosave" if name in SLOTS else "save"
         self.observed.event(event, state.step, path=str(path), seconds=time.monotonic() - began)
         return path
