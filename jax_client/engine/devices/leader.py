@@ -11,6 +11,7 @@ process ends with the exit code `LOST`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -22,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -214,7 +215,7 @@ class Leader:
     def refuse(self) -> None:
         """Launch nothing any more; where a host is lost, end the process, as all is saved."""
         if self._lost is not None:
-            process.end_now(LOST)
+            self._end_now()
         with self._turn:
             self._closed = True
             self._turn.notify_all()
@@ -396,6 +397,12 @@ class Leader:
             listener.hosts_lost(error)
         print(f"jax_client: {told}", file=sys.stderr)
         time.sleep(GRACE_S)
+        self._end_now()
+
+    def _end_now(self) -> NoReturn:
+        for follower in self._followers:  # one that hangs would stay
+            with contextlib.suppress(Exception):
+                follower.channel.stop()
         process.end_now(LOST)
 
 
