@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 CHILD = Path(__file__).with_name("hosts_child.py")
 
@@ -24,7 +25,12 @@ def command(directory: Path, hosts: int, devices: int, case: str, mesh: dict[str
 
 def run_numbers(directory: Path, hosts: int, devices: int, case: str, mesh: dict[str, int]) -> dict[str, str]:
     """Return the hashes of all that a case computes on hosts with some devices each."""
-    arguments = command(directory, hosts, devices, case, mesh, "numbers")
+    return run_json(directory, hosts, devices, case, mesh, "numbers")
+
+
+def run_json(directory: Path, hosts: int, devices: int, case: str, mesh: dict[str, int], what: str) -> dict[str, Any]:
+    """Return what a child prints at its end."""
+    arguments = command(directory, hosts, devices, case, mesh, what)
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -2,7 +2,8 @@
 
     python tests/support/hosts_child.py HOSTS DEVICES MESH CASE DIRECTORY COMMAND
 
-`numbers` prints hashes of everything that is computed, as JSON. `loop` trains and samples until it is ended; a line for
+`numbers` prints hashes of everything that is computed, as JSON. A number has three clients do as many things at random,
+and prints what each host has launched. `loop` trains and samples until it is ended; a line for
 each thing done says so.
 """
 
@@ -99,6 +100,56 @@ def loop(service: Any, model: str, config: dict[str, Any]) -> None:
             client.save_state("three").result()
 
 
+def at_random(service: Any, model: str, config: dict[str, Any], operations: int) -> dict[str, Any]:
+    """Have three clients do things at once; return what was launched, as each host says."""
+    import random
+    import threading
+    import time
+
+    from tinker import types
+
+    from jax_client.engine.devices import leader
+    from support import number_hashes as hashes
+
+    data, failed = hashes.datums(config), []
+    clients = [service.create_lora_training_client(model, rank=4, seed=i).result() for i in range(3)]
+
+    def work(number: int) -> None:
+        client, draw, waiting = clients[number], random.Random(number), []
+        prompt, params = types.ModelInput.from_ints([5, 6, 7, 8]), types.SamplingParams(max_tokens=5, seed=1)
+        sampler = client.save_weights_and_get_sampling_client().result()
+        for i in range(operations // 3):
+            kind = draw.choice(("train", "train", "forward", "custom", "sample", "sample", "save", "new sampler"))
+            some = draw.sample(data, draw.randint(1, 3))
+            if kind == "train":
+                waiting += [client.forward_backward(some, "cross_entropy"), client.optim_step(hashes.ADAM)]
+            elif kind == "forward":
+                waiting.append(client.forward(some, "cross_entropy"))
+            elif kind == "custom":
+                waiting.append(client.forward_backward_custom(some, lambda _, x: (sum(a.sum() for a in x), {})))
+                waiting.append(client.optim_step(hashes.ADAM))
+            elif kind == "sample":
+                waiting.append(sampler.sample(prompt, draw.randint(1, 4), params))
+            elif kind == "save":
+                waiting.append(client.save_state(f"s{i}"))
+            else:
+                sampler = client.save_weights_and_get_sampling_client().result()
+            if draw.random() < 0.2:
+                try:
+                    [each.result() for each in waiting]
+                except Exception as error:
+                    failed.append(repr(error))
+                waiting.clear()
+        [each.result() for each in waiting]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    time.sleep(1)  # until the others have answered
+    hosts = leader.current().health()
+    return {"failed": failed, "own": leader.current().launches, "others": [host["launches"] for host in hosts]}
+
+
 def main() -> None:
     """Run what the command line says."""
     hosts, devices, mesh, case, directory, command = sys.argv[1:]
@@ -112,6 +163,8 @@ def main() -> None:
     with jax_client.ServiceClient(config=jax_client.EngineConfig(**settings)) as service:
         if command == "numbers":
             print(json.dumps(numbers(service, model, config, Path(directory) / "state")), flush=True)
+        elif command.isdecimal():
+            print(json.dumps(at_random(service, model, config, int(command))), flush=True)
         else:
             loop(service, model, config)
 

@@ -55,15 +55,17 @@ class Follower:
 
     Attributes:
         channel: to it.
-        behind: what it has been sent and has not answered.
+        behind: what it has been sent and has not answered, with the log of launches of this host after that.
         free: bytes that each of its devices may still allocate, as it last said.
+        log: of its launches, as it last said.
         heard: when it last said anything.
         pinged: the newest ping.
     """
 
     channel: Channel
-    behind: deque[Future[Done]] = field(default_factory=deque)
+    behind: deque[tuple[str, Future[Done]]] = field(default_factory=deque)
     free: int = 0
+    log: str = ""
     heard: float = field(default_factory=time.monotonic)
     pinged: Future[int] | None = None
 
@@ -76,5 +78,6 @@ class Follower:
             "devices": self.channel.hello.devices,
             "silent_seconds": round(time.monotonic() - self.heard, 1),
             "behind": len(self.behind),
+            "launches": self.log,
             "available_bytes": self.free,
         }

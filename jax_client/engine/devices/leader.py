@@ -42,6 +42,7 @@ from jax_client.engine.devices.verbs import (
     Free,
     Gather,
     Hello,
+    LaunchLog,
     Load,
     Programs,
     Put,
@@ -79,6 +80,7 @@ class Leader:
         self._buffer: list[Callable[[Follower], Verb]] = []
         self._engines, self._launches = itertools.count(1), itertools.count(1)
         self._next = 1  # number of an array
+        self._log = LaunchLog()
         self._arrays: dict[int, tuple[weakref.ref[Any], int]] = {}  # by Python's id of the array
         self._freed: deque[int] = deque()  # a destructor appends, with any lock held
         self._failed: dict[int, set[str]] = {}  # launches that ran out of memory: on which hosts
@@ -100,6 +102,11 @@ class Leader:
         """Return the other hosts and how they do; waits for nothing."""
         state = "ready" if self._lost is None else "lost"
         return [follower.described(state) for follower in self._followers]
+
+    @property
+    def launches(self) -> str:
+        """What has been launched so far, as one number."""
+        return self._log.digest
 
     def call_when_lost(self, listener: Any) -> None:
         """Have `listener.hosts_lost(error)` called, on another thread, if a host is lost; refers to it weakly."""
@@ -174,7 +181,7 @@ class Leader:
     ) -> Any:
         """Run a compiled program on all hosts; return what it returns here."""
 
-        def verb(number: int, first: int) -> Verb:
+        def verb(number: int, first: int) -> Call:
             return Call(number, engine, program, static, jax.tree.map(self._number_of, arguments), first)
 
         return self._launch(verb, lambda: run(*arguments))
@@ -182,7 +189,7 @@ class Leader:
     def gather(self, arrays: list[jax.Array]) -> list[jax.Array]:
         """Return arrays that every device has whole."""
 
-        def verb(number: int, first: int) -> Verb:
+        def verb(number: int, first: int) -> Gather:
             return Gather(number, tuple(map(self._number_of, arrays)), first)
 
         return self._launch(verb, lambda: gathered(arrays))
@@ -229,11 +236,13 @@ class Leader:
         for follower in self._followers:
             follower.channel.stop()
 
-    def _launch(self, verb: Callable[[int, int], Verb], run: Callable[[], Any]) -> Any:
+    def _launch(self, verb: Callable[[int, int], Call | Gather], run: Callable[[], Any]) -> Any:
         with self._order:
             self._make_room()
             number, first = next(self._launches), self._next
-            self._say(verb(number, first))
+            told = verb(number, first)
+            self._log.add(told)
+            self._say(told)
             self._flush(launch=True)
             try:
                 out = run()
@@ -249,7 +258,7 @@ class Leader:
 
     def _expect_failure(self, number: int) -> None:
         """Wait until every host has run out of memory at a launch, as this one; a host that has not is lost."""
-        self._wait_for([done for each in self._followers for done in each.behind], f"follow to launch {number}")
+        self._wait_for([done for each in self._followers for _, done in each.behind], f"follow to launch {number}")
         with self._turn:
             failed = self._failed.pop(number, set())
         for follower in self._followers:
@@ -282,7 +291,7 @@ class Leader:
         for follower in self._followers:
             done = follower.channel.send(tuple(verb(follower) for verb in buffer))
             with self._turn:
-                follower.behind.append(done)
+                follower.behind.append((self._log.digest, done))
             done.add_done_callback(lambda done, follower=follower: self._followed(follower, done))
 
     def _followed(self, follower: Follower, done: Future[Done]) -> None:
@@ -292,8 +301,12 @@ class Leader:
                 self._lose(f"host {follower.channel.name} has failed: {error}")
                 return
             answer = done.result()
-            while follower.behind and follower.behind[0].done():
-                follower.behind.popleft()
+            while follower.behind and follower.behind[0][1].done():
+                expected, earliest = follower.behind.popleft()
+                if earliest.exception() is None and (theirs := earliest.result().log) != expected:
+                    self._lose(f"host {follower.channel.name} has launched something else ({theirs}, not {expected})")
+                    return
+                follower.log = expected
             follower.free, follower.heard = answer.free, time.monotonic()
             for number in answer.failed:
                 self._failed.setdefault(number, set()).add(follower.channel.name)

@@ -6,7 +6,8 @@ gives: the same number is the same array everywhere, of which each host has its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,14 +163,44 @@ class Hello:
     free: int
 
 
+class LaunchLog:
+    """What a host has launched so far, as one number: the same on all hosts, or they no longer compute one thing."""
+
+    def __init__(self) -> None:
+        self.digest = ""
+
+    def add(self, verb: Call | Gather) -> None:
+        """Note a launch."""
+        what = [self.digest, verb.number, verb.first]
+        if isinstance(verb, Call):
+            what += [verb.engine, verb.program, sorted(verb.static), *_leaves(verb.arguments)]
+        else:
+            what += verb.arrays
+        self.digest = hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
+
+
+def _leaves(tree: Any) -> Iterator[int]:
+    """Yield the numbers in a tree of dicts, lists and tuples, the dicts in the order of their names."""
+    if isinstance(tree, dict):
+        for name in sorted(tree):
+            yield from _leaves(tree[name])
+    elif isinstance(tree, list | tuple):
+        for each in tree:
+            yield from _leaves(each)
+    else:
+        yield tree
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
     """The answer to verbs that were carried out.
 
     Attributes:
         free: bytes that each of the host's devices may still allocate.
+        log: `LaunchLog.digest` after them.
         failed: launches that ran out of memory, and in which words.
     """
 
     free: int
+    log: str
     failed: Mapping[int, str] = field(default_factory=dict)

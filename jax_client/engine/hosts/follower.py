@@ -26,6 +26,7 @@ from jax_client.engine.devices.verbs import (
     Free,
     Gather,
     Hello,
+    LaunchLog,
     Load,
     Programs,
     Put,
@@ -54,6 +55,7 @@ class Follower:
         self._programs: dict[int, dict[str, Program[..., Any]]] = {}
         self._made = threading.Condition()
         self._fraction = 1.0
+        self._launches = LaunchLog()
         self._log: list[CompileRecord] = []
 
     def hello(self) -> Hello:
@@ -107,12 +109,14 @@ class Follower:
         failed: dict[int, str] = {}
         for verb in verbs:
             try:
+                if isinstance(verb, Call | Gather):
+                    self._launches.add(verb)
                 self._carry_out(verb)
             except Exception as error:
                 if not (isinstance(verb, Call | Gather) and is_out_of_memory(error)):
                     raise
                 failed[verb.number] = str(error)
-        return Done(self.free_bytes(), failed)
+        return Done(self.free_bytes(), self._launches.digest, failed)
 
     def _carry_out(self, verb: Verb) -> None:
         match verb:
