@@ -97,7 +97,7 @@ def write(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def _orbax_serves() -> bool:
     # Here: a process that only lists checkpoints imports no jax.
-    from jax_client.engine.devices.leader import leads
+    from jax_client.engine.devices.current import leads
 
     return pools_serve() and leads() is None
 

@@ -117,8 +117,9 @@ class Engine:
         )
         self._logits = logits_program(self.dtype, self.attention, self.mesh, self._log)
         if self._others is not None:
-            programs = *self.trainer.programs.all, *self.sampler.programs, self._logits
-            self._others.share(programs, self.attention.name, self.sampler.attention.name)
+            self._others.make_programs(self.attention.name, self.sampler.attention.name)
+            for program in (*self.trainer.programs.all, *self.sampler.programs, self._logits):
+                program.others = self._others
             self._others.leader.call_when_lost(self)
             self.sampler.is_loss = self._is_loss
         self._dispatcher = Dispatcher("jax_client")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_client.engine.core import adapters
-from jax_client.engine.devices import leader
+from jax_client.engine.devices.current import current
 from jax_client.engine.devices.local import local_device
 from jax_client.errors import DoesNotFitError
 from jax_client.losses.logprob_head import Blocks
@@ -95,7 +95,7 @@ def free_bytes(mesh: Mesh, fraction: float = 1.0) -> int:
         fraction: of a device's whole memory that a process may fill.
     """
     own = available_bytes(local_device(mesh), fraction)
-    return min(own, leader.current().free_bytes()) if mesh.is_multi_process else own
+    return min(own, current().free_bytes()) if mesh.is_multi_process else own
 
 
 @functools.cache

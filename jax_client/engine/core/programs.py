@@ -39,11 +39,11 @@ R = TypeVar("R")
 class OtherHosts(Protocol):
     """Has the other hosts of a mesh do what this one does with an engine's programs."""
 
-    def call(self, program: str, run: Callable[..., Any], args: tuple[Any, ...], static: Mapping[str, Any]) -> Any:
+    def call(self, program: str, run: Callable[..., R], args: tuple[object, ...], static: Mapping[str, object]) -> R:
         """Run a compiled program on all hosts; return what it returns here."""
         ...
 
-    def compile(self, program: str, args: tuple[Any, ...], static: Mapping[str, Any]) -> Callable[[], None]:
+    def compile(self, program: str, args: tuple[object, ...], static: Mapping[str, object]) -> Callable[[], None]:
         """Begin to compile a program on the others; return a function that waits for that, and raises if it fails."""
         ...
 
@@ -311,6 +311,9 @@ class Program(Generic[P, R]):
         self._log.append(record)
         logger.info("%s %s (%s) in %.1f s", "loaded" if cached else "compiled", self.name, text, seconds)
         return compiled
+
+
+AnyProgram = Program[..., Any]
 
 
 def _without_frames(args: object) -> contextlib.AbstractContextManager[object]:

@@ -5,24 +5,25 @@ Nothing else puts arrays on an engine's mesh: on a mesh of several hosts the oth
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from jax_client.engine.devices import leader
+from jax_client.engine.devices.current import current
 from jax_client.engine.devices.local import local_zeros, whole_here
 from jax_client.sharding import place_of_rows, replicated
 
-Tree = TypeVar("Tree")
+# A tree like that of the arrays, which types cannot say.
+Fetched = Any
 
 
 def put(array: np.ndarray | np.generic, place: Sharding) -> jax.Array:
     """Put a host array or scalar at a place of a mesh."""
     if place.is_fully_addressable:
         return jax.device_put(array, place)
-    return leader.current().put(np.asarray(array), place)
+    return current().put(np.asarray(array), place)
 
 
 def put_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
@@ -35,14 +36,14 @@ def put_whole(array: np.ndarray | np.generic, mesh: Mesh) -> jax.Array:
     return put(array, replicated(mesh))
 
 
-def zeros(shape: tuple[int, ...], dtype: Any, place: Sharding) -> jax.Array:
+def zeros(shape: tuple[int, ...], dtype: np.dtype, place: Sharding) -> jax.Array:
     """Return zeros at a place of a mesh. Nothing is compiled; a CPU's memory is taken when it is first written."""
     if place.is_fully_addressable:
         return local_zeros(shape, dtype, place)
-    return leader.current().zeros(shape, dtype, place)
+    return current().zeros(shape, dtype, place)
 
 
-def fetch(tree: Tree) -> Tree:
+def fetch(tree: object) -> Fetched:
     """Copy a tree of arrays to the host, as numpy arrays. Waits for them; not for the dispatch thread.
 
     What this host's devices do not have whole comes from those of the others.
@@ -57,6 +58,6 @@ def fetch(tree: Tree) -> Tree:
         else:
             leaves[i] = whole
     if far:
-        for i, whole in zip(far, leader.current().gather([leaves[i] for i in far]), strict=True):
+        for i, whole in zip(far, current().gather([leaves[i] for i in far]), strict=True):
             leaves[i] = whole
     return jax.tree.unflatten(treedef, jax.device_get(leaves))

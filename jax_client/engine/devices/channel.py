@@ -6,7 +6,7 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from jax_client.engine.devices.verbs import Compile, Done, Hello, Load, Verb
 
@@ -69,7 +69,7 @@ class Follower:
     heard: float = field(default_factory=time.monotonic)
     pinged: Future[int] | None = None
 
-    def described(self, state: str) -> dict[str, Any]:
+    def described(self, state: str) -> dict[str, object]:
         """Return what it is and how it does, for people; waits for nothing."""
         return {
             "host": self.channel.name,

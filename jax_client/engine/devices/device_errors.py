@@ -16,8 +16,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_device_failure(error: BaseException) -> bool:
     """Return whether a device failed, other than by running out of memory; the error may be named already."""
-    cause = error if isinstance(error, jax.errors.JaxRuntimeError) else error.__cause__
-    return isinstance(cause, jax.errors.JaxRuntimeError) and not is_out_of_memory(cause)
+    cause: BaseException | None = error if isinstance(error, jax.errors.JaxRuntimeError) else error.__cause__
+    return cause is not None and isinstance(cause, jax.errors.JaxRuntimeError) and not is_out_of_memory(cause)
 
 
 def named_error(error: BaseException, where: str = "", remedy: str = SEND_LESS) -> BaseException:

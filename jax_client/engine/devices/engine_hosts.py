@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, param_specs
 from jax_client.weights.read.identity import fingerprint
 from jax_client.weights.read.source import ModelSource
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,17 +77,15 @@ class EngineHosts:
 
         return self.leader.load(load, len(jax.tree.leaves(param_specs(model, self.dtype))), read)
 
-    def share(self, programs: Iterable[Any], attention: str, paged: str) -> None:
-        """Have the other hosts make the engine's programs, and run these with them."""
+    def make_programs(self, attention: str, paged: str) -> None:
+        """Have the other hosts make the engine's programs, with attentions of these names."""
         self.leader.make_programs(self.number, attention, paged)
-        for program in programs:
-            program.others = self
 
-    def call(self, program: str, run: Callable[..., Any], args: tuple[Any, ...], static: Mapping[str, Any]) -> Any:
+    def call(self, program: str, run: Callable[..., R], args: tuple[object, ...], static: Mapping[str, object]) -> R:
         """Run a compiled program on all hosts; return what it returns here."""
         return self.leader.call(self.number, program, run, args, static)
 
-    def compile(self, program: str, args: tuple[Any, ...], static: Mapping[str, Any]) -> Callable[[], None]:
+    def compile(self, program: str, args: tuple[object, ...], static: Mapping[str, object]) -> Callable[[], None]:
         """Begin to compile a program on the others; return a function that waits for that, and raises if it fails."""
         return self.leader.compile(self.number, program, args, static)
 

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ from jax.sharding import Sharding
 from jax_client import process
 from jax_client.engine.devices.channel import Channel, Follower
 from jax_client.engine.devices.device_errors import is_out_of_memory
-from jax_client.engine.devices.local import local_zeros
+from jax_client.engine.devices.local import gathered, local_zeros
 from jax_client.engine.devices.specs import described, from_parts, parts_by_process, spec_of
 from jax_client.engine.devices.verbs import (
     Call,
@@ -50,10 +50,10 @@ from jax_client.engine.devices.verbs import (
     Zeros,
 )
 from jax_client.errors import BadRequestError, RequestFailedError
-from jax_client.sharding import replicated
 from jax_client.threads import start_thread
 
 logger = logging.getLogger(__name__)
+R = TypeVar("R")
 # Batches of verbs that a host may be behind.
 MAX_BEHIND = 64
 SILENCE_S = 20.0
@@ -62,6 +62,14 @@ PING_S = 5.0
 GRACE_S = 10.0
 LOST = os.EX_TEMPFAIL  # the program can be started again
 LEAVE_S = 10.0
+
+
+class Listener(Protocol):
+    """Asked to be told when a host is lost."""
+
+    def hosts_lost(self, error: RequestFailedError) -> None:
+        """Fail all requests with this error, and do no more work."""
+        ...
 
 
 class Leader:
@@ -81,11 +89,11 @@ class Leader:
         self._engines, self._launches = itertools.count(1), itertools.count(1)
         self._next = 1  # number of an array
         self._log = LaunchLog()
-        self._arrays: dict[int, tuple[weakref.ref[Any], int]] = {}  # by Python's id of the array
+        self._arrays: dict[int, tuple[weakref.ref[jax.Array], int]] = {}  # by Python's id of the array
         self._freed: deque[int] = deque()  # a destructor appends, with any lock held
         self._failed: dict[int, set[str]] = {}  # launches that ran out of memory: on which hosts
         self._lost: RequestFailedError | None = None
-        self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
         self._closed = False
         self._watch = start_thread("jax_client-hosts", self._look_after)
 
@@ -98,7 +106,7 @@ class Leader:
         """Return the bytes that each device of the other hosts may still allocate, as they last said."""
         return min(follower.free for follower in self._followers)
 
-    def health(self) -> list[dict[str, Any]]:
+    def health(self) -> list[dict[str, object]]:
         """Return the other hosts and how they do; waits for nothing."""
         state = "ready" if self._lost is None else "lost"
         return [follower.described(state) for follower in self._followers]
@@ -108,11 +116,11 @@ class Leader:
         """What has been launched so far, as one number."""
         return self._log.digest
 
-    def call_when_lost(self, listener: Any) -> None:
+    def call_when_lost(self, listener: Listener) -> None:
         """Have `listener.hosts_lost(error)` called, on another thread, if a host is lost; refers to it weakly."""
         self._listeners.add(listener)
 
-    def load(self, load: Callable[[int], Load], count: int, read: Callable[[], Any]) -> Any:
+    def load(self, load: Callable[[int], Load], count: int, read: Callable[[], R]) -> R:
         """Have all hosts read their parts of a model's weights; return the tree of arrays.
 
         Args:
@@ -169,7 +177,7 @@ class Leader:
                 self._flush()
         return mine
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any, place: Sharding) -> jax.Array:
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype, place: Sharding) -> jax.Array:
         """Return zeros at a place that spans the hosts."""
         mine = local_zeros(shape, dtype, place)
         with self._order:
@@ -177,8 +185,13 @@ class Leader:
         return mine
 
     def call(
-        self, engine: int, program: str, run: Callable[..., Any], arguments: tuple[Any, ...], static: Mapping[str, Any]
-    ) -> Any:
+        self,
+        engine: int,
+        program: str,
+        run: Callable[..., R],
+        arguments: tuple[object, ...],
+        static: Mapping[str, object],
+    ) -> R:
         """Run a compiled program on all hosts; return what it returns here."""
 
         def verb(number: int, first: int) -> Call:
@@ -194,7 +207,7 @@ class Leader:
 
         return self._launch(verb, lambda: gathered(arrays))
 
-    def compile(self, engine: int, program: str, arguments: Any, static: Mapping[str, Any]) -> Callable[[], None]:
+    def compile(self, engine: int, program: str, arguments: object, static: Mapping[str, object]) -> Callable[[], None]:
         """Begin to compile a program on the other hosts.
 
         Returns:
@@ -236,7 +249,7 @@ class Leader:
         for follower in self._followers:
             follower.channel.stop()
 
-    def _launch(self, verb: Callable[[int, int], Call | Gather], run: Callable[[], Any]) -> Any:
+    def _launch(self, verb: Callable[[int, int], Call | Gather], run: Callable[[], R]) -> R:
         with self._order:
             self._make_room()
             number, first = next(self._launches), self._next
@@ -341,7 +354,7 @@ class Leader:
         if self._closed:
             raise RequestFailedError("the other hosts have been released; make a new ServiceClient.", category="user")
 
-    def _wait_for(self, answers: Sequence[Future[Any]], what: str) -> None:
+    def _wait_for(self, answers: Sequence[Future[Done] | Future[str]], deed: str) -> None:
         """Wait for answers; raise if a host is lost meanwhile."""
         for answer in answers:
             answer.add_done_callback(lambda _: self._wake())
@@ -351,7 +364,7 @@ class Leader:
                 self._turn.wait(1.0)
             for answer in answers:
                 if (error := answer.exception()) is not None:
-                    self._lose(f"a host could not {what}: {error}")
+                    self._lose(f"a host could not {deed}: {error}")
             self._check()
 
     def _wake(self) -> None:
@@ -417,38 +430,3 @@ class Leader:
             with contextlib.suppress(Exception):
                 follower.channel.stop()
         process.end_now(LOST)
-
-
-def gathered(arrays: list[jax.Array]) -> list[jax.Array]:
-    """Return arrays that every device of their meshes has whole, by programs that all hosts run."""
-    return [jax.jit(_same, out_shardings=replicated(array.sharding.mesh))(array) for array in arrays]  # type: ignore[attr-defined]
-
-
-def _same(array: jax.Array) -> jax.Array:
-    return array
-
-
-# The leader of this process: jax's runtime of several hosts is one per process.
-_current: Leader | None = None
-
-
-def leads() -> Leader | None:
-    """Return the leader of this process; None where it leads no other hosts."""
-    return _current
-
-
-def lead(leader: Leader | None) -> None:
-    """Make a leader that of this process."""
-    global _current
-    _current = leader
-
-
-def current() -> Leader:
-    """Return the leader of this process.
-
-    Raises:
-        RuntimeError: it leads no other hosts.
-    """
-    if _current is None:
-        raise RuntimeError("an array spans several hosts, but this process leads none; this is a bug.")
-    return _current

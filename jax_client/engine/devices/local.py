@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from jax_client.config import MESH_AXES
 from jax_client.engine.devices.specs import bounds_of
-from jax_client.sharding import make_mesh
+from jax_client.sharding import Device, make_mesh, replicated
 
 
-def local_zeros(shape: tuple[int, ...], dtype: Any, place: Sharding) -> jax.Array:
+def local_zeros(shape: tuple[int, ...], dtype: np.dtype, place: Sharding) -> jax.Array:
     """Return zeros on the devices of this process, at a place that may span others."""
     if next(iter(place.addressable_devices)).platform != "cpu":
         return jnp.zeros(shape, dtype, device=place)
@@ -25,7 +25,7 @@ def local_zeros(shape: tuple[int, ...], dtype: Any, place: Sharding) -> jax.Arra
     return jax.make_array_from_callback(shape, place, lambda _: np.zeros(sizes, dtype))
 
 
-def local_device(mesh: Mesh) -> Any:
+def local_device(mesh: Mesh) -> Device:
     """Return the first device of a mesh that this process can use."""
     return next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
 
@@ -49,3 +49,17 @@ def whole_here(array: jax.Array) -> np.ndarray | None:
     for bounds, part in parts.items():
         whole[tuple(slice(*each) for each in bounds)] = np.asarray(part)
     return whole
+
+
+def gathered(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Return arrays that every device of their meshes has whole, by programs that all hosts of these run."""
+    return [jax.jit(_same, out_shardings=replicated(mesh_of_array(array)))(array) for array in arrays]
+
+
+def mesh_of_array(array: jax.Array) -> Mesh:
+    """Return the mesh that an array lies on."""
+    return cast(NamedSharding, array.sharding).mesh  # type: ignore[return-value]  (it may be abstract only in a program)
+
+
+def _same(array: jax.Array) -> jax.Array:
+    return array

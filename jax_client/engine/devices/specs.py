@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,12 +25,12 @@ def mesh_of(sizes: tuple[int, ...]) -> Mesh:
     return make_mesh(dict(zip(MESH_AXES, sizes, strict=True)), jax.devices())
 
 
-def spec_of(array: Any) -> Spec:
+def spec_of(array: jax.Array | jax.ShapeDtypeStruct) -> Spec:
     """Return an array, or a shape with its place, as other hosts know it."""
     return described(array.shape, array.dtype, array.sharding)
 
 
-def described(shape: tuple[int, ...], dtype: Any, place: Sharding) -> Spec:
+def described(shape: tuple[int, ...], dtype: np.dtype, place: Sharding | None) -> Spec:
     """Return an array of these properties as other hosts know it.
 
     Raises:

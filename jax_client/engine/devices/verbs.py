@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from jax_client.weights.read.source import ModelSource
 
+# Dicts, lists and tuples with arrays, with their numbers, or with `Spec`s in place of them.
+Tree = object
 # Of each axis of a part of an array: where it begins and ends.
 Bounds = tuple[tuple[int, int], ...]
 
@@ -67,8 +68,8 @@ class Call:
     number: int
     engine: int
     program: str
-    static: Mapping[str, Any]
-    arguments: Any
+    static: Mapping[str, object]
+    arguments: Tree
     first: int
 
 
@@ -138,8 +139,8 @@ class Compile:
 
     engine: int
     program: str
-    static: Mapping[str, Any]
-    arguments: Any
+    static: Mapping[str, object]
+    arguments: Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,22 +165,22 @@ class Hello:
 
 
 class LaunchLog:
-    """What a host has launched so far, as one number: the same on all hosts, or they no longer compute one thing."""
+    """The launches of a host so far, as one digest: the same on all hosts, or they no longer compute one thing."""
 
     def __init__(self) -> None:
         self.digest = ""
 
     def add(self, verb: Call | Gather) -> None:
         """Note a launch."""
-        what = [self.digest, verb.number, verb.first]
+        launch: list[object] = [self.digest, verb.number, verb.first]
         if isinstance(verb, Call):
-            what += [verb.engine, verb.program, sorted(verb.static), *_leaves(verb.arguments)]
+            launch += [verb.engine, verb.program, sorted(verb.static), *_leaves(verb.arguments)]
         else:
-            what += verb.arrays
-        self.digest = hashlib.blake2b(repr(what).encode(), digest_size=8).hexdigest()
+            launch += verb.arrays
+        self.digest = hashlib.blake2b(repr(launch).encode(), digest_size=8).hexdigest()
 
 
-def _leaves(tree: Any) -> Iterator[int]:
+def _leaves(tree: object) -> Iterator[object]:
     """Yield the numbers in a tree of dicts, lists and tuples, the dicts in the order of their names."""
     if isinstance(tree, dict):
         for name in sorted(tree):

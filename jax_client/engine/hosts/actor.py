@@ -12,7 +12,9 @@ import signal
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jax_client.engine.hosts.ray_cluster import Handle, Ray
 
 if TYPE_CHECKING:
     from jax_client.engine.devices.verbs import Compile, Done, Hello, Load, Verb
@@ -91,8 +93,8 @@ class ActorChannel:
         hello: what it is.
     """
 
-    ray: Any
-    actor: Any
+    ray: Ray
+    actor: Handle
     name: str
     hello: Hello
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jax_client.config import default_compilation_cache_dir
 from jax_client.engine.core import memory
-from jax_client.engine.core.programs import CompileRecord, Program
+from jax_client.engine.core.programs import AnyProgram, CompileRecord
 from jax_client.engine.devices.compilation_cache import enable_compilation_cache
 from jax_client.engine.devices.device_errors import is_out_of_memory
 from jax_client.engine.devices.leader import gathered
@@ -51,8 +51,8 @@ class Follower:
 
     def __init__(self) -> None:
         self._arrays: dict[int, jax.Array] = {}
-        self._models: dict[int, tuple[ModelConfig, jnp.dtype, Any]] = {}
-        self._programs: dict[int, dict[str, Program[..., Any]]] = {}
+        self._models: dict[int, tuple[ModelConfig, jnp.dtype, Mesh]] = {}
+        self._programs: dict[int, dict[str, AnyProgram]] = {}
         self._made = threading.Condition()
         self._fraction = 1.0
         self._launches = LaunchLog()
@@ -143,11 +143,11 @@ class Follower:
                 self._programs.pop(verb.engine, None)
                 self._models.pop(verb.engine, None)
 
-    def _take(self, tree: Any, first: int) -> None:
+    def _take(self, tree: object, first: int) -> None:
         for number, array in enumerate(jax.tree.leaves(tree), first):
             self._arrays[number] = array
 
-    def _program(self, engine: int, name: str) -> Program[..., Any]:
+    def _program(self, engine: int, name: str) -> AnyProgram:
         with self._made:  # a compile may come before the verb that makes the programs has been carried out
             self._made.wait_for(lambda: engine in self._programs, timeout=60)
             return self._programs[engine][name]

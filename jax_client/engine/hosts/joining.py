@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib import metadata
 
 import jax
 
@@ -16,16 +17,8 @@ HEARTBEAT_S = 100
 
 def versions() -> dict[str, str]:
     """Return what must be the same on all hosts, by name."""
-    import jaxlib
-
-    from jax_client import __version__
-
-    return {
-        "jax_client": __version__,
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "Python": platform.python_version(),
-    }
+    packages = "jax_client", "jax", "jaxlib"
+    return {name: metadata.version(name) for name in packages} | {"Python": platform.python_version()}
 
 
 def join(coordinator: str, count: int, process: int, timeout_s: int) -> None:

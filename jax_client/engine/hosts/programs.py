@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_client.engine.core.attention_check import attention_named
 from jax_client.engine.core.paged_check import paged_attention_named
-from jax_client.engine.core.programs import CompileRecord, Program
+from jax_client.engine.core.programs import AnyProgram, CompileRecord
 from jax_client.engine.sample.device.programs import SamplePrograms
 from jax_client.engine.sample.device.weights import gather_program
 from jax_client.engine.train.logits import logits_program
@@ -19,7 +17,7 @@ from jax_client.models.config import ModelConfig
 
 def device_programs(
     model: ModelConfig, dtype: jnp.dtype, mesh: Mesh, attention: str, paged: str, log: list[CompileRecord]
-) -> dict[str, Program[..., Any]]:
+) -> dict[str, AnyProgram]:
     """Return the programs of an engine as its own host has them, for one that follows.
 
     Args:
@@ -29,7 +27,7 @@ def device_programs(
     """
     kernel = attention_named(attention, mesh)
     sample = SamplePrograms(model, dtype, mesh, kernel, log, paged_attention_named(paged, mesh, model, dtype))
-    every: list[Program[..., Any]] = [
+    every: list[AnyProgram] = [
         *TrainPrograms(model, dtype, mesh, kernel, log).all,
         sample.prefill,
         sample.decode,

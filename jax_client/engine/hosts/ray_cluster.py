@@ -17,6 +17,9 @@ from typing import Any
 from jax_client.errors import BadRequestError, RequestFailedError
 
 logger = logging.getLogger(__name__)
+# Ray comes without types: the module, and what it gives: actors, answers.
+Handle = Any
+Ray = Handle
 # Of the names of actors and the logs of this package in a cluster that others use too.
 NAMESPACE = "jax_client"
 # Ray sends no statistics, leaves signals alone, and does not hide the chips of an actor that reserves none.
@@ -44,11 +47,11 @@ class Host:
     tpus: int
 
 
-def connect(*, start: bool) -> Any:
-    """Join the cluster of `$RAY_ADDRESS`, or of this machine, unless this process has done so; return the module `ray`.
+def connect(*, start: bool) -> Ray:
+    """Join the cluster of `$RAY_ADDRESS`, unless this process has joined one; return the module `ray`.
 
     Args:
-        start: start a cluster of this machine alone where there is none.
+        start: without that variable, start a cluster of this machine alone; else join the one that runs here.
 
     Raises:
         BadRequestError: Ray is not installed, or there is no cluster and none may be started.
@@ -69,12 +72,13 @@ def connect(*, start: bool) -> Any:
     return ray
 
 
-def _join(ray: Any, start: bool) -> None:
-    quiet: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+def _join(ray: Ray, start: bool) -> None:
+    quiet = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
     with _own_sigterm():
         try:
-            ray.init(address="auto", **quiet)
-            return
+            # One that happens to run on this machine may be another user's, or a dead one's rest.
+            own = start and not os.environ.get("RAY_ADDRESS")
+            ray.init(address="local" if own else "auto", **({"include_dashboard": False} if own else {}), **quiet)
         except ConnectionError as error:
             if os.environ.get("RAY_ADDRESS"):
                 raise RequestFailedError(
@@ -82,12 +86,10 @@ def _join(ray: Any, start: bool) -> None:
                     "at 'ray status' there, and start it again if it is gone.",
                     category="server",
                 ) from None
-            if not start:
-                raise BadRequestError(
-                    "EngineConfig.hosts is 'ray', but there is no Ray cluster. Run the program with 'jax_client "
-                    "launch -- PROGRAM' on every host, or inside a cluster, whose head $RAY_ADDRESS names."
-                ) from None
-        ray.init(include_dashboard=False, **quiet)
+            raise BadRequestError(
+                "EngineConfig.hosts is 'ray', but there is no Ray cluster. Run the program with 'jax_client launch -- "
+                "PROGRAM' on every host, or inside a cluster, whose head $RAY_ADDRESS names."
+            ) from None
 
 
 @contextlib.contextmanager
@@ -103,7 +105,7 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def hosts(ray: Any) -> list[Host]:
+def hosts(ray: Ray) -> list[Host]:
     """Return the hosts of the cluster that are alive: this one first, then by their addresses."""
     own = ray.get_runtime_context().get_node_id()
     found = [
@@ -121,12 +123,12 @@ def hosts(ray: Any) -> list[Host]:
     return sorted(found, key=lambda host: (not host.here, host.address))
 
 
-def on_host(host: Host) -> dict[str, Any]:
+def on_host(host: Host) -> dict[str, object]:
     """Return the options of an actor that runs on this host and no other, and reserves all of its chips."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     place = NodeAffinitySchedulingStrategy(node_id=host.node, soft=False)
-    chips: dict[str, Any] = {"num_gpus": host.gpus} if host.gpus else {}
+    chips: dict[str, object] = {"num_gpus": host.gpus} if host.gpus else {}
     if host.tpus:
         chips["resources"] = {"TPU": host.tpus}
     return {"num_cpus": 0, "scheduling_strategy": place, **chips}

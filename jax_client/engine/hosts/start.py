@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jax_client import process
 from jax_client.config import EngineConfig
 from jax_client.engine.hosts import ray_cluster
 from jax_client.engine.hosts.actor import GROUPS, ActorChannel, FollowerActor
+from jax_client.engine.hosts.ray_cluster import Handle, Ray
 from jax_client.errors import BadRequestError, RequestFailedError
 from jax_client.process import Step
 
@@ -35,22 +36,23 @@ def lead_other_hosts(settings: EngineConfig) -> Leader | None:
     """
     if not settings.on_several_hosts:
         return None
-    from jax_client.engine.devices import leader
+    from jax_client.engine.devices.current import leads
 
     with _lock:
-        return leader.leads() or led_by(_join())
+        return leads() or led_by(_join())
 
 
 def led_by(found: Leader) -> Leader:
     """Make a leader that of this process, until the process ends."""
-    from jax_client.engine.devices import leader
+    from jax_client.engine.devices.current import lead
+    from jax_client.engine.devices.leader import Leader
 
-    leader.lead(found)
+    lead(found)
     process.register(
         "hosts",
         "the processes of the other hosts, and the thread that looks after them",
         owner=found,
-        at_exit={Step.ENGINES: leader.Leader.refuse, Step.MEMORY: leader.Leader.close},
+        at_exit={Step.ENGINES: Leader.refuse, Step.MEMORY: Leader.close},
     )
     return found
 
@@ -84,7 +86,7 @@ def _join() -> Leader:
     return Leader([ActorChannel(ray=ray, actor=actor, name=host.name, hello=hello) for host, actor, hello in ways])
 
 
-def _refuse_other_versions(ray: Any, hosts: list[ray_cluster.Host], actors: list[Any], own: dict[str, str]) -> None:
+def _refuse_other_versions(ray: Ray, hosts: list[ray_cluster.Host], actors: list[Handle], own: dict[str, str]) -> None:
     """Raise BadRequestError if a host has another version of something that must be the same everywhere."""
     for host, answer in [(host, actor.versions.remote()) for host, actor in zip(hosts, actors, strict=True)]:
         theirs = _answer(ray, host, answer, JOIN_S)
@@ -96,7 +98,7 @@ def _refuse_other_versions(ray: Any, hosts: list[ray_cluster.Host], actors: list
                 )
 
 
-def _answer(ray: Any, host: ray_cluster.Host, answer: Any, timeout_s: float) -> Any:
+def _answer(ray: Ray, host: ray_cluster.Host, answer: Handle, timeout_s: float) -> Handle:
     try:
         return ray.get(answer, timeout=timeout_s)
     except ray.exceptions.RayError as error:

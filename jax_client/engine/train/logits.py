@@ -6,14 +6,13 @@ Training and sampling never hold (T, V) logits; the check of an export does, for
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_client.engine.core.adapters import Weights
-from jax_client.engine.core.programs import CompileRecord, Program
+from jax_client.engine.core.programs import AnyProgram, CompileRecord, Program
 from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import Params, output_head_VD
 from jax_client.models.layers import contract, from_bits
@@ -23,7 +22,7 @@ from jax_client.models.transformer import context, forward_pass
 from jax_client.sharding import replicated
 
 
-def logits_program(dtype: jnp.dtype, attention: Attention, mesh: Mesh, log: list[CompileRecord]) -> Program[..., Any]:
+def logits_program(dtype: jnp.dtype, attention: Attention, mesh: Mesh, log: list[CompileRecord]) -> AnyProgram:
     """Return `f(params, weights, tokens_BT, *, model) -> logits_TV`, whole on every device."""
     run = partial(full_logits, dtype=dtype, attention=attention)
     tokens = lambda _, __, tokens_BT: f"{tokens_BT.shape[1]} tokens"  # noqa: E731

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypedDict, TypeVar, cast
+from typing import TypedDict, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from jax_client.engine.core.adapters import Weights
-from jax_client.engine.core.programs import CompileRecord, Program, shardings_of
+from jax_client.engine.core.programs import AnyProgram, CompileRecord, Program, shardings_of
 from jax_client.engine.train.packing import MicroBatch
 from jax_client.losses import registry
 from jax_client.losses.logprob_head import Blocks, Order, head_backward, head_forward
@@ -130,7 +130,7 @@ class TrainPrograms:
         self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*shardings_of(args[:3]), whole))
 
     @property
-    def all(self) -> list[Program[..., Any]]:
+    def all(self) -> list[AnyProgram]:
         """The programs."""
         return [self.forward, self.backward, self.zeros, self.add, self.optim_step]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import jax_client
-from support.hosts import Loop, loop
-from support.hosts_child import model_of
+from support.hosts.child import model_of
+from support.hosts.run import Loop, loop
 
 KILLED = [
     ("forward", 3, 0.0),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jax_client.engine.devices.verbs import Call, Gather, LaunchLog
-from support.hosts import run_json
+from support.hosts.run import run_json
 
 
 def _call(**changes: object) -> Call:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.hosts import run_numbers
+from support.hosts.run import run_numbers
 
 FAMILIES = [
     ("llama_tied", {"fsdp": 2, "tensor": 2}),

@@ -43,7 +43,8 @@ HALVED = "gate_up_L2DF", "shared_gate_up_L2DF"
 Carry = TypeVar("Carry")
 Tree = TypeVar("Tree")
 # The pairs of all layers of a kind: stacks of them by matmul, or a list of each layer's.
-Pairs = dict[str, Any] | list[dict[str, Any]]
+_Pairs = dict[str, Any]
+Pairs = _Pairs | list[_Pairs]
 # f(array, spec) -> array, with the parts of the other ways.
 Gather = Callable[[jax.Array, PartitionSpec], jax.Array]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CHILD = Path(__file__).with_name("hosts_child.py")
+CHILD = Path(__file__).with_name("child.py")
 
 
 def command(directory: Path, hosts: int, devices: int, case: str, mesh: dict[str, int], what: str) -> list[str]:

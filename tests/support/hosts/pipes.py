@@ -90,14 +90,14 @@ def start(count: int, environment: dict[str, str]) -> list[PipeChannel]:
 
 def lead(channels: list[PipeChannel], coordinator: str) -> None:
     """Join the processes and this one, which leads them."""
-    from jax_client.engine.devices import leader
+    from jax_client.engine.devices.leader import Leader
     from jax_client.engine.hosts import joining, start
 
     joins = [channel.join(coordinator, len(channels) + 1, i) for i, channel in enumerate(channels, start=1)]
     joining.join(coordinator, len(channels) + 1, 0, 60)
     for channel, join in zip(channels, joins, strict=True):
         channel.hello = join.result()
-    start.led_by(leader.Leader(channels))
+    start.led_by(Leader(channels))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """A program that trains and samples on several hosts of this machine, for tests that compare numbers or end a host.
 
-    python tests/support/hosts_child.py HOSTS DEVICES MESH CASE DIRECTORY COMMAND
+    python tests/support/hosts/child.py HOSTS DEVICES MESH CASE DIRECTORY COMMAND
 
 `numbers` prints hashes of everything that is computed, as JSON. A number has three clients do as many things at random,
 and prints what each host has launched. `loop` trains and samples until it is ended; a line for
@@ -16,14 +16,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def join(hosts: int, devices: int) -> list[Any]:
     """Join the hosts, of which this process leads; return the channels to the others."""
     os.environ |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
     from jax_client.engine.hosts import joining
-    from support import pipe_hosts
+    from support.hosts import pipes
 
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -31,9 +31,9 @@ def join(hosts: int, devices: int) -> list[Any]:
     if hosts == 1:  # with the collectives that several hosts have, whose sums have another order than XLA's own
         joining.join(coordinator, 1, 0, 60)
         return []
-    channels = pipe_hosts.start(hosts - 1, {})
+    channels = pipes.start(hosts - 1, {})
     print("pids", *(channel.process.pid for channel in channels), flush=True)
-    pipe_hosts.lead(channels, coordinator)
+    pipes.lead(channels, coordinator)
     return channels
 
 
@@ -108,7 +108,7 @@ def at_random(service: Any, model: str, config: dict[str, Any], operations: int)
 
     from tinker import types
 
-    from jax_client.engine.devices import leader
+    from jax_client.engine.devices.current import current
     from support import number_hashes as hashes
 
     data, failed = hashes.datums(config), []
@@ -146,8 +146,8 @@ def at_random(service: Any, model: str, config: dict[str, Any], operations: int)
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     time.sleep(1)  # until the others have answered
-    hosts = leader.current().health()
-    return {"failed": failed, "own": leader.current().launches, "others": [host["launches"] for host in hosts]}
+    hosts = current().health()
+    return {"failed": failed, "own": current().launches, "others": [host["launches"] for host in hosts]}
 
 
 def main() -> None:
