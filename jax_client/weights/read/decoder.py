@@ -1,4 +1,4 @@
-"""How do token ids become text where the samplers are? A `Decoder` travels as its model's source, and loads it there."""
+"""How do token ids become text where a sampler is? A `Decoder` travels as its model's source, and loads it there."""
 
 from __future__ import annotations
 

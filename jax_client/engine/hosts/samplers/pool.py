@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -132,7 +132,6 @@ class SamplerPool:
             self._rows += rows
             number = next(self._numbers)
             future: Future[GenerationResult] = Future()
-            # The callback stays with the future: it refers to no flight, which leads to the weights.
             future.add_done_callback(partial(self._left, number, rows))
             pages = chain(request.owner, 0 if snapshot is None else snapshot.number, request.tokens_T)
             flight = Flight(number=number, snapshot=snapshot, request=request, future=future, pages=pages)
@@ -237,14 +236,15 @@ class SamplerPool:
         member = choose(ready, flight, self._prefixes)
         member.take(flight)
         if flight.snapshot is None:
-            self._send(flight, flight.attempt)
+            self._send(flight.number, flight.attempt)
         else:
             shared = self._versions.shared(flight.snapshot)
-            shared.add_done_callback(self._event(self._bind, flight, flight.attempt))
+            shared.add_done_callback(self._event(self._bind, flight.number, flight.attempt))
 
-    def _bind(self, flight: Flight, attempt: int, shared: Future[object]) -> None:
-        if (member := self._current(flight, attempt)) is None:
+    def _bind(self, number: int, attempt: int, shared: Future[object]) -> None:
+        if (current := self._current(number, attempt)) is None:
             return
+        flight, member = current
         if (error := shared.exception()) is not None:
             self._fail(flight, error)
             return
@@ -252,20 +252,22 @@ class SamplerPool:
         bound = member.bound.get(version)
         if bound is None or (bound.done() and bound.exception() is not None):
             bound = member.bound[version] = member.replica.bind(version, shared.result())
-        bound.add_done_callback(self._event(self._send, flight, attempt))
+        bound.add_done_callback(self._event(self._send, number, attempt))
 
-    def _send(self, flight: Flight, attempt: int, bound: Future[None] | None = None) -> None:
-        if (member := self._current(flight, attempt)) is None:
+    def _send(self, number: int, attempt: int, bound: Future[None] | None = None) -> None:
+        if (current := self._current(number, attempt)) is None:
             return
+        flight, member = current
         if bound is not None and (error := bound.exception()) is not None:
             self._failed(flight, member, error)
             return
-        answer = member.replica.generate(flight.number, flight.version, flight.request)
-        answer.add_done_callback(self._event(self._answered, flight, attempt))
+        answer = member.replica.generate(number, flight.version, flight.request)
+        answer.add_done_callback(self._event(self._answered, number, attempt))
 
-    def _answered(self, flight: Flight, attempt: int, done: Future[Answer]) -> None:
-        if (member := self._current(flight, attempt)) is None:
+    def _answered(self, number: int, attempt: int, done: Future[Answer]) -> None:
+        if (current := self._current(number, attempt)) is None:
             return
+        flight, member = current
         if (error := done.exception()) is not None:
             self._failed(flight, member, error)
             return
@@ -336,10 +338,10 @@ class SamplerPool:
         except JaxClientError as error:
             self._fail(flight, error)
             return
-        flight.inner.add_done_callback(self._event(self._trainer_answered, flight))
+        flight.inner.add_done_callback(self._event(self._trainer_answered, flight.number))
 
-    def _trainer_answered(self, flight: Flight, done: Future[GenerationResult]) -> None:
-        if flight.number not in self._flights or done.cancelled():
+    def _trainer_answered(self, number: int, done: Future[GenerationResult]) -> None:
+        if (flight := self._flights.get(number)) is None or done.cancelled():
             return
         if (error := done.exception()) is not None:
             self._fail(flight, error)
@@ -383,14 +385,17 @@ class SamplerPool:
         if flight in self._waiting:
             self._waiting.remove(flight)
 
-    def _current(self, flight: Flight, attempt: int) -> Member | None:
-        """Return who computes a request, None if this is not its newest attempt, or it is not wanted any more."""
-        member = flight.member
-        if flight.attempt != attempt or member is None or flight.number not in member.flights:
-            return None
-        return member
+    def _current(self, number: int, attempt: int) -> tuple[Flight, Member] | None:
+        """Return a request and who computes it, None if this is not its newest attempt, or it is not wanted any more.
 
-    def _event(self, function: Callable[..., None], *arguments: object) -> Callable[[Future[object]], None]:
+        Events name requests by their numbers: a future keeps its callbacks, and these must not keep any weights.
+        """
+        flight = self._flights.get(number)
+        if flight is None or flight.attempt != attempt or flight.member is None:
+            return None
+        return flight, flight.member
+
+    def _event(self, function: Callable[..., None], *arguments: object) -> Callable[[Future[Any]], None]:
         """Return a callback of a future that has the pool's thread call the function, with the future last."""
         put, event = self._events.put, partial(function, *arguments)
         return lambda done: put(partial(event, done))
