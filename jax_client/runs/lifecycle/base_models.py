@@ -21,7 +21,7 @@ from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, NotFoundError
 from jax_client.process import Step
 from jax_client.threads import start_thread
-from jax_client.weights.read.decoder import Decoder
+from jax_client.weights.decoder import Decoder
 from jax_client.weights.read.identity import Stamp, identity, stamp
 from jax_client.weights.read.progress import Progress, observed
 from jax_client.weights.read.source import ModelSource, resolve

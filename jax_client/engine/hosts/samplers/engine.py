@@ -97,7 +97,7 @@ def _places(hosts: list[ray_cluster.Host], config: EngineConfig) -> list[Place]:
 def _platforms() -> str:
     import jax
 
-    return jax.config.jax_platforms or ""
+    return getattr(jax.config, "jax_platforms", None) or ""
 
 
 def _environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from jax_client.values import AdapterState, LoraSpec
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 # f(snapshot, request) -> future of the answer, as `protocol.Engine.generate`.
 Generate = Callable[["Snapshot | None", "GenerationRequest"], "Future[GenerationResult]"]
 MAX_WAITING = 65_536  # rows, as of one engine
@@ -395,7 +396,7 @@ class SamplerPool:
             return None
         return flight, flight.member
 
-    def _event(self, function: Callable[..., None], *arguments: object) -> Callable[[Future[Any]], None]:
+    def _event(self, function: Callable[..., None], *arguments: object) -> Callable[[Future[T]], None]:
         """Return a callback of a future that has the pool's thread call the function, with the future last."""
         put, event = self._events.put, partial(function, *arguments)
         return lambda done: put(partial(event, done))

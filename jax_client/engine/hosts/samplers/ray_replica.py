@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from jax_client.engine.hosts.ray_cluster import on_host
 from jax_client.engine.hosts.samplers.actor import Process, Sampler
@@ -35,7 +35,7 @@ SIGNAL_S = 5.0
 
 
 class _Ref(Protocol):
-    def future(self) -> Future[Any]: ...
+    def future(self) -> Future[object]: ...
 
 
 class RayReplica:
@@ -55,7 +55,7 @@ class RayReplica:
         self._place = place
         self._environment = dict(environment)
         self._processes: list[int] = []  # file descriptors of those of this host that are not known to have ended
-        self._actor: Any = None
+        self._actor: object = None
         self._launch()
 
     @property
@@ -72,11 +72,11 @@ class RayReplica:
         """Have the process open its engine; launch one if the last was killed."""
         if self._actor is None:
             self._launch()
-        return self._call("open", opening, read=_unless_error)
+        return cast("Future[Opened]", self._call("open", opening, read=_unless_error))
 
     def bind(self, version: int, weights: object) -> Future[None]:
         """Put an adapter on the devices; `weights` is a reference of Ray's, whose value travels once to each host."""
-        return self._call("bind", version, weights, read=_unless_error)
+        return cast("Future[None]", self._call("bind", version, weights, read=_unless_error))
 
     def free(self, version: int) -> None:
         """Drop an adapter."""
@@ -84,7 +84,7 @@ class RayReplica:
 
     def generate(self, number: int, version: int, request: GenerationRequest) -> Future[Answer]:
         """Carry out a request."""
-        return self._call("generate", number, version, request)
+        return cast("Future[Answer]", self._call("generate", number, version, request))
 
     def cancel(self, number: int) -> None:
         """Give up a request."""
@@ -92,11 +92,11 @@ class RayReplica:
 
     def warm(self, spec: LoraSpec) -> Future[list[CompileRecord]]:
         """Compile what sampling from such an adapter will need."""
-        return self._call("warm", spec, read=_unless_error)
+        return cast("Future[list[CompileRecord]]", self._call("warm", spec, read=_unless_error))
 
     def ping(self) -> Future[Report]:
         """Ask how it does."""
-        return self._call("ping")
+        return cast("Future[Report]", self._call("ping"))
 
     def kill(self, *, hung: bool = False) -> None:
         """End the process. Ray ends none that is stopped, so that one of this host gets the signal, too."""
@@ -129,7 +129,7 @@ class RayReplica:
         options = on_host(replace(place.host, gpus=place.gpus, tpus=place.tpus))
         actor_class = self._ray.remote(Sampler).options(max_concurrency=CONCURRENT, **options)
         self._actor = actor_class.remote(self._environment, place.index, place.count)
-        self.hello: Future[Process] = self._call("hello")
+        self.hello = cast("Future[Process]", self._call("hello"))
         if self.here:
             self.hello.add_done_callback(self._note_process)
 
@@ -138,9 +138,9 @@ class RayReplica:
             with contextlib.suppress(OSError):  # it has ended
                 self._processes.append(os.pidfd_open(hello.result().pid))
 
-    def _call(self, method: str, *arguments: object, read: Callable[[Any], Any] | None = None) -> Future[Any]:
+    def _call(self, method: str, *arguments: object, read: Callable[[object], object] | None = None) -> Future[object]:
         """Return the future of a method's result; `read(result)` returns its value, or raises."""
-        future: Future[Any] = Future()
+        future: Future[object] = Future()
         if (actor := self._actor) is None:
             future.set_exception(ReplicaLostError("Its process was killed."))
             return future
@@ -154,7 +154,7 @@ class RayReplica:
             future.set_exception(self._named(error))
             return future
 
-        def finished(done: Future[Any]) -> None:
+        def finished(done: Future[object]) -> None:
             if (error := done.exception()) is not None:
                 future.set_exception(self._named(error))
                 return

@@ -98,9 +98,9 @@ def test_a_sampler_computes_the_trainers_bits_and_ends_with_it(opened: Open) -> 
     engine = opened(1)
     version = snapshot_of(engine)
     sent = request(1, prompt_logprobs=True)
-    identical(engine.generate(version, sent).result(60), engine._trainer.generate(version, sent).result(60))
+    identical(engine.generate(version, sent).result(300), engine._trainer.generate(version, sent).result(300))
     with pytest.raises(BadRequestError, match="cannot be sent to another process"):
-        engine.generate(version, request(2, find_stop=threading.Lock().acquire)).result(60)
+        engine.generate(version, request(2, find_stop=threading.Lock().acquire)).result(300)
     (sampler,) = engine.monitor.describe()["samplers"]
     assert (sampler["state"], sampler["versions"], sampler["rows"]) == ("ready", 1, 0)
     assert sampler["pid"] not in (None, os.getpid()) and Path(sampler["logs"]).is_dir()
@@ -123,7 +123,7 @@ def test_every_replica_computes_the_same_bits(opened: Open) -> None:
     for version in (None, snapshot_of(engine)):
         for seed in range(12):
             sent = request(seed, prompt_logprobs=seed % 2 == 0, topk_sample=seed % 3, num_samples=1 + seed % 2)
-            identical(engine.generate(version, sent).result(120), engine._trainer.generate(version, sent).result(120))
+            identical(engine.generate(version, sent).result(300), engine._trainer.generate(version, sent).result(300))
     samplers = engine.monitor.describe()["samplers"]
     assert all(sampler["requests"] >= 8 for sampler in samplers)
     shares = [os.sched_getaffinity(sampler["pid"]) for sampler in samplers]
@@ -147,16 +147,16 @@ def tokens(answer: GenerationResult) -> list[list[int]]:
 def test_a_sampler_that_dies_or_hangs_in_the_middle_loses_nothing(opened: Open, number: signal.Signals) -> None:
     engine = opened(2)
     version = snapshot_of(engine)
-    wanted = [tokens(answer.result(120)) for answer in many(engine, version)[1]]
+    wanted = [tokens(answer.result(300)) for answer in many(engine, version)[1]]
     victim = pids(engine)[0]
     _, answers = many(engine, version)
     until(lambda: engine.monitor.describe()["samplers"][0]["rows"] > 0)
     os.kill(victim, number)
-    assert [tokens(answer.result(120)) for answer in answers] == wanted
+    assert [tokens(answer.result(300)) for answer in answers] == wanted
     until(lambda: gone(victim), 10)
     until(lambda: engine.monitor.describe()["samplers"][0]["state"] == "ready", 120)
     assert victim not in pids(engine)
-    again = [tokens(answer.result(120)) for answer in many(engine, version)[1]]
+    again = [tokens(answer.result(300)) for answer in many(engine, version)[1]]
     assert again == wanted
     sampler = engine.monitor.describe()["samplers"][0]
     assert sampler["starts"] == 2 and sampler["lost_because"] and sampler["versions"] == 1
