@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from jax_client.engine.engine import Engine
     from jax_client.values import AdapterState, LoraSpec
 
-# How the variables begin that decide how jax computes and where it keeps what it compiled.
+# How the variables begin that decide how jax computes and where it keeps what it compiled. Those of this package, such
+# as JAX_CLIENT_HOSTS, are the trainer's.
 PREFIXES = ("JAX_", "XLA_")
+OWN_PREFIX = "JAX_CLIENT_"
 # Cancelled requests that are remembered in case their call is still to come.
 CANCELLED = 256
 
@@ -46,7 +48,7 @@ class Sampler:
     """One engine that only samples.
 
     Args:
-        environment: the variables of the trainer that begin with `PREFIXES`.
+        environment: the variables of the trainer that begin with `PREFIXES`, but not with `OWN_PREFIX`.
         index, count: which of the samplers of this host it is, for its share of the cores; 0 and 1 alone.
     """
 

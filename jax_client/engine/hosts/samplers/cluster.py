@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -29,7 +30,10 @@ class _Stay:
         # A program that has joined by itself leaves by itself.
         ours = not _initialized()
         try:
-            ray = ray_cluster.connect(start=True)
+            with warnings.catch_warnings():
+                # Ray's children replace themselves right after the fork of which jax warns.
+                warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+                ray = ray_cluster.connect(start=True)
         except BaseException as error:
             self.joined.set_exception(error)
             return

@@ -12,7 +12,7 @@ from jax_client.config import EngineConfig
 from jax_client.engine import protocol
 from jax_client.engine.hosts import ray_cluster
 from jax_client.engine.hosts.samplers import cluster
-from jax_client.engine.hosts.samplers.actor import PREFIXES
+from jax_client.engine.hosts.samplers.actor import OWN_PREFIX, PREFIXES
 from jax_client.engine.hosts.samplers.messages import Opening
 from jax_client.engine.hosts.samplers.monitor import SamplersMonitor
 from jax_client.engine.hosts.samplers.placement import Place, hosts_for_samplers, keep_other_chips
@@ -62,7 +62,7 @@ def open_with_samplers(
     trainer: protocol.Engine | None = None
     try:
         places = _places(ray_cluster.hosts(ray), config)
-        environment = _environment()
+        environment = sampler_environment()
         replicas = [RayReplica(ray, place, environment) for place in places]
         _leave_chips(places, replicas)
         trainer = open_trainer()
@@ -100,8 +100,10 @@ def _platforms() -> str:
     return getattr(jax.config, "jax_platforms", None) or ""
 
 
-def _environment() -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if name.startswith(PREFIXES)}
+def sampler_environment() -> dict[str, str]:
+    """Return the variables that a sampler's process has as this one."""
+    named = [name for name in os.environ if name.startswith(PREFIXES) and not name.startswith(OWN_PREFIX)]
+    environment = {name: os.environ[name] for name in named}
     if platforms := _platforms():  # a program may set it by other means
         environment["JAX_PLATFORMS"] = platforms
     return environment

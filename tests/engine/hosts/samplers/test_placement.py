@@ -9,6 +9,7 @@ import pytest
 
 from jax_client.engine.hosts.ray_cluster import Host
 from jax_client.engine.hosts.samplers import placement
+from jax_client.engine.hosts.samplers.engine import sampler_environment
 from jax_client.engine.hosts.samplers.placement import hosts_for_samplers, keep_other_chips, share_of_cores, use_chips
 from jax_client.errors import BadRequestError
 
@@ -76,6 +77,16 @@ def test_the_trainer_keeps_the_chips_that_no_sampler_has(monkeypatch: pytest.Mon
     use_chips("TPU", ["2", "3"])
     assert placement.os.environ["TPU_VISIBLE_CHIPS"] == "2,3"
     assert placement.os.environ["TPU_CHIPS_PER_PROCESS_BOUNDS"] == "1,2,1"
+
+
+def test_a_sampler_computes_as_this_process_and_is_no_engine_over_several_hosts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"JAX_CLIENT_HOSTS": "ray", "JAX_ENABLE_X64": "0", "XLA_FLAGS": "--f", "OTHER": "1"}.items():
+        monkeypatch.setenv(name, value)
+    environment = sampler_environment()
+    assert (environment["JAX_ENABLE_X64"], environment["XLA_FLAGS"]) == ("0", "--f")
+    assert not {"JAX_CLIENT_HOSTS", "OTHER"} & environment.keys()
 
 
 def test_chips_that_are_in_use_cannot_be_left_to_samplers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -95,6 +96,7 @@ def gone(pid: int) -> bool:
 
 
 def test_a_sampler_computes_the_trainers_bits_and_ends_with_it(opened: Open) -> None:
+    jax.devices()  # as where a model was loaded before: jax then warns of each fork
     engine = opened(1)
     version = snapshot_of(engine)
     sent = request(1, prompt_logprobs=True)
