@@ -93,8 +93,9 @@ class EngineConfig:
         hosts: "ray" computes on all hosts of the Ray cluster that this process belongs to, as one engine; this process
             stays the only one that runs the program. None is `$JAX_CLIENT_HOSTS`, and this host alone where that is not
             set.
-        samplers: further engines that only sample, each with the base weights, on other hosts or chips of the Ray
-            cluster; 0 samples with the engine that trains.
+        samplers: further engines that only sample, each with the base weights: on other hosts of the Ray cluster first,
+            one on each, then on this host with a share of its chips, on a CPU of its cores. 0 samples with the engine
+            that trains.
 
     Raises:
         BadRequestError: a field has a value outside its range; the message names both.

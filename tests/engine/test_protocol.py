@@ -11,6 +11,8 @@ import pytest
 
 from jax_client.engine import protocol
 from jax_client.engine.engine import Engine
+from jax_client.engine.hosts.samplers.engine import EngineWithSamplers
+from jax_client.engine.hosts.samplers.monitor import SamplersMonitor
 from jax_client.engine.monitor import EngineMonitor
 from support.fake_engine import FakeEngine, FakeMonitor
 
@@ -25,8 +27,10 @@ def operations(of: type[Any]) -> dict[str, inspect.Signature]:
     [
         (protocol.Engine, Engine),
         (protocol.Engine, FakeEngine),
+        (protocol.Engine, EngineWithSamplers),
         (protocol.Monitor, EngineMonitor),
         (protocol.Monitor, FakeMonitor),
+        (protocol.Monitor, SamplersMonitor),
     ],
 )
 def test_operations_are_those_of_the_protocol(wanted: type[Any], implementation: type[Any]) -> None:

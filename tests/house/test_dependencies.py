@@ -18,7 +18,7 @@ NEEDED_INDIRECTLY = {
     "httptools": "uvicorn.protocols.http.httptools_impl parses requests with it",
 }
 # Beyond the tools and the accelerators of jax, whose extras no module imports.
-IMPORTED_EXTRAS = ("torch",)
+IMPORTED_EXTRAS = ("torch", "cluster")
 
 
 def distribution(requirement: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +10,8 @@ from typing import Any, cast
 import pytest
 
 from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
+from jax_client.runs.checks.stop_strings import StopStrings
+from jax_client.weights.decoder import Decoder
 from jax_client.weights.read.source import EMBEDDED_MODEL, ModelSource, resolve
 from jax_client.weights.read.tokenizer import load_tokenizer
 from support.weight_files import HF_CONFIG, byte_level_vocabulary, hf_tensors, tokenizer_metadata, write_gguf, write_hf
@@ -156,3 +159,18 @@ def test_the_embedded_tokenizer() -> None:
     ids = cast(list[int], tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False))
     assert ids[0] == 1
     assert str(tokenizer.decode(ids)).endswith("<|im_start|>user\nthe thing<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_decoder_of_another_process_reads_the_same_files(tmp_path: Path) -> None:
+    """A sampler's stop strings travel so; the tokenizer of this process does not."""
+    source = gguf(tmp_path)
+    tokenizer = load_tokenizer(source)
+    asked: list[int] = []
+    own = Decoder(source, lambda: (asked.append(1), tokenizer)[1])
+    ids = tokenizer.encode(TEXTS[0])
+    sent = pickle.loads(pickle.dumps(StopStrings(stops=("world",), decode=own)))
+    assert not asked, "nothing is loaded to be sent"
+    kept = sent(ids)
+    assert kept is not None and own(ids[:kept]).endswith("world")
+    assert own(ids) == TEXTS[0] and asked
+    assert pickle.loads(pickle.dumps(own)) is sent.decode, "a process loads one tokenizer of a model"

@@ -66,7 +66,7 @@ class Adapter:
         return self.loads, self.step
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, weakref_slot=True, eq=False)
 class Snapshot:
     """An adapter at one moment, to sample from or to save. Arrays are immutable: nothing is copied.
 

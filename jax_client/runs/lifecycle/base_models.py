@@ -21,6 +21,7 @@ from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, NotFoundError
 from jax_client.process import Step
 from jax_client.threads import start_thread
+from jax_client.weights.decoder import Decoder
 from jax_client.weights.read.identity import Stamp, identity, stamp
 from jax_client.weights.read.progress import Progress, observed
 from jax_client.weights.read.source import ModelSource, resolve
@@ -34,12 +35,17 @@ logger = logging.getLogger(__name__)
 
 
 def open_engine(source: ModelSource, config: EngineConfig) -> tuple[Engine, str]:
-    """Load the weights onto the devices; return the engine and the weights' fingerprint."""
+    """Load the weights onto the devices, and onto those of samplers; return the engine and the weights' fingerprint."""
     # Imported here: a process that never loads a model must not initialise a backend.
     from jax_client.engine import engine
     from jax_client.weights.read.identity import fingerprint
 
-    return engine.Engine(source, config), fingerprint(source)
+    if not config.samplers:
+        return engine.Engine(source, config), fingerprint(source)
+    from jax_client.engine.hosts.samplers.engine import open_with_samplers
+
+    weights = fingerprint(source)
+    return open_with_samplers(source, weights, config, lambda: engine.Engine(source, config)), weights
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
@@ -86,10 +92,10 @@ class BaseModel:
                 self._tokenizer = self._loader.load_tokenizer(self.source)
             return self._tokenizer
 
-    def decode(self, tokens: list[int]) -> str:
-        """Return the text of `tokens`, special tokens included."""
-        text = self.tokenizer().decode(tokens)
-        return text if isinstance(text, str) else "".join(text)
+    @property
+    def decode(self) -> Decoder:
+        """Turns token ids into text, special tokens included, in samplers too. Made anew: it refers to this model."""
+        return Decoder(self.source, self.tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

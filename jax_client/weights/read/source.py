@@ -141,6 +141,15 @@ def resolve(name: str | None) -> ModelSource:
     return ModelSource(name=name, path=directory, kind="hf")
 
 
+def here(source: ModelSource) -> ModelSource:
+    """Return the same model's files on this host, where another host may have found them elsewhere.
+
+    Raises:
+        BadRequestError, NotFoundError, RequestFailedError: as `resolve`.
+    """
+    return source if source.path.exists() else resolve(source.lasting_name)
+
+
 def resolve_config(name: str) -> ModelSource:
     """Find a model of which the config is enough; the weights need not be on this machine, and are not downloaded.
 
