@@ -60,6 +60,17 @@ def answers(address: str, port: int) -> bool:
     return False
 
 
+def refuses(address: str, port: int) -> bool:
+    """Return whether the machine is there, and nothing listens on the port; False where no answer comes at all."""
+    try:
+        with socket.create_connection((address, port), _CONNECT_SECONDS):
+            return False
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+
+
 def own_address(names: tuple[str, ...], index: int) -> str | None:
     """Return the address of this host that the others reach; None while that cannot be known.
 

@@ -7,7 +7,7 @@ import time
 
 import click
 
-from jax_client.cli.launch.addresses import answers, joined, resolve
+from jax_client.cli.launch.addresses import answers, joined, refuses, resolve
 from jax_client.cli.launch.board import Board, NoAnswerError
 from jax_client.cli.launch.messages import say
 from jax_client.cli.launch.plan import Plan
@@ -17,7 +17,7 @@ from jax_client.cli.program.child import Child
 
 POLL_SECONDS = 1.0
 # Host 0 is given up when its Ray has not answered for so long, or at once when nothing listens there any more.
-LOST_SECONDS = 15.0
+LOST_SECONDS = 20.0
 # A Ray that ends so soon, so often in a row, would do so for ever.
 SHORT_SECONDS, SHORT_LIVES = 30.0, 3
 
@@ -105,7 +105,7 @@ class _Follower:
                 self._tell()
                 answered, refused = time.monotonic(), 0
             except NoAnswerError:
-                refused = 0 if answers(self._head, plan.port) else refused + 1
+                refused = refused + 1 if refuses(self._head, plan.port) else 0
                 if refused > 1 or time.monotonic() - answered > LOST_SECONDS:
                     lost = f"{plan.label(0)} is lost: its Ray no longer answers, and it told no exit code. Look there."
                     if not received:

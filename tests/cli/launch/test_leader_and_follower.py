@@ -80,6 +80,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Memory:
         monkeypatch.setattr(module, "RayNode", Node)
         monkeypatch.setattr(module, "answers", lambda *_: not made.lost)
         monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(follower, "refuses", lambda *_: made.lost)
     monkeypatch.setattr(leader, "can_bind", lambda *_: True)
     monkeypatch.setattr(leader, "SEEN_SECONDS", 0.1)
     monkeypatch.setattr(follower, "resolve", lambda name: "10.0.0.1")
@@ -226,7 +227,7 @@ def test_host_0_is_lost(board, capsys, signalled):
 
 
 def test_host_0_that_is_silent_is_lost_after_a_while(board, monkeypatch):
-    monkeypatch.setattr(follower, "answers", lambda *_: True)  # its kernel still accepts connections
+    monkeypatch.setattr(follower, "refuses", lambda *_: False)  # nothing comes back at all
     monkeypatch.setattr(follower, "LOST_SECONDS", 0.3)
     board.put_hosts(NAMES)
     soon(lambda: "beat:1" in board.texts, lambda: setattr(board, "lost", True) is None)

@@ -153,6 +153,8 @@ def test_addresses_of_this_machine():
         taken.listen()
         port = taken.getsockname()[1]
         assert addresses.answers("127.0.0.1", port) and not addresses.can_bind("127.0.0.1", port)
+        assert not addresses.refuses("127.0.0.1", port)
+    assert addresses.refuses("127.0.0.1", port)
     assert not addresses.answers("127.0.0.1", port) and addresses.can_bind("127.0.0.1", port)
     assert not addresses.can_bind("192.0.2.77", 0)
     assert addresses.resolve("no-such-host.invalid") is None and addresses.resolve("127.0.0.9") == "127.0.0.9"
