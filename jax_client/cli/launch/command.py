@@ -12,9 +12,9 @@ from importlib import util
 
 import click
 
-from jax_client.cli.launch.addresses import own_address
+from jax_client.cli.launch.finding.addresses import own_address
+from jax_client.cli.launch.finding.places import Places, find_places
 from jax_client.cli.launch.messages import say
-from jax_client.cli.launch.places import Places, find_places
 from jax_client.cli.launch.plan import RAY_VARIABLES, Plan
 from jax_client.cli.launch.tokens import authentication, no_authentication
 from jax_client.cli.program.child import Child, check_program

@@ -7,8 +7,8 @@ import time
 
 import click
 
-from jax_client.cli.launch.addresses import answers, joined, refuses, resolve
 from jax_client.cli.launch.board import Board, NoAnswerError
+from jax_client.cli.launch.finding.addresses import answers, joined, refuses, resolve
 from jax_client.cli.launch.messages import say
 from jax_client.cli.launch.plan import Plan
 from jax_client.cli.launch.ray_node import RayNode

@@ -11,8 +11,8 @@ from functools import partial
 import click
 
 from jax_client.cli.launch import tied
-from jax_client.cli.launch.addresses import answers, can_bind, joined
 from jax_client.cli.launch.board import Board, NoAnswerError
+from jax_client.cli.launch.finding.addresses import answers, can_bind, joined
 from jax_client.cli.launch.messages import say
 from jax_client.cli.launch.plan import LOST_HOST, Plan
 from jax_client.cli.launch.ray_node import RayNode

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jax_client.cli.launch.places import Places
+from jax_client.cli.launch.finding.places import Places
 
 # Ray sends no statistics, and does not hide the chips of an actor that reserves none.
 RAY_VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}

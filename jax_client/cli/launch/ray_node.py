@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from jax_client.cli.launch import guard
-from jax_client.cli.launch.addresses import joined
+from jax_client.cli.launch.finding.addresses import joined
 from jax_client.cli.launch.plan import Plan
 
 # Ray's sockets lie below it, and a socket's path has at most 107 characters, of which Ray needs some 70.

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from jax_client.cli.launch.addresses import is_private
+from jax_client.cli.launch.finding.addresses import is_private
 from jax_client.cli.launch.messages import say
 from jax_client.errors import BadRequestError
 from jax_client.host import places

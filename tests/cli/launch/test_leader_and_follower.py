@@ -17,7 +17,7 @@ import pytest
 
 from jax_client.cli.launch import follower, leader
 from jax_client.cli.launch.board import Board, NoAnswerError
-from jax_client.cli.launch.places import Places
+from jax_client.cli.launch.finding.places import Places
 from jax_client.cli.launch.plan import Plan
 
 NAMES = ("a", "b")

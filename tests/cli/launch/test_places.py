@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from jax_client.cli.launch import addresses
-from jax_client.cli.launch.node_list import expand_nodes
-from jax_client.cli.launch.places import Places, find_places
+from jax_client.cli.launch.finding import addresses
+from jax_client.cli.launch.finding.node_list import expand_nodes
+from jax_client.cli.launch.finding.places import Places, find_places
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.host import slices
 

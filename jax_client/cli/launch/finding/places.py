@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jax_client.cli.launch.addresses import is_here
-from jax_client.cli.launch.node_list import expand_nodes
+from jax_client.cli.launch.finding.addresses import is_here
+from jax_client.cli.launch.finding.node_list import expand_nodes
 from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.host import slices
 
