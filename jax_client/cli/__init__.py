@@ -20,6 +20,7 @@ from jax_client.cli.doctor.command import doctor
 from jax_client.cli.estimate.command import estimate
 from jax_client.cli.estimate.models import model_group
 from jax_client.cli.keys.command import key
+from jax_client.cli.launch.command import launch
 from jax_client.cli.options import STATE_DIR_HELP, STATE_DIR_TYPE, GlobalOptions
 from jax_client.cli.run_command import run
 from jax_client.cli.runs import runs_group
@@ -40,7 +41,7 @@ def group(options: GlobalOptions, state_dir: Path | None, debug: bool) -> None:
     options.state_dir, options.debug = state_dir, debug
 
 
-for _command in (serve, run, runs_group, checkpoint, model_group, estimate, key, doctor):
+for _command in (serve, run, launch, runs_group, checkpoint, model_group, estimate, key, doctor):
     group.add_command(_command)
 
 

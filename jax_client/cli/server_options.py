@@ -89,6 +89,17 @@ SHARED = (
     _engine_option("dtype", click.Choice(get_args(DType)), help="Of the frozen weights and the matmuls."),
     _engine_option("mesh", Mesh(), help="Such as fsdp=4,tensor=2."),
     _engine_option(
+        "hosts",
+        click.Choice(["ray"]),
+        help="ray: compute on all hosts of this process's Ray cluster. 'jax_client launch' sets the variable.",
+    ),
+    _engine_option(
+        "samplers",
+        click.IntRange(0),
+        metavar="NUMBER",
+        help="Further engines that only sample, on other hosts or chips of the Ray cluster.",
+    ),
+    _engine_option(
         "memory-fraction",
         click.FloatRange(0, 1, min_open=True),
         help="Share of a device's memory that may be filled.",

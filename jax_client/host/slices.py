@@ -17,7 +17,8 @@ from pathlib import Path
 from jax_client.errors import UnsupportedError
 
 # As the cloud's machines answer it, and as jax reads it: entries "?:?:ADDRESS", separated by commas.
-METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+ATTRIBUTES = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+METADATA = ATTRIBUTES + "worker-network-endpoints"
 METADATA_SECONDS = 2.0
 ADVICE = (
     "Take a slice of one host (v5e-8, v6e-8, v5p-8, or smaller), or use this host's chips alone: set "
@@ -58,12 +59,33 @@ def _product(bounds: str) -> int:
     return math.prod(int(size) for size in re.findall(r"\d+", bounds))
 
 
+def worker_number() -> str:
+    """Return this machine's number among the hosts of its slice, as its metadata says it; "" where there is none."""
+    return _attribute("agent-worker-number").strip()
+
+
+def metadata_of_tpu(name: str, environ: Mapping[str, str]) -> str:
+    """Return what the metadata of a virtual machine with TPUs says of a variable; "" for nothing.
+
+    It is asked only where the hosts are found by it, too.
+    """
+    if "TPU_WORKER_HOSTNAMES" in environ or not slice_hosts(environ):
+        return ""
+    found = re.search(rf"^{re.escape(name)}:\s*'?([^'\n]*)'?\s*$", _attribute("tpu-env"), re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
 @functools.cache
 def _metadata_hosts() -> tuple[str, ...]:
     """Return what the machine's metadata says, none where there is no metadata."""
-    request = urllib.request.Request(METADATA, headers={"Metadata-Flavor": "Google"})
+    listed = _attribute("worker-network-endpoints")
+    return tuple(entry.split(":")[-1] for entry in listed.split(",") if entry.strip())
+
+
+def _attribute(name: str) -> str:
+    request = urllib.request.Request(ATTRIBUTES + name, headers={"Metadata-Flavor": "Google"})
     # The address is the machine's own: no proxy knows it.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with contextlib.suppress(OSError, ValueError), opener.open(request, timeout=METADATA_SECONDS) as answer:
-        return tuple(entry.split(":")[-1] for entry in answer.read(2**16).decode().split(",") if entry.strip())
-    return ()
+        return answer.read(2**16).decode()
+    return ""

@@ -12,7 +12,7 @@ import pytest
 
 from jax_client.checkpoint.disk import run_lock
 from jax_client.checkpoint.store import CheckpointStore
-from jax_client.cli import run_command
+from jax_client.cli.program import child as child_module
 from support.command_line import stages_of
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -90,7 +90,7 @@ def test_a_program_that_is_not_there(cli, tmp_path):
     ],
 )
 def test_signals_go_to_the_program(code, sent, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_command, "_in_foreground", lambda: False)
+    monkeypatch.setattr(child_module, "_in_foreground", lambda: False)
     ready = tmp_path / "ready"
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
@@ -103,7 +103,7 @@ def test_signals_go_to_the_program(code, sent, expected, tmp_path, monkeypatch):
 
     if sent:
         threading.Thread(target=send, daemon=True).start()
-    child = run_command._Child()
+    child = child_module.Child()
     program = ["sh", "-c", f"exec {sys.executable} -c '{code}' > {ready}"]
     assert child.run(program, dict(os.environ)) == expected
     assert child.hurried == bool({signal.SIGTERM, signal.SIGHUP} & set(sent))
@@ -111,8 +111,8 @@ def test_signals_go_to_the_program(code, sent, expected, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_of_the_terminal_reaches_a_program_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_command, "_in_foreground", lambda: True)
-    child = run_command._Child()
+    monkeypatch.setattr(child_module, "_in_foreground", lambda: True)
+    child = child_module.Child()
     threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     # The terminal is not there to send it: were it passed on, the program would end with 130.
     assert child.run([sys.executable, "-c", "import time; time.sleep(1.5)"], dict(os.environ)) == 0

@@ -57,6 +57,22 @@ def test_every_setting_of_the_engine_can_be_said():
         assert each.name in options, f"EngineConfig.{each.name} has no flag"
 
 
+def test_hosts_and_samplers_are_settings(cli, tmp_path, monkeypatch):
+    file = tmp_path / "c.toml"
+    file.write_text('hosts = "ray"\nsamplers = 2')
+    for command in ("serve", "run"):
+        found = cli(command, "--show-config").settings
+        assert found["hosts"] == ("-", "default") and found["samplers"] == ("0", "default")
+        found = cli(command, "--show-config", "--config", file, "--samplers", 3).settings
+        assert found["hosts"] == ("ray", f"file {file}") and found["samplers"] == ("3", "flag")
+    # As `launch` sets it; it is no unknown variable.
+    monkeypatch.setenv("JAX_CLIENT_HOSTS", "ray")
+    shown = cli("serve", "--show-config")
+    assert shown.settings["hosts"] == ("ray", "environment JAX_CLIENT_HOSTS") and shown.err == ""
+    assert "'mpi' is not 'ray'" in cli("serve", "--hosts", "mpi").error(2)
+    assert "-1 is not in the range" in cli("serve", "--samplers", "-1").error(2)
+
+
 def test_where_the_state_directory_is_said(cli, tmp_path, monkeypatch):
     file = tmp_path / "c.toml"
     file.write_text('state_dir = "/from/file"')

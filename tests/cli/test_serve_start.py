@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from jax_client.checkpoint.disk import run_lock
-from jax_client.cli import run_command, stages
+from jax_client.cli import stages
+from jax_client.cli.program.child import Child
 from jax_client.cli.serve import private_files
 from jax_client.config import EngineConfig
 from jax_client.engine import monitor
@@ -71,7 +72,7 @@ def test_a_server_makes_files_for_its_user_only_and_its_program_does_not(tmp_pat
     try:
         with private_files() as umask:
             (tmp_path / "state").touch()
-            run_command._Child(umask).run(["touch", str(tmp_path / "program's")], dict(os.environ))
+            Child(umask).run(["touch", str(tmp_path / "program's")], dict(os.environ))
         (tmp_path / "after").touch()
     finally:
         os.umask(before)
