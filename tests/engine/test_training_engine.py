@@ -386,7 +386,9 @@ def test_a_kernel_that_cannot_be_loaded_is_done_without(
 def test_the_reason_against_a_kernel_is_said(
     platform: str, size: int, dtype: str, refused: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mesh: Any = SimpleNamespace(size=size, devices=np.array([SimpleNamespace(platform=platform)], object))
+    mesh: Any = SimpleNamespace(
+        size=size, is_multi_process=False, devices=np.array([SimpleNamespace(platform=platform)], object)
+    )
 
     def gap(candidate: Attention, *_: Any) -> float:
         if candidate.name == "cudnn":

@@ -49,7 +49,7 @@ def fetch(tree: object) -> Fetched:
     What this host's devices do not have whole comes from those of the others.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    split = [i for i, a in enumerate(leaves) if not (a.is_fully_addressable or a.is_fully_replicated)]
+    split = [i for i, a in enumerate(leaves) if isinstance(a, jax.Array) and not _is_whole_here(a)]
     far = []
     for i in split:
         whole = whole_here(leaves[i])
@@ -61,3 +61,7 @@ def fetch(tree: object) -> Fetched:
         for i, whole in zip(far, current().gather([leaves[i] for i in far]), strict=True):
             leaves[i] = whole
     return jax.tree.unflatten(treedef, jax.device_get(leaves))
+
+
+def _is_whole_here(array: jax.Array) -> bool:
+    return array.is_fully_addressable or array.is_fully_replicated

@@ -117,17 +117,17 @@ class TrainPrograms:
         self._shards = tensor if config.vocab_size % tensor == 0 else 1
         size = lambda _, __, batch, *rest: "x".join(map(str, batch["targets_BTC"].shape))  # noqa: E731
         # Cotangents lie as a custom loss's do that come from the host, so that `backward` is compiled once for both.
-        # On one device all places are known, so that `backward` can be compiled before `forward` is. What the host
-        # reads is whole on every device: a host of several has only its own.
-        whole = replicated(mesh)
-        kept = whole if mesh.size == 1 else None
-        forwards = lambda *args: (whole, args[2]["targets_BTC"].sharding, whole, kept)  # noqa: E731
+        # On one device all places are known, so that `backward` can be compiled before `forward` is. On several hosts
+        # each reads from its own devices, so the outputs that it reads are whole on all of them.
+        kept = replicated(mesh) if mesh.size == 1 else None
+        read = replicated(mesh) if mesh.size == 1 or mesh.is_multi_process else None
+        forwards = lambda *args: (read, args[2]["targets_BTC"].sharding, read, kept)  # noqa: E731
         model = Program.model_text(config, dtype, mesh, attention)
         self.forward = Program("forward", self._forward, log, forwards, size, model=model)
         self.backward = Program("backward", self._backward, log, lambda *args: shardings_of(args[-1]), size)
         self.zeros = Program("zeros", _zeros, log, shardings_of)
         self.add = Program("add", _add, log, lambda total, _: shardings_of(total))
-        self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*shardings_of(args[:3]), whole))
+        self.optim_step = Program("optim_step", adamw_step, log, lambda *args: (*shardings_of(args[:3]), read))
 
     @property
     def all(self) -> list[AnyProgram]:

@@ -34,7 +34,7 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     log: list[CompileRecord] = []
     batches = SimpleNamespace(
         of_rows=lambda _, size, __: {"x": np.zeros(size, np.float32)},
-        put=lambda batch: {name: jnp.asarray(array) for name, array in batch.items()},
+        shapes=lambda batch: {name: jnp.asarray(array) for name, array in batch.items()},
     )
     compilers = Workers("test-compile-now", 2)
     backgrounds: list[Workers | None] = [compilers]
