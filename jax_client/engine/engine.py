@@ -137,6 +137,7 @@ class Engine:
             adapters=self._adapters,
             log=self._log,
             matmul_flops_per_second=self._matmul_rate,
+            others=self._others,
         )
         process.register(
             f"engine of {source.name}",

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax_client.engine.core.adapters import Adapter
 from jax_client.engine.core.dispatch import Dispatcher
 from jax_client.engine.core.programs import CompileRecord, compiling
+from jax_client.engine.devices.engine_hosts import EngineHosts
 from jax_client.engine.protocol import Description, Health, Usage
 from jax_client.engine.sample.loop import SamplingLoop
 from jax_client.engine.train.trainer import Trainer
@@ -38,6 +39,7 @@ class EngineMonitor:
         adapters: of the engine, which adds and removes them.
         log: the engine's compiles.
         matmul_flops_per_second: of the mesh.
+        others: the other hosts of the mesh; None where there are none.
     """
 
     source: ModelSource
@@ -52,6 +54,7 @@ class EngineMonitor:
     adapters: list[Adapter]
     log: list[CompileRecord]
     matmul_flops_per_second: float
+    others: EngineHosts | None = None
 
     def describe(self) -> Description:
         """Return the model, the mesh, every value that "auto" chose, memory by kind and the compiled programs."""
@@ -61,6 +64,7 @@ class EngineMonitor:
             "model": {"name": self.source.name, "path": str(self.source.path), "family": self.model.family},
             "device": {"platform": device.platform, "kind": device.device_kind, "count": self.mesh.size},
             "mesh": dict(self.mesh.shape),
+            "hosts": [] if self.others is None else self.others.leader.health(),
             "dtype": self.dtype.name,
             "attention": self.attention.name,
             "sampling_attention": self.sampler.attention.name,
@@ -116,4 +120,5 @@ class EngineMonitor:
             "waiting": liveness.waiting,
             "stalled_seconds": round(liveness.stalled_s, 3),
             "compiling": now,
+            "hosts": [] if self.others is None else self.others.leader.health(),
         }

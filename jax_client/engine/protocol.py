@@ -8,7 +8,7 @@ of a snapshot only `step`, `version`, `accumulating` and `fetch`.
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,12 +40,14 @@ class Health(TypedDict):
         waiting: requests that have not finished.
         stalled_seconds: since anything moved; 0 when nothing waits.
         compiling: what is being compiled.
+        hosts: the other hosts of the mesh and the samplers, with their "host", "role" and "state", "ready" if well.
     """
 
     state: Literal["idle", "busy", "compiling", "stuck", "dead", "closed"]
     waiting: int
     stalled_seconds: float
     compiling: list[Compiling]
+    hosts: NotRequired[list[dict[str, object]]]
 
 
 class Usage(TypedDict):

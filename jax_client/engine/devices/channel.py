@@ -55,6 +55,7 @@ class Follower:
 
     Attributes:
         channel: to it.
+        number: of the host, from 1 on: this one is 0.
         behind: what it has been sent and has not answered, with the log of launches of this host after that.
         free: bytes that each of its devices may still allocate, as it last said.
         log: of its launches, as it last said.
@@ -63,6 +64,7 @@ class Follower:
     """
 
     channel: Channel
+    number: int
     behind: deque[tuple[str, Future[Done]]] = field(default_factory=deque)
     free: int = 0
     log: str = ""
@@ -73,6 +75,8 @@ class Follower:
         """Return what it is and how it does, for people; waits for nothing."""
         return {
             "host": self.channel.name,
+            "role": "follower",
+            "number": self.number,
             "state": state,
             "pid": self.channel.hello.pid,
             "devices": self.channel.hello.devices,

@@ -80,7 +80,9 @@ class Leader:
     """
 
     def __init__(self, channels: Sequence[Channel]) -> None:
-        self._followers = [Follower(channel, free=channel.hello.free) for channel in channels]
+        self._followers = [
+            Follower(each, number, free=each.hello.free) for number, each in enumerate(channels, start=1)
+        ]
         # Held while something is told and done here, which may block for ever once another host's part is missing. What
         # is known of the hosts has a lock of its own, for moments.
         self._order = threading.RLock()

@@ -159,6 +159,16 @@ def _of_engines(named: list[tuple[str, Engine]]) -> Iterable[Family]:
             if kind != "activations_per_token"
         ],
     )
+    yield Family(
+        name="engine_host_up",
+        kind="gauge",
+        description="1 if another host of the engine, or a sampler beside it, is ready.",
+        values=[
+            ({**labels, **{name: str(host[name]) for name in ("host", "role", "number")}}, host["state"] == "ready")
+            for labels, _, health, _ in states
+            for host in health.get("hosts", [])
+        ],
+    )
     yield from _of_compiles([(labels, compiled) for labels, _, _, compiled in states])
     yield Family(
         name="engine_train_seconds_total",

@@ -136,6 +136,8 @@ class Member:
         """Return it as JSON has it, for people."""
         opened, sampled = self.opened, self.sampled()
         return {
+            "role": "sampler",
+            "number": self.index,
             "state": self.state,
             "host": self.replica.host,
             "pid": None if opened is None or self.state != "ready" else opened.pid,

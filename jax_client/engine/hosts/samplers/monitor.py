@@ -52,6 +52,7 @@ class SamplersMonitor:
             "waiting": health["waiting"] + waiting,
             "stalled_seconds": health["stalled_seconds"],
             "compiling": [*health["compiling"], *compiling],
+            "hosts": [*health.get("hosts", []), *(member.described() for member in self.pool.members)],
         }
 
 
