@@ -21,9 +21,9 @@ ATTRIBUTES = "http://metadata.google.internal/computeMetadata/v1/instance/attrib
 METADATA = ATTRIBUTES + "worker-network-endpoints"
 METADATA_SECONDS = 2.0
 ADVICE = (
-    "Run the program on all of them with 'jax_client launch -- PROGRAM', take a slice of one host (v5e-8, v6e-8, v5p-8, or smaller), or use this host's chips alone: set "
-    "TPU_PROCESS_BOUNDS=1,1,1, TPU_CHIPS_PER_PROCESS_BOUNDS to their layout (2,2,1 for four chips) and "
-    "TPU_VISIBLE_CHIPS to their numbers (0,1,2,3)."
+    "Run the program on all of them with 'jax_client launch -- PROGRAM'; or take a slice of one host (v5e-8, v6e-8, "
+    "v5p-8, or smaller); or use this host's chips alone: set TPU_PROCESS_BOUNDS=1,1,1, TPU_CHIPS_PER_PROCESS_BOUNDS to "
+    "their layout (2,2,1 for four chips) and TPU_VISIBLE_CHIPS to their numbers (0,1,2,3)."
 )
 # Device files of TPUs.
 _CHIPS = ("accel*", "vfio/[0-9]*")

@@ -1,6 +1,6 @@
 """What do launches on another host cost? Steps and decode blocks on two loopback hosts beside one with as many devices.
 
-    python scripts/benchmarks/bench_hosts.py [--rounds 3]
+    python scripts/benchmarks/hosts/launches.py [--rounds 3]
 
 Both have two CPU devices in all, the collectives of several hosts (gloo), and a copy of the weights on each device. One
 host is one process; two are two runs of `jax_client launch`, with Ray between them. They take turns, and the ratio is

@@ -13,7 +13,10 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_rows import NEW_TOKENS, TOKEN_LIMIT, machine, measure
 
