@@ -58,6 +58,7 @@ R = TypeVar("R")
 MAX_BEHIND = 64
 SILENCE_S = 20.0
 PING_S = 5.0
+SAVE_S = 25.0  # most that a call waits for what is saved after a loss
 # Between the errors of the requests and the end of the process: what the user's program does with them.
 GRACE_S = 10.0
 LOST = os.EX_TEMPFAIL  # the program can be started again
@@ -95,6 +96,7 @@ class Leader:
         self._freed: deque[int] = deque()  # a destructor appends, with any lock held
         self._failed: dict[int, set[str]] = {}  # launches that ran out of memory: on which hosts
         self._lost: RequestFailedError | None = None
+        self._saved = threading.Event()  # after a loss, so that the error of every call can say where
         self._listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
         self._closed = False
         self._watch = start_thread("jax_client-hosts", self._look_after)
@@ -203,6 +205,8 @@ class Leader:
 
     def gather(self, arrays: list[jax.Array]) -> list[jax.Array]:
         """Return arrays that every device has whole."""
+        if self._lost is not None:  # asked by the save that `_check` waits for
+            raise self._lost
 
         def verb(number: int, first: int) -> Gather:
             return Gather(number, tuple(map(self._number_of, arrays)), first)
@@ -352,6 +356,7 @@ class Leader:
 
     def _check(self) -> None:
         if self._lost is not None:
+            self._saved.wait(SAVE_S)
             raise RequestFailedError(self._lost.message, category=self._lost.category)
         if self._closed:
             raise RequestFailedError("the other hosts have been released; make a new ServiceClient.", category="user")
@@ -421,6 +426,7 @@ class Leader:
         saved = process.save_after_loss()
         told = " ".join([lost.message, "Start the program again, and continue from the newest checkpoint.", *saved])
         self._lost = error = RequestFailedError(told, category="server")
+        self._saved.set()
         for listener in list(self._listeners):
             listener.hosts_lost(error)
         print(f"jax_client: {told}", file=sys.stderr)

@@ -25,6 +25,7 @@ JOIN_S = 300
 # What of this process's environment decides how jax, XLA and this package compute.
 _PREFIXES = ("JAX_", "XLA_", "LIBTPU_", "TF_", "NCCL_", "HF_")
 _lock = threading.Lock()
+_joined: set[str] = set()  # nodes of the other hosts
 
 
 def lead_other_hosts(settings: EngineConfig) -> Leader | None:
@@ -39,7 +40,7 @@ def lead_other_hosts(settings: EngineConfig) -> Leader | None:
     from jax_client.engine.devices.current import leads
 
     with _lock:
-        return leads() or led_by(_join())
+        return leads() or led_by(_join(settings.samplers))
 
 
 def led_by(found: Leader) -> Leader:
@@ -57,22 +58,44 @@ def led_by(found: Leader) -> Leader:
     return found
 
 
+def computing_hosts(hosts: list[ray_cluster.Host], samplers: int) -> list[ray_cluster.Host]:
+    """Return the hosts that compute as one engine: this one, and those that are not left to samplers, the last ones.
+
+    Once hosts have been joined, they are these, whatever a later engine asks for.
+
+    Args:
+        hosts: of the cluster, this one first.
+        samplers: beside the engine; each takes a host.
+
+    Raises:
+        BadRequestError: fewer than two are left.
+    """
+    if _joined:
+        return [host for host in hosts if host.here or host.node in _joined]
+    if len(hosts) - samplers > 1:
+        return hosts[: len(hosts) - samplers]
+    if len(hosts) == 1:
+        raise BadRequestError(
+            f"EngineConfig.hosts is 'ray', but {hosts[0].name} is the only host of the Ray cluster. Wait for the "
+            "others to join it ('ray status' shows them), or leave EngineConfig.hosts out."
+        )
+    raise BadRequestError(
+        f"EngineConfig.hosts is 'ray' with {samplers} samplers, but the Ray cluster has {len(hosts)} hosts: two or "
+        "more compute together, and each sampler needs one more. Ask for fewer samplers, or leave hosts out."
+    )
+
+
 def environment() -> dict[str, str]:
     """Return the variables of this process that the others need."""
     return {name: value for name, value in os.environ.items() if name.startswith(_PREFIXES)}
 
 
-def _join() -> Leader:
+def _join(samplers: int) -> Leader:
     from jax_client.engine.devices.leader import Leader
     from jax_client.engine.hosts.joining import join, versions
 
     ray = ray_cluster.connect(start=False)
-    here, *others = ray_cluster.hosts(ray)
-    if not others:
-        raise BadRequestError(
-            f"EngineConfig.hosts is 'ray', but {here.name} is the only host of the Ray cluster. Wait for the others to "
-            "join it ('ray status' shows them), or leave EngineConfig.hosts out."
-        )
+    here, *others = computing_hosts(ray_cluster.hosts(ray), samplers)
     remote = ray.remote(concurrency_groups=GROUPS)(FollowerActor)
     actors = [remote.options(max_restarts=0, **ray_cluster.on_host(host)).remote(environment()) for host in others]
     _refuse_other_versions(ray, others, actors, versions())
@@ -82,6 +105,7 @@ def _join() -> Leader:
     ]
     join(coordinator, len(actors) + 1, 0, JOIN_S)
     hellos = [_answer(ray, host, answer, JOIN_S) for host, answer in zip(others, joins, strict=True)]
+    _joined.update(host.node for host in others)
     ways = zip(others, actors, hellos, strict=True)
     return Leader([ActorChannel(ray=ray, actor=actor, name=host.name, hello=hello) for host, actor, hello in ways])
 

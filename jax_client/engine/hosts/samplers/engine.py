@@ -18,6 +18,7 @@ from jax_client.engine.hosts.samplers.monitor import SamplersMonitor
 from jax_client.engine.hosts.samplers.placement import Place, hosts_for_samplers, keep_other_chips
 from jax_client.engine.hosts.samplers.pool import SamplerPool
 from jax_client.engine.hosts.samplers.ray_replica import RayReplica
+from jax_client.engine.hosts.start import computing_hosts
 from jax_client.errors import RequestFailedError
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def open_with_samplers(
 def _places(hosts: list[ray_cluster.Host], config: EngineConfig) -> list[Place]:
     here = next(host for host in hosts if host.here)
     on_cpu = _platforms().startswith("cpu") or not (here.gpus or here.tpus)
-    excluded = {host.node for host in hosts} if config.on_several_hosts else set[str]()
+    excluded = {host.node for host in computing_hosts(hosts, config.samplers)} if config.on_several_hosts else set()
     return hosts_for_samplers(hosts, config.samplers, excluded=excluded, on_cpu=on_cpu)
 
 
