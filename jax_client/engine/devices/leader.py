@@ -41,7 +41,6 @@ from jax_client.engine.devices.verbs import (
     Done,
     Free,
     Gather,
-    Hello,
     LaunchLog,
     Load,
     Programs,
@@ -95,16 +94,12 @@ class Leader:
         self._arrays: dict[int, tuple[weakref.ref[jax.Array], int]] = {}  # by Python's id of the array
         self._freed: deque[int] = deque()  # a destructor appends, with any lock held
         self._failed: dict[int, set[str]] = {}  # launches that ran out of memory: on which hosts
+        self._done = 0  # the newest launch for which there was memory here
         self._lost: RequestFailedError | None = None
         self._saved = threading.Event()  # after a loss, so that the error of every call can say where
         self._listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
         self._closed = False
         self._watch = start_thread("jax_client-hosts", self._look_after)
-
-    @property
-    def hosts(self) -> list[Hello]:
-        """What the other hosts are."""
-        return [follower.channel.hello for follower in self._followers]
 
     def free_bytes(self) -> int:
         """Return the bytes that each device of the other hosts may still allocate, as they last said."""
@@ -273,6 +268,10 @@ class Leader:
                 raise
             leaves = jax.tree.leaves(out)
             self._note(leaves, self._take_numbers(len(leaves)))
+            with self._turn:
+                self._done = number
+                if number in self._failed:
+                    self._lose_for_memory(number)
             return out
 
     def _expect_failure(self, number: int) -> None:
@@ -283,6 +282,10 @@ class Leader:
         for follower in self._followers:
             if follower.channel.name not in failed:
                 self._lose(f"host {follower.channel.name} had the memory for launch {number}, and this one had not")
+
+    def _lose_for_memory(self, number: int) -> None:
+        names = ", ".join(sorted(self._failed[number]))
+        self._lose(f"host {names} ran out of memory at launch {number}, for which this one had enough")
 
     def _say(self, verb: Verb) -> None:
         with self._order:
@@ -329,6 +332,8 @@ class Leader:
             follower.free, follower.heard = answer.free, time.monotonic()
             for number in answer.failed:
                 self._failed.setdefault(number, set()).add(follower.channel.name)
+                if number <= self._done:
+                    self._lose_for_memory(number)
             self._turn.notify_all()
 
     def _take_numbers(self, count: int) -> int:

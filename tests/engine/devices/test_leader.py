@@ -179,6 +179,19 @@ def test_memory_that_lacks_here_alone_loses_the_other(leader: Leader, channel: F
     assert raised.value.category == "server"
 
 
+@pytest.mark.parametrize("prompt", [True, False])
+def test_memory_that_lacks_there_alone_loses_the_other(
+    prompt: bool, leader: Leader, channel: FakeChannel, ended: list[int]
+) -> None:
+    a, channel.too_large, channel.prompt = _known(leader, 1), {1}, prompt
+    _add(leader, a, a)
+    channel.prompt = True
+    channel.answer()
+    _until(lambda: ended)
+    with pytest.raises(RequestFailedError, match="host other ran out of memory at launch 1"):
+        _add(leader, a, a)
+
+
 def test_another_launch_loses_the_host(leader: Leader, channel: FakeChannel, ended: list[int]) -> None:
     a = _known(leader, 1)
     channel.log.digest = "other"
