@@ -195,11 +195,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def split_rows(array: jax.Array, mesh: Mesh) -> jax.Array:
     """Within a program, have an array's first axis split as the rows of a batch are, and the others whole."""
-    axes = ("rows", *(None,) * (array.ndim - 1))
-    return jax.lax.with_sharding_constraint(array, sharding_for(axes, array.shape, mesh))
+    return jax.lax.with_sharding_constraint(array, place_of_rows(array, mesh))
 
 
-def place_of_rows(array: np.ndarray, mesh: Mesh) -> NamedSharding:
+def place_of_rows(array: np.ndarray | jax.Array, mesh: Mesh) -> NamedSharding:
     """Return the sharding of an array whose first axis is split as the rows of a batch are."""
     return sharding_for(("rows", *(None,) * (array.ndim - 1)), array.shape, mesh)
 

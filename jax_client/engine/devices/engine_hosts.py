@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import jax
@@ -38,7 +38,7 @@ class EngineHosts:
     mesh: Mesh
     dtype: jnp.dtype
     settings: EngineConfig
-    number: int = field(default=0)
+    number: int
 
     @classmethod
     def of(cls, leader: Leader | None, mesh: Mesh, dtype: jnp.dtype, settings: EngineConfig) -> EngineHosts | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 
@@ -15,8 +14,7 @@ from jax_client.engine.core import memory
 from jax_client.engine.core.programs import AnyProgram, CompileRecord
 from jax_client.engine.devices.compilation_cache import enable_compilation_cache
 from jax_client.engine.devices.device_errors import is_out_of_memory
-from jax_client.engine.devices.leader import gathered
-from jax_client.engine.devices.local import local_device, local_zeros
+from jax_client.engine.devices.local import gathered, local_device, local_zeros
 from jax_client.engine.devices.specs import from_parts, mesh_of, place_of, shape_of
 from jax_client.engine.devices.verbs import (
     Call,
@@ -41,9 +39,7 @@ from jax_client.models.config import ModelConfig
 from jax_client.models.decoder import param_specs
 from jax_client.weights.read.identity import fingerprint
 from jax_client.weights.read.load import load_params, read_config
-from jax_client.weights.read.source import resolve
-
-logger = logging.getLogger(__name__)
+from jax_client.weights.read.source import here
 
 
 class Follower:
@@ -74,7 +70,7 @@ class Follower:
         try:
             if load.cache != "":
                 enable_compilation_cache(default_compilation_cache_dir() if load.cache is None else load.cache)
-            source = load.source if load.source.path.exists() else resolve(load.source.name)
+            source = here(load.source)
             if fingerprint(source) != load.fingerprint:
                 return (
                     f"the weights at {source.path} are not those of the leading host. Copy its files there, or name "

@@ -64,8 +64,3 @@ def join(coordinator: str, count: int, process: int, timeout_s: int) -> None:
             "between them; JAX_CLIENT_COORDINATOR_PORT sets it.",
             category="server",
         ) from None
-
-
-def leave() -> None:
-    """Leave jax's runtime of several hosts; this process computes no more."""
-    jax.distributed.shutdown()

@@ -16,7 +16,6 @@ from typing import Any
 
 from jax_client.errors import BadRequestError, RequestFailedError
 
-logger = logging.getLogger(__name__)
 # Ray comes without types: the module, and what it gives: actors, answers.
 Handle = Any
 Ray = Handle
