@@ -91,7 +91,7 @@ def test_the_settings_are_read(tmp_path, capsys) -> None:
 
 
 def test_the_unit_is_one_of_systemd(tmp_path) -> None:
-    text = (DEPLOY / "jax_client.service").read_text()
+    text = (DEPLOY / "systemd.service").read_text()
     (command,) = re.findall(r"^ExecStart=(.*)$", text, re.MULTILINE)
     assert {word for word in command.split() if word.startswith("--")} <= OPTIONS
     # 128 + SIGTERM is how the server ends when it is told to, and no failure.
@@ -100,7 +100,7 @@ def test_the_unit_is_one_of_systemd(tmp_path) -> None:
         pytest.skip("there is no systemd-analyze")
     # The user and the program are those of the machine that it is for.
     text = re.sub(r"^(User|Group)=.*\n", "", text, flags=re.MULTILINE).replace(command, "/bin/true")
-    unit = tmp_path / "jax_client.service"
+    unit = tmp_path / "jax-client.service"
     unit.write_text(text)
     done = subprocess.run([verify, "verify", str(unit)], capture_output=True, text=True)
     said = [line for line in done.stderr.splitlines() if unit.name in line]
