@@ -9,17 +9,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from jax_client.cli.output import shown
 
+# What a child process has printed.
+Answer: TypeAlias = dict[str, Any]
 # A killed process stays while its driver call does not return; the report does not wait for it.
 _KILL_SECONDS = 5
 
 
 def ask(
     module: str, *arguments: str, timeout: float, environment: Mapping[str, str], starts: str
-) -> tuple[dict[str, Any] | None, str]:
+) -> tuple[Answer | None, str]:
     """Run a module that prints objects of JSON, each on a line of its own.
 
     What was printed before the time was over counts.

@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from jax_client.cli.doctor.child import ask
+from jax_client.cli.doctor.child import Answer, ask
 from jax_client.cli.doctor.finding import Finding
 from jax_client.cli.output import human_size, shown
 from jax_client.host.slices import ADVICE, slice_hosts
@@ -129,7 +128,7 @@ def devices(timeout: float) -> Iterator[Finding]:
     yield kernels(found, timeout)
 
 
-def kernels(found: Mapping[str, Any], timeout: float) -> Finding:
+def kernels(found: Answer, timeout: float) -> Finding:
     """Report with which attention kernels engines train and sample here, and why with no others."""
     if "kernels" not in found:
         return Finding(
@@ -138,7 +137,7 @@ def kernels(found: Mapping[str, Any], timeout: float) -> Finding:
             found=f"they were not tried within {timeout:g} seconds, in which the devices were found",
             advice="Give a longer --timeout. Each start of an engine tries them too, and takes as long.",
         )
-    each: list[dict[str, Any]] = found["kernels"]
+    each: list[Answer] = found["kernels"]
     training, sampling = (_by_model(each, use) for use in ("training", "sampling"))
     refused = {f"{name}: {why}": None for choice in each for name, why in choice["refused"].items()}
     version = f" (cuDNN {found['cudnn']})" if found.get("cudnn") else ""
@@ -155,7 +154,7 @@ def kernels(found: Mapping[str, Any], timeout: float) -> Finding:
     )
 
 
-def _by_model(choices: list[dict[str, Any]], use: str) -> str:
+def _by_model(choices: list[Answer], use: str) -> str:
     """Return which kernels serve which models, in words."""
     by_name: dict[str, list[str]] = {}
     for choice in choices:
@@ -165,7 +164,7 @@ def _by_model(choices: list[dict[str, Any]], use: str) -> str:
     return "; ".join(f"{name} for {', '.join(models)}" for name, models in by_name.items())
 
 
-def _probe(timeout: float) -> tuple[dict[str, Any] | None, str]:
+def _probe(timeout: float) -> tuple[Answer | None, str]:
     """Return what the child process found, or None and why not."""
     # Else the child would take three quarters of the memory of a GPU on which another process may train.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

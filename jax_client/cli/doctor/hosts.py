@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.metadata as metadata
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from jax_client.cli.doctor.child import ask
+from jax_client.cli.doctor.child import Answer, ask
 from jax_client.cli.doctor.finding import Finding
 from jax_client.cli.launch.finding.places import find_places
 from jax_client.cli.output import shown
@@ -64,7 +63,7 @@ def _cluster(address: str, timeout: float) -> Finding:
             found=problem,
             advice="Look at 'ray status' there; unset RAY_ADDRESS if that cluster is gone.",
         )
-    each: list[dict[str, Any]] = found["hosts"]
+    each: list[Answer] = found["hosts"]
     wrong = [line for host in each for line in _differences(host, found["versions"])]
     names = ", ".join(_name(host) for host in each)
     alone = len(each) == 1
@@ -81,12 +80,12 @@ def _cluster(address: str, timeout: float) -> Finding:
     )
 
 
-def _name(host: Mapping[str, Any]) -> str:
+def _name(host: Answer) -> str:
     chips = " and ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in host["chips"].items())
     return f"{shown(host['name'])} at {shown(host['address'])}" + (f" with {chips}" if chips else "")
 
 
-def _differences(host: Mapping[str, Any], own: Mapping[str, str]) -> Iterator[str]:
+def _differences(host: Answer, own: Mapping[str, str]) -> Iterator[str]:
     if host["problem"]:
         yield f"{shown(host['name'])} does not answer: {shown(host['problem'])}"
         return

@@ -200,7 +200,8 @@ def test_a_guard_ends_all_that_came_of_its_command(tmp_path):
 def test_the_doctor_asks_every_host(launches):
     code = """
 import subprocess, sys
-done = subprocess.run([sys.executable, "-c", "from jax_client.cli import main; main()", "doctor"], capture_output=True, text=True)
+command = [sys.executable, "-c", "from jax_client.cli import main; main()", "doctor"]
+done = subprocess.run(command, capture_output=True, text=True)
 print("\\n".join(line for line in done.stdout.splitlines() if line[6:].startswith(("ray", "hosts"))))
 """
     hosts = launches()
