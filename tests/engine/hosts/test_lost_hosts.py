@@ -48,7 +48,8 @@ def _check_end(child: Loop, within: float) -> None:
         client.forward_backward(data, "cross_entropy").result()
         metrics = client.optim_step(_adam()).result().metrics
     assert metrics is not None
-    assert metrics["step:max"] == child.acknowledged + 1
+    # A step may be done and not told yet.
+    assert metrics["step:max"] - 1 in (child.acknowledged, child.acknowledged + 1)
 
 
 def _data() -> list[jax_client.types.Datum]:
@@ -110,5 +111,7 @@ def test_all_are_told_to_end(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGTERM)
         code, _ = child.end(45)
         assert code == -signal.SIGTERM, child.errors()[-4000:]
-        assert f"saved step {child.acknowledged} of run" in child.errors()
+        # A step may be done and not told yet.
+        (saved,) = map(int, re.findall(r"saved step (\d+) of run", child.errors()))
+        assert child.acknowledged <= saved <= child.acknowledged + 1
         assert not child.left()

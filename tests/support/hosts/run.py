@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,22 +48,35 @@ class Loop:
     directory: Path
     acknowledged: int = 0
     seen: list[str] = field(default_factory=list)
+    lines: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
+
+    def __post_init__(self) -> None:
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put("")
 
     def wait_for(self, line: str, count: int) -> None:
         """Read until a line has come `count` times, in all."""
-        assert self.process.stdout is not None
         while self.seen.count(line) < count:
-            read = self.process.stdout.readline()
+            read = self.lines.get()
             assert read, self.errors()
             self._note(read)
 
     def end(self, timeout: float) -> tuple[int, float]:
         """Wait for the child's end; return its exit code, and after how many seconds."""
         start = time.monotonic()
-        out, _ = self.process.communicate(timeout=timeout)
-        for line in out.splitlines():
-            self._note(line)
-        return self.process.returncode, time.monotonic() - start
+        code = self.process.wait(timeout)
+        seconds = time.monotonic() - start
+        # Of the pipe's end a follower, which has it too, may be late.
+        with contextlib.suppress(queue.Empty):
+            while read := self.lines.get(timeout=1):
+                self._note(read)
+        return code, seconds
 
     def errors(self) -> str:
         """Return what the child has written to stderr, but for the lines of gloo and jax."""
@@ -104,3 +120,4 @@ def loop(directory: Path, case: str, mesh: dict[str, int], hosts: int = 2, devic
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     continue
+            child.reader.join(10)  # before its pipe is closed
