@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -159,6 +159,11 @@ class EngineConfig:
                     f"EngineConfig.mesh[{axis!r}] is {size}; it stays 1 so far. Use data, fsdp, expert and tensor."
                 )
 
+    def to_json(self) -> dict[str, object]:
+        """Return the settings as JSON has them, for the record of a run; paths are texts."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: _plain(value) for name, value in values.items()}
+
     @property
     def on_several_hosts(self) -> bool:
         """Whether the engine computes on all hosts of a Ray cluster.
@@ -199,3 +204,9 @@ class EngineConfig:
                 f"EngineConfig.mirror is {self.mirror!r}; give a URL such as gs://bucket/path, or None. A directory is "
                 "file:///path."
             )
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from jax_client import interpreter_end, process
 from jax_client.engine.protocol import Monitor, Usage
 from jax_client.metrics.store import FILE_NAME, Event, MetricsStore, Point
+from jax_client.metrics.summary import find_reward, mean_loss
 from jax_client.process import Step
 from jax_client.threads import BatchWriter
 
@@ -31,6 +32,7 @@ BATCH_SECONDS = 0.5
 FLUSH_SECONDS = 2.0
 # Kept one by one until the step that they belong to.
 MOST_PASSES = 1_000
+SAVES = ("save", "autosave", "export")
 PARTS = ("queue", "host", "compile", "device")
 
 
@@ -88,7 +90,9 @@ class RunMetrics:
         self.newest: Mapping[str, float] = {}
         self._recorder = recorder
         self._passes: list[Mapping[str, float]] = []
+        self.reward: float | None = None
         self._opened = time.time()
+        self._over = False
         self._sampling: Mapping[str, float] | None = None
         self._compiles = 0
 
@@ -108,11 +112,13 @@ class RunMetrics:
         """Note that something happened, now or at the step."""
         self._put("event", details, kind, step)
 
-    def end(self) -> None:
-        """Note that the run has ended in this process."""
-        self.event("end")
-        with _lock:
-            _live.discard(self)
+    def end(self, how: str = "closed", text: str = "") -> None:
+        """Note that the run has ended in this process, and how; a second call does nothing."""
+        if not self._over:
+            self._over = True
+            self.event("end", how=how, text=text)
+            with _lock:
+                _live.discard(self)
 
     def _put(self, topic: Any, metrics: Mapping[str, Any], kind: str = "", step: int | None = None) -> None:
         if self._recorder is not None:
@@ -125,7 +131,8 @@ class RunMetrics:
             self.step = self.step if item.step is None else item.step
             if item.kind == "load":  # which drops the gradients
                 self._passes = []
-            return Event(run=self.run_id, kind=item.kind, step=self.step, time=item.time, details=item.metrics)
+            details = {**item.metrics, **self._at_save()} if item.kind in SAVES else item.metrics
+            return Event(run=self.run_id, kind=item.kind, step=self.step, time=item.time, details=details)
         metrics = {name: float(value) for name, value in item.metrics.items()}
         if item.topic == "score":
             return Point(run=self.run_id, kind="forward", step=self.step, time=item.time, metrics=metrics)
@@ -141,6 +148,13 @@ class RunMetrics:
         self.step = int(metrics.get("step:max", self.step))
         self.newest = metrics
         return Point(run=self.run_id, kind="step", step=self.step, time=item.time, metrics=metrics)
+
+    def _at_save(self) -> Mapping[str, float]:
+        """Return the loss and the reward of the step that is saved, where they are known."""
+        known = {"loss": mean_loss(self.newest), "reward": find_reward(self.newest)}
+        at_step = int(self.newest.get("step:max", -1)) == self.step
+        found = {name: value for name, value in known.items() if value is not None} if at_step else {}
+        return found if self.reward is None else {"reward": self.reward, **found}
 
     def _count(self, metrics: Mapping[str, float]) -> None:
         totals, skipped = self.totals, "skipped_nonfinite:sum" in metrics
