@@ -20,7 +20,7 @@ from jax_client.runs.lifecycle.base_models import ModelRef
 from jax_client.runs.lifecycle.futures import then
 from jax_client.runs.lifecycle.order import RequestOrder
 from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
-from jax_client.runs.lifecycle.run_record import record_of, user_metadata_of
+from jax_client.runs.lifecycle.run_record import record_of, reporting_of, user_metadata_of
 from jax_client.runs.lifecycle.sampler_handle import SamplerHandle, WeightsFeed
 from jax_client.runs.lifecycle.session import Session
 from jax_client.runs.paths import training_path
@@ -410,7 +410,14 @@ def _open(
     except BaseException:
         engine.release(adapter)
         raise
-    observed = run_metrics.observe(run_id, engine.monitor, session.state_dir, step, on=session.config.record_metrics)
+    observed = run_metrics.observe(
+        run_id,
+        engine.monitor,
+        session.state_dir,
+        step,
+        on=session.config.record_metrics,
+        reporting=reporting_of(session, run_id),
+    )
     observed.event("start", step, base_model=model_ref.name, rank=spec.rank, origin=source and str(source))
     checkpointer = RunCheckpointer(
         store=session.store,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 
 from jax_client.errors import NotFoundError, RequestFailedError
 from jax_client.runs.lifecycle.session import Session
+from jax_client.runs.overview.described import run_name
 from jax_client.runs.results import api_records
-from jax_client.values import CheckpointKey, LoraSpec
+from jax_client.runs.results.reports import Reporting
+from jax_client.values import CheckpointKey, JsonObject, LoraSpec
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +55,20 @@ def record_of(
     return record | {name: known[name] for name in OF_THE_BEGINNING if name in known}
 
 
+def reporting_of(session: Session, run_id: str) -> Reporting:
+    """Return where the metrics and alerts of a run go, once it is recorded."""
+    record = dict(_known(session, run_id))
+    name = run_name(run_id, record, time.time())
+    config = {key: record.get(key) for key in ("base_model", "spec", "settings", "script", "resumed_from")}
+    return Reporting(name=name, config=config, trackers=session.config.trackers, webhook=session.config.webhook)
+
+
 def user_metadata_of(session: Session, run_id: str) -> Mapping[str, str] | None:
     """Return the user's metadata of a run; None if its record is gone, which is no reason not to continue the run."""
     return _known(session, run_id).get("user_metadata")
 
 
-def _known(session: Session, run_id: str) -> Mapping[str, Mapping[str, str] | None]:
+def _known(session: Session, run_id: str) -> JsonObject:
     try:
         return session.store.run(run_id)
     except NotFoundError:

@@ -18,6 +18,7 @@ from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import EngineConfig, default_mirror, default_state_dir
 from jax_client.errors import BadRequestError, NotFoundError
 from jax_client.host import places
+from jax_client.host.reporting import check_installed
 from jax_client.runs.lifecycle import autosave, base_models
 from jax_client.runs.lifecycle.base_models import BaseModels, ModelRef
 from jax_client.runs.lifecycle.futures import background, link, settled, then
@@ -108,6 +109,7 @@ class Session:
     ) -> None:
         self.owner = owner
         self.config = config or EngineConfig()
+        check_installed(self.config.trackers)
         self.info = info or SessionInfo()
         self.session_id = session_id or str(uuid.uuid4())
         self.models = models or base_models.shared
