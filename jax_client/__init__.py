@@ -1,4 +1,4 @@
-"""What does a user import? Every top-level name of `tinker`, served on this machine; and `EngineConfig`, `log`, `errors`.
+"""What does a user import? Every top-level name of `tinker`, served here; and `EngineConfig`, `log` and `errors`.
 
 Names are loaded on first use, so that `import jax_client` costs milliseconds and never touches a device.
 """

@@ -28,7 +28,7 @@ KINDS = ("step", "user")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class About:
+class RunFacts:
     """What a tracker is told of a run: its id, its name, its configuration, and where its files may go."""
 
     run: str
@@ -39,7 +39,7 @@ class About:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Row:
-    about: About
+    facts: RunFacts
     step: int
     time: float
     metrics: Mapping[str, float]
@@ -63,10 +63,10 @@ class Export:
 
     Args:
         tracker: its name.
-        begin: `f(about) -> Tracked`; by default what its package does.
+        begin: `f(facts) -> Tracked`; by default what its package does.
     """
 
-    def __init__(self, tracker: str, begin: Callable[[About], Tracked] | None = None) -> None:
+    def __init__(self, tracker: str, begin: Callable[[RunFacts], Tracked] | None = None) -> None:
         self.tracker = tracker
         self._begin = begin or _BEGIN[tracker]
         self._runs: dict[str, Tracked | None] = {}
@@ -75,16 +75,16 @@ class Export:
             f"jax_client-{tracker}", self._write, seconds=0.5, most=1_000, capacity=MOST_WAITING
         )
 
-    def put(self, about: About, step: int, time: float, metrics: Mapping[str, float]) -> None:
+    def put(self, facts: RunFacts, step: int, time: float, metrics: Mapping[str, float]) -> None:
         """Hand metrics on; where too many wait, they are dropped."""
         loss = mean_loss(metrics) if "loss:sum" in metrics else None
         self._writer.put(
-            _Row(about=about, step=step, time=time, metrics=metrics if loss is None else {"loss": loss, **metrics})
+            _Row(facts=facts, step=step, time=time, metrics=metrics if loss is None else {"loss": loss, **metrics})
         )
 
-    def end(self, about: About) -> None:
+    def end(self, facts: RunFacts) -> None:
         """Finish a run."""
-        self._writer.put(_Row(about=about, step=0, time=0.0, metrics={}, last=True))
+        self._writer.put(_Row(facts=facts, step=0, time=0.0, metrics={}, last=True))
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
         """Wait until what was put is handed over, `timeout` seconds at most; return whether it is."""
@@ -92,8 +92,8 @@ class Export:
 
     def close(self) -> None:
         """Finish every run, and have the thread end; do not wait for it."""
-        for about_run in list(self._runs):
-            self._writer.put(_Row(about=_nameless(about_run), step=0, time=0.0, metrics={}, last=True))
+        for run in list(self._runs):
+            self._writer.put(_Row(facts=_nameless(run), step=0, time=0.0, metrics={}, last=True))
         self._writer.end()
 
     def restart_in_fork(self) -> None:
@@ -105,13 +105,13 @@ class Export:
         for row in rows:
             try:
                 if row.last:
-                    if (tracked := self._runs.pop(row.about.run, None)) is not None:
+                    if (tracked := self._runs.pop(row.facts.run, None)) is not None:
                         tracked.finish()
                     continue
-                if row.about.run not in self._runs:
-                    self._runs[row.about.run] = None  # once, also where it fails
-                    self._runs[row.about.run] = self._begin(row.about)
-                if (tracked := self._runs[row.about.run]) is not None:
+                if row.facts.run not in self._runs:
+                    self._runs[row.facts.run] = None  # once, also where it fails
+                    self._runs[row.facts.run] = self._begin(row.facts)
+                if (tracked := self._runs[row.facts.run]) is not None:
                     tracked.log(row.step, row.time, row.metrics)
             except (Exception, SystemExit):
                 # Once: what fails here fails at every step.
@@ -120,16 +120,16 @@ class Export:
                     logger.warning("metrics could not be exported to %s", self.tracker, exc_info=True)
 
 
-def _nameless(run: str) -> About:
-    return About(run=run, name="", config={}, state_dir=Path())
+def _nameless(run: str) -> RunFacts:
+    return RunFacts(run=run, name="", config={}, state_dir=Path())
 
 
 class _Wandb:
-    def __init__(self, about: About) -> None:
+    def __init__(self, facts: RunFacts) -> None:
         module = importlib.import_module("wandb")
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         self._run = module.init(
-            project=project, name=about.name, config=about.config, dir=str(about.state_dir), reinit="create_new"
+            project=project, name=facts.name, config=facts.config, dir=str(facts.state_dir), reinit="create_new"
         )
         self._run.define_metric("*", step_metric="step")
 
@@ -141,10 +141,10 @@ class _Wandb:
 
 
 class _Trackio:
-    def __init__(self, about: About) -> None:
+    def __init__(self, facts: RunFacts) -> None:
         module = importlib.import_module("trackio")
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-        self._run = module.init(project=project, name=about.name, config=about.config, embed=False)
+        self._run = module.init(project=project, name=facts.name, config=facts.config, embed=False)
 
     def log(self, step: int, time: float, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -154,11 +154,11 @@ class _Trackio:
 
 
 class _TensorBoard:
-    def __init__(self, about: About) -> None:
+    def __init__(self, facts: RunFacts) -> None:
         module = importlib.import_module(package_of("tensorboard") or "tensorboardX")
-        folder = about.state_dir / "tensorboard" / about.run.replace(":", "-")
+        folder = facts.state_dir / "tensorboard" / facts.run.replace(":", "-")
         self._writer = module.SummaryWriter(str(folder))
-        self._writer.add_text("run", f"{about.name} ({about.run})")
+        self._writer.add_text("run", f"{facts.name} ({facts.run})")
 
     def log(self, step: int, time: float, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -169,7 +169,7 @@ class _TensorBoard:
         self._writer.close()
 
 
-_BEGIN: dict[str, Callable[[About], Tracked]] = {"wandb": _Wandb, "trackio": _Trackio, "tensorboard": _TensorBoard}
+_BEGIN: dict[str, Callable[[RunFacts], Tracked]] = {"wandb": _Wandb, "trackio": _Trackio, "tensorboard": _TensorBoard}
 
 
 class Exports:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jax_client.metrics.exports import KINDS, About, Exports
+from jax_client.metrics.exports import KINDS, Exports, RunFacts
 from jax_client.metrics.store import Point
 from jax_client.runs.results.alert_poster import AlertPoster
 from jax_client.values import JsonObject
@@ -47,9 +47,9 @@ class Reports:
     def point(self, reporting: Reporting, state_dir: Path, point: Point) -> None:
         """Hand a point on."""
         if reporting.trackers and point.kind in KINDS:
-            about = About(run=point.run, name=reporting.name, config=reporting.config, state_dir=state_dir)
+            facts = RunFacts(run=point.run, name=reporting.name, config=reporting.config, state_dir=state_dir)
             for export in self._exports.of(reporting.trackers):
-                export.put(about, point.step, point.time, point.metrics)
+                export.put(facts, point.step, point.time, point.metrics)
 
     def look(self, reporting: Reporting, path: Path, run: str) -> None:
         """Have the alerts of a run posted, where that is wanted and was not done just now."""
@@ -63,9 +63,9 @@ class Reports:
     def ended(self, reporting: Reporting, state_dir: Path, run: str) -> None:
         """Finish a run."""
         self._looked.pop(run, None)
-        about = About(run=run, name=reporting.name, config=reporting.config, state_dir=state_dir)
+        facts = RunFacts(run=run, name=reporting.name, config=reporting.config, state_dir=state_dir)
         for export in self._exports.of(reporting.trackers):
-            export.end(about)
+            export.end(facts)
 
     def flush(self) -> None:
         """Wait until all that was handed on so far has arrived, some seconds at most."""
