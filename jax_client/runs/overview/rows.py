@@ -33,7 +33,7 @@ from jax_client.runs.overview.states import condition
 from jax_client.runs.overview.verified import FILE_NAME as VERIFIED
 from jax_client.runs.overview.verified import Verified
 from jax_client.sqlite_file import LOG
-from jax_client.values import JsonObject, Owner
+from jax_client.values import JsonObject, Owner, is_run_id
 
 # Runs whose points stay in memory.
 MOST_POINTS = 8
@@ -105,7 +105,7 @@ class Overview:
         for row in self.runs():
             if row.run == run_id:
                 return row
-        raise NotFoundError(f"there is no run {shown(run_id)}; 'jax_client runs list' shows what is there.")
+        raise _not_found(run_id)
 
     def config(self, run_id: str) -> JsonObject:
         """Return what is known of how a run was made. Raises NotFoundError."""
@@ -143,8 +143,8 @@ class Overview:
         """
         if (found := self._logs.series(run_id, names, points=points, since=since)) is not None:
             return found
-        if not self._store.has_run(run_id):
-            raise NotFoundError(f"there is no run {shown(run_id)}; 'jax_client runs list' shows what is there.")
+        if not is_run_id(run_id) or not self._store.has_run(run_id):
+            raise _not_found(run_id)
         lock = self._store.lock_record(run_id)
         if lock is None and not any(run_id == run for run, _ in self._store.runs()):
             self.run(run_id)  # raises, unless checkpoints are all that is left of it
@@ -154,10 +154,12 @@ class Overview:
         """Return the checkpoints of a run, or of all, the newest first. Raises NotFoundError for an unknown run."""
         if run_id is not None and self._logs.has(run_id):
             return []
+        if run_id is not None and not is_run_id(run_id):
+            raise _not_found(run_id)
         records = self._store.list(run_id)
         described = dict(self._store.runs())
         if run_id is not None and run_id not in described and not records:
-            raise NotFoundError(f"there is no run {shown(run_id)}; 'jax_client runs list' shows what is there.")
+            raise _not_found(run_id)
         parents = {run: origin(fields) for run, fields in described.items()}
         return checkpoint_rows(records, self._metrics.events(SAVES, run_id), parents, self._verified)
 
@@ -265,3 +267,7 @@ class Overview:
             **note.to_json(),
             user_metadata=fields.get("user_metadata"),
         )
+
+
+def _not_found(run_id: str) -> NotFoundError:
+    return NotFoundError(f"there is no run {shown(run_id)}; 'jax_client runs list' shows what is there.")

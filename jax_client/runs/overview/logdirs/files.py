@@ -11,6 +11,7 @@ import json
 import math
 import os
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ def parse_row(line: bytes) -> tuple[int | None, dict[str, float], int] | None:
 
 
 class LogFile:
-    """The metrics.jsonl of a log directory. Not thread-safe.
+    """The metrics.jsonl of a log directory. Not thread-safe: its user holds its lock.
 
     Args:
         log: the directory.
@@ -157,11 +158,13 @@ class LogFile:
     Attributes:
         columns: what was read so far.
         broken: lines that are no JSON object, or too long.
+        lock: of its user.
     """
 
     def __init__(self, log: LogDirectory) -> None:
         self.log = log
         self.path = log.path / METRICS
+        self.lock = threading.Lock()
         self.columns = Columns()
         self.broken = 0
         self._begin(None)

@@ -120,6 +120,8 @@ class Logs:
             self._files[log.path] = file
             while len(self._files) > MOST_FILES:
                 self._files.popitem(last=False)
+        # A large file takes seconds, the first time; meanwhile others are read.
+        with file.lock:
             file.update()
             newest, begin = file.columns.newest(), parse_cursor(since).point
             begin = begin if begin <= newest else 0  # the file was cut
@@ -140,6 +142,7 @@ class Logs:
             self._rollouts[log.path] = found
             while len(self._rollouts) > MOST_FILES:
                 self._rollouts.popitem(last=False)
+        with found.lock:
             return found.page(offset, limit)
 
 
