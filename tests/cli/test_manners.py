@@ -17,7 +17,7 @@ CHECKPOINT_COMMANDS = ("list", "info", "verify", "delete", "ttl", "export", "imp
 
 
 def test_usage_is_explained_in_a_line(cli):
-    assert "No such option '--bogus'. See 'jax_client runs list --help'" in cli("runs", "list", "--bogus").error(2)
+    assert "No such option '--frob'. See 'jax_client runs list --help'" in cli("runs", "list", "--frob").error(2)
     assert "No such command" in cli("frobnicate").error(2)
     for arguments in ((), ("run",), ("runs",), ("checkpoint",)):
         done = cli(*arguments)

@@ -86,16 +86,16 @@ def test_a_watched_run_is_a_line_in_a_pipe_and_ends_with_the_run(cli, home):
 
 def test_ctrl_c_ends_a_watch_in_order(home):
     claim = CheckpointStore(home).lock_run(RUN)
-    record(home, RUN, range(1, 3))
+    record(home, RUN, range(1, 5))
     code = "import sys; from jax_client.cli import main; sys.exit(main())"
     arguments = ["runs", "watch", RUN, "--interval", "0.2", "--state-dir", str(home)]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    assert "step 2" in process.stdout.readline()
-    record(home, RUN, range(3, 6))
-    assert "step 5" in process.stdout.readline(), "a line for the change"
+    assert "step 4" in process.stdout.readline()
+    record(home, RUN, range(5, 7))
+    assert "step 6" in process.stdout.readline(), "a line for the change"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err.strip()) == (0, "", "")
