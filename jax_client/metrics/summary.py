@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TypeVar
 
 from jax_client.values import JsonObject
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Curve:
-    """At most `CURVE` evenly spread values of a series that goes on."""
+    """At most `CURVE` evenly spread values of a series that grows."""
 
     values: list[float] = field(default_factory=list)
     stride: int = 1
@@ -148,14 +148,15 @@ class Summary:
             _keep(self.kls, [step, kl])
 
     def to_json(self) -> JsonObject:
-        """Return the fields as JSON has them."""
-        return asdict(self)
+        """Return the fields as JSON has them, not copied: this is done at every write."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: asdict(value) if isinstance(value, Curve) else value for name, value in values.items()}
 
     @classmethod
-    def from_json(cls, fields: JsonObject) -> Summary:
+    def from_json(cls, values: JsonObject) -> Summary:
         """Undo `to_json`. Raises TypeError or KeyError for what is none."""
-        curves = {name: Curve(**fields[name]) for name in ("loss_curve", "reward_curve")}
-        return cls(**{**fields, **curves})
+        curves = {name: Curve(**values[name]) for name in ("loss_curve", "reward_curve")}
+        return cls(**{**values, **curves})
 
 
 def mean_loss(metrics: Mapping[str, float]) -> float | None:
