@@ -110,6 +110,7 @@ class Session:
         self.owner = owner
         self.config = config or EngineConfig()
         check_installed(self.config.trackers)
+        _ = self.config.webhook  # raises here, where nothing has begun
         self.info = info or SessionInfo()
         self.session_id = session_id or str(uuid.uuid4())
         self.models = models or base_models.shared

@@ -12,11 +12,12 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from jax_client.checkpoint.disk.run_lock import LockRecord
 from jax_client.checkpoint.record import Record
 from jax_client.checkpoint.state_directory import OWNER
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import default_mirror
-from jax_client.errors import NotFoundError, shown
+from jax_client.errors import NotFoundError, RequestFailedError, UnsupportedError, shown
 from jax_client.metrics.store import FILE_NAME, MetricsStore
 from jax_client.metrics.summary import Summary
 from jax_client.runs.overview.alerts import alerts_of
@@ -145,7 +146,7 @@ class Overview:
             return found
         if not is_run_id(run_id) or not self._store.has_run(run_id):
             raise _not_found(run_id)
-        lock = self._store.lock_record(run_id)
+        lock = self._lock_record(run_id)
         if lock is None and not any(run_id == run for run, _ in self._store.runs()):
             self.run(run_id)  # raises, unless checkpoints are all that is left of it
         return self._run_points(run_id).series(names, points=points, since=since, live=lock is not None and lock.held)
@@ -205,6 +206,12 @@ class Overview:
                 self._points.popitem(last=False)
         return found
 
+    def _lock_record(self, run_id: str) -> LockRecord | None:
+        try:
+            return self._store.lock_record(run_id)
+        except (RequestFailedError, UnsupportedError):  # a file system without locks hides no run
+            return None
+
     def _free_share(self) -> float | None:
         try:
             found = os.statvfs(self.state_dir)
@@ -223,7 +230,7 @@ class Overview:
         now: float,
         free: float | None,
     ) -> RunRow:
-        lock = self._store.lock_record(run_id)
+        lock = self._lock_record(run_id)
         found, last = condition(lock, summary, now), records[-1] if records else None
         metadata = fields or (last.metadata if last else {})
         created = fields.get("created") or (min(record.created for record in records) if records else None)

@@ -184,3 +184,13 @@ def test_nothing_is_made_where_nothing_is(tmp_path: Path) -> None:
     assert Overview(tmp_path / "none").runs() == [] and Overview(tmp_path / "none").checkpoints() == []
     Overview(tmp_path / "none").changed()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_locks_hides_no_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    CheckpointStore(home).lock_run(RUN).release()
+
+    def refused(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    assert {row.run: row.state for row in Overview(home).runs()} == {RUN: "unknown", OTHER: "unknown"}
