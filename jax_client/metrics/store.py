@@ -280,7 +280,7 @@ def _summarise(
         if isinstance(each, Point):
             changed[each.run].add_point(each.kind, each.step, each.time, _storable(each.metrics))
         else:
-            changed[each.run].add_event(each.kind, each.time, each.details)
+            changed[each.run].add_event(each.kind, each.step, each.time, each.details)
     for sign in signs:
         changed[sign.run].add_sign(sign.time, sign.compiling)
     rows = [(run, _json(summary.to_json())) for run, summary in changed.items()]
@@ -299,7 +299,7 @@ def _from_points(database: sqlite3.Connection, run: str) -> Summary:
     """Make the summary of a run of an earlier version: from its starts and ends, and what is left of its points."""
     summary = Summary()
     for row in database.execute(_EVENTS, (run, 0, -1)):
-        summary.add_event(row[1], row[3], json.loads(row[4]))
+        summary.add_event(row[1], row[2], row[3], json.loads(row[4]))
     ended = summary.ended
     for row in database.execute(_POINTS, (run, 0, -1)):
         summary.add_point(row[1], row[2], row[3], json.loads(row[4]))

@@ -99,7 +99,10 @@ class Summary:
         self._alive(time)
         if kind == "device":
             return
-        self.step = max(self.step, step)
+        if kind == "step":
+            self.step = step
+        elif not self.steps:  # a loop may count its own way
+            self.step = max(self.step, step)
         bad = sum(int(value) for name, value in metrics.items() if name.startswith("nonfinite/"))
         if kind == "step":
             self.steps += 1
@@ -115,7 +118,7 @@ class Summary:
         if kind in ("step", "user"):
             self._add_values(kind, step, metrics)
 
-    def add_event(self, kind: str, time: float, details: Mapping[str, object]) -> None:
+    def add_event(self, kind: str, step: int, time: float, details: Mapping[str, object]) -> None:
         """Add what an event says."""
         if kind == "end":
             how, text = details.get("how", "closed"), details.get("text", "")
@@ -124,6 +127,8 @@ class Summary:
             return
         if kind == "start":
             self.ended = None
+        if kind in ("start", "load"):
+            self.step = step
         self._alive(time)
 
     def add_sign(self, time: float, compiling: str) -> None:

@@ -78,7 +78,7 @@ def test_a_full_disk_rings_in_an_open_run() -> None:
 
 def test_a_summary_stays_small_and_is_what_it_was_after_json() -> None:
     summary = trained([1 / (i + 1) for i in range(5_000)], **{"kl_sample_train:mean": 0.001})
-    summary.add_event("end", NOW, {"how": "closed", "text": "x" * 10_000})
+    summary.add_event("end", 5_000, NOW, {"how": "closed", "text": "x" * 10_000})
     again = Summary.from_json(summary.to_json())
     assert again == summary and len(str(summary.to_json())) < 16_000
     assert len(summary.losses) == RECENT and len(summary.loss_curve.shown()) <= CURVE + 1

@@ -137,7 +137,7 @@ def test_a_run_of_an_earlier_version_is_unknown_or_as_its_metrics_say() -> None:
     silent = LockRecord(held=False, pid=1, host="h", since=0.0)
     assert condition(silent, None, 10.0).state == "unknown" and condition(None, None, 10.0).state == "unknown"
     summary = Summary()
-    summary.add_event("end", 5.0, {})
+    summary.add_event("end", 1, 5.0, {})
     ended = condition(silent, summary, 10.0)
     assert (ended.state, ended.ended, ended.reason) == ("done", 5.0, None)
     assert condition(LockRecord(held=False, tells=True), None, 10.0).state == "crashed"
