@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from jax_client.checkpoint.disk.run_lock import LockRecord
@@ -76,15 +76,32 @@ class Overview:
 
     def runs(self) -> list[RunRow]:
         """Return every run, that with the newest sign of life first."""
-        now = time.time()
-        described = dict(self._store.runs())
         saved: dict[str, list[Record]] = {}
         for record in self._store.list():
             saved.setdefault(record.run_id, []).append(record)
-        summaries = self._metrics.summaries()
+        described = dict(self._store.runs())
+        rows = [*self._rows({*described, *saved}, described, saved), *self._logs.rows(self._notes)]
+        rows.sort(key=lambda row: (row.updated or row.created or 0.0, row.run), reverse=True)
+        self._remember(rows)
+        return rows
+
+    def run(self, run_id: str) -> RunRow:
+        """Return one run; that costs less than all of them. Raises NotFoundError."""
+        if (row := self._logs.row(run_id, self._notes)) is not None:
+            return row
+        if not is_run_id(run_id):
+            raise _not_found(run_id)
+        described, records = dict(self._store.runs()), self._store.list(run_id)
+        if run_id not in described and not records:
+            raise _not_found(run_id)
+        return self._rows({run_id}, described, {run_id: records})[0]
+
+    def _rows(
+        self, runs: Collection[str], described: Mapping[str, JsonObject], saved: Mapping[str, Sequence[Record]]
+    ) -> list[RunRow]:
+        now, free, summaries = time.time(), self._free_share(), self._metrics.summaries()
         resumed = children_of({run: origin(fields) for run, fields in described.items()})
-        free = self._free_share()
-        rows = [
+        return [
             self._row(
                 run,
                 described.get(run, {}),
@@ -94,19 +111,8 @@ class Overview:
                 now=now,
                 free=free,
             )
-            for run in {*described, *saved}
+            for run in runs
         ]
-        rows += self._logs.rows(self._notes)
-        rows.sort(key=lambda row: (row.updated or row.created or 0.0, row.run), reverse=True)
-        self._remember(rows)
-        return rows
-
-    def run(self, run_id: str) -> RunRow:
-        """Return one run. Raises NotFoundError."""
-        for row in self.runs():
-            if row.run == run_id:
-                return row
-        raise _not_found(run_id)
 
     def config(self, run_id: str) -> JsonObject:
         """Return what is known of how a run was made. Raises NotFoundError."""
@@ -173,7 +179,8 @@ class Overview:
         return found
 
     def note(self, run_id: str) -> Note:
-        """Return what a person has written beside a run."""
+        """Return what a person has written beside a run. Raises NotFoundError."""
+        self.run(run_id)
         return self._notes.of(run_id)
 
     def put_note(self, run_id: str, note: Note) -> None:

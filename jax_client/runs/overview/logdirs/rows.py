@@ -76,6 +76,12 @@ class Logs:
         with self._lock:
             return [self._row(run_id, log, notes) for run_id, log in self._look().items()]
 
+    def row(self, run_id: str, notes: Notes) -> RunRow | None:
+        """Return the row of a directory; None for an id that is none of these."""
+        with self._lock:
+            log = self._look().get(run_id)
+            return None if log is None else self._row(run_id, log, notes)
+
     def _row(self, run_id: str, log: LogDirectory, notes: Notes) -> RunRow:
         stamps = tuple(file_stamp(log.path / name) for name in (METRICS, CONFIG, CHECKPOINTS))
         known = self._seen.get(log.path)
