@@ -26,9 +26,7 @@ from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.guard import Entry, Guard
 
 
-def build_app(
-    server: Server, *, api_key: str | None = None, hosts: Iterable[str] = (), page: bool = False
-) -> Guard:
+def build_app(server: Server, *, api_key: str | None = None, hosts: Iterable[str] = (), page: bool = False) -> Guard:
     """Return the ASGI application of a server.
 
     Args:

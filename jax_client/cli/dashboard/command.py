@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import time
@@ -15,7 +16,6 @@ from jax_client.cli import stages
 from jax_client.cli.options import reads_state
 from jax_client.cli.serve import listen, page_url, private_files, uvicorn_server
 from jax_client.cli.setting_types import Key, Name
-from jax_client.errors import JaxClientError
 from jax_client.server import LOOPBACK
 
 PORT = 8001
@@ -124,21 +124,17 @@ class Accelerator:
         return known[1]
 
     def _look(self) -> str | None:
-        import os
-
         from jax_client.cli.doctor.devices import accelerator_files, holders
 
-        if os.environ.get("JAX_PLATFORMS", "").strip() == "cpu":
+        # A GPU may be shared, and says itself what does not fit.
+        files = accelerator_files().get("tpu")
+        if not files or os.environ.get("JAX_PLATFORMS", "").strip() == "cpu":
             return None
-        try:
-            for kind, files in accelerator_files().items():
-                others = [each for each in holders(files)[0] if each.pid != os.getpid()] if files else []
-                if others:
-                    who = f"process {others[0].pid} ({others[0].command})"
-                    return (
-                        f"the {kind.upper()} of this machine is in use by {who}, so that no model is loaded here: use "
-                        "the page of that server, or end it."
-                    )
-        except (OSError, JaxClientError):
+        others = [each for each in holders(files)[0] if each.pid != os.getpid()]
+        if not others:
             return None
-        return None
+        who = f"process {others[0].pid} ({others[0].command})"
+        return (
+            f"the TPU of this machine is in use by {who}, so that no model is loaded here: use the page of that "
+            "server, or end it."
+        )

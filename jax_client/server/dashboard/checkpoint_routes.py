@@ -94,9 +94,7 @@ class Checkpoints:
     async def _lifetime(self, request: Request) -> Response:
         fields = await object_of(request)
         key, seconds = _key(fields), fields.get("seconds")
-        if seconds is not None and not (
-            type(seconds) in (int, float) and LEAST_SECONDS <= seconds <= MOST_SECONDS
-        ):
+        if seconds is not None and not (type(seconds) in (int, float) and LEAST_SECONDS <= seconds <= MOST_SECONDS):
             raise BadRequestError(
                 f"seconds is {shown(seconds)}; give a number from {LEAST_SECONDS:,} to {MOST_SECONDS:,}, or null to "
                 "keep the checkpoint."

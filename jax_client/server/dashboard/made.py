@@ -49,9 +49,7 @@ def board_of(server: Server, watcher: Watcher) -> Board:
         loaded = [model.source.name for model in own.models.loaded()] if whole else []
         return list(dict.fromkeys([*loaded, *_models_of(overview)]))
 
-    samplers = Samplers(
-        lambda: Session(server.config, models=own.models, owner=server.owner), fit=server.live.make_fit
-    )
+    samplers = Samplers(lambda: Session(server.config, models=own.models, owner=server.owner), fit=server.live.make_fit)
     own.when_closing(samplers.close)
     return Board(
         home=own.state_dir,

@@ -1,4 +1,4 @@
-"""Which files make up the page? Those of the folder `static`, held in memory, and tables for browsers without scripts."""
+"""Which files make up the page? Those of the folder `static`, in memory; and tables for browsers without scripts."""
 
 from __future__ import annotations
 

@@ -83,9 +83,7 @@ def _series(source: Source) -> Handler:
     async def handler(request: Request) -> Response:
         run, names = request.path_params["run"], _names(request)
         points, since = number(request, "points", 2_000, 2, MOST_POINTS), cursor(request.query_params.get("since"))
-        return json_answer(
-            await run_work(lambda: source.series(run, names, points=points, since=since).to_json())
-        )
+        return json_answer(await run_work(lambda: source.series(run, names, points=points, since=since).to_json()))
 
     return handler
 

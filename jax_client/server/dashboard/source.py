@@ -31,9 +31,7 @@ class Source(Protocol):
         """Return what is known of a run's settings."""
         ...
 
-    def series(
-        self, run_id: str, names: Collection[str] | None, *, points: int, since: str | None = None
-    ) -> Shown:
+    def series(self, run_id: str, names: Collection[str] | None, *, points: int, since: str | None = None) -> Shown:
         """Return metrics and events of a run, thinned out to `points` of each metric, after a cursor."""
         ...
 

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from jax_client.server.dashboard.answers import api_route, cursor
 from jax_client.server.dashboard.watching import Page, Watch, Watcher, checked_run
+from jax_client.server.wire.connections import ENDLESS
 from jax_client.server.wire.logins import HEADERS
 
 # A comment after so long: what is between browser and server may close a silent connection.
@@ -50,6 +51,7 @@ def stream_route(watcher: Watcher, watch: Watch) -> Route:
         page = watch.page(
             checked_run(query.get("run")), cursor(query.get("since")), request.headers.get("last-event-id")
         )
+        request.scope[ENDLESS] = True
         return _Stream(watcher, watch, page)
 
     return api_route("GET", "/stream", handler)

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 
 from jax_client import process
 from jax_client.errors import BadRequestError, JaxClientError, shown
+from jax_client.process import Step
 from jax_client.server.dashboard.answers import encoded
 from jax_client.server.dashboard.device import Devices
 from jax_client.server.dashboard.source import Source
 from jax_client.server.wire.accounts import BusyError
-from jax_client.process import Step
 from jax_client.threads import start_thread
 from jax_client.values import JsonObject
 
@@ -102,8 +102,7 @@ class _Rows:
         version = self.version + 1
         before = self.rows
         self.rows = {
-            run: before[run] if run in before and before[run][0] == row else (row, version)
-            for run, row in new.items()
+            run: before[run] if run in before and before[run][0] == row else (row, version) for run, row in new.items()
         }
         self.gone.update(dict.fromkeys(before.keys() - new.keys(), version))
         for run in new:

@@ -52,7 +52,9 @@ def sample_asked(fields: JsonObject) -> SampleAsked:
     """Read a request to sample. Raises BadRequestError."""
     given = [name for name in ("prompt", "messages", "prompt_ids") if fields.get(name) is not None]
     if len(given) != 1:
-        raise BadRequestError(f"{' and '.join(given) or 'no prompt'} is given; give one of prompt, messages, prompt_ids.")
+        raise BadRequestError(
+            f"{' and '.join(given) or 'no prompt'} is given; give one of prompt, messages, prompt_ids."
+        )
     prompt = fields.get("prompt")
     if prompt is not None and (not isinstance(prompt, str) or not 1 <= len(prompt) <= MAX_CHARACTERS):
         raise BadRequestError(f"prompt is {shown(prompt)}; give a text of 1 to {MAX_CHARACTERS:,} characters.")
@@ -73,9 +75,7 @@ def sample_asked(fields: JsonObject) -> SampleAsked:
 
 def score_asked(fields: JsonObject) -> ScoreAsked:
     """Read a request to score. Raises BadRequestError."""
-    return ScoreAsked(
-        weights=_weights(fields), prompt_ids=_ids(fields, "prompt_ids", 1), ids=_ids(fields, "ids", 1)
-    )
+    return ScoreAsked(weights=_weights(fields), prompt_ids=_ids(fields, "prompt_ids", 1), ids=_ids(fields, "ids", 1))
 
 
 def _weights(fields: JsonObject) -> Weights:

@@ -53,7 +53,7 @@ def checked_messages(value: object) -> list[JsonObject]:
         content = message.get("content") if isinstance(message, dict) else None
         if role not in ROLES or not isinstance(content, str):
             raise BadRequestError(
-                f'messages[{index}] is {shown(message)}; give {{"role", "content"}}, the role one of {", ".join(ROLES)}.'
+                f"messages[{index}] is {shown(message)}; give role and content, the role one of {', '.join(ROLES)}."
             )
         found.append({"role": role, "content": content})
     return found
@@ -89,7 +89,9 @@ def rendered(template: str, messages: Sequence[JsonObject], special: JsonObject,
     try:
         answer = json.loads(done.stdout)
     except ValueError:
-        raise BadRequestError("the model's chat template goes over its limit of time or memory; give a prompt.") from None
+        raise BadRequestError(
+            "the model's chat template goes over its limit of time or memory; give a prompt."
+        ) from None
     if "error" in answer:
         raise BadRequestError(f"the model's chat template refuses this conversation ({answer['error']}).")
     return str(answer["text"])

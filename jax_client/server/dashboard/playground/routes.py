@@ -50,9 +50,7 @@ class Playground:
         meaning: `meaning(name) -> base model`; raises BadRequestError for one that is not to be loaded.
     """
 
-    def __init__(
-        self, samplers: Samplers, models: Callable[[], Sequence[str]], meaning: Callable[[str], str]
-    ) -> None:
+    def __init__(self, samplers: Samplers, models: Callable[[], Sequence[str]], meaning: Callable[[str], str]) -> None:
         self.samplers = samplers
         self._models, self._meaning = models, meaning
         self._running = 0

@@ -1,4 +1,4 @@
-"""Which weights does the page sample from? The newest few that were asked for, each loaded once, and let go when idle."""
+"""Which weights does the page sample from? The newest few that were asked for, loaded once, and let go when idle."""
 
 from __future__ import annotations
 
