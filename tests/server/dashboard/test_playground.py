@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,20 +194,20 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSession:
 
 
 def use(samplers: Samplers, name: str) -> None:
-    taken: Future[Any] = samplers.take(("", name))
-    assert taken.result(10).sampler_id == name
-    samplers.give(("", name))
+    taken = samplers.take(("", name))
+    assert taken.handle.result(10).sampler_id == name
+    samplers.give(taken)
 
 
 def test_few_samplers_stay_loaded(fake: Any) -> None:
     samplers = Samplers(lambda: fake, most=2)
     held = samplers.take(("", "held"))
-    held.result(10)
+    held.handle.result(10)
     for name in ("a", "b", "c"):
         use(samplers, name)
     assert [name for _, name in samplers.names()] == ["held", "c"], "who is in use stays, then the newest"
     assert fake.kept[-1] == {"held", "c"}
-    samplers.give(("", "held"))
+    samplers.give(held)
     samplers.release_idle(0.0)
     assert samplers.names() == [] and fake.kept[-1] == set()
     samplers.close()
@@ -222,11 +221,16 @@ def test_a_load_that_fails_is_tried_again(fake: Any, monkeypatch: pytest.MonkeyP
     samplers = Samplers(lambda: fake)
     with monkeypatch.context() as patch:
         patch.setattr("jax_client.runs.lifecycle.sampler_handle.base_sampler", fail)
+        failed = samplers.take(("", "m"))
         with pytest.raises(
-            RequestFailedError, match=r"cannot be loaded in this process: UNAVAILABLE: the TPU is in use"
+            RequestFailedError, match="cannot be loaded in this process: UNAVAILABLE: the TPU is in use"
         ):
-            samplers.take(("", "m")).result(10)
-        samplers.give(("", "m"))
+            failed.handle.result(10)
+    again = samplers.take(("", "m"))
+    samplers.give(failed)
+    samplers.release_idle(0.0)
+    assert again.handle.result(10) and samplers.names() == [("", "m")], "who gives back the failed one frees no other"
+    samplers.give(again)
     use(samplers, "m")
 
 
