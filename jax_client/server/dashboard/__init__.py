@@ -1,0 +1,1 @@
+"""The page that shows runs, and lets a person talk to their checkpoints."""
