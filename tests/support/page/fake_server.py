@@ -62,7 +62,8 @@ class FakeDashboard:
     def send(self, event: str, data: made.Json) -> None:
         """Send an event to every page."""
         for queue in list(self._streams):
-            self._loop.call_soon_threadsafe(queue.put_nowait, (event, data))
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(queue.put_nowait, (event, data))
 
     def step(self, run: str, step: int, loss: float) -> None:
         """Let a run take a step."""
@@ -75,6 +76,7 @@ class FakeDashboard:
     def _serve(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._loop.run_until_complete(self._server.serve())
+        self._loop.close()
 
     def _app(self) -> Starlette:
         api = "/dashboard/api"

@@ -105,8 +105,8 @@ function installFrame() {
 
 listen((kind, data) => {
   if (kind === "link") linkLine();
-  else if (kind === "runs" || kind === "device" || kind === "state") frame();
   open?.news?.(kind, data);
+  if (kind === "runs" || kind === "device" || kind === "state") frame();
 });
 
 async function boot() {

@@ -59,3 +59,21 @@ export function toLogin() {
   leaving = true;
   location.reload();
 }
+
+/** Return all points of one metric of a run as columns; they come as CSV, which is a third of their JSON. */
+export async function everyPoint(run, name) {
+  const answer = await fetch(address(ofRun(run, "/series.csv"), { names: name }), { credentials: "same-origin" });
+  if (!answer.ok) throw new Refusal(answer.status, `The server answered ${answer.status}.`);
+  const columns = { kind: "step", step: [], time: [], tokens: [], value: [] };
+  for (const line of (await answer.text()).split("\n")) {
+    const cells = line.split(",");
+    const [step, time, value] = [cells[1], cells[2], cells[4]].map((cell) => (cell ? Number(cell) : NaN));
+    if (cells.length !== 5 || !Number.isFinite(time) || !Number.isFinite(value)) continue; // the head, or a gap
+    columns.kind = cells[0];
+    columns.step.push(step);
+    columns.time.push(time);
+    columns.tokens.push(cells[3] ? Number(cells[3]) : NaN);
+    columns.value.push(value);
+  }
+  return columns;
+}

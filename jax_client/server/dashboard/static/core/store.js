@@ -108,6 +108,7 @@ function open() {
     });
   on("runs", (data) => {
     for (const row of data.runs) store.runs.set(row.run, row);
+    for (const run of data.gone ?? []) store.runs.delete(run);
     tell("runs", data.runs);
   });
   on("points", (data) => {

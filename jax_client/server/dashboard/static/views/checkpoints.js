@@ -107,8 +107,8 @@ class Checkpoints {
       { dataset: { path: row.path }, class: verified && !verified.ok ? "damaged" : "" },
       h("td", { class: `name depth-${depth}` }, depth ? h("span", { class: "muted", title: `resumed from ${row.parent}` }, "└ ") : null, h("b", {}, row.name || row.path),
         h("div", { class: "under" }, h("a", { href: `#/run/${encodeURIComponent(row.run)}` }, title(run ?? { run: row.run })), row.public ? " · public" : "", verified && !verified.ok && verified.error ? h("div", { class: "bad-text" }, verified.error) : null)),
-      h("td", {}, row.kind), h("td", { class: "num" }, number(row.step)), h("td", { class: "num" }, number(row.loss)), h("td", { class: "num" }, number(row.reward)),
-      h("td", { class: "num" }, bytes(row.size_bytes)), h("td", {}, badge), h("td", {}, may ? this.lifetime(row) : lives(row)),
+      h("td", {}, row.kind), h("td", { class: "num", dataset: { label: "Step" } }, number(row.step)), h("td", { class: "num", dataset: { label: "Loss" } }, number(row.loss)), h("td", { class: "num", dataset: { label: "Reward" } }, number(row.reward)),
+      h("td", { class: "num", dataset: { label: "Size" } }, bytes(row.size_bytes)), h("td", {}, badge), h("td", {}, may ? this.lifetime(row) : lives(row)),
       h("td", { class: "num" }, h("span", { title: moment(row.created), dataset: row.created ? { time: row.created } : {} }, ago(row.created))),
       h("td", { class: "acts" },
         act("Copy resume", "resume", () => copy(row.resume, "Resume line"), { class: "resume", title: row.resume, disabled: !row.resume }),
@@ -128,7 +128,7 @@ class Checkpoints {
       "aria-label": `Lifetime of ${row.name || row.path}`, dataset: { act: "lifetime" },
       onchange: async (event) => {
         const seconds = choices[event.target.selectedIndex][1];
-        if (seconds !== undefined) await this.tell("lifetime", { path: row.path, ttl_seconds: seconds }, "Lifetime kept");
+        if (seconds !== undefined) await this.tell("lifetime", { path: row.path, seconds }, "Lifetime kept");
       },
     }, choices.map(([name]) => h("option", { selected: name === now }, name)));
   }

@@ -42,9 +42,9 @@ function engineCard(engine) {
   const formula = `useful FLOPs per token × tokens per second of device time ÷ the measured matmul rate = ${number(training.useful_flops_per_token)} × ${number(training.tokens_per_second)} ÷ ${number(rate)} per second. Padding and recomputation do not count as useful.`;
   const sampled = samplingSpeed(engine);
   const tiles = [
-    ["train", count(training.tokens_per_second), "tokens/s of device time"],
+    ["train", count(training.tokens_per_second), "tokens/s on the device"],
     ["sample", count(sampled), "tokens/s, newest"],
-    ["of the matmul rate", percent(training.matmul_fraction, 1), "hover for the formula", formula],
+    ["of the matmul rate", percent(training.matmul_fraction, 1), "how it is counted", formula],
     ["queue", number(health.waiting ?? 0), `${sampling.rows_waiting ?? 0} samples wait`],
     ["occupancy", percent(sampling.occupancy), `${sampling.rows_running ?? 0} samples run`],
     ["padding", percent(training.padding_waste), "of computed tokens"],
@@ -57,7 +57,7 @@ function engineCard(engine) {
       h("span", { class: "muted" }, [`${device.kind ?? "device"} × ${device.count ?? 1}`, engine.dtype, mesh(engine.mesh), engine.max_context ? `context ${count(engine.max_context)}` : ""].filter(Boolean).join(" · "))),
     (health.compiling ?? []).map((each) => h("p", { class: "wait" }, h("b", {}, `Compiling ${each.program}`), ` (${each.shapes}), ${span(each.seconds)} so far. `,
       each.cause === "background" ? "It runs beside other work; nothing waits for it." : "A request waits for it; later starts take it from the cache.")),
-    h("dl", { class: "tiles" }, tiles.map(([name, value, under, hint]) => h("div", hint ? { title: hint, tabIndex: 0, class: "hint" } : {}, h("dt", {}, name), h("dd", { class: "num" }, value), h("dd", { class: "muted" }, under)))),
+    h("dl", { class: "tiles" }, tiles.map(([name, value, under, hint]) => h("div", hint ? { tabIndex: 0, class: "hint" } : {}, h("dt", {}, name), h("dd", { class: "num" }, value), h("dd", { class: "muted" }, under, hint ? h("span", { class: "tip" }, hint) : null)))),
     h("div", { class: "pair" },
       stack("Time of training", Object.entries(TIME).map(([key, name]) => [name, training[key] ?? 0]), span),
       stack("Memory", Object.entries(MEMORY).map(([key, name]) => [name, memory[key] ?? 0]), bytes)),

@@ -125,6 +125,7 @@ class Playground {
     const began = Date.now();
     const tick = setInterval(() => say(this.status, `Sampling, ${span((Date.now() - began) / 1000)}. ${this.compiling()}`), 1000);
     say(this.status, "Sampling…");
+    if (matchMedia("(max-width: 860px)").matches) this.status.scrollIntoView({ block: "start" });
     try {
       // One after the other: they share a device, and the first answer shows as soon as it is there.
       const results = [];

@@ -1,7 +1,7 @@
 // How does one run do? Its state, then its curves in the order people ask for them, with the events on each.
 
 import { add, button, field, h, put, say } from "../core/dom.js";
-import { address, get, ofRun, post } from "../core/api.js";
+import { address, everyPoint, get, ofRun, post } from "../core/api.js";
 import { ago, bytes, count, moment, number, span, title } from "../core/format.js";
 import { replace, runs, store, watch } from "../core/store.js";
 import { copy, toast } from "../core/toast.js";
@@ -13,7 +13,7 @@ import { alertBadges, stateBadge } from "./parts/state.js";
 import { Toolbar } from "./parts/toolbar.js";
 
 const POINTS = 2000; // of each curve at first: more than a screen has pixels
-const MORE = 200_000; // of a curve that was thinned, once someone zooms in
+const MORE = 20_000; // of a curve that was thinned, once someone zooms in; and then all
 
 export function open(root, run, query) {
   const view = new RunView(root, run, query);
@@ -36,7 +36,7 @@ export function open(root, run, query) {
 
 class RunView {
   constructor(root, run, query) {
-    Object.assign(this, { run, row: store.runs.get(run) ?? null, data: new RunData(run), charts: new Map(), fine: new Set() });
+    Object.assign(this, { run, row: store.runs.get(run) ?? null, data: new RunData(run), charts: new Map(), fine: new Map() });
     this.head = h("div", { class: "run-head" });
     this.status = h("p", { class: "under-charts muted", role: "status" });
     this.group = new Group({ place: (event, axis) => this.data.place(event, axis), status: this.status, moved: () => this.refine() });
@@ -186,23 +186,25 @@ class RunView {
       h("table", { class: "plain" }, h("caption", { class: "offscreen" }, "Configuration"), h("tbody", {}, flat(config).map(([name, value]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, value))))));
   }
 
-  /** Ask for more points of what is zoomed in, once a curve. */
+  /** Ask for more points of what is zoomed in: for many, and where these are too few for the range, for all. */
   async refine() {
     if (!this.group.zoom) return;
     const [low, high] = this.group.zoom;
     const thin = [...this.charts].filter(([name, chart]) => {
       const points = this.data.series.get(name);
-      if (this.fine.has(name) || !chart.element.isConnected || points.value.length < POINTS * 0.9) return false;
+      const asked = this.fine.get(name) ?? POINTS;
+      if (asked === Infinity || !chart.element.isConnected || points.value.length < asked * 0.5) return false;
       const curve = points.curve(this.group.axis);
       return curve.find(high) - curve.find(low) < POINTS / 3;
     }).map(([name]) => name);
-    if (!thin.length) return;
-    thin.forEach((name) => this.fine.add(name));
+    const some = thin.filter((name) => !this.fine.has(name));
+    const all = thin.filter((name) => this.fine.get(name) === MORE);
+    some.forEach((name) => this.fine.set(name, MORE));
+    all.forEach((name) => this.fine.set(name, Infinity));
     try {
-      const sent = await get(ofRun(this.run, "/series"), { names: thin.join(","), points: MORE });
-      if (this.closed) return;
-      this.data.refine(sent);
-      this.group.draw();
+      if (some.length) this.data.refine(await get(ofRun(this.run, "/series"), { names: some.join(","), points: MORE }));
+      for (const name of all) this.data.refine({ series: { [name]: await everyPoint(this.run, name) } });
+      if (thin.length && !this.closed) this.group.draw();
     } catch (error) {
       toast(`The finer curve did not come: ${error.message}`, { bad: true });
     }

@@ -42,7 +42,7 @@ class Row {
     this.check.checked = picked.has(row.run);
     this.check.setAttribute("aria-label", `Compare ${title(row)}`);
     this.element.classList.toggle("archived", Boolean(row.archived));
-    put(this.extra, [row.model, row.rank ? `rank ${row.rank}` : null, row.script].filter(Boolean).join(" · "),
+    put(this.extra, h("span", { title: row.model ?? "" }, (row.model ?? "").split("/").at(-1)), row.model ? " · " : "", [row.rank ? `rank ${row.rank}` : null, row.script || null].filter(Boolean).join(" · "),
       (row.tags ?? []).map((tag) => h("span", { class: "badge" }, tag)), row.note ? h("span", { class: "note" }, row.note) : null,
       row.resumed_from ? h("span", { class: "muted", title: row.resumed_from }, " ↺ resumed") : null);
     const [, , state, step, loss, reward, curve, tokens, speed, wall, disk, saved, active] = this.cells;
@@ -50,6 +50,8 @@ class Row {
     say(step, number(row.step));
     say(loss, number(row.loss));
     say(reward, number(row.reward));
+    reward.classList.toggle("none", !Number.isFinite(row.reward));
+    loss.classList.toggle("none", !Number.isFinite(row.loss));
     put(curve, spark(row.spark, row.spark_name));
     say(tokens, count(row.tokens));
     say(speed, count(row.tokens_per_second));

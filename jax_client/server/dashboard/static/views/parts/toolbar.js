@@ -3,6 +3,9 @@
 import { button, h, say } from "../../core/dom.js";
 import { AXES } from "../../charts/data.js";
 
+// At first; the raw curve stays beside it, faint.
+const SMOOTH = 80;
+
 export class Toolbar {
   /** group: what it steers. query: of the address, whose choices are taken. more: what stands at its end. */
   constructor(group, query, more = []) {
@@ -27,7 +30,7 @@ export class Toolbar {
       more,
     );
     const range = (query.get("range") ?? "").split("_").map(Number);
-    this.smooth.value = query.get("smooth") ?? 0;
+    this.smooth.value = query.get("smooth") ?? SMOOTH;
     this.set({ axis: query.get("x") in AXES ? query.get("x") : "step", log: query.get("log") === "1", weight: weightOf(Number(this.smooth.value)) });
     if (range.length === 2 && range.every(Number.isFinite) && range[1] > range[0]) group.zoom = range;
   }
