@@ -37,7 +37,7 @@ def show(page: Page, url: str, view: str) -> None:
     if view == "#/playground":
         page.fill("textarea", "Who are you?")
         page.click("button[type=submit]")
-        page.wait_for_selector(".token[role=option]")
+        page.wait_for_selector(".sample .token[role=option]")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -165,7 +165,7 @@ def test_checkpoints_say_what_is_damaged_and_how_to_resume(chromium: Browser, fa
 def test_the_playground_shows_a_token_in_full(chromium: Browser, fake: FakeDashboard) -> None:
     with opened(chromium, fake.url) as page:
         show(page, fake.url, "#/playground")
-        page.focus(".tokens .token >> nth=0")
+        page.focus(".sample .token >> nth=0")
         page.keyboard.press("ArrowRight")
         assert page.locator(".inspector tr").count() >= 5
         assert "rank" in (page.locator(".inspector").text_content() or "")

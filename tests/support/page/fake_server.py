@@ -42,6 +42,7 @@ class FakeDashboard:
         self.logged_out = False
         self._streams: list[asyncio.Queue[tuple[str, made.Json]]] = []
         with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
             self.port = probe.getsockname()[1]
         self._server = uvicorn.Server(uvicorn.Config(self._app(), port=self.port, log_level="error", timeout_graceful_shutdown=1))

@@ -15,14 +15,16 @@ function apart(mine, other) {
   return size ? `${gap > 0 ? "more" : "less"}-${size}` : "lp-0";
 }
 
-const visible = (text) => (text === "" ? "∅" : text);
+// What is seen of a token: line breaks have a sign, and so has nothing.
+const visible = (text) => (text === "" ? "∅" : text.replaceAll("\n", "↵\n"));
+const spoken = (text) => (text.trim() === "" ? JSON.stringify(text).replaceAll("\\n", "line break").replaceAll(" ", "space") : null);
 
 /** Return tokens as a list that arrow keys walk through. others: logprobs of another model, for by="difference". */
 export function tokenList(tokens, { look, others = null, by = "logprob", label }) {
   const list = h("div", { class: "tokens", role: "listbox", "aria-label": label, "aria-orientation": "horizontal" });
   const items = tokens.map((token, i) => {
     const kind = by === "difference" && others ? apart(token.logprob, others[i]) : rarity(token.logprob);
-    const item = h("span", { class: `token ${kind}`, role: "option", tabIndex: i ? -1 : 0, "aria-selected": "false" }, visible(token.text));
+    const item = h("span", { class: `token ${kind}`, role: "option", tabIndex: i ? -1 : 0, "aria-selected": "false", "aria-label": spoken(token.text) }, visible(token.text));
     const show = () => {
       look.show(token, others?.[i]);
       list.querySelector("[aria-selected=true]")?.setAttribute("aria-selected", "false");
