@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from jax_client.checkpoint.disk import files, run_lock, sealed
 from jax_client.checkpoint.disk.names import run_directory, run_ids
-from jax_client.checkpoint.disk.run_lock import LockHolder, RunLock
+from jax_client.checkpoint.disk.run_lock import LockHolder, LockRecord, RunLock
 from jax_client.checkpoint.disk.sealed import DamagedError
 from jax_client.checkpoint.index_cache import ABSENT, IndexCache, Row, stamp
 from jax_client.checkpoint.index_cache import FILE_NAME as INDEX_FILE
@@ -174,6 +174,10 @@ class StateDirectory:
     def lock_holder(self, run_id: str) -> LockHolder | None:
         """Return the process that has a run open."""
         return run_lock.lock_holder(run_directory(self._runs, run_id))
+
+    def lock_record(self, run_id: str) -> LockRecord | None:
+        """Return which process has a run open, or had it open last and how it ended; None where none ever had."""
+        return run_lock.lock_record(run_directory(self._runs, run_id))
 
     def flush_mirror(self, timeout: float | None = None) -> bool:
         """Wait until the mirror has everything, `timeout` seconds at most; return whether it has."""

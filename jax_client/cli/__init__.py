@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from jax_client.cli.checkpoints import checkpoint
+from jax_client.cli.dashboard.command import dashboard
 from jax_client.cli.doctor.command import doctor
 from jax_client.cli.estimate.command import estimate
 from jax_client.cli.estimate.models import model_group
@@ -41,7 +42,7 @@ def group(options: GlobalOptions, state_dir: Path | None, debug: bool) -> None:
     options.state_dir, options.debug = state_dir, debug
 
 
-for _command in (serve, run, launch, runs_group, checkpoint, model_group, estimate, key, doctor):
+for _command in (serve, run, launch, dashboard, runs_group, checkpoint, model_group, estimate, key, doctor):
     group.add_command(_command)
 
 

@@ -18,7 +18,7 @@ import click
 from jax_client.cli import stages
 from jax_client.cli.program.child import Child, check_program
 from jax_client.cli.program.command import CONTEXT, METAVAR, ProgramCommand
-from jax_client.cli.serve import listen, opened, private_files, save, url, uvicorn_server
+from jax_client.cli.serve import listen, opened, page_url, private_files, save, url, uvicorn_server
 from jax_client.cli.server_options import server_options
 from jax_client.cli.settings import print_settings, read_settings
 from jax_client.host.proxies import bypassing
@@ -97,14 +97,17 @@ def _served(server: Server, key: str) -> Iterator[str]:
     from jax_client.server.app import build_app
 
     listening = listen("127.0.0.1", 0)
-    http = uvicorn_server(build_app(server, api_key=key, hosts=LOOPBACK))
+    app = build_app(server, api_key=key, hosts=LOOPBACK, page=True)
+    address = listening.getsockname()[:2]
+    app.announce_page(lambda query: stages.say(f"dashboard: {page_url(*address)}{query}"))
+    http = uvicorn_server(app)
     thread = start_thread("jax_client-http", partial(http.run, sockets=[listening]))
     while not http.started:
         if not thread.is_alive():
             raise click.ClickException("the server did not start; 'jax_client doctor' looks for the reason.")
         time.sleep(0.01)
     try:
-        yield url(*listening.getsockname()[:2])
+        yield url(*address)
     finally:
         http.should_exit = True
         thread.join()

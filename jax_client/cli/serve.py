@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from jax_client.engine.protocol import Engine
     from jax_client.server.keyed import KeyedServers
     from jax_client.server.state.server import Server
+    from jax_client.server.wire.guard import Guard
     from jax_client.server.wire.keys import Key
 
 # The longest that saving may take where a person waits, who can press Ctrl-C.
@@ -37,6 +38,7 @@ PATIENT_SECONDS = 600.0
 # A thread that only computes, such as one that traces an uploaded loss, keeps Python's lock for so long while others
 # wait for it. An answer passes through several threads: with Python's own 5 ms a sample took 0.36 in place of 0.1 s.
 SWITCH_SECONDS = 0.0005
+ANY_HOST = ("0.0.0.0", "::")
 
 
 @click.command("serve")
@@ -65,6 +67,7 @@ def serve(ctx: click.Context, **_: object) -> None:
         server, app = _guarded(host_server, keys, settings, {host, *settings.allow_hosts, *LOOPBACK, *own})
         if proxies := through_proxy(os.environ, address[0]):
             stages.say(f"{' and '.join(proxies)} set: clients on this machine need {_exceptions(address[0])}")
+        app.announce_page(lambda query: stages.say(f"dashboard: {page_url(*address)}{query}"))
         key = "the key you gave" if settings.api_key else f"one of {len(keys)} keys" if keys else "tml-any"
         number = _run(app, listening, f"ready: TINKER_BASE_URL={url(*address)} TINKER_API_KEY={key}")
         save(server, hurried=number in (signal.SIGTERM, signal.SIGHUP))
@@ -74,21 +77,21 @@ def serve(ctx: click.Context, **_: object) -> None:
 
 def _guarded(
     server: Server, keys: list[Key] | None, settings: ServerSettings, hosts: set[str]
-) -> tuple[Server | KeyedServers, ASGIApp]:
+) -> tuple[Server | KeyedServers, Guard]:
     """Return what answers, one server or one for each key, and its application."""
     from jax_client.server.app import build_app, build_keyed_app
     from jax_client.server.keyed import KeyedServers
     from jax_client.server.state.request_log import RequestLog
 
     if keys is None:
-        return server, build_app(server, api_key=settings.api_key, hosts=hosts)
+        return server, build_app(server, api_key=settings.api_key, hosts=hosts, page=True)
     servers = KeyedServers(server, keys, lambda name: RequestLog(settings.home, name, len(keys)))
     shown = ", ".join(key.owner.name + (" (admin)" if key.owner.admin else "") for key in keys)
     stages.say(f"keys: {shown}")
     without = sum("owner" not in fields for _, fields in server.live.own.store.runs())
     if without and not any(key.owner.admin for key in keys):
         stages.say(f"{without} runs were made without keys; a key that is marked admin in the file would have them")
-    return servers, build_keyed_app(servers, hosts=hosts)
+    return servers, build_keyed_app(servers, hosts=hosts, page=True)
 
 
 def _exceptions(host: str) -> str:
@@ -181,6 +184,11 @@ def listen(host: str, port: int) -> socket.socket:
 def url(host: str, port: int) -> str:
     """Return the value of TINKER_BASE_URL."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def page_url(host: str, port: int) -> str:
+    """Return the address of the page that shows runs; of a server on every address, under this machine's name."""
+    return f"{url(socket.gethostname() if host in ANY_HOST else host, port)}/"
 
 
 def uvicorn_server(app: ASGIApp) -> uvicorn.Server:

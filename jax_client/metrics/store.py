@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from jax_client.metrics.summary import Summary
 from jax_client.sqlite_file import SqliteFile, reclaim, transaction, used_bytes
 from jax_client.values import JsonObject
 
@@ -58,8 +59,9 @@ CREATE TABLE events (
 );
 CREATE INDEX events_of_run ON events (run, id);
 """
+_SUMMARIES = "CREATE TABLE summaries (run TEXT PRIMARY KEY, summary TEXT NOT NULL) WITHOUT ROWID;"
 # From version N to N + 1 at place N.
-_MIGRATIONS = (_TABLES,)
+_MIGRATIONS = (_TABLES, _SUMMARIES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +100,15 @@ class Event:
     time: float
     details: Mapping[str, object]
     id: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sign:
+    """That a run is alive at a time; it compiles the program named, "" for none."""
+
+    run: str
+    time: float
+    compiling: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,12 +154,13 @@ class MetricsStore:
         # The first look is at once: a file may have become too large before.
         self._until_look = 0
 
-    def add(self, points: Iterable[Point] = (), events: Iterable[Event] = ()) -> bool:
-        """Write points and events, and thin out what has become too much; say whether they are in the file."""
-        new_points, new_events = list(points), list(events)
+    def add(self, points: Iterable[Point] = (), events: Iterable[Event] = (), signs: Iterable[Sign] = ()) -> bool:
+        """Write points, events and signs, and thin out what has become too much; say whether they are in the file."""
+        new_points, new_events, new_signs = list(points), list(events), list(signs)
 
         def work(database: sqlite3.Connection) -> bool:
             with transaction(database):
+                _summarise(database, new_points, new_events, new_signs)
                 for point in new_points:
                     _add_point(database, point)
                 for event in new_events:
@@ -201,6 +213,27 @@ class MetricsStore:
 
         return self._reading(work, Found(cursor=since))
 
+    def summaries(self) -> dict[str, Summary]:
+        """Return the summary of every run, by its id."""
+
+        def work(database: sqlite3.Connection) -> dict[str, Summary]:
+            found = {run: _summary(text) for run, text in database.execute("SELECT run, summary FROM summaries")}
+            # Those that an earlier version of this package wrote have none.
+            query = "SELECT run FROM series UNION SELECT run FROM events EXCEPT SELECT run FROM summaries"
+            missing = [run for (run,) in database.execute(query)]
+            return {run: summary for run, summary in found.items() if summary is not None} | {
+                run: _from_points(database, run) for run in missing
+            }
+
+        return self._reading(work, {})
+
+    def events(self, kinds: Collection[str], run: str | None = None) -> list[Event]:
+        """Return the events of some kinds, of a run or of all, the oldest first."""
+        marks = ",".join("?" * len(kinds))
+        where, values = ("", ()) if run is None else (" AND run = ?", (run,))
+        query = f"SELECT run, kind, step, time, details, id FROM events WHERE kind IN ({marks}){where} ORDER BY id"
+        return self._reading(lambda database: [_event(row) for row in database.execute(query, (*kinds, *values))], [])
+
     def runs(self) -> list[JsonObject]:
         """Return the runs that have points: run, points (rows), step and time of the newest; the newest run first."""
         query = """
@@ -215,6 +248,45 @@ class MetricsStore:
 
     def _reading(self, work: Callable[[sqlite3.Connection], T], nothing: T) -> T:
         return self._file.use(work, nothing) if self._file.path.exists() else nothing
+
+
+def _summarise(
+    database: sqlite3.Connection, points: Sequence[Point], events: Sequence[Event], signs: Sequence[Sign]
+) -> None:
+    """Add what is new to the summaries of its runs; before it is in the tables, from which a missing one is made."""
+    changed: dict[str, Summary] = {}
+    for run in dict.fromkeys(each.run for each in (*points, *events, *signs)):
+        found = database.execute("SELECT summary FROM summaries WHERE run = ?", (run,)).fetchone()
+        changed[run] = (None if found is None else _summary(found[0])) or _from_points(database, run)
+    for each in sorted((*points, *events), key=lambda each: each.time):
+        if isinstance(each, Point):
+            changed[each.run].add_point(each.kind, each.step, each.time, _storable(each.metrics))
+        else:
+            changed[each.run].add_event(each.kind, each.time, each.details)
+    for sign in signs:
+        changed[sign.run].add_sign(sign.time, sign.compiling)
+    rows = [(run, _json(summary.to_json())) for run, summary in changed.items()]
+    database.executemany("INSERT OR REPLACE INTO summaries (run, summary) VALUES (?, ?)", rows)
+
+
+def _summary(text: str) -> Summary | None:
+    """Return what a row holds; None where another version wrote it, or something else."""
+    try:
+        return Summary.from_json(json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _from_points(database: sqlite3.Connection, run: str) -> Summary:
+    """Make the summary of a run of an earlier version: from its starts and ends, and what is left of its points."""
+    summary = Summary()
+    for row in database.execute(_EVENTS, (run, 0, -1)):
+        summary.add_event(row[1], row[3], json.loads(row[4]))
+    ended = summary.ended
+    for row in database.execute(_POINTS, (run, 0, -1)):
+        summary.add_point(row[1], row[2], row[3], json.loads(row[4]))
+    summary.ended = ended
+    return summary
 
 
 def _add_point(database: sqlite3.Connection, point: Point) -> None:
@@ -274,6 +346,7 @@ def _forget_old_runs(database: sqlite3.Connection, current: Collection[str]) -> 
             database.execute("DELETE FROM points WHERE series IN (SELECT id FROM series WHERE run = ?)", (run,))
             database.execute("DELETE FROM series WHERE run = ?", (run,))
             database.execute("DELETE FROM events WHERE run = ?", (run,))
+            database.execute("DELETE FROM summaries WHERE run = ?", (run,))
     while used_bytes(database) > _LEFT * MAX_BYTES:
         found = database.execute("SELECT id, rows FROM series ORDER BY rows DESC LIMIT 1").fetchone()
         if found is None or found[1] < 2:

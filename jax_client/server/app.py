@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from jax_client.server.dashboard.watching import Watcher
 from jax_client.server.keyed import KeyedServers
 from jax_client.server.ops import metrics
 from jax_client.server.ops.health import Watchdog
@@ -25,31 +26,37 @@ from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.guard import Entry, Guard
 
 
-def build_app(server: Server, *, api_key: str | None = None, hosts: Iterable[str] = ()) -> Guard:
+def build_app(server: Server, *, api_key: str | None = None, hosts: Iterable[str] = (), page: bool = False) -> Guard:
     """Return the ASGI application of a server.
 
     Args:
         server: what answers.
         api_key: the key that every request must carry, None for none.
         hosts: the names under which the server may be called.
+        page: whether it has the page that shows runs.
     """
-    return Guard(application(routes(server)), api_key=api_key, hosts=hosts, account=lambda: server.account)
+    shown = _page_of(server, Watcher()) if page else []
+    app = application([*routes(server), *shown])
+    return Guard(app, api_key=api_key, hosts=hosts, account=lambda: server.account, pages=page)
 
 
-def build_keyed_app(servers: KeyedServers, *, hosts: Iterable[str] = ()) -> Guard:
+def build_keyed_app(servers: KeyedServers, *, hosts: Iterable[str] = (), page: bool = False) -> Guard:
     """Return the ASGI application of the servers of several keys.
 
     Args:
         servers: what answers, each the clients of its key.
         hosts: the names under which they may be called.
+        page: whether each key has a page that shows its runs.
     """
+    watcher = Watcher()
     links, accounts = Downloads(servers.host.listings), servers.accounts
     entries: dict[bytes, Entry] = {}
     for key in servers.keys:
         server = servers.by_name[key.owner.name]
         seen = accounts if key.owner.admin else {key.owner.name: server.account}
         own = Downloads(server.listings, links.secret)
-        entries[key.digest] = Entry(application(routes(server, own, seen)), server.account)
+        shown = _page_of(server, watcher) if page else []
+        entries[key.digest] = Entry(application([*routes(server, own, seen), *shown]), server.account)
     return Guard(
         # A signed link needs no key, and its file is looked for without one.
         Starlette(routes=links.routes()),
@@ -57,7 +64,15 @@ def build_keyed_app(servers: KeyedServers, *, hosts: Iterable[str] = ()) -> Guar
         hosts=hosts,
         account=lambda: servers.whole,
         by_key=lambda key: entries.get(keys.digest(key)),
+        pages=page,
     )
+
+
+def _page_of(server: Server, watcher: Watcher) -> list[Route]:
+    # Imported here: a server without the page needs none of it.
+    from jax_client.server.dashboard.made import board_of
+
+    return board_of(server, watcher).routes()
 
 
 def application(all_routes: list[Route]) -> ASGIApp:

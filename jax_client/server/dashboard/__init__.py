@@ -1,1 +1,1 @@
-"""The page on which people see their runs."""
+"""The page that shows runs, and lets a person talk to their checkpoints."""

@@ -402,6 +402,10 @@ class LiveObjects:
         evictable = Evictable(lambda: self._eviction.make_fit(make), SamplerHandle.park, "sampler")
         return Served(session_id=session.session_id, evictable=evictable, base_model=base_model, remakable=True)
 
+    def make_fit(self, make: Callable[[], SamplerHandle]) -> SamplerHandle:
+        """Return what `make()` loads, evicting idle objects until it fits. Raises DoesNotFitError."""
+        return self._eviction.make_fit(make)
+
     def close(self, deadline: float) -> None:
         """Save every model and end every session.
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 
 from jax_client.server.wire.accounts import RETRY_SECONDS, Account, BusyError
-from jax_client.server.wire.answers import Answer
+
+if TYPE_CHECKING:
+    from jax_client.server.wire.answers import Answer
 
 # Where there is no room for others, a body is dropped that takes longer than this to arrive. Only then: without
 # pressure a slow client is let finish.

@@ -50,6 +50,8 @@ MAX_FILES = 65_536
 CROWD, CALM_SECONDS = 256, 5.0
 # In the scope of a request whose body had arrived when it was first asked for.
 WHOLE_BODY = "jax_client.whole_body"
+# In the scope of a request whose answer has no end; the end of the server cuts it.
+ENDLESS = "jax_client.endless"
 
 
 class _RefusedError(Exception):
@@ -242,6 +244,13 @@ class Connection(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[status] + head + str(len(content)).encode() + b"\r\n\r\n" + content)
         self._disconnect_cycles()
         self.transport.close()
+
+    def shutdown(self) -> None:
+        """End the connection when its request is answered; one whose answer has no end at once."""
+        super().shutdown()
+        if self._current is not None and self._current.scope.get(ENDLESS):
+            self._disconnect_cycles()
+            self.transport.close()
 
     def _disconnect_cycles(self) -> None:
         """Let every request on the connection find its client gone."""

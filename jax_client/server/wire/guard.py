@@ -1,7 +1,8 @@
 """Who may talk to the server? `Guard` checks key, host and origin in front of every route, also of the health check.
 
 A web page can make a browser send requests to a loopback port. So the server answers under listed names only, and
-refuses requests of pages that it did not serve itself, those of another port of this machine included.
+refuses requests of pages that it did not serve itself, those of another port of this machine included. A browser, which
+cannot send a key, shows a cookie for the paths of the server's own page: see `logins`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jax_client.errors import shown
 from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.admission import Load
+from jax_client.server.wire.logins import BELOW, HOME, Logins
 
 KEY_HEADER = b"x-api-key"
 # Paths below it carry a signature in place of the key.
@@ -51,6 +53,10 @@ class Guard:
         hosts: names and addresses under which the server may be called, without ports.
         account: `account() -> Account` of the clients that the key lets in.
         by_key: with several keys, `by_key(key) -> Entry` of a request that carries it, None for a wrong one.
+        pages: whether the application has a page, so that browsers may log in.
+
+    Attributes:
+        logins: of browsers; None without a page.
     """
 
     def __init__(
@@ -61,12 +67,26 @@ class Guard:
         hosts: Iterable[str],
         account: Callable[[], Account],
         by_key: Callable[[bytes], Entry | None] | None = None,
+        pages: bool = False,
     ) -> None:
         self._app = app
         self._api_key = None if api_key is None else api_key.encode()
         self._hosts = frozenset(host.lower() for host in hosts)
         self._account = account
         self._by_key = by_key
+        self.logins: Logins[Entry] | None = None
+        if pages:
+            self.logins = Logins(lambda key: self._behind(key, signed=False))
+
+    def announce_page(self, show: Callable[[str], object]) -> None:
+        """Call `show(query)` with what makes the page's address one that logs in, and again when that was used.
+
+        The query is "" where no login is needed, and with several keys, whose holders log in with theirs.
+        """
+        if self.logins is None or self._api_key is None:
+            show("")
+            return
+        self.logins.announce(Entry(self._app, self._account()), lambda token: show(f"?token={token}"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it."""
@@ -97,7 +117,7 @@ class Guard:
         return (
             self._host_refusal(headers, named=named)
             or _page_refusal(headers, scope)
-            or self._behind(headers.get(KEY_HEADER), signed=scope["path"].startswith(SIGNED))
+            or self._entry(headers, scope)
             or (401, "the X-API-Key header is missing or wrong; set TINKER_API_KEY.")
         )
 
@@ -111,6 +131,17 @@ class Guard:
         if place[0] not in self._hosts:
             return 403, f"this server is not called {_text(host)}; start it with --allow-host, or use another name."
         return None
+
+    def _entry(self, headers: _Headers, scope: Scope) -> Entry | None:
+        path, logins = scope["path"], self.logins
+        locked = self._api_key is not None or self._by_key is not None
+        if locked and logins is not None and (path == HOME or path.startswith(BELOW)):
+            if logins.answers(scope):
+                return Entry(logins, self._account())
+            # Who has neither key nor cookie is told there how to log in.
+            found = self._behind(headers.get(KEY_HEADER), signed=False) or logins.of_cookie(headers)
+            return found or Entry(logins, self._account())
+        return self._behind(headers.get(KEY_HEADER), signed=path.startswith(SIGNED))
 
     def _behind(self, key: bytes | None, *, signed: bool) -> Entry | None:
         """Return what is behind a key, None for a wrong one."""

@@ -1,0 +1,189 @@
+"""How does a run do, in a few kilobytes? A `Summary` has its newest figures, its sums, and two thinned curves.
+
+The store keeps one for each run and adds to it what it writes, so that a list of runs reads one row of each, however
+many points they have. A log directory's rows make one in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TypeVar
+
+from jax_client.values import JsonObject
+
+# Of the newest steps that are kept one by one, and of a thinned curve.
+RECENT = 64
+CURVE = 60
+# The mean loss of a token and the reward have many names in what loops log; the first that is there counts.
+LOSSES = ("loss:mean", "train_mean_nll", "loss", "train/loss", "loss/mean", "train_loss", "nll")
+REWARDS = ("reward/mean", "reward", "env/all/reward/total", "env/all/reward", "mean_reward", "reward_mean")
+KLS = ("kl_sample_train:mean", "optim/kl_sample_train_v1", "optim/kl_sample_train_v2", "kl_sample_train")
+MAX_REASON = 300
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Curve:
+    """At most `CURVE` evenly spread values of a series that goes on."""
+
+    values: list[float] = field(default_factory=list)
+    stride: int = 1
+    count: int = 0
+    last: float | None = None
+
+    def add(self, value: float) -> None:
+        """Append a value, and leave every second one out where there are too many."""
+        if self.count % self.stride == 0:
+            self.values.append(value)
+            if len(self.values) >= CURVE:
+                self.values, self.stride = self.values[::2], self.stride * 2
+        self.count += 1
+        self.last = value
+
+    def shown(self) -> list[float]:
+        """Return the values, the newest among them."""
+        complete = self.last is None or (self.count - 1) % self.stride == 0
+        return self.values if complete or self.last is None else [*self.values, self.last]
+
+
+@dataclass(slots=True)
+class Summary:
+    """What is known of a run from its points and events.
+
+    Attributes:
+        first, active: unix seconds of its first and newest sign of life.
+        step: optimizer steps taken at the newest point.
+        steps, skipped, nonfinite: points of a step; steps left out for their gradient; values that were not finite.
+        bad: step and time of the newest of the latter two.
+        tokens: scored, of all steps.
+        speed: tokens per second of the newest step.
+        times: of the newest steps.
+        losses, rewards, kls: (step, value) of the newest steps.
+        loss_curve, reward_curve: of all steps.
+        compiling: the program that is being compiled, "" for none.
+        ended: {"time", "how", "text"} of the newest end, None while it is open.
+    """
+
+    first: float | None = None
+    active: float | None = None
+    step: int = 0
+    steps: int = 0
+    skipped: int = 0
+    nonfinite: int = 0
+    bad: list[float] | None = None
+    tokens: float = 0.0
+    speed: float | None = None
+    times: list[float] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+    rewards: list[list[float]] = field(default_factory=list)
+    kls: list[list[float]] = field(default_factory=list)
+    loss_curve: Curve = field(default_factory=Curve)
+    reward_curve: Curve = field(default_factory=Curve)
+    compiling: str = ""
+    ended: JsonObject | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """The mean loss of a token at the newest step that has one."""
+        return self.losses[-1][1] if self.losses else None
+
+    @property
+    def reward(self) -> float | None:
+        """The newest reward."""
+        return self.rewards[-1][1] if self.rewards else None
+
+    def add_point(self, kind: str, step: int, time: float, metrics: Mapping[str, float]) -> None:
+        """Add what a point of a kind says."""
+        self._alive(time)
+        if kind == "device":
+            return
+        self.step = max(self.step, step)
+        bad = sum(int(value) for name, value in metrics.items() if name.startswith("nonfinite/"))
+        if kind == "step":
+            self.steps += 1
+            _keep(self.times, round(time, 3))
+            skipped = int("skipped_nonfinite:sum" in metrics)
+            self.skipped += skipped
+            bad += skipped
+            self.tokens += metrics.get("tokens:sum", 0.0)
+            self.speed = metrics.get("tokens_per_second:mean", self.speed)
+        self.nonfinite += bad
+        if bad:
+            self.bad = [step, time]
+        if kind in ("step", "user"):
+            self._add_values(kind, step, metrics)
+
+    def add_event(self, kind: str, time: float, details: Mapping[str, object]) -> None:
+        """Add what an event says."""
+        if kind == "end":
+            how, text = details.get("how", "closed"), details.get("text", "")
+            self.ended = {"time": time, "how": str(how), "text": str(text)[:MAX_REASON]}
+            self.compiling = ""
+            return
+        if kind == "start":
+            self.ended = None
+        self._alive(time)
+
+    def add_sign(self, time: float, compiling: str) -> None:
+        """Add that the run is alive; it compiles a program, "" for none."""
+        self._alive(time)
+        self.compiling = compiling
+
+    def _alive(self, time: float) -> None:
+        self.first = time if self.first is None else min(self.first, time)
+        self.active = time if self.active is None else max(self.active, time)
+
+    def _add_values(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        loss = mean_loss(metrics) if kind == "step" else first_of(metrics, LOSSES)
+        # A loop that logs its loss beside the recorded one has it already.
+        if loss is not None and (kind == "step" or not self.steps):
+            _keep(self.losses, [step, loss])
+            self.loss_curve.add(loss)
+        if (reward := find_reward(metrics)) is not None:
+            _keep(self.rewards, [step, reward])
+            self.reward_curve.add(reward)
+        if (kl := first_of(metrics, KLS)) is not None:
+            _keep(self.kls, [step, kl])
+
+    def to_json(self) -> JsonObject:
+        """Return the fields as JSON has them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: JsonObject) -> Summary:
+        """Undo `to_json`. Raises TypeError or KeyError for what is none."""
+        curves = {name: Curve(**fields[name]) for name in ("loss_curve", "reward_curve")}
+        return cls(**{**fields, **curves})
+
+
+def mean_loss(metrics: Mapping[str, float]) -> float | None:
+    """Return the mean loss of a token of a point, None where it has none."""
+    tokens = metrics.get("tokens:sum", 0.0)
+    if tokens > 0 and "loss:sum" in metrics:
+        return metrics["loss:sum"] / tokens
+    return first_of(metrics, LOSSES)
+
+
+def find_reward(metrics: Mapping[str, float]) -> float | None:
+    """Return the reward among metrics, None where none has a name of one."""
+    found = first_of(metrics, REWARDS)
+    if found is not None:
+        return found
+    names = sorted(name for name in metrics if name.endswith(("reward/total", "reward/mean", "/reward")))
+    return metrics[names[0]] if names else None
+
+
+def first_of(metrics: Mapping[str, float], names: tuple[str, ...]) -> float | None:
+    """Return the value of the first of the names that is there and finite."""
+    for name in names:
+        if (value := metrics.get(name)) is not None and math.isfinite(value):
+            return value
+    return None
+
+
+def _keep(values: list[T], value: T) -> None:
+    values.append(value)
+    if len(values) > RECENT:
+        del values[0]

@@ -1,0 +1,1 @@
+"""What did loops write into directories of their own, as the cookbook does?"""

@@ -1,0 +1,161 @@
+"""What do log directories look like among the runs? As rows, series and rollouts under the id "log:NAME"."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from jax_client.runs.overview.alerts import alerts_of
+from jax_client.runs.overview.described import run_of, spark_of
+from jax_client.runs.overview.logdirs.files import (
+    METRICS,
+    LogDirectory,
+    LogFile,
+    find_logs,
+    printable,
+    read_object,
+    saved_paths,
+)
+from jax_client.runs.overview.logdirs.rollouts import Rollouts
+from jax_client.runs.overview.notes import Notes
+from jax_client.runs.overview.records import RunRow, Series
+from jax_client.runs.overview.run_points import parse_cursor
+from jax_client.values import JsonObject
+
+PREFIX = "log:"
+# A directory tree is looked through no more often.
+LOOK_SECONDS = 5.0
+MOST_FILES = 4
+
+
+class Logs:
+    """The log directories below some roots. Thread-safe.
+
+    Args:
+        roots: where to look.
+    """
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self._roots = list(roots)
+        self._lock = threading.Lock()
+        self._looked = 0.0
+        self._known: dict[str, LogDirectory] = {}
+        self._glances: dict[Path, LogFile] = {}
+        self._files: OrderedDict[Path, LogFile] = OrderedDict()
+        self._rollouts: OrderedDict[Path, Rollouts] = OrderedDict()
+
+    def _look(self) -> dict[str, LogDirectory]:
+        """With the lock held: return the directories by id."""
+        if self._roots and (not self._known or time.monotonic() - self._looked > LOOK_SECONDS):
+            self._known = {PREFIX + log.name: log for log in find_logs(self._roots)}
+            self._looked = time.monotonic()
+            paths = {log.path for log in self._known.values()}
+            self._glances = {path: file for path, file in self._glances.items() if path in paths}
+        return self._known
+
+    def has(self, run_id: str) -> bool:
+        """Return whether an id is a log directory's."""
+        with self._lock:
+            return run_id in self._look()
+
+    def files(self) -> list[Path]:
+        """Return the metrics files that are known so far."""
+        with self._lock:
+            return [log.path / METRICS for log in self._known.values()]
+
+    def rows(self, notes: Notes) -> list[RunRow]:
+        """Return a row for each directory."""
+        with self._lock:
+            return [self._row(run_id, log, notes) for run_id, log in self._look().items()]
+
+    def _row(self, run_id: str, log: LogDirectory, notes: Notes) -> RunRow:
+        file = self._glances.setdefault(log.path, LogFile(log))
+        summary, config = file.glance(), _config(log)
+        saved = saved_paths(log)
+        return RunRow(
+            run=run_id,
+            source="log",
+            name=_text(config, "wandb_name", "run_name", "name") or log.name,
+            model=_text(config, "model_name", "base_model", "model"),
+            rank=_whole(config, "lora_rank", "rank"),
+            reason=None if summary.active is None else "a log directory: whether its loop still runs is not known",
+            created=summary.first,
+            updated=summary.active,
+            step=summary.step if summary.active is not None else None,
+            loss=summary.loss,
+            reward=summary.reward,
+            wall_seconds=_span(summary.first, summary.active),
+            last_checkpoint=saved[-1] if saved else None,
+            parent=run_of(saved[-1]) if saved else None,
+            **spark_of(summary),
+            alerts=alerts_of(summary, is_open=False, now=time.time()),
+            **notes.of(run_id).to_json(),
+        )
+
+    def config(self, run_id: str) -> JsonObject | None:
+        """Return the configuration that a loop wrote; None for an id that is none of these."""
+        with self._lock:
+            log = self._look().get(run_id)
+        if log is None:
+            return None
+        config = _config(log)
+        return {
+            "model": _text(config, "model_name", "base_model", "model"),
+            "rank": _whole(config, "lora_rank", "rank"),
+            "settings": config,
+            "directory": str(log.path),
+            "checkpoints": saved_paths(log),
+        }
+
+    def series(self, run_id: str, names: Collection[str] | None, *, points: int, since: str | None) -> Series | None:
+        """Return the points of a log directory after a cursor; None for an id that is none of these."""
+        with self._lock:
+            log = self._look().get(run_id)
+            if log is None:
+                return None
+            file = self._files.pop(log.path, None) or LogFile(log)
+            self._files[log.path] = file
+            while len(self._files) > MOST_FILES:
+                self._files.popitem(last=False)
+            file.update()
+            newest, begin = file.columns.newest(), parse_cursor(since).point
+            begin = begin if begin <= newest else 0  # the file was cut
+            return Series(
+                run=run_id,
+                series=file.columns.series(names, points=points, since=begin),
+                names=file.columns.names(),
+                next=f"{newest}-0",
+            )
+
+    def rollouts(self, run_id: str, *, offset: int, limit: int) -> JsonObject | None:
+        """Return a page of groups; None for an id that is none of these."""
+        with self._lock:
+            log = self._look().get(run_id)
+            if log is None:
+                return None
+            found = self._rollouts.pop(log.path, None) or Rollouts(log)
+            self._rollouts[log.path] = found
+            while len(self._rollouts) > MOST_FILES:
+                self._rollouts.popitem(last=False)
+            return found.page(offset, limit)
+
+
+def _config(log: LogDirectory) -> JsonObject:
+    return read_object(log.root, log.path / "config.json")
+
+
+def _text(config: JsonObject, *names: str) -> str | None:
+    found = (config.get(name) for name in names)
+    return next((printable(value) for value in found if isinstance(value, str) and value.strip()), None)
+
+
+def _whole(config: JsonObject, *names: str) -> int | None:
+    found = (config.get(name) for name in names)
+    return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def _span(first: float | None, last: float | None) -> float | None:
+    return None if first is None or last is None else max(0.0, last - first)

@@ -1,0 +1,57 @@
+"""How does a page get what is new? By server-sent events, each with an id from which the next connection goes on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from jax_client.server.dashboard.answers import api_route, cursor
+from jax_client.server.dashboard.watching import Page, Watch, Watcher, checked_run
+from jax_client.server.wire.connections import ENDLESS
+from jax_client.server.wire.logins import HEADERS
+
+# A comment after so long: what is between browser and server may close a silent connection.
+SILENCE_SECONDS = 15.0
+_BEGIN, _ALIVE = b"retry: 1000\n\n", b": alive\n\n"
+
+
+class _Stream(StreamingResponse):
+    """Frames for one page, which is forgotten however the connection ends."""
+
+    def __init__(self, watcher: Watcher, watch: Watch, page: Page) -> None:
+        self._leave = lambda: watch.remove(page)
+        # A proxy that gathers an answer would show it when it is whole, which it never is.
+        headers = {**HEADERS, "X-Accel-Buffering": "no"}
+        super().__init__(_frames(page), headers=headers, media_type="text/event-stream")
+        watcher.join(watch, page)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send frames until the browser leaves, or is too slow."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
+
+
+async def _frames(page: Page) -> AsyncIterator[bytes]:
+    yield _BEGIN
+    while (frame := await page.next(SILENCE_SECONDS)) is not None:
+        yield frame or _ALIVE
+
+
+def stream_route(watcher: Watcher, watch: Watch) -> Route:
+    """Return the route of the stream."""
+
+    async def handler(request: Request) -> Response:
+        query = request.query_params
+        page = watch.page(
+            checked_run(query.get("run")), cursor(query.get("since")), request.headers.get("last-event-id")
+        )
+        request.scope[ENDLESS] = True
+        return _Stream(watcher, watch, page)
+
+    return api_route("GET", "/stream", handler)
