@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from support.page import made
-from support.page.browser import opened
+from support.page.browser import opened, until
 from support.page.fake_server import FakeDashboard
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def test_a_lost_server_is_told_and_found_again(chromium: Browser) -> None:
         page.wait_for_selector("#link", state="hidden", timeout=20_000)
         page.wait_for_selector("body:not(.stale)")
         again.step("s1:train:0", 999, 1.0)
-        page.wait_for_function("document.querySelector('table.runs').textContent.includes('999')")
+        until(page, "document.querySelector('table.runs').textContent.includes('999')")
         again.close()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from support.page import made
-from support.page.browser import findings, opened
+from support.page.browser import findings, opened, until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -78,7 +78,7 @@ def test_a_step_is_seen_within_a_second(chromium: Browser, fake: FakeDashboard) 
         for step in range(820, 825):
             began = time.monotonic()
             fake.step("s1:train:0", step, 1.0)
-            page.wait_for_function(f"document.querySelector('table.runs').textContent.includes('{step}')")
+            until(page, f"document.querySelector('table.runs').textContent.includes('{step}')")
             assert time.monotonic() - began < 1
 
 
@@ -106,16 +106,16 @@ def test_all_can_be_reached_with_keys(chromium: Browser, fake: FakeDashboard) ->
         keys.press("c")
         assert page.locator("input.pick:checked").count() == 2
         keys.press("C")
-        page.wait_for_function("location.hash.startsWith('#/compare?runs=')")
+        until(page, "location.hash.startsWith('#/compare?runs=')")
         page.wait_for_selector("figure.chart canvas")
         for key, view in (("d", "device"), ("k", "checkpoints"), ("p", "playground"), ("o", "rollouts"), ("r", "runs")):
             keys.press("g")
             keys.press(key)
-            page.wait_for_function(f"document.querySelector('main').dataset.view === '{view}'")
+            until(page, f"document.querySelector('main').dataset.view === '{view}'")
         keys.press("/")
         keys.type("lighthouse")
         keys.press("Escape")
-        page.wait_for_function("document.querySelectorAll('table.runs tbody tr').length === 1")
+        until(page, "document.querySelectorAll('table.runs tbody tr').length === 1")
         keys.press("j")
         keys.press("Enter")
         page.wait_for_selector("h1:has-text('sft-lighthouse')")
@@ -139,7 +139,7 @@ def test_charts_zoom_and_pan_with_keys(chromium: Browser, fake: FakeDashboard) -
         page.focus("figure.chart")
         page.keyboard.press("0")
         page.click("button:has-text('Copy link')")
-        page.wait_for_function("async () => !(await navigator.clipboard.readText()).includes('range')")
+        until(page, "(async () => !(await navigator.clipboard.readText()).includes('range'))()")
 
 
 def test_a_deleted_checkpoint_comes_back(chromium: Browser, fake: FakeDashboard) -> None:

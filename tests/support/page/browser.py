@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,14 @@ def opened(found: Browser, url: str, *, width: int = 1280, scheme: str = "light"
         assert not errors, errors
     finally:
         context.close()
+
+
+def until(page: Page, expression: str, seconds: float = 10.0) -> None:
+    """Wait until an expression is true. The driver's own way of waiting evaluates text in the page, which forbids it."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"not within {seconds} s: {expression}"
+        time.sleep(0.02)
 
 
 def axe_source() -> str:
