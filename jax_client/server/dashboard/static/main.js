@@ -5,6 +5,7 @@ import { toLogin } from "./core/api.js";
 import { ago, bytes, moment, span } from "./core/format.js";
 import { help, installKeys, setKeys, VIEWS } from "./core/keys.js";
 import { listen, refresh, runs, store, watch } from "./core/store.js";
+import { engines, inUse } from "./core/engines.js";
 import { nowLine, pageTitle } from "./views/parts/now.js";
 import { installTheme } from "./core/theme.js";
 
@@ -49,11 +50,11 @@ function frame() {
 }
 
 function topLine() {
-  const engines = store.device?.engines ?? [];
-  const parts = engines.slice(0, 2).map((engine) => {
+  const shown = engines();
+  const parts = shown.slice(0, 2).map((engine) => {
     const { device = {}, memory_bytes: memory = {}, health = {} } = engine;
     const free = memory.available;
-    const used = ["weights", "adapters", "optimizer", "gradients", "cache", "decode_weights"].reduce((sum, kind) => sum + (memory[kind] ?? 0), 0);
+    const used = inUse(memory);
     const compiling = health.compiling ?? [];
     const meter = Number.isFinite(free) && used + free > 0 ? h("meter", { min: 0, max: 1, value: used / (used + free), "aria-label": "Memory in use" }) : null;
     return h(
@@ -61,14 +62,14 @@ function topLine() {
       { class: "engine", title: engine.model?.name ?? "" },
       h("b", {}, `${device.kind ?? device.platform ?? "device"}${device.count > 1 ? ` × ${device.count}` : ""}`),
       h("span", {}, "memory ", bytes(used), meter),
-      h("span", {}, `queue ${health.waiting ?? 0}`),
+      h("span", {}, health.waiting === null ? "" : `queue ${health.waiting ?? 0}`),
       compiling.length ? h("span", { class: "busy" }, `compiling ${compiling[0].program} ${span(compiling[0].seconds)}`) : null,
       ["stuck", "dead"].includes(health.state) ? h("span", { class: "badge bad" }, health.state) : null,
     );
   });
-  if (!engines.length) parts.push(h("span", { class: "muted" }, store.loaded ? "no engine in this process" : "…"));
+  if (!shown.length) parts.push(h("span", { class: "muted" }, store.loaded ? "no engine in this process" : "…"));
   const line = document.getElementById("device-line");
-  const key = JSON.stringify(engines.slice(0, 2).map((e) => [e.device, e.memory_bytes, e.health]));
+  const key = JSON.stringify(shown.slice(0, 2).map((e) => [e.device, e.memory_bytes, e.health]));
   if (line.dataset.key !== key) {
     line.dataset.key = key;
     put(line, parts);

@@ -71,7 +71,7 @@ class Checkpoints {
     this.holder.hidden = !shown.length;
     put(this.empty, shown.length ? null : h("section", { class: "empty small" }, h("h2", {}, this.wanted ? "Nothing is called so" : "No checkpoints yet"), this.wanted ? null : h("p", {}, h("code", {}, 'client.save_state("name")'), " keeps a training state; runs also save by themselves every few minutes.")));
     put(this.body, this.tree(shown).map(({ row, depth }) => this.line(row, depth)));
-    say(this.found, `${shown.length}${this.total > this.rows.length ? ` of ${this.total}` : ""} checkpoints`);
+    say(this.found, `${shown.length}${this.total > this.rows.length ? ` of ${this.total}` : ""} checkpoint${shown.length === 1 ? "" : "s"}`);
     if (focused) [...this.body.children].find((line) => line.dataset.path === focused)?.querySelector(`[data-act="${which}"]`)?.focus();
   }
 

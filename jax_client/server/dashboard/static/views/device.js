@@ -1,7 +1,8 @@
 // What does the hardware do? Rates, the time's and the memory's parts, hosts and samplers, and every compile with why.
 
 import { add, h, put, svg } from "../core/dom.js";
-import { bytes, count, moment, number, percent, span, title } from "../core/format.js";
+import { ago, bytes, count, moment, number, percent, span, title } from "../core/format.js";
+import { engines } from "../core/engines.js";
 import { store } from "../core/store.js";
 
 const MEMORY = {
@@ -20,20 +21,18 @@ export function open(root) {
     if (key === shown) return;
     shown = key;
     const folded = new Set([...body.querySelectorAll("details[open]")].map((each) => each.dataset.of));
-    const engines = device.engines ?? [];
-    put(body, engines.length ? engines.map(engineCard) : noEngine(device), pointsTable(device), compileTable(device, engines));
+    const shownEngines = engines();
+    put(body, shownEngines.length ? shownEngines.map(engineCard) : noEngine(), device.engines?.length ? pointsTable(device) : null, compileTable(device, device.engines ?? []));
     for (const each of body.querySelectorAll("details")) each.open ||= folded.has(each.dataset.of);
   }
   show();
   return { title: () => "device", news: (kind) => (kind === "device" || kind === "state") && show() };
 }
 
-function noEngine(device) {
+function noEngine() {
   return h("section", { class: "empty small" },
     h("h2", {}, "No model is loaded in this process"),
-    h("p", {}, Object.keys(device.points ?? {}).length
-      ? "The figures below are what the training process recorded last."
-      : "A training process records its device with every step; the server shows its own as soon as a client has loaded a model."));
+    h("p", {}, "A training process records its device with every step; the server shows its own as soon as a client has loaded a model."));
 }
 
 function engineCard(engine) {
@@ -45,8 +44,8 @@ function engineCard(engine) {
     ["train", count(training.tokens_per_second), "tokens/s on the device"],
     ["sample", count(sampled), "tokens/s, newest"],
     ["of the matmul rate", percent(training.matmul_fraction, 1), "how it is counted", formula],
-    ["queue", number(health.waiting ?? 0), `${sampling.rows_waiting ?? 0} samples wait`],
-    ["occupancy", percent(sampling.occupancy), `${sampling.rows_running ?? 0} samples run`],
+    ["queue", number(health.waiting ?? sampling.rows_waiting), health.waiting === null ? "samples wait" : `${sampling.rows_waiting ?? 0} samples wait`],
+    ["occupancy", percent(sampling.decode_slots === 0 ? NaN : sampling.occupancy), `${sampling.rows_running ?? 0} samples run`],
     ["padding", percent(training.padding_waste), "of computed tokens"],
     ["prefix hits", percent(sampling.prompt_tokens ? sampling.prompt_tokens_cached / sampling.prompt_tokens : NaN), "of prompt tokens"],
   ];
@@ -55,11 +54,12 @@ function engineCard(engine) {
     { class: "card" },
     h("div", { class: "line" }, h("h2", {}, model.name ?? "model"), h("span", { class: `state ${["stuck", "dead"].includes(health.state) ? "crashed" : health.state === "idle" ? "done" : "live"}` }, health.state ?? "unknown"),
       h("span", { class: "muted" }, [`${device.kind ?? "device"} × ${device.count ?? 1}`, engine.dtype, mesh(engine.mesh), engine.max_context ? `context ${count(engine.max_context)}` : ""].filter(Boolean).join(" · "))),
+    engine.recorded ? h("p", { class: "muted" }, "As the run ", h("a", { href: `#/run/${encodeURIComponent(engine.recorded.run)}` }, title(engine.recorded)), ` recorded it, ${ago(engine.time)}. Its process is not this one.`) : null,
     (health.compiling ?? []).map((each) => h("p", { class: "wait" }, h("b", {}, `Compiling ${each.program}`), ` (${each.shapes}), ${span(each.seconds)} so far. `,
       each.cause === "background" ? "It runs beside other work; nothing waits for it." : "A request waits for it; later starts take it from the cache.")),
-    h("dl", { class: "tiles" }, tiles.map(([name, value, under, hint]) => h("div", hint ? { tabIndex: 0, class: "hint" } : {}, h("dt", {}, name), h("dd", { class: "num" }, value), h("dd", { class: "muted" }, under, hint ? h("span", { class: "tip" }, hint) : null)))),
+    h("dl", { class: "tiles" }, tiles.filter(([, value]) => !engine.recorded || value !== "–").map(([name, value, under, hint]) => h("div", hint ? { tabIndex: 0, class: "hint" } : {}, h("dt", {}, name), h("dd", { class: "num" }, value), h("dd", { class: "muted" }, under, hint ? h("span", { class: "tip" }, hint) : null)))),
     h("div", { class: "pair" },
-      stack("Time of training", Object.entries(TIME).map(([key, name]) => [name, training[key] ?? 0]), span),
+      engine.recorded ? null : stack("Time of training", Object.entries(TIME).map(([key, name]) => [name, training[key] ?? 0]), span),
       stack("Memory", Object.entries(MEMORY).map(([key, name]) => [name, memory[key] ?? 0]), bytes)),
     hosts("Hosts", (health.hosts ?? engine.hosts ?? []).filter((host) => host.role !== "sampler")),
     hosts("Sampler replicas", engine.samplers ?? (health.hosts ?? []).filter((host) => host.role === "sampler")),

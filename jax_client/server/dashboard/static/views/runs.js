@@ -110,7 +110,7 @@ export function open(root) {
       put(body, order);
       if (focused !== document.activeElement && body.contains(focused)) focused.focus();
     }
-    say(found, shown.length === known.length ? `${known.length} runs` : `${shown.length} of ${known.length} runs`);
+    say(found, shown.length === known.length ? `${known.length} run${known.length === 1 ? "" : "s"}` : `${shown.length} of ${known.length} runs`);
   }
 
   add(root, [h("h1", { class: "offscreen" }, "Runs"), tools, holder, empty]);

@@ -6,7 +6,7 @@ import { copy } from "../../core/toast.js";
 const SCRIPT = `import jax_client
 from jax_client import types
 
-client = jax_client.ServiceClient().create_lora_training_client("MODEL", rank=8)
+client = jax_client.ServiceClient().create_lora_training_client("MODEL", rank=8).result()
 tokens = client.get_tokenizer().encode("The lighthouse keeper counts ships, not days.")
 data = types.Datum(
     model_input=types.ModelInput.from_ints(tokens[:-1]),
