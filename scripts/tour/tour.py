@@ -42,14 +42,12 @@ def command(*arguments: str, home: Path) -> Iterator[str]:
     line = [str(Path(sys.executable).with_name("jax_client")), *arguments, "--port", "0"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
-        assert process.stdout is not None
-        for text in process.stdout:
-            if found := re.search(r"dashboard: (\S+)", text):
-                break
-        else:
+        lines = iter(process.stdout or ())
+        found = next(filter(None, (re.search(r"dashboard: (\S+)", line) for line in lines)), None)
+        if found is None:
             raise SystemExit(f"{' '.join(arguments)} ended without an address")
         # What it says later must not fill the pipe.
-        threading.Thread(target=process.stdout.read, daemon=True).start()
+        threading.Thread(target=list, args=(lines,), daemon=True).start()
         yield found[1]
     finally:
         process.terminate()

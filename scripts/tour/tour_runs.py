@@ -64,7 +64,8 @@ class Runs:
         for step in range(rounds):
             sampler = client.save_weights_and_get_sampling_client()
             groups = [
-                list(self._group(sampler, task, prompt, step * 10 + i)) for i, prompt in enumerate(task.prompts(order, 3))
+                list(self._group(sampler, task, prompt, step * 10 + i))
+                for i, prompt in enumerate(task.prompts(order, 3))
             ]
             data = [each["datum"] for group in groups for each in group]
             passed = client.forward_backward(data, "importance_sampling")

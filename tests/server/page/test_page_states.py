@@ -56,7 +56,14 @@ def test_a_lost_login_leads_to_the_login(chromium: Browser, fake: FakeDashboard)
 def test_a_compile_explains_the_wait(chromium: Browser, fake: FakeDashboard) -> None:
     run = made.run_row("s9:train:0", "fresh", "live", made.NOW, step=0, loss=None)
     fake.runs.append(run)
-    fake.series["s9:train:0"] = {"run": "s9:train:0", "series": {}, "names": [], "events": [], "next": "0-0", "live": True}
+    fake.series["s9:train:0"] = {
+        "run": "s9:train:0",
+        "series": {},
+        "names": [],
+        "events": [],
+        "next": "0-0",
+        "live": True,
+    }
     fake.device = made.device(made.NOW, compiling=True)
     with opened(chromium, fake.url + "#/run/s9%3Atrain%3A0") as page:
         page.wait_for_selector(".wait:has-text('Compiling backward (8x1024)')")
@@ -74,6 +81,6 @@ def test_first_paint_and_a_million_points(
         painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
         result = page.evaluate("dashboardBench(1_000_000, 90)")
         with capsys.disabled():
-            print(f"\nfirst paint {painted:.0f} ms; a million points: {result}")  # noqa: T201
+            print(f"\nfirst paint {painted:.0f} ms; a million points: {result}")
         # How fast is a matter of the machine; how much is drawn in a frame is not.
         assert result["drawn"] == 90 and 0 < result["most"] <= 2 * result["width"]

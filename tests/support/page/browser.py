@@ -55,7 +55,7 @@ def opened(found: Browser, url: str, *, width: int = 1280, scheme: str = "light"
 
 
 def until(page: Page, expression: str, seconds: float = 10.0) -> None:
-    """Wait until an expression is true. The driver's own way of waiting evaluates text in the page, which forbids it."""
+    """Wait until an expression is true. The driver's own waiting evaluates text in the page, which forbids that."""
     end = time.monotonic() + seconds
     while not page.evaluate(expression):
         assert time.monotonic() < end, f"not within {seconds} s: {expression}"

@@ -45,7 +45,9 @@ class FakeDashboard:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
             self.port = probe.getsockname()[1]
-        self._server = uvicorn.Server(uvicorn.Config(self._app(), port=self.port, log_level="error", timeout_graceful_shutdown=1))
+        self._server = uvicorn.Server(
+            uvicorn.Config(self._app(), port=self.port, log_level="error", timeout_graceful_shutdown=1)
+        )
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
         while not self._server.started:
@@ -72,7 +74,9 @@ class FakeDashboard:
         row |= {"step": step, "loss": loss, "updated": time.time()}
         points = {"kind": "step", "step": [step], "time": [time.time()], "tokens": [5926 * step], "value": [loss]}
         self.send("runs", {"runs": [row]})
-        self.send("points", {"run": run, "series": {"loss:mean": points}, "events": [], "next": f"{step}-9", "live": True})
+        self.send(
+            "points", {"run": run, "series": {"loss:mean": points}, "events": [], "next": f"{step}-9", "live": True}
+        )
 
     def _serve(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -116,19 +120,45 @@ class FakeDashboard:
 
     def _state(self, _: Request) -> made.Json:
         playground = {"available": True, "reason": None, "models": [made.MODEL]}
-        return {"version": "0", "home": "/home/me/.local/state/jax_client", "host": "box", "time": time.time(), "serving": True, "can_act": True, "logs": True, "playground": playground}  # fmt: skip
+        return {
+            "version": "0",
+            "home": "/home/me/.local/state/jax_client",
+            "host": "box",
+            "time": time.time(),
+            "serving": True,
+            "can_act": True,
+            "logs": True,
+            "playground": playground,
+        }
 
     def _run(self, request: Request) -> made.Json:
         row = next(row for row in self.runs if row["run"] == unquote(request.path_params["run"]))
-        return {"row": row, "config": {"model": row["model"], "spec": {"rank": 16, "alpha": 32}, "script": "rl.py", "hostile": made.HOSTILE}}  # fmt: skip
+        return {
+            "row": row,
+            "config": {
+                "model": row["model"],
+                "spec": {"rank": 16, "alpha": 32},
+                "script": "rl.py",
+                "hostile": made.HOSTILE,
+            },
+        }
 
     def _compare(self, request: Request) -> made.Json:
         ids = request.query_params["runs"].split(",")
-        return {"differences": [{"field": "rank", "values": {run: 8 * (i + 1) for i, run in enumerate(ids)}}, {"field": made.HOSTILE, "values": {ids[0]: made.HOSTILE}}]}  # fmt: skip
+        return {
+            "differences": [
+                {"field": "rank", "values": {run: 8 * (i + 1) for i, run in enumerate(ids)}},
+                {"field": made.HOSTILE, "values": {ids[0]: made.HOSTILE}},
+            ]
+        }
 
     def _checkpoints(self, _: Request) -> made.Json:
         shown = [row for row in self.checkpoints if row["path"] not in self.deleted]
-        return {"checkpoints": shown, "total": len(shown), "deleted": [{"path": p, "until": t} for p, t in self.deleted.items()]}  # fmt: skip
+        return {
+            "checkpoints": shown,
+            "total": len(shown),
+            "deleted": [{"path": p, "until": t} for p, t in self.deleted.items()],
+        }
 
     async def _action(self, request: Request) -> Response:
         action, body = request.path_params["action"], json.loads(await request.body())
@@ -171,7 +201,7 @@ class FakeDashboard:
 
 if __name__ == "__main__":
     fake = FakeDashboard(port=8123)
-    print(fake.url, flush=True)  # noqa: T201
+    print(fake.url, flush=True)
     step = 812
     while True:
         time.sleep(2)

@@ -9,6 +9,9 @@ export const drawn = { frames: 0, most: 0, width: 0 };
 // Curves are told apart by their dashes too.
 export const DASHES = [[], [7, 3], [2, 3], [9, 3, 2, 3], [5, 5], [1, 2]];
 
+// Steps and tokens are whole numbers, and so are their ticks.
+const WHOLE = [...Array(12).keys()].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power));
+
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 /** Return the colour of a curve by its number, in the theme of now. */
@@ -101,7 +104,7 @@ export class Chart {
       const line = { stroke, width: 1.5, spanGaps: true, points: { show: false }, dash: DASHES[index % 6] };
       return weight > 0 ? [{ ...line, stroke: faint(stroke), width: 1, dash: [] }, { ...line, width: 2 }] : [line];
     });
-    const ticks = axis === "tokens" ? { values: (_, splits) => splits.map(count) } : {};
+    const ticks = axis === "time" ? {} : { incrs: WHOLE, values: (_, splits) => splits.map(count) };
     const options = {
       width: this.box.clientWidth,
       height: HEIGHT,
@@ -164,6 +167,7 @@ function distinct(xs) {
 
 function padded(_, low, high) {
   if (low === null || high === null) return [0, 1];
-  if (low === high) return [low - Math.abs(low) * 0.1 - 1e-9, high + Math.abs(high) * 0.1 + 1e-9];
+  // What rounding made of a constant is one.
+  if (high - low <= Math.abs(high) * 1e-6) return [low - Math.abs(low) * 0.1 - 1e-9, high + Math.abs(high) * 0.1 + 1e-9];
   return [low - (high - low) * 0.06, high + (high - low) * 0.06];
 }

@@ -9,6 +9,11 @@ const FIRST = [
   ["speed", /^tokens_per_second|(^|[/_])tokens_per_(s|sec|second)\b/i],
 ];
 const MOST_OF_A_KIND = 2;
+// What the recorder itself calls them: where one of these is there, others of its kind say the same or less.
+const OWN = new Set(["loss:mean", "grad_norm:mean", "learning_rate:mean", "tokens_per_second:mean"]);
+// In the places that are left of two rows.
+const FILL = ["update_norm:mean", "sampler/occupancy:mean", "device_seconds:sum", "padding_waste:mean"];
+const LEAST = 6;
 
 /** Return {first, rest}: the names of charts to show, and those to fold away, sorted. */
 export function arrange(names) {
@@ -17,15 +22,16 @@ export function arrange(names) {
   const first = [];
   for (const [, pattern] of FIRST) {
     const found = [...left].filter((name) => pattern.test(name)).sort((a, b) => a.length - b.length || a.localeCompare(b));
-    for (const name of found.slice(0, MOST_OF_A_KIND)) {
+    const own = found.filter((name) => OWN.has(name));
+    for (const name of own.length ? own : found.slice(0, MOST_OF_A_KIND)) {
       first.push(name);
       left.delete(name);
     }
   }
+  for (const name of FILL) {
+    if (first.length < LEAST && left.delete(name)) first.push(name);
+  }
   const rest = [...left].sort();
-  while (first.length < 4 && rest.length) first.push(rest.shift());
+  if (!first.length) first.push(...rest.splice(0, LEAST));
   return { first, rest };
 }
-
-/** Return whether a name is better drawn with a log axis. */
-export const oftenLog = (name) => /^(grad_norm)/.test(name);

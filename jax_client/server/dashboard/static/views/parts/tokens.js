@@ -74,7 +74,7 @@ export function inspector() {
 /** Return what the colours mean. */
 export function legend(by) {
   const sample = (kind, words) => h("li", {}, h("span", { class: `token ${kind}` }, words));
-  return h("ul", { class: "legend", "aria-label": "Colours" }, by === "difference"
-    ? [sample("less-3", "−2"), sample("less-2", "−0.5"), sample("less-1", "−0.1"), sample("lp-0", "alike"), sample("more-1", "+0.1"), sample("more-2", "+0.5"), sample("more-3", "+2 nats")]
+  return h("ul", { class: "legend", "aria-label": by === "difference" ? "Likelier with the other model, or with this one" : "Probability" }, by === "difference"
+    ? [sample("less-3", "likelier there: 2 nats"), sample("less-2", "0.5"), sample("less-1", "0.1"), sample("lp-0", "alike"), sample("more-1", "0.1"), sample("more-2", "0.5"), sample("more-3", "likelier here: 2 nats")]
     : [sample("lp-0", "≥ 90 %"), sample("lp-1", "≥ 50 %"), sample("lp-2", "≥ 20 %"), sample("lp-3", "≥ 5 %"), sample("lp-4", "rarer")]);
 }
