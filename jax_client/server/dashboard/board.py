@@ -15,7 +15,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from jax_client.checkpoint.store import CheckpointStore
-from jax_client.server.dashboard.answers import api_route, json_answer
+from jax_client.errors import NotFoundError
+from jax_client.server.dashboard.answers import api_route, json_answer, page_route
 from jax_client.server.dashboard.checkpoint_routes import Checkpoints, Verify
 from jax_client.server.dashboard.device import Devices
 from jax_client.server.dashboard.pages import page_routes
@@ -74,6 +75,7 @@ class Board:
             *checkpoints.routes(),
             *self.playground.routes(),
             stream_route(self.watcher, Watch(self.source, devices)),
+            page_route("GET", "/dashboard/{rest:path}", _nothing),
         ]
 
     def _state(self) -> JsonObject:
@@ -87,3 +89,7 @@ class Board:
             "logs": self.logs,
             "playground": self.playground.describe(),
         }
+
+
+async def _nothing(request: Request) -> Response:
+    raise NotFoundError("the page has nothing there.")

@@ -111,7 +111,10 @@ class Checkpoints:
         if key.kind == "external_weights":
             raise BadRequestError(f"{key} is an export already; 'jax_client checkpoint download' fetches its files.")
         home, output = shlex.quote(str(self._home)), shlex.quote(f"{key.name}-{form}")
-        command = f"jax_client --state-dir {home} checkpoint export {shlex.quote(str(key))} --format {form}"
+        # An adapter on an output projection that may be the embedding: other programs than peft would leave it out.
+        alone = form == "peft" and record.metadata.get("spec", {}).get("train_unembed", True)
+        options = "--for peft" if alone else f"--format {form}"
+        command = f"jax_client --state-dir {home} checkpoint export {shlex.quote(str(key))} {options}"
         small = form == "peft" and record.size_bytes <= MAX_DOWNLOAD
         link = f"{API}/checkpoints/download?path={quote(str(key), safe='')}" if small else None
         return json_answer({"path": str(key), "command": f"{command} --output {output}", "download": link})
@@ -150,7 +153,7 @@ def zipped_adapter(store: CheckpointStore, key: CheckpointKey) -> bytes:
         raise NotFoundError(f"the base model {base} of {key} is not on this machine; export it where it is.")
     state, _ = store.load(key)
     with tempfile.TemporaryDirectory(prefix="jax_client-") as folder:
-        write_adapter(Path(folder), state, read_config(resolve(base)), base)
+        write_adapter(Path(folder), state, read_config(resolve(base)), base, "peft")
         data = io.BytesIO()
         with zipfile.ZipFile(data, "w", zipfile.ZIP_STORED) as archive:
             for file in sorted(Path(folder).rglob("*")):

@@ -119,7 +119,9 @@ def _tables(source: Source) -> Handler:
         )
 
     async def handler(request: Request) -> Response:
-        return HTMLResponse(await run_work(work), headers=HEADERS)
+        text = await run_work(work)
+        # A name may hold half of a character, which no encoding has.
+        return HTMLResponse(text.encode("utf-8", "replace"), headers=HEADERS)
 
     return handler
 

@@ -40,14 +40,15 @@ def runs_routes(source: Source, write_note: WriteNote) -> list[Route]:
         source: what is shown.
         write_note: `write_note(run_id, fields) -> the run's row` keeps note, tags and archived of a run.
     """
-    run = "/runs/{run}"
+    # Names of log directories have slashes; the longer paths first.
+    run = "/runs/{run:path}"
     return [
         api_route("GET", "/runs", _list_runs(source)),
-        api_route("GET", run, _one_run(source)),
         api_route("GET", f"{run}/series", _series(source)),
         api_route("GET", f"{run}/series.csv", _series_csv(source)),
         api_route("GET", f"{run}/rollouts", _rollouts(source)),
         api_route("POST", f"{run}/note", _note(write_note)),
+        api_route("GET", run, _one_run(source)),
         api_route("GET", "/compare", _compare(source)),
     ]
 

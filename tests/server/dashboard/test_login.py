@@ -18,7 +18,7 @@ ORIGIN = {"Sec-Fetch-Site": "same-origin"}
 def paths(parts: Parts) -> list[tuple[str, str]]:
     found = []
     for route in parts.board().routes():
-        path = re.sub(r"\{name:path\}", "index.html", route.path).replace("{run}", "some-run")
+        path = re.sub(r"\{(name|rest):path\}", "index.html", route.path).replace("{run:path}", "some-run")
         found += [(method, path) for method in sorted(route.methods or ()) if method != "HEAD"]
     return found
 

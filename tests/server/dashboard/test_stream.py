@@ -75,7 +75,7 @@ def test_a_stream_goes_on_where_it_broke(parts: Parts, client: httpx.Client) -> 
     assert again.next("points")["series"]["loss:mean"]["value"] == [2.0]
     assert [row["run"] for row in again.next("runs")["runs"]] == ["b"]
     again.close()
-    for last in ("00000000.5.2-0", "garbage", "\x7f", "a" * 500):
+    for last in ("00000000.5.2-0", "garbage", "0.0.0-0", "a" * 500):
         other = Listener(client, {"run": "a"}, last)
         assert {row["run"] for row in other.next("runs")["runs"]} == {"a", "b"}, "an id of another server has all"
         other.close()
@@ -92,6 +92,19 @@ def test_a_run_that_goes_is_told(parts: Parts, client: httpx.Client) -> None:
     stream.close()
 
 
+def test_the_end_of_the_server_cuts_a_stream_quietly(parts: Parts, caplog: Any) -> None:
+    page = Page(parts.guard())
+    page.http.config.timeout_graceful_shutdown = 20
+    stream = Listener(page.client())
+    stream.next("device")
+    start = time.monotonic()
+    page.stop()
+    assert time.monotonic() - start < 5 and not caplog.records
+    with pytest.raises(httpx.HTTPError):
+        for _ in range(100):
+            stream.next("device")
+
+
 def test_bad_questions(parts: Parts, client: httpx.Client) -> None:
     assert client.get(STREAM, params={"since": "x"}).status_code == 400
     assert client.get(STREAM, params={"run": "a" * 600}).status_code == 400
@@ -105,23 +118,28 @@ def threads() -> list[str]:
     return [each.name for each in threading.enumerate() if each.name == "jax_client-pages"]
 
 
+def wait_for_threads(number: int) -> None:
+    """Without pages the thread ends."""
+    end = time.monotonic() + 10
+    while len(threads()) != number:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_many_pages_are_read_for_once(parts: Parts, client: httpx.Client, page: Page) -> None:
-    before = len(threads())
+    wait_for_threads(0)
     parts.source.set("a")
     streams = [Listener(page.client(), {"run": "a"}) for _ in range(5)]
     for stream in streams:
         stream.next("runs")
-    assert len(threads()) == before + 1
+    assert len(threads()) == 1
     reads = parts.source.reads
     parts.source.set("a", step=2)
     assert [stream.next("runs")["runs"][0]["step"] for stream in streams] == [2] * 5
     assert parts.source.reads - reads <= 2, "five pages, one or two reads"
     for stream in streams:
         stream.close()
-    end = time.monotonic() + 10
-    while len(threads()) > before:
-        assert time.monotonic() < end, "without pages the thread ends"
-        time.sleep(0.05)
+    wait_for_threads(0)
 
 
 def test_pages_are_bounded(parts: Parts, client: httpx.Client, page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,11 +195,7 @@ def test_the_watcher_ends_when_told() -> None:
         watcher.join(watch, page)
         assert await page.next(5)
         watcher.close()
-        end = time.monotonic() + 5
-        while watcher._thread is not None:
-            assert time.monotonic() < end
-            await asyncio.sleep(0.02)
 
-    source_threads = len(threads())
+    wait_for_threads(0)
     asyncio.run(run())
-    assert len(threads()) == source_threads
+    wait_for_threads(0)

@@ -24,14 +24,14 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleAsked:
-    """Samples of a prompt, which is one of text, messages and token ids."""
+    """Samples of a prompt, which is one of text, messages and token ids; `max_tokens` None is as much as fits."""
 
     weights: Weights
     prompt: str | None
     messages: list[JsonObject] | None
     prompt_ids: list[int] | None
     num_samples: int
-    max_tokens: int
+    max_tokens: int | None
     temperature: float
     top_p: float
     top_k: int
@@ -64,7 +64,7 @@ def sample_asked(fields: JsonObject) -> SampleAsked:
         messages=checked_messages(fields["messages"]) if given == ["messages"] else None,
         prompt_ids=_ids(fields, "prompt_ids", 1) if given == ["prompt_ids"] else None,
         num_samples=_integer(fields, "num_samples", 1, 1, MAX_SAMPLES),
-        max_tokens=_integer(fields, "max_tokens", DEFAULT_TOKENS, 1, MAX_TOKENS),
+        max_tokens=None if fields.get("max_tokens") is None else _integer(fields, "max_tokens", 0, 1, MAX_TOKENS),
         temperature=_number(fields, "temperature", 1.0),
         top_p=_number(fields, "top_p", 1.0),
         top_k=_integer(fields, "top_k", -1, -1, 2**31 - 1),

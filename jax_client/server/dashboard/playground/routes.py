@@ -16,6 +16,7 @@ from starlette.routing import Route
 from jax_client.errors import BadRequestError, JaxClientError, RequestFailedError, first_line
 from jax_client.server.dashboard.answers import api_route, json_answer, object_of
 from jax_client.server.dashboard.playground.asked import (
+    DEFAULT_TOKENS,
     SampleAsked,
     ScoreAsked,
     Weights,
@@ -128,8 +129,9 @@ async def _sampled(request: Request, sampler: SamplerHandle, asked: SampleAsked)
     tokenizer = await run_work(sampler.model_ref.model.tokenizer)
     prompt_ids = await run_work(_prompt_ids, tokenizer, asked)
     prompt = types.ModelInput.from_ints(prompt_ids)
+    room = max(1, sampler.model_ref.model.engine.model.max_context - len(prompt_ids))
     params = types.SamplingParams(
-        max_tokens=asked.max_tokens,
+        max_tokens=asked.max_tokens or min(DEFAULT_TOKENS, room),
         temperature=asked.temperature,
         top_p=asked.top_p,
         top_k=asked.top_k,
