@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 OUT = ROOT / "docs" / "tour"
 MOST_BYTES = 60_000
-COLOURS = 64
+COLOURS = 160
 WIDE, TALL = 1200, 760
 PHONE = (360, 720)
 
@@ -86,7 +87,9 @@ class Camera:
         from PIL import Image
 
         path = self._out / f"{name}.png"
-        page.screenshot(path=path)
+        end = page.evaluate("document.querySelector('footer').getBoundingClientRect().top")
+        size = page.viewport_size or {"width": WIDE, "height": TALL}
+        page.screenshot(path=path, clip={"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], end)})
         with Image.open(path) as picture:
             few = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
         few.save(path, optimize=True)
@@ -101,21 +104,23 @@ def of_run(page: Page, name: str) -> str:
 
 def train_and_watch(camera: Camera, runs: Runs, steps: int, log: Path) -> str:
     """Train while the page is open; return the path of weights to talk to."""
-    runs.supervise("keeper-lr-3e-4", steps=steps // 2, rate=3e-4, rank=8)
-    runs.reward("one-sentence", log, rounds=3)
     late = threading.Event()
-    path: list[str] = []
 
-    def train() -> None:
-        path.append(
-            runs.supervise(
-                "keeper-lr-2e-3", steps=steps, rate=2e-3, rank=16, after=lambda step: step > steps * 0.7 and late.set()
-            )
-        )
+    def tell(step: int) -> None:
+        if step > steps * 0.7:
+            late.set()
 
-    training = threading.Thread(target=train)
-    training.start()
-    late.wait(900)
+    def train() -> str:
+        try:
+            runs.supervise("keeper-lr-3e-4", steps=steps // 2, rate=3e-4, rank=8)
+            runs.reward("one-sentence", log, rounds=3)
+            return runs.supervise("keeper-lr-2e-3", steps=steps, rate=2e-3, rank=16, after=tell)
+        finally:
+            late.set()
+
+    # The browser's driver runs an event loop on this thread, on which the SDK does not want to wait.
+    training = ThreadPoolExecutor(1).submit(train)
+    late.wait()
     with camera.view("#/runs", "table.runs tbody tr:nth-child(3)") as page:
         camera.keep(page, "runs")
         run = of_run(page, "keeper-lr-2e-3")
@@ -125,8 +130,7 @@ def train_and_watch(camera: Camera, runs: Runs, steps: int, log: Path) -> str:
         camera.keep(page, "run-phone")
     with camera.view("#/device", ".stack") as page:
         camera.keep(page, "device")
-    training.join()
-    return path[0]
+    return training.result()
 
 
 def after_training(camera: Camera, path: str) -> None:

@@ -37,7 +37,7 @@ class Runs:
 
     def _client(self, name: str, rank: int) -> Any:
         metadata = {"name": name}
-        return self._service.create_lora_training_client(MODEL, rank=rank, seed=1, user_metadata=metadata)
+        return self._service.create_lora_training_client(MODEL, rank=rank, seed=1, user_metadata=metadata).result()
 
     def supervise(
         self, name: str, *, steps: int, rate: float, rank: int, after: Callable[[int], None] = lambda step: None
@@ -62,7 +62,7 @@ class Runs:
         """Train a run for answers in one short sentence; write what the cookbook writes of it into a directory."""
         client, task, order = self._client(name, 8), Length(12), random.Random(1)
         for step in range(rounds):
-            sampler = client.save_weights_and_get_sampling_client()
+            sampler = client.save_weights_and_get_sampling_client().result()
             groups = [
                 list(self._group(sampler, task, prompt, step * 10 + i))
                 for i, prompt in enumerate(task.prompts(order, 3))

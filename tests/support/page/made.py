@@ -9,6 +9,8 @@ HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>window.owned = 
 NOW = 1_795_541_000.0
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+GIB = 2**30
+
 Json = dict[str, object]
 
 
@@ -167,6 +169,24 @@ def series(run: str, now: float, length: int = 812) -> Json:
 
 def device(now: float, *, compiling: bool = False) -> Json:
     """Return one engine with two sampler replicas, one of them lost."""
+    event = {"program": "decode", "shapes": "32 rows", "seconds": 9.0, "cause": "first use", "cached": True}
+    metrics = {
+        "memory_bytes/weights": 15 * GIB,
+        "memory_bytes/available": 9 * GIB,
+        "sampler/rows_running": 23,
+        "sampler/rows_waiting": 4,
+        "sampler/occupancy:mean": 0.83,
+    }
+    return {
+        "engines": [engine(now, compiling)],
+        "hosts": [],
+        "compiles": [{"run": "s1:train:0", "step": 300, "time": now - 4000, "details": event}],
+        "points": {"s1:train:0": {"kind": "device", "step": 812, "time": now, "metrics": metrics}},
+    }
+
+
+def engine(now: float, compiling: bool) -> Json:
+    """Return an engine as it describes itself, with its health."""
     running = [{"program": "backward", "shapes": "8x1024", "kind": "train", "cause": "first use", "seconds": 12.3}]
     replica = {
         "role": "sampler",
@@ -177,100 +197,66 @@ def device(now: float, *, compiling: bool = False) -> Json:
         "prefix_hits": 881,
         "lost_because": "",
     }
-    gib = 2**30
     return {
-        "engines": [
-            {
-                "model": {"name": MODEL, "path": "/models/x", "family": "llama"},
-                "device": {"platform": "tpu", "kind": "TPU v4", "count": 8},
-                "mesh": {"fsdp": 8, "tensor": 1},
-                "hosts": [],
-                "dtype": "bfloat16",
-                "max_context": 8192,
-                "matmul_flops_per_second": 1.9e15,
-                "memory_bytes": {
-                    "weights": 15 * gib,
-                    "adapters": gib // 4,
-                    "optimizer": gib // 2,
-                    "gradients": gib // 8,
-                    "cache": 6 * gib,
-                    "decode_weights": 0,
-                    "activations_per_token": 90_000,
-                    "available": 9 * gib,
-                },
-                "sampling": {
-                    "rows_running": 23,
-                    "rows_waiting": 4,
-                    "occupancy": 0.83,
-                    "prompt_tokens": 900_000,
-                    "prompt_tokens_cached": 610_000,
-                    "sampled_tokens": 2_300_000,
-                },
-                "training": {
-                    "tokens": 4.8e6,
-                    "tokens_per_second": 18_432.0,
-                    "padding_waste": 0.06,
-                    "host_share": 0.02,
-                    "useful_flops_per_token": 4.1e9,
-                    "matmul_fraction": 0.412,
-                    "limit_fraction": 0.5,
-                    "host_seconds": 40.0,
-                    "device_seconds": 2400.0,
-                    "compile_seconds": 53.0,
-                    "queue_seconds": 210.0,
-                },
-                "compiled": [
-                    {
-                        "program": "backward",
-                        "shapes": "8x1024",
-                        "seconds": 41.3,
-                        "cause": "first use",
-                        "cached": False,
-                        "bytes": gib,
-                        "ended_at": now - 6000,
-                    }
-                ],
-                "samplers": [
-                    replica | {"number": 0, "state": "ready"},
-                    replica | {"number": 1, "state": "lost", "lost_because": f"the process ended {HOSTILE}"},
-                ],
-                "health": {
-                    "state": "compiling" if compiling else "busy",
-                    "waiting": 2,
-                    "stalled_seconds": 0.0,
-                    "compiling": running if compiling else [],
-                    "hosts": [],
-                },
-            }
-        ],
+        "model": {"name": MODEL, "path": "/models/x", "family": "llama"},
+        "device": {"platform": "tpu", "kind": "TPU v4", "count": 8},
+        "mesh": {"fsdp": 8, "tensor": 1},
         "hosts": [],
-        "compiles": [
+        "dtype": "bfloat16",
+        "max_context": 8192,
+        "matmul_flops_per_second": 1.9e15,
+        "memory_bytes": {
+            "weights": 15 * GIB,
+            "adapters": GIB // 4,
+            "optimizer": GIB // 2,
+            "gradients": GIB // 8,
+            "cache": 6 * GIB,
+            "decode_weights": 0,
+            "activations_per_token": 90_000,
+            "available": 9 * GIB,
+        },
+        "sampling": {
+            "rows_running": 23,
+            "rows_waiting": 4,
+            "occupancy": 0.83,
+            "prompt_tokens": 900_000,
+            "prompt_tokens_cached": 610_000,
+            "sampled_tokens": 2_300_000,
+        },
+        "training": {
+            "tokens": 4.8e6,
+            "tokens_per_second": 18_432.0,
+            "padding_waste": 0.06,
+            "host_share": 0.02,
+            "useful_flops_per_token": 4.1e9,
+            "matmul_fraction": 0.412,
+            "limit_fraction": 0.5,
+            "host_seconds": 40.0,
+            "device_seconds": 2400.0,
+            "compile_seconds": 53.0,
+            "queue_seconds": 210.0,
+        },
+        "compiled": [
             {
-                "run": "s1:train:0",
-                "step": 300,
-                "time": now - 4000,
-                "details": {
-                    "program": "decode",
-                    "shapes": "32 rows",
-                    "seconds": 9.0,
-                    "cause": "first use",
-                    "cached": True,
-                },
+                "program": "backward",
+                "shapes": "8x1024",
+                "seconds": 41.3,
+                "cause": "first use",
+                "cached": False,
+                "bytes": GIB,
+                "ended_at": now - 6000,
             }
         ],
-        "points": {
-            "s1:train:0": {
-                "kind": "device",
-                "step": 812,
-                "time": now,
-                "metrics": {
-                    "memory_bytes/weights": 15 * gib,
-                    "memory_bytes/available": 9 * gib,
-                    "sampler/rows_running": 23,
-                    "sampler/rows_waiting": 4,
-                    "sampler/occupancy:mean": 0.83,
-                },
-            }
+        "samplers": [
+            replica | {"number": 0, "state": "ready"},
+            replica | {"number": 1, "state": "lost", "lost_because": f"the process ended {HOSTILE}"},
+        ],
+        "health": {
+            "state": "compiling" if compiling else "busy",
+            "waiting": 2,
+            "stalled_seconds": 0.0,
+            "compiling": running if compiling else [],
+            "hosts": [],
         },
     }
 

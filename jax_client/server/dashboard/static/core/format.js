@@ -50,7 +50,7 @@ export function ago(time, now = Date.now() / 1000) {
   if (!known(time)) return DASH;
   const passed = now - time;
   if (passed < -1) return `in ${span(-passed)}`;
-  return passed < 2 ? "now" : `${span(passed)} ago`;
+  return passed < 2 ? "now" : `${span(Math.round(passed))} ago`;
 }
 
 /** Return a unix time in the reader's own zone, in full. */
