@@ -11,11 +11,13 @@ export class RunData {
     this.names = [];
     this.events = [];
     this.next = null;
+    this.places = new Map();
   }
 
   /** Take what the server sent: of names it had, later points; true if a name is new. */
   take(sent) {
     let fresh = false;
+    this.places.clear();
     for (const [name, points] of Object.entries(sent.series ?? {})) {
       if (!this.series.has(name)) {
         this.series.set(name, new Points(points.kind));
@@ -48,9 +50,14 @@ export class RunData {
   place(event, axis) {
     if (axis === "time") return event.time ?? NaN;
     if (axis === "step") return event.step ?? NaN;
+    if (!this.places.has(event)) this.places.set(event, this.#tokensAt(event.time));
+    return this.places.get(event);
+  }
+
+  #tokensAt(time) {
     for (const points of this.series.values()) {
       if (points.kind !== "step" || !points.tokens.length) continue;
-      const at = points.time.findIndex((time) => time >= event.time);
+      const at = points.time.findIndex((each) => each >= time);
       return points.tokens[at < 0 ? points.tokens.length - 1 : at] ?? NaN;
     }
     return NaN;

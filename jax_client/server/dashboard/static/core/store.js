@@ -85,7 +85,7 @@ let failures = 0;
 export function watch(run = null, since = null) {
   if (source && run === watched.run) return;
   watched = { run, since };
-  open();
+  if (!resting) open();
 }
 
 function open() {
@@ -148,4 +148,29 @@ async function probe() {
 setInterval(() => {
   if (!document.hidden && source && Date.now() / 1000 - store.heard > SILENT_SECONDS) probe();
 }, 5000);
-document.addEventListener("visibilitychange", () => !document.hidden && source && probe());
+
+// A browser has six connections to a server, and each stream holds one: a page that is not looked at gives its own
+// back, and asks now and then, so that its title still tells of alerts.
+const HIDDEN_SECONDS = 20;
+const ASK_SECONDS = 30;
+let resting = null;
+let soon = null;
+
+document.addEventListener("visibilitychange", () => {
+  clearTimeout(soon);
+  if (document.hidden) {
+    soon = setTimeout(rest, HIDDEN_SECONDS * 1000);
+  } else if (resting) {
+    clearInterval(resting);
+    resting = null;
+    open();
+    refresh().catch(probe);
+  } else if (source) probe();
+});
+
+function rest() {
+  source?.close();
+  source = null;
+  clearTimeout(retry);
+  resting = setInterval(() => refresh().catch(probe), ASK_SECONDS * 1000);
+}
