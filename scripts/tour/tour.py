@@ -77,7 +77,7 @@ class Camera:
         page = context.new_page()
         page.set_default_timeout(300_000)
         page.goto(self._url.partition("?")[0] + address if address else self._url)
-        page.wait_for_selector(ready)
+        page.wait_for_selector(ready, state="attached")
         page.wait_for_timeout(600)
         yield page
         context.close()

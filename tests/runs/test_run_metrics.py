@@ -54,6 +54,10 @@ class Quiet:
         self.gate.set()
         self.records: list[CompileRecord] = []
         self.sampling = dict(USAGE["sampling"])
+        self.hosts: list[dict[str, object]] = []
+
+    def health(self) -> dict[str, Any]:
+        return {"state": "idle", "hosts": [dict(host) for host in self.hosts]}
 
     def usage(self) -> dict[str, Any]:
         self.gate.wait(30)
@@ -131,6 +135,25 @@ def test_calls_of_one_step_become_its_point(tmp_path: Path) -> None:
     assert "loss:sum" not in steps[2].metrics, "loading dropped the gradients"
     assert (run.totals.steps, run.totals.skipped, run.totals.passes) == (2, 1, 3)
     assert (run.totals.scored_tokens, run.totals.input_tokens, run.totals.seconds["device"]) == (5.0, 6.0, 0.25)
+
+
+def test_other_hosts_are_recorded_as_their_state_changes(tmp_path: Path) -> None:
+    recorder, engine = MetricsWriter(seconds=0.0), Quiet()
+    run = RunMetrics("r", engine, tmp_path, 0, recorder)
+    engine.hosts = [
+        {"host": "b", "role": "follower", "number": 1, "state": "ready", "pid": 7},
+        {"host": "c", "role": "sampler", "number": 1, "state": "ready", "pid": 8},
+    ]
+    for step in (1, 2, 3):
+        run.stepped({"step:max": float(step)})
+        assert recorder.flush(30)
+        if step == 2:
+            engine.hosts[1]["state"] = "lost"
+    found = MetricsStore(tmp_path / FILE_NAME).read("r")
+    ready = [(p.metrics["hosts/ready"], p.metrics["hosts/all"]) for p in found.points if p.kind == "device"]
+    assert ready == [(2.0, 2.0), (2.0, 2.0), (1.0, 2.0)]
+    changes = [(e.details["role"], e.details["state"], e.step) for e in found.events if e.kind == "host"]
+    assert changes == [("follower", "ready", 1), ("sampler", "ready", 1), ("sampler", "lost", 3)]
 
 
 def test_means_without_token_counts_are_plain_ones() -> None:

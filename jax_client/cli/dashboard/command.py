@@ -1,4 +1,4 @@
-"""`jax_client dashboard`: how does a person see the runs of a state directory, whoever has it open?"""
+"""`jax_client dashboard`: how does a person see the runs of a state directory, also of another process?"""
 
 from __future__ import annotations
 

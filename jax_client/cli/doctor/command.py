@@ -34,7 +34,7 @@ _STDOUT = "-"
     default=60.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long jax may take to start.",
+    help="How long jax, and a cluster, may take to answer.",
 )
 @click.option(
     "--json",
@@ -101,7 +101,7 @@ def _show_row(row: Mapping[str, Any]) -> None:
 
 def _checks(options: GlobalOptions, repair: bool, timeout: float, state_dir: Path | None) -> Mapping[str, Check]:
     """Return the checks by name; with `repair`, build the catalogue anew first."""
-    from jax_client.cli.doctor import devices, network, software, storage
+    from jax_client.cli.doctor import devices, hosts, network, software, storage
 
     places: dict[str, Check]
     try:
@@ -125,6 +125,7 @@ def _checks(options: GlobalOptions, repair: bool, timeout: float, state_dir: Pat
         "packages": software.packages,
         "device users": devices.users_of_devices,
         "devices": lambda: devices.devices(timeout),
+        "hosts": lambda: hosts.hosts(timeout),
         "proxy": network.proxies,
         "memory": storage.memory,
         **places,

@@ -6,24 +6,18 @@ A child process starts jax's backend: where another process holds a TPU, the sta
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from jax_client.cli.doctor.child import Answer, ask
 from jax_client.cli.doctor.finding import Finding
 from jax_client.cli.output import human_size, shown
 from jax_client.host.slices import ADVICE, slice_hosts
 
 TPU_FILE, NVIDIA_FILE = re.compile(r"/dev/(accel\d+|vfio/\d+)"), re.compile(r"/dev/nvidia\d+")
-# A killed process stays while its driver call does not return; the report does not wait for it.
-_KILL_SECONDS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +128,7 @@ def devices(timeout: float) -> Iterator[Finding]:
     yield kernels(found, timeout)
 
 
-def kernels(found: Mapping[str, Any], timeout: float) -> Finding:
+def kernels(found: Answer, timeout: float) -> Finding:
     """Report with which attention kernels engines train and sample here, and why with no others."""
     if "kernels" not in found:
         return Finding(
@@ -143,7 +137,7 @@ def kernels(found: Mapping[str, Any], timeout: float) -> Finding:
             found=f"they were not tried within {timeout:g} seconds, in which the devices were found",
             advice="Give a longer --timeout. Each start of an engine tries them too, and takes as long.",
         )
-    each: list[dict[str, Any]] = found["kernels"]
+    each: list[Answer] = found["kernels"]
     training, sampling = (_by_model(each, use) for use in ("training", "sampling"))
     refused = {f"{name}: {why}": None for choice in each for name, why in choice["refused"].items()}
     version = f" (cuDNN {found['cudnn']})" if found.get("cudnn") else ""
@@ -160,7 +154,7 @@ def kernels(found: Mapping[str, Any], timeout: float) -> Finding:
     )
 
 
-def _by_model(choices: list[dict[str, Any]], use: str) -> str:
+def _by_model(choices: list[Answer], use: str) -> str:
     """Return which kernels serve which models, in words."""
     by_name: dict[str, list[str]] = {}
     for choice in choices:
@@ -170,35 +164,8 @@ def _by_model(choices: list[dict[str, Any]], use: str) -> str:
     return "; ".join(f"{name} for {', '.join(models)}" for name, models in by_name.items())
 
 
-def _probe(timeout: float) -> tuple[dict[str, Any] | None, str]:
+def _probe(timeout: float) -> tuple[Answer | None, str]:
     """Return what the child process found, or None and why not."""
     # Else the child would take three quarters of the memory of a GPU on which another process may train.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-m", "jax_client.cli.doctor.device_probe", "kernels"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        env=environment,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    output, errors, late = "", "", False
-    try:
-        output, errors = child.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        late = True
-    finally:
-        if child.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                output, errors = child.communicate(timeout=_KILL_SECONDS)
-    answers = [json.loads(line) for line in output.splitlines() if line.startswith('{"')]
-    if answers and (late or child.returncode == 0):
-        return {name: value for answer in answers for name, value in answer.items()}, ""
-    if late:
-        return None, f"jax did not start within {timeout:g} seconds"
-    said = errors.strip().splitlines() or [f"exit code {child.returncode}"]
-    return None, f"jax does not start: {shown(said[-1])}"
+    return ask("jax_client.cli.doctor.device_probe", "kernels", timeout=timeout, environment=environment, starts="jax")

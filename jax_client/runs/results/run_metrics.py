@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +91,7 @@ class RunMetrics:
         self._opened = time.time()
         self._sampling: Mapping[str, float] | None = None
         self._compiles = 0
+        self._hosts: dict[str, object] = {}
 
     def passed(self, metrics: Mapping[str, float]) -> None:
         """Note the metrics of a call with a gradient."""
@@ -166,6 +167,21 @@ class RunMetrics:
         if new["decode_slots"]:
             metrics["sampler/occupancy:mean"] = new["decode_rows"] / new["decode_slots"]
         return Point(run=self.run_id, kind="device", step=self.step, time=now, metrics=metrics)
+
+    def hosts(self, now: float) -> tuple[dict[str, float], list[Event]]:
+        """Return how many other hosts and samplers the engine has, and those whose state is new; as `device`."""
+        found = self.monitor.health().get("hosts", [])
+        if not found:
+            return {}, []
+        events = []
+        for host in found:
+            name = f"{host['role']} {host['number']} {host['host']}"
+            if self._hosts.get(name) != host["state"]:
+                self._hosts[name] = host["state"]
+                details = {field: host[field] for field in ("host", "role", "number", "state")}
+                events.append(Event(run=self.run_id, kind="host", step=self.step, time=now, details=details))
+        ready = sum(host["state"] == "ready" for host in found)
+        return {"hosts/all": float(len(found)), "hosts/ready": float(ready)}, events
 
     def compiles(self) -> list[Event]:
         """Return the engine's compiles since the last time; for the recorder's thread."""
@@ -258,8 +274,10 @@ class MetricsWriter:
                 if id(run.monitor) not in usages:
                     usages[id(run.monitor)] = run.monitor.usage()
                 points, events = files[run.path]
-                points.append(run.device(usages[id(run.monitor)], time.time()))
-                events += run.compiles()
+                counts, changes = run.hosts(now := time.time())
+                point = run.device(usages[id(run.monitor)], now)
+                points.append(replace(point, metrics={**point.metrics, **counts}))
+                events += [*changes, *run.compiles()]
             except Exception:
                 self._complain()
 

@@ -37,7 +37,7 @@ PLAIN = "text/plain; charset=utf-8"
 INDEX = "index.html"
 MOST_IN_TABLES = 500
 # A browser asks again each time, and is told that it has the newest.
-_KEPT = {**HEADERS, "Cache-Control": "no-cache"}
+_STATIC_HEADERS = {**HEADERS, "Cache-Control": "no-cache"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +90,7 @@ def _file_answer(request: Request, name: str) -> Response:
     file = static_files().get(name)
     if file is None:
         raise NotFoundError(f"the page has no file {shown(name[:100])}.")
-    headers = {**_KEPT, "ETag": file.tag, "Vary": "Accept-Encoding"}
+    headers = {**_STATIC_HEADERS, "ETag": file.tag, "Vary": "Accept-Encoding"}
     if request.headers.get("if-none-match") == file.tag:
         return Response(status_code=304, headers=headers)
     if "gzip" in request.headers.get("accept-encoding", "") and len(file.zipped) < len(file.data):

@@ -1,4 +1,4 @@
-"""How does a page get what is new? By server-sent events, each with an id from which the next connection goes on."""
+"""How does a page get what is new? By server-sent events, each with an id from which a new connection continues."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Page:
         self._loop = asyncio.get_running_loop()
         self._frames: deque[bytes] = deque()
         self._bytes = 0
-        self._there = asyncio.Event()
+        self._filled = asyncio.Event()
         self.dropped = False
 
     def put(self, frames: Sequence[bytes]) -> None:
@@ -71,15 +71,15 @@ class Page:
         if len(self._frames) > MOST_FRAMES or self._bytes > MOST_BYTES:
             self.dropped = True
             self._frames.clear()
-        self._there.set()
+        self._filled.set()
 
     async def next(self, seconds: float) -> bytes | None:
         """Return what is to be sent next; b"" where nothing came for so long, None where the page is sent away."""
         if not self._frames and not self.dropped:
-            self._there.clear()
+            self._filled.clear()
             try:
                 async with asyncio.timeout(seconds):
-                    await self._there.wait()
+                    await self._filled.wait()
             except TimeoutError:
                 return b""
         if self.dropped:

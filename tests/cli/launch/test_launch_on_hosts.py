@@ -194,3 +194,18 @@ def test_a_guard_ends_all_that_came_of_its_command(tmp_path):
     assert process.wait(10) == 9 and logs.exists()
     assert process.stdin is not None
     process.stdin.close()
+
+
+@pytest.mark.full
+def test_the_doctor_asks_every_host(launches):
+    code = """
+import subprocess, sys
+command = [sys.executable, "-c", "from jax_client.cli import main; main()", "doctor"]
+done = subprocess.run(command, capture_output=True, text=True)
+print("\\n".join(line for line in done.stdout.splitlines() if line[6:].startswith(("ray", "hosts"))))
+"""
+    hosts = launches()
+    hosts.start_all(*PYTHON, code)
+    assert hosts.codes() == [0, 0], hosts.all_printed()
+    assert "OK    ray cluster       2 hosts: " in hosts.printed(0)
+    assert "127.0.0.2" in hosts.printed(0) and "127.0.0.3" in hosts.printed(0)

@@ -92,37 +92,39 @@ def ask(client: httpx.Client, **fields: Any) -> Any:
 
 def test_samples_are_the_sdks(trained: SimpleNamespace, playground: tuple[Samplers, httpx.Client]) -> None:
     samplers, client = playground
-    base = trained.service.create_sampling_client(base_model=trained.model)
-    tuned = trained.service.create_sampling_client(model_path=trained.paths[1])
+    sdk = trained.service.create_sampling_client(model_path=trained.paths[1])
     ids = [int(word[1:]) for word in PROMPT.split()]
-    params = types.SamplingParams(max_tokens=6, temperature=0.9, top_p=0.95, top_k=40, seed=7)
-    asked = {"max_tokens": 6, "temperature": 0.9, "top_p": 0.95, "top_k": 40, "seed": 7, "num_samples": 3}
-    answers = []
-    for sdk, where in ((base, {"model": trained.model}), *((tuned, {"path": path}) for path in trained.paths)):
-        want = sdk.sample(types.ModelInput.from_ints(ids), 3, params).result()
-        got = ask(client, prompt=PROMPT, alternatives=4, **asked, **where)
-        for sample, sequence in zip(got["samples"], want.sequences, strict=True):
+    prompt, asked = types.ModelInput.from_ints(ids), {"max_tokens": 6, "temperature": 0.9, "top_p": 0.95, "seed": 7}
+    want = sdk.sample(prompt, 3, types.SamplingParams(**asked)).result().sequences
+    scored = sdk.compute_logprobs(prompt).result()
+    for path in trained.paths:
+        got = ask(client, prompt=PROMPT, num_samples=3, path=path, **asked)
+        for sample, sequence in zip(got["samples"], want, strict=True):
             assert [token["id"] for token in sample["tokens"]] == sequence.tokens
             assert [token["logprob"] for token in sample["tokens"]] == pytest.approx(sequence.logprobs, abs=1e-6)
             assert sample["stop_reason"] == sequence.stop_reason
             assert "".join(token["text"] for token in sample["tokens"]) == sample["text"]
-            for token in sample["tokens"]:
-                likeliest = token["alternatives"]
-                assert len(likeliest) == 4 and likeliest == sorted(likeliest, key=lambda each: -each["logprob"])
-                drawn = [place for place, each in enumerate(likeliest, 1) if each["id"] == token["id"]]
-                assert token["rank"] == (drawn[0] if drawn else None)
-        scored = sdk.compute_logprobs(types.ModelInput.from_ints(ids)).result()
+            assert {str(token["alternatives"]) for token in sample["tokens"]} == {"[]"}
         assert [token["id"] for token in got["prompt"]] == ids and got["prompt"][0]["logprob"] is None
         assert [t["logprob"] for t in got["prompt"][1:]] == pytest.approx(scored[1:], abs=1e-6)
         assert "".join(token["text"] for token in got["prompt"]) == PROMPT and got["seed"] == 7
-        answers.append([[token["id"] for token in sample["tokens"]] for sample in got["samples"]])
-    assert answers[1] == answers[2] != answers[0], "a checkpoint is not its base model"
-    assert len(samplers.names()) == 3
+    assert len(samplers.names()) == 2
+    with_others = ask(client, prompt=PROMPT, num_samples=3, path=trained.paths[1], alternatives=4, **asked)
+    for sample, sequence in zip(with_others["samples"], want, strict=True):
+        assert [token["id"] for token in sample["tokens"]] == sequence.tokens
+        for token in sample["tokens"]:
+            likeliest = token["alternatives"]
+            assert len(likeliest) == 4 and likeliest == sorted(likeliest, key=lambda each: -each["logprob"])
+            drawn = [place for place, each in enumerate(likeliest, 1) if each["id"] == token["id"]]
+            assert token["rank"] == (drawn[0] if drawn else None)
     # Two side by side: what the base model says of the same tokens.
-    found = client.post(f"{API}/score", json={"model": trained.model, "prompt_ids": ids, "ids": answers[1][0]}).json()
-    whole = base.compute_logprobs(types.ModelInput.from_ints([*ids, *answers[1][0]])).result()
-    assert [t["logprob"] for t in found["tokens"]] == pytest.approx(whole[len(ids) :], abs=1e-6)
-    assert [token["id"] for token in found["tokens"]] == answers[1][0]
+    drawn_ids = want[0].tokens
+    base = trained.service.create_sampling_client(base_model=trained.model)
+    whole = base.compute_logprobs(types.ModelInput.from_ints([*ids, *drawn_ids])).result()[len(ids) :]
+    found = client.post(f"{API}/score", json={"model": trained.model, "prompt_ids": ids, "ids": drawn_ids}).json()
+    assert [t["logprob"] for t in found["tokens"]] == pytest.approx(whole, abs=1e-6)
+    assert [token["id"] for token in found["tokens"]] == drawn_ids
+    assert whole != pytest.approx(want[0].logprobs, abs=1e-3), "a checkpoint is not its base model"
 
 
 def test_a_chat_goes_through_the_tokenizers_template(
@@ -207,7 +209,7 @@ def test_few_samplers_stay_loaded(fake: Any) -> None:
     assert [name for _, name in samplers.names()] == ["held", "c"], "who is in use stays, then the newest"
     assert fake.kept[-1] == {"held", "c"}
     samplers.give(("", "held"))
-    samplers.let_idle_go(0.0)
+    samplers.release_idle(0.0)
     assert samplers.names() == [] and fake.kept[-1] == set()
     samplers.close()
     assert fake.closed and "page" not in live_sessions

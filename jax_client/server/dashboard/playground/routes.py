@@ -103,11 +103,11 @@ class Playground:
             self._running -= 1
             await run_work(self.samplers.give, name)
             loop = asyncio.get_running_loop()
-            loop.call_later(IDLE_SECONDS + 1, self._let_idle_go)
+            loop.call_later(IDLE_SECONDS + 1, self._release_idle)
 
-    def _let_idle_go(self) -> None:
+    def _release_idle(self) -> None:
         # Held, because a loop keeps only weak references to its tasks.
-        self._freeing = asyncio.ensure_future(run_work(self.samplers.let_idle_go))
+        self._freeing = asyncio.ensure_future(run_work(self.samplers.release_idle))
 
 
 async def _awaited(request: Request, future: Future[T], *, cancel: bool = True) -> T:

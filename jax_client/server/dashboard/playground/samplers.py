@@ -1,4 +1,4 @@
-"""Which weights does the page sample from? The newest few that were asked for, loaded once, and let go when idle."""
+"""Which weights does the page sample from? The newest few that were asked for, loaded once, and released when idle."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ class Samplers:
             if found is not None:
                 found.users -= 1
                 found.used = time.monotonic()
-        self._let_go(lambda each, left: left > self._most)
+        self._release(lambda each, left: left > self._most)
 
-    def let_idle_go(self, seconds: float = IDLE_SECONDS) -> None:
-        """Let go of what was not used for so long; waits until its memory is free."""
+    def release_idle(self, seconds: float = IDLE_SECONDS) -> None:
+        """Release what was not used for so long; waits until its memory is free."""
         now = time.monotonic()
-        self._let_go(lambda each, left: now - each.used >= seconds)
+        self._release(lambda each, left: now - each.used >= seconds)
 
     def names(self) -> list[Name]:
         """Return what is loaded, or is being loaded."""
@@ -106,7 +106,7 @@ class Samplers:
         if session is not None:
             session.close("success", None)
 
-    def _let_go(self, goes: Callable[[_Loaded, int], bool]) -> None:
+    def _release(self, goes: Callable[[_Loaded, int], bool]) -> None:
         with self._lock:
             session = self._session
             for name, each in list(self._loaded.items()):
