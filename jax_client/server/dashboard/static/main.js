@@ -33,8 +33,10 @@ async function route() {
   main.dataset.view = view;
   for (const link of document.querySelectorAll("nav a")) {
     const here = link.dataset.view === (view === "run" ? "runs" : view);
-    if (here) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
+    if (here) {
+      link.setAttribute("aria-current", "page");
+      link.scrollIntoView({ block: "nearest", inline: "nearest" });
+    } else link.removeAttribute("aria-current");
   }
   if (view !== "run") watch(null, null);
   open = module.open(main, argument, query);
@@ -56,14 +58,19 @@ function topLine() {
     const free = memory.available;
     const used = inUse(memory);
     const compiling = health.compiling ?? [];
-    const meter = Number.isFinite(free) && used + free > 0 ? h("meter", { min: 0, max: 1, value: used / (used + free), "aria-label": "Memory in use" }) : null;
+    const meter =
+      Number.isFinite(free) && used + free > 0
+        ? h("meter", { min: 0, max: 1, value: used / (used + free), "aria-label": "Memory in use" })
+        : null;
     return h(
       "span",
       { class: "engine", title: engine.model?.name ?? "" },
       h("b", {}, `${device.kind ?? device.platform ?? "device"}${device.count > 1 ? ` × ${device.count}` : ""}`),
       h("span", {}, "memory ", bytes(used), meter),
       h("span", {}, health.waiting === null ? "" : `queue ${health.waiting ?? 0}`),
-      compiling.length ? h("span", { class: "busy" }, `compiling ${compiling[0].program} ${span(compiling[0].seconds)}`) : null,
+      compiling.length
+        ? h("span", { class: "busy" }, `compiling ${compiling[0].program} ${span(compiling[0].seconds)}`)
+        : null,
       ["stuck", "dead"].includes(health.state) ? h("span", { class: "badge bad" }, health.state) : null,
     );
   });
@@ -80,12 +87,19 @@ function linkLine() {
   const bar = document.getElementById("link");
   bar.hidden = store.connected;
   document.body.classList.toggle("stale", !store.connected);
-  if (!store.connected) say(bar, `No answer from the server. What you see is from ${ago(store.heard)} (${moment(store.heard)}); the page tries to reach it again.`);
+  if (!store.connected)
+    say(
+      bar,
+      `No answer from the server. What you see is from ${ago(store.heard)} (${moment(store.heard)}); the page tries to reach it again.`,
+    );
 }
 
 function installFrame() {
   const nav = document.querySelector("nav");
-  put(nav, VIEWS.map(([view, label, key]) => h("a", { href: `#/${view}`, dataset: { view }, title: `g ${key}` }, label)));
+  put(
+    nav,
+    VIEWS.map(([view, label, key]) => h("a", { href: `#/${view}`, dataset: { view }, title: `g ${key}` }, label)),
+  );
   put(
     document.getElementById("tools"),
     button("?", help, { class: "plain", "aria-label": "Keys", title: "Keys (?)" }),
@@ -116,8 +130,16 @@ async function boot() {
     await refresh();
   } catch (error) {
     if (error.status === 401) return toLogin();
-    put(main, h("div", { class: "empty" }, h("h1", {}, "The server gave no answer"), h("p", {}, error.message),
-      button("Try again", () => location.reload(), { class: "strong" })));
+    put(
+      main,
+      h(
+        "div",
+        { class: "empty" },
+        h("h1", {}, "The server gave no answer"),
+        h("p", {}, error.message),
+        button("Try again", () => location.reload(), { class: "strong" }),
+      ),
+    );
     return;
   }
   await route();

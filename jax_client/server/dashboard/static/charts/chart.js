@@ -29,7 +29,11 @@ export class Chart {
     this.box = h("div", { class: "plot" });
     this.element = h(
       "figure",
-      { class: "chart", tabIndex: 0, "aria-label": `${metric(name)}, chart; arrows pan, plus and minus zoom, 0 shows all` },
+      {
+        class: "chart",
+        tabIndex: 0,
+        "aria-label": `${metric(name)}, chart; arrows pan, plus and minus zoom, 0 shows all`,
+      },
       h("figcaption", {}, h("span", { class: "name", title: name }, metric(name)), this.value),
       this.box,
     );
@@ -54,7 +58,9 @@ export class Chart {
 
   /** Return the lowest and the highest x of the curves. */
   extent() {
-    const ends = this.curves().map(({ points }) => points.curve(this.group.axis)).filter((curve) => curve.length);
+    const ends = this.curves()
+      .map(({ points }) => points.curve(this.group.axis))
+      .filter((curve) => curve.length);
     return [Math.min(...ends.map((curve) => curve.first)), Math.max(...ends.map((curve) => curve.last))];
   }
 
@@ -65,7 +71,9 @@ export class Chart {
 
   tellLast() {
     if (this.plot?.cursor.idx !== null && this.plot?.cursor.idx !== undefined && this.plot.cursor.left >= 0) return;
-    const ends = this.curves().map(({ points }) => points.value[points.value.length - 1]).filter((v) => v !== undefined);
+    const ends = this.curves()
+      .map(({ points }) => points.value[points.value.length - 1])
+      .filter((v) => v !== undefined);
     say(this.value, ends.length === 1 ? number(ends[0]) : "");
   }
 
@@ -102,7 +110,12 @@ export class Chart {
     const series = this.curves().flatMap(({ index = 0 }) => {
       const stroke = colour(index);
       const line = { stroke, width: 1.5, spanGaps: true, points: { show: false }, dash: DASHES[index % 6] };
-      return weight > 0 ? [{ ...line, stroke: faint(stroke), width: 1, dash: [] }, { ...line, width: 2 }] : [line];
+      return weight > 0
+        ? [
+            { ...line, stroke: faint(stroke), width: 1, dash: [] },
+            { ...line, width: 2 },
+          ]
+        : [line];
     });
     const ticks = axis === "time" ? {} : { incrs: WHOLE, values: (_, splits) => splits.map(count) };
     const options = {
@@ -119,7 +132,14 @@ export class Chart {
       scales: { x: { time: axis === "time" }, y: { distr: log ? 3 : 1, range: log ? undefined : padded } },
       axes: [
         { stroke: ink, font, size: 26, grid: { stroke: grid, width: 1 }, ticks: { show: false }, ...ticks },
-        { stroke: ink, font, size: 54, grid: { stroke: grid, width: 1 }, ticks: { show: false }, values: (_, s) => s.map((v) => (v === null ? null : tick(v))) },
+        {
+          stroke: ink,
+          font,
+          size: 54,
+          grid: { stroke: grid, width: 1 },
+          ticks: { show: false },
+          values: (_, s) => s.map((v) => (v === null ? null : tick(v))),
+        },
       ],
       series: [{}, ...series],
       hooks: {
@@ -144,7 +164,12 @@ export class Chart {
       const value = this.plot.data[1 + i * step + step - 1]?.[idx];
       return value === null || value === undefined ? null : (list.length > 1 ? `${i + 1}: ` : "") + number(value);
     });
-    const at = this.group.axis === "time" ? moment(x) : this.group.axis === "tokens" ? `${count(x)} tokens` : `step ${number(x)}`;
+    const at =
+      this.group.axis === "time"
+        ? moment(x)
+        : this.group.axis === "tokens"
+          ? `${count(x)} tokens`
+          : `step ${number(x)}`;
     say(this.value, `${values.filter(Boolean).join("  ")} · ${at}`);
     this.group.hover(this.plot, x);
   }
@@ -157,7 +182,12 @@ export class Chart {
   }
 }
 
-const tick = (value) => (value !== 0 && (Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3) ? value.toExponential(1).replace("e+", "e").replace(".0e", "e") : Math.abs(value) >= 1e4 ? count(value) : String(Number(value.toPrecision(4))));
+const tick = (value) =>
+  value !== 0 && (Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3)
+    ? value.toExponential(1).replace("e+", "e").replace(".0e", "e")
+    : Math.abs(value) >= 1e4
+      ? count(value)
+      : String(Number(value.toPrecision(4)));
 
 // uPlot wants x to grow; points of one x stay in their order, a hair apart.
 function distinct(xs) {
@@ -168,6 +198,7 @@ function distinct(xs) {
 function padded(_, low, high) {
   if (low === null || high === null) return [0, 1];
   // What rounding made of a constant is one.
-  if (high - low <= Math.abs(high) * 1e-6) return [low - Math.abs(low) * 0.1 - 1e-9, high + Math.abs(high) * 0.1 + 1e-9];
+  if (high - low <= Math.abs(high) * 1e-6)
+    return [low - Math.abs(low) * 0.1 - 1e-9, high + Math.abs(high) * 0.1 + 1e-9];
   return [low - (high - low) * 0.06, high + (high - low) * 0.06];
 }

@@ -28,7 +28,8 @@ export class RunData {
     const names = sent.names ?? Object.keys(sent.series ?? {});
     this.names = [...new Set([...this.names, ...names, ...this.series.keys()])];
     for (const event of sent.events ?? []) {
-      if (!this.events.some((e) => e.kind === event.kind && e.time === event.time && e.step === event.step)) this.events.push(event);
+      if (!this.events.some((e) => e.kind === event.kind && e.time === event.time && e.step === event.step))
+        this.events.push(event);
     }
     this.next = sent.next ?? this.next;
     return fresh;

@@ -4,7 +4,16 @@ import { moment, number, span } from "../core/format.js";
 import { say } from "../core/dom.js";
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-export const GLYPHS = { start: "▶", compile: "⚙", save: "◆", autosave: "◇", export: "⇪", load: "↺", end: "■", alert: "▲" };
+export const GLYPHS = {
+  start: "▶",
+  compile: "⚙",
+  save: "◆",
+  autosave: "◇",
+  export: "⇪",
+  load: "↺",
+  end: "■",
+  alert: "▲",
+};
 const LABEL_PIXELS = 15;
 
 let groups = 0;
@@ -92,8 +101,12 @@ export class Group {
 
   key(event) {
     const actions = {
-      ArrowLeft: () => this.pan(-0.2), ArrowRight: () => this.pan(0.2), "+": () => this.scale(0.6), "=": () => this.scale(0.6),
-      "-": () => this.scale(1 / 0.6), 0: () => this.show(null),
+      ArrowLeft: () => this.pan(-0.2),
+      ArrowRight: () => this.pan(0.2),
+      "+": () => this.scale(0.6),
+      "=": () => this.scale(0.6),
+      "-": () => this.scale(1 / 0.6),
+      0: () => this.show(null),
     };
     if (event.ctrlKey || event.metaKey || event.altKey || !actions[event.key]) return;
     event.preventDefault();
@@ -115,22 +128,35 @@ export class Group {
     const over = plot.over;
     const fingers = new Map();
     over.addEventListener("dblclick", () => this.show(null));
-    over.addEventListener("wheel", (event) => {
-      if (event.ctrlKey) this.scale(event.deltaY > 0 ? 1.25 : 0.8, event.offsetX / over.clientWidth);
-      else if (Math.abs(event.deltaX) > Math.abs(event.deltaY) || event.shiftKey) this.pan((event.deltaX || event.deltaY) / over.clientWidth);
-      else return;
-      event.preventDefault();
-    }, { passive: false });
-    over.addEventListener("mousedown", (event) => {
-      if (!event.shiftKey) return;
-      event.stopImmediatePropagation();
-      const moved = (move) => this.pan(-move.movementX / over.clientWidth);
-      addEventListener("mousemove", moved);
-      addEventListener("mouseup", () => removeEventListener("mousemove", moved), { once: true });
-    }, true);
-    over.addEventListener("pointerdown", (event) => event.pointerType === "touch" && fingers.set(event.pointerId, event.clientX));
+    over.addEventListener(
+      "wheel",
+      (event) => {
+        if (event.ctrlKey) this.scale(event.deltaY > 0 ? 1.25 : 0.8, event.offsetX / over.clientWidth);
+        else if (Math.abs(event.deltaX) > Math.abs(event.deltaY) || event.shiftKey)
+          this.pan((event.deltaX || event.deltaY) / over.clientWidth);
+        else return;
+        event.preventDefault();
+      },
+      { passive: false },
+    );
+    over.addEventListener(
+      "mousedown",
+      (event) => {
+        if (!event.shiftKey) return;
+        event.stopImmediatePropagation();
+        const moved = (move) => this.pan(-move.movementX / over.clientWidth);
+        addEventListener("mousemove", moved);
+        addEventListener("mouseup", () => removeEventListener("mousemove", moved), { once: true });
+      },
+      true,
+    );
+    over.addEventListener(
+      "pointerdown",
+      (event) => event.pointerType === "touch" && fingers.set(event.pointerId, event.clientX),
+    );
     over.addEventListener("pointermove", (event) => this.#finger(event, fingers, over));
-    for (const end of ["pointerup", "pointercancel", "pointerleave"]) over.addEventListener(end, (event) => fingers.delete(event.pointerId));
+    for (const end of ["pointerup", "pointercancel", "pointerleave"])
+      over.addEventListener(end, (event) => fingers.delete(event.pointerId));
   }
 
   #finger(event, fingers, over) {
@@ -142,7 +168,8 @@ export class Group {
     else {
       const after = [...fingers.values()];
       const [was, is] = [Math.abs(before[0] - before[1]), Math.abs(after[0] - after[1])];
-      if (was > 4 && is > 4) this.scale(was / is, ((after[0] + after[1]) / 2 - over.getBoundingClientRect().left) / over.clientWidth);
+      if (was > 4 && is > 4)
+        this.scale(was / is, ((after[0] + after[1]) / 2 - over.getBoundingClientRect().left) / over.clientWidth);
     }
   }
 
@@ -190,11 +217,17 @@ export class Group {
 /** Return an event in words. */
 export function words(event) {
   const d = event.details ?? {};
-  const what = {
-    compile: () => `compiled ${d.program ?? "a program"} ${d.shapes ?? ""} in ${span(d.seconds)} (${d.cached ? "from the cache" : d.cause ?? "first use"})`,
-    start: () => `started${d.resumed_from ? ` from ${d.resumed_from}` : ""}`,
-    save: () => `saved ${d.path ?? ""}`, autosave: () => `saved by itself ${d.path ?? ""}`, load: () => `loaded ${d.path ?? ""}`,
-    export: () => `exported ${d.path ?? ""}`, end: () => `ended: ${d.reason ?? "closed"}`, alert: () => event.text ?? "alert",
-  }[event.kind]?.() ?? event.kind;
+  const what =
+    {
+      compile: () =>
+        `compiled ${d.program ?? "a program"} ${d.shapes ?? ""} in ${span(d.seconds)} (${d.cached ? "from the cache" : (d.cause ?? "first use")})`,
+      start: () => `started${d.resumed_from ? ` from ${d.resumed_from}` : ""}`,
+      save: () => `saved ${d.path ?? ""}`,
+      autosave: () => `saved by itself ${d.path ?? ""}`,
+      load: () => `loaded ${d.path ?? ""}`,
+      export: () => `exported ${d.path ?? ""}`,
+      end: () => `ended: ${d.reason ?? "closed"}`,
+      alert: () => event.text ?? "alert",
+    }[event.kind]?.() ?? event.kind;
   return `${GLYPHS[event.kind] ?? "•"} ${event.step === null || event.step === undefined ? moment(event.time) : `step ${number(event.step)}`}: ${what.trim()}`;
 }

@@ -21,7 +21,9 @@ export function arrange(names) {
   if (left.has("loss:mean")) left.delete("loss:sum");
   const first = [];
   for (const [, pattern] of FIRST) {
-    const found = [...left].filter((name) => pattern.test(name)).sort((a, b) => a.length - b.length || a.localeCompare(b));
+    const found = [...left]
+      .filter((name) => pattern.test(name))
+      .sort((a, b) => a.length - b.length || a.localeCompare(b));
     const own = found.filter((name) => OWN.has(name));
     for (const name of own.length ? own : found.slice(0, MOST_OF_A_KIND)) {
       first.push(name);

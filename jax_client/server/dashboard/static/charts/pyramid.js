@@ -140,7 +140,10 @@ function longer(array, least) {
 
 /** Return the running mean of a curve's values: `weight` of the past, 0 for none; unbiased at the start. */
 export function smoothed(values, length, weight, kept = null) {
-  const state = kept && kept.weight === weight && kept.length <= length ? kept : { weight, length: 0, mean: 0, mass: 0, y: new Float64Array(0) };
+  const state =
+    kept && kept.weight === weight && kept.length <= length
+      ? kept
+      : { weight, length: 0, mean: 0, mass: 0, y: new Float64Array(0) };
   if (state.y.length < length) {
     const next = new Float64Array(Math.max(length, values.length));
     next.set(state.y.subarray(0, state.length));

@@ -17,7 +17,10 @@ export function spark(values = [], name = "") {
   const y = (value) => (high === low ? HEIGHT / 2 : HEIGHT - 3 - ((value - low) / (high - low)) * (HEIGHT - 6));
   const points = numbers.map((value, i) => `${x(i).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
   const last = numbers.length - 1;
-  picture.setAttribute("aria-label", `${name || "curve"} from ${numbers[0].toPrecision(3)} to ${numbers[last].toPrecision(3)}`);
+  picture.setAttribute(
+    "aria-label",
+    `${name || "curve"} from ${numbers[0].toPrecision(3)} to ${numbers[last].toPrecision(3)}`,
+  );
   picture.append(
     svg("polyline", { points }),
     svg("circle", { cx: x(last).toFixed(1), cy: y(numbers[last]).toFixed(1), r: 2 }),

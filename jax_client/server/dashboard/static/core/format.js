@@ -16,7 +16,12 @@ export function number(value, digits = 4) {
 /** Return a count: 950, 12.3k, 4.56M. */
 export function count(value) {
   if (!known(value)) return DASH;
-  for (const [size, unit] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
+  for (const [size, unit] of [
+    [1e12, "T"],
+    [1e9, "G"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ]) {
     if (Math.abs(value) >= size) return trimmed(value / size) + unit;
   }
   return trimmed(value);
@@ -62,12 +67,23 @@ export function moment(time) {
 export const percent = (value, digits = 0) => (known(value) ? `${(value * 100).toFixed(digits)} %` : DASH);
 
 const METRICS = {
-  "loss:mean": "Loss per token", "loss:sum": "Loss, sum", "tokens:sum": "Tokens with a loss",
-  "grad_norm:mean": "Gradient norm", "learning_rate:mean": "Learning rate", "tokens_per_second:mean": "Tokens per second",
-  "kl_sample_train:mean": "KL, sampler to trainer", "update_norm:mean": "Update norm", "ratio:mean": "Policy ratio",
-  "padding_waste:mean": "Padding, share", "host_share:mean": "Host time, share", "input_tokens:sum": "Input tokens",
-  "queue_seconds:sum": "Queue, s", "host_seconds:sum": "Host, s", "compile_seconds:sum": "Compiling, s",
-  "device_seconds:sum": "Device, s", "sampler/occupancy:mean": "Sampler occupancy",
+  "loss:mean": "Loss per token",
+  "loss:sum": "Loss, sum",
+  "tokens:sum": "Tokens with a loss",
+  "grad_norm:mean": "Gradient norm",
+  "learning_rate:mean": "Learning rate",
+  "tokens_per_second:mean": "Tokens per second",
+  "kl_sample_train:mean": "KL, sampler to trainer",
+  "update_norm:mean": "Update norm",
+  "ratio:mean": "Policy ratio",
+  "padding_waste:mean": "Padding, share",
+  "host_share:mean": "Host time, share",
+  "input_tokens:sum": "Input tokens",
+  "queue_seconds:sum": "Queue, s",
+  "host_seconds:sum": "Host, s",
+  "compile_seconds:sum": "Compiling, s",
+  "device_seconds:sum": "Device, s",
+  "sampler/occupancy:mean": "Sampler occupancy",
 };
 
 /** Return the title of a metric. */

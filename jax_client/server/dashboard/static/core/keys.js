@@ -15,10 +15,15 @@ let own = {};
 let waiting = 0;
 
 /** Set the keys of the open view: {key: [what it does, function]}. */
-export const setKeys = (keys) => { own = keys; };
+export const setKeys = (keys) => {
+  own = keys;
+};
 
 function typing(target) {
-  return target.isContentEditable || (/^(INPUT|TEXTAREA|SELECT)$/.test(target.tagName) && !/^(checkbox|button)$/.test(target.type));
+  return (
+    target.isContentEditable ||
+    (/^(INPUT|TEXTAREA|SELECT)$/.test(target.tagName) && !/^(checkbox|button)$/.test(target.type))
+  );
 }
 
 export function installKeys() {
@@ -65,8 +70,27 @@ export function help() {
     "dialog",
     { class: "help", "aria-label": "Keys", onclose: () => box.remove() },
     h("h2", {}, "Keys"),
-    h("dl", {}, lines.map(([key, words]) => h("div", {}, h("dt", {}, key.split(" ").map((k) => h("kbd", {}, k))), h("dd", {}, words)))),
-    h("form", { method: "dialog" }, button("Close", () => box.close(), { class: "strong" })),
+    h(
+      "dl",
+      {},
+      lines.map(([key, words]) =>
+        h(
+          "div",
+          {},
+          h(
+            "dt",
+            {},
+            key.split(" ").map((k) => h("kbd", {}, k)),
+          ),
+          h("dd", {}, words),
+        ),
+      ),
+    ),
+    h(
+      "form",
+      { method: "dialog" },
+      button("Close", () => box.close(), { class: "strong" }),
+    ),
   );
   document.body.append(box);
   box.showModal();
@@ -75,7 +99,9 @@ export function help() {
 /** Move the focus among elements: the next one by `by`, or the first. */
 export function move(elements, by) {
   const list = [...elements];
-  const at = list.findIndex((element) => element === document.activeElement || element.closest("tr, li")?.contains(document.activeElement));
+  const at = list.findIndex(
+    (element) => element === document.activeElement || element.closest("tr, li")?.contains(document.activeElement),
+  );
   const next = list[at < 0 ? (by > 0 ? 0 : list.length - 1) : Math.min(list.length - 1, Math.max(0, at + by))];
   next?.focus();
   next?.scrollIntoView({ block: "nearest" });

@@ -47,7 +47,7 @@ export async function refresh(archived = archivedToo) {
   archivedToo = archived;
   const [state, listed, device] = await Promise.all([
     get("/state"),
-    get("/runs", { limit: 500, archived: archived ? 1 : 0 }),
+    get("/runs", { limit: 1000, archived: archived ? 1 : 0 }),
     get("/device").catch(() => null),
   ]);
   store.state = state;

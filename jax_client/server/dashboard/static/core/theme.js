@@ -22,15 +22,19 @@ export function installTheme(changed) {
     toggle.setAttribute("aria-label", isDark() ? "Use the light theme" : "Use the dark theme");
     changed();
   };
-  const toggle = button("☾", () => {
-    chosen = isDark() ? "light" : "dark";
-    try {
-      localStorage.setItem(STORED, chosen);
-    } catch {
-      // A browser without storage keeps the choice as long as the page is open.
-    }
-    apply();
-  }, { class: "plain", title: "Light or dark" });
+  const toggle = button(
+    "☾",
+    () => {
+      chosen = isDark() ? "light" : "dark";
+      try {
+        localStorage.setItem(STORED, chosen);
+      } catch {
+        // A browser without storage keeps the choice as long as the page is open.
+      }
+      apply();
+    },
+    { class: "plain", title: "Light or dark" },
+  );
   dark.addEventListener("change", apply);
   apply();
   return toggle;

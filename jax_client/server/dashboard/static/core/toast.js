@@ -28,7 +28,14 @@ export function undoable(words, until, undo) {
     else left.textContent = span(seconds);
   };
   bar.append(
-    button("Undo", () => { end(); undo(); }, { class: "strong" }),
+    button(
+      "Undo",
+      () => {
+        end();
+        undo();
+      },
+      { class: "strong" },
+    ),
     button("×", end, { class: "plain", "aria-label": "Dismiss" }),
   );
   const timer = setInterval(tick, 1000);

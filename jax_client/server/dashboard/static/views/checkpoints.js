@@ -9,7 +9,12 @@ import { copy, toast, undoable } from "../core/toast.js";
 
 const LIMIT = 500;
 const DAY = 86_400;
-const LIFETIMES = [["for ever", null], ["1 day", DAY], ["7 days", 7 * DAY], ["30 days", 30 * DAY]];
+const LIFETIMES = [
+  ["for ever", null],
+  ["1 day", DAY],
+  ["7 days", 7 * DAY],
+  ["30 days", 30 * DAY],
+];
 
 export function open(root, argument, query) {
   const view = new Checkpoints(root, query.get("run"));
@@ -23,7 +28,11 @@ export function open(root, argument, query) {
   });
   return {
     title: () => "checkpoints",
-    close: () => { clearInterval(timer); clearTimeout(soon); end(); },
+    close: () => {
+      clearInterval(timer);
+      clearTimeout(soon);
+      end();
+    },
     keys: {
       j: ["next checkpoint", () => move(view.body.querySelectorAll(".resume"), 1)],
       k: ["checkpoint before", () => move(view.body.querySelectorAll(".resume"), -1)],
@@ -34,14 +43,51 @@ export function open(root, argument, query) {
 class Checkpoints {
   constructor(root, run) {
     Object.assign(this, { run, rows: [], key: "", hidden: new Set(), wanted: "" });
-    this.search = h("input", { type: "search", placeholder: "Search name, run, kind  ( / )", "aria-label": "Search checkpoints", oninput: () => { this.wanted = this.search.value; this.show(); } });
+    this.search = h("input", {
+      type: "search",
+      placeholder: "Search name, run, kind  ( / )",
+      "aria-label": "Search checkpoints",
+      oninput: () => {
+        this.wanted = this.search.value;
+        this.show();
+      },
+    });
     this.found = h("span", { class: "muted", role: "status" });
     this.body = h("tbody");
     this.empty = h("div");
-    this.holder = h("div", { class: "scroll" }, h("table", { class: "checkpoints" }, h("caption", { class: "offscreen" }, "Checkpoints"),
-      h("thead", {}, h("tr", {}, ["Name", "Kind", "Step", "Loss", "Reward", "Size", "Verified", "Lives", "Made", "Actions"].map((head) => h("th", { scope: "col" }, head)))), this.body));
-    add(root, [h("h1", { class: "offscreen" }, "Checkpoints"), h("div", { class: "tools" }, this.search, this.found,
-      run ? h("a", { href: "#/checkpoints" }, "of all runs") : null), this.holder, this.empty]);
+    this.holder = h(
+      "div",
+      { class: "scroll" },
+      h(
+        "table",
+        { class: "checkpoints" },
+        h("caption", { class: "offscreen" }, "Checkpoints"),
+        h(
+          "thead",
+          {},
+          h(
+            "tr",
+            {},
+            ["Name", "Kind", "Step", "Loss", "Reward", "Size", "Verified", "Lives", "Made", "Actions"].map((head) =>
+              h("th", { scope: "col" }, head),
+            ),
+          ),
+        ),
+        this.body,
+      ),
+    );
+    add(root, [
+      h("h1", { class: "offscreen" }, "Checkpoints"),
+      h(
+        "div",
+        { class: "tools" },
+        this.search,
+        this.found,
+        run ? h("a", { href: "#/checkpoints" }, "of all runs") : null,
+      ),
+      this.holder,
+      this.empty,
+    ]);
   }
 
   async load() {
@@ -62,23 +108,60 @@ class Checkpoints {
 
   show() {
     const words = this.wanted.toLowerCase().split(/\s+/);
-    const shown = this.rows.filter((row) => !this.hidden.has(row.path) && words.every((word) => `${row.path} ${row.name} ${row.kind} ${title(store.runs.get(row.run) ?? { run: row.run })}`.toLowerCase().includes(word)));
+    const shown = this.rows.filter(
+      (row) =>
+        !this.hidden.has(row.path) &&
+        words.every((word) =>
+          `${row.path} ${row.name} ${row.kind} ${title(store.runs.get(row.run) ?? { run: row.run })}`
+            .toLowerCase()
+            .includes(word),
+        ),
+    );
     const key = JSON.stringify([shown, store.state?.can_act]);
     if (key === this.key) return;
     this.key = key;
     const focused = document.activeElement?.closest?.("tr")?.dataset.path;
     const which = document.activeElement?.dataset?.act;
     this.holder.hidden = !shown.length;
-    put(this.empty, shown.length ? null : h("section", { class: "empty small" }, h("h2", {}, this.wanted ? "Nothing is called so" : "No checkpoints yet"), this.wanted ? null : h("p", {}, h("code", {}, 'client.save_state("name")'), " keeps a training state; runs also save by themselves every few minutes.")));
-    put(this.body, this.tree(shown).map(({ row, depth }) => this.line(row, depth)));
-    say(this.found, `${shown.length}${this.total > this.rows.length ? ` of ${this.total}` : ""} checkpoint${shown.length === 1 ? "" : "s"}`);
-    if (focused) [...this.body.children].find((line) => line.dataset.path === focused)?.querySelector(`[data-act="${which}"]`)?.focus();
+    put(
+      this.empty,
+      shown.length
+        ? null
+        : h(
+            "section",
+            { class: "empty small" },
+            h("h2", {}, this.wanted ? "Nothing is called so" : "No checkpoints yet"),
+            this.wanted
+              ? null
+              : h(
+                  "p",
+                  {},
+                  h("code", {}, 'client.save_state("name")'),
+                  " keeps a training state; runs also save by themselves every few minutes.",
+                ),
+          ),
+    );
+    put(
+      this.body,
+      this.tree(shown).map(({ row, depth }) => this.line(row, depth)),
+    );
+    say(
+      this.found,
+      `${shown.length}${this.total > this.rows.length ? ` of ${this.total}` : ""} checkpoint${shown.length === 1 ? "" : "s"}`,
+    );
+    if (focused)
+      [...this.body.children]
+        .find((line) => line.dataset.path === focused)
+        ?.querySelector(`[data-act="${which}"]`)
+        ?.focus();
   }
 
   /** Return the rows so that each follows what it was resumed from, with its depth. */
   tree(rows) {
     const known = new Set(rows.map((row) => row.path));
-    const below = Map.groupBy ? Map.groupBy(rows, (row) => (known.has(row.parent) ? row.parent : null)) : grouped(rows, known);
+    const below = Map.groupBy
+      ? Map.groupBy(rows, (row) => (known.has(row.parent) ? row.parent : null))
+      : grouped(rows, known);
     const lines = [];
     const seen = new Set();
     const walk = (parent, depth) => {
@@ -98,39 +181,82 @@ class Checkpoints {
     const may = Boolean(store.state?.can_act);
     const act = (label, name, what, props = {}) => button(label, what, { dataset: { act: name }, ...props });
     const verified = row.verified;
-    const badge = !verified ? h("span", { class: "muted" }, "not yet")
-      : verified.ok ? h("span", { class: "badge good", title: moment(verified.time) }, "✓ ", ago(verified.time))
+    const badge = !verified
+      ? h("span", { class: "muted" }, "not yet")
+      : verified.ok
+        ? h("span", { class: "badge good", title: moment(verified.time) }, "✓ ", ago(verified.time))
         : h("span", { class: "badge bad", title: verified.error ?? "" }, "✕ damaged");
     const run = store.runs.get(row.run);
     return h(
       "tr",
       { dataset: { path: row.path }, class: verified && !verified.ok ? "damaged" : "" },
-      h("td", { class: `name depth-${depth}` }, depth ? h("span", { class: "muted", title: `resumed from ${row.parent}` }, "└ ") : null, h("b", {}, row.name || row.path),
-        h("div", { class: "under" }, h("a", { href: `#/run/${encodeURIComponent(row.run)}` }, title(run ?? { run: row.run })), row.public ? " · public" : "", verified && !verified.ok && verified.error ? h("div", { class: "bad-text" }, verified.error) : null)),
-      h("td", {}, row.kind), h("td", { class: "num", dataset: { label: "Step" } }, number(row.step)), h("td", { class: "num", dataset: { label: "Loss" } }, number(row.loss)), h("td", { class: "num", dataset: { label: "Reward" } }, number(row.reward)),
-      h("td", { class: "num", dataset: { label: "Size" } }, bytes(row.size_bytes)), h("td", {}, badge), h("td", {}, may ? this.lifetime(row) : lives(row)),
-      h("td", { class: "num" }, h("span", { title: moment(row.created), dataset: row.created ? { time: row.created } : {} }, ago(row.created))),
-      h("td", { class: "acts" },
-        act("Copy resume", "resume", () => copy(row.resume, "Resume line"), { class: "resume", title: row.resume, disabled: !row.resume }),
-        act("Ask", "ask", () => { location.hash = `#/playground?path=${encodeURIComponent(row.path)}`; }, { title: "Open it in the playground" }),
-        may ? [
-          act("Verify", "verify", (event) => this.verify(row, event.target)),
-          act("Export", "export", () => this.exported(row)),
-          act("Delete", "delete", () => this.remove(row), { class: "danger" }),
-        ] : null),
+      h(
+        "td",
+        { class: `name depth-${depth}` },
+        depth ? h("span", { class: "muted", title: `resumed from ${row.parent}` }, "└ ") : null,
+        h("b", {}, row.name || row.path),
+        h(
+          "div",
+          { class: "under" },
+          h("a", { href: `#/run/${encodeURIComponent(row.run)}` }, title(run ?? { run: row.run })),
+          row.public ? " · public" : "",
+          verified && !verified.ok && verified.error ? h("div", { class: "bad-text" }, verified.error) : null,
+        ),
+      ),
+      h("td", {}, row.kind),
+      h("td", { class: "num", dataset: { label: "Step" } }, number(row.step)),
+      h("td", { class: "num", dataset: { label: "Loss" } }, number(row.loss)),
+      h("td", { class: "num", dataset: { label: "Reward" } }, number(row.reward)),
+      h("td", { class: "num", dataset: { label: "Size" } }, bytes(row.size_bytes)),
+      h("td", {}, badge),
+      h("td", {}, may ? this.lifetime(row) : lives(row)),
+      h(
+        "td",
+        { class: "num" },
+        h("span", { title: moment(row.created), dataset: row.created ? { time: row.created } : {} }, ago(row.created)),
+      ),
+      h(
+        "td",
+        { class: "acts" },
+        act("Copy resume", "resume", () => copy(row.resume, "Resume line"), {
+          class: "resume",
+          title: row.resume,
+          disabled: !row.resume,
+        }),
+        act(
+          "Ask",
+          "ask",
+          () => {
+            location.hash = `#/playground?path=${encodeURIComponent(row.path)}`;
+          },
+          { title: "Open it in the playground" },
+        ),
+        may
+          ? [
+              act("Verify", "verify", (event) => this.verify(row, event.target)),
+              act("Export", "export", () => this.exported(row)),
+              act("Delete", "delete", () => this.remove(row), { class: "danger" }),
+            ]
+          : null,
+      ),
     );
   }
 
   lifetime(row) {
     const now = lives(row);
     const choices = LIFETIMES.some(([name]) => name === now) ? LIFETIMES : [[now, undefined], ...LIFETIMES];
-    return h("select", {
-      "aria-label": `Lifetime of ${row.name || row.path}`, dataset: { act: "lifetime" },
-      onchange: async (event) => {
-        const seconds = choices[event.target.selectedIndex][1];
-        if (seconds !== undefined) await this.tell("lifetime", { path: row.path, seconds }, "Lifetime kept");
+    return h(
+      "select",
+      {
+        "aria-label": `Lifetime of ${row.name || row.path}`,
+        dataset: { act: "lifetime" },
+        onchange: async (event) => {
+          const seconds = choices[event.target.selectedIndex][1];
+          if (seconds !== undefined) await this.tell("lifetime", { path: row.path, seconds }, "Lifetime kept");
+        },
       },
-    }, choices.map(([name]) => h("option", { selected: name === now }, name)));
+      choices.map(([name]) => h("option", { selected: name === now }, name)),
+    );
   }
 
   async tell(action, body, words) {
@@ -149,7 +275,13 @@ class Checkpoints {
     pressed.disabled = true;
     say(pressed, "Reading…");
     const answer = await this.tell("verify", { path: row.path });
-    if (answer) toast(answer.verified?.ok ?? answer.ok ? `${row.name}: every byte is as saved` : `${row.name} is damaged: ${answer.verified?.error ?? answer.error}`, { bad: !(answer.verified?.ok ?? answer.ok) });
+    if (answer)
+      toast(
+        (answer.verified?.ok ?? answer.ok)
+          ? `${row.name}: every byte is as saved`
+          : `${row.name} is damaged: ${answer.verified?.error ?? answer.error}`,
+        { bad: !(answer.verified?.ok ?? answer.ok) },
+      );
     this.key = "";
     this.show();
   }
@@ -174,20 +306,50 @@ class Checkpoints {
   exported(row) {
     const command = h("pre", { tabIndex: 0 }, "…");
     const link = h("p");
-    const box = h("dialog", { "aria-label": "Export", onclose: () => box.remove() }, h("h2", {}, `Export ${row.name || row.path}`));
+    const box = h(
+      "dialog",
+      { "aria-label": "Export", onclose: () => box.remove() },
+      h("h2", {}, `Export ${row.name || row.path}`),
+    );
     const ask = async (format) => {
       for (const each of choice.children) each.setAttribute("aria-pressed", String(each.dataset.format === format));
       try {
         const answer = await post("/checkpoints/export", { path: row.path, format });
         say(command, answer.command);
         const url = answer.download ?? answer.link ?? answer.url;
-        put(link, typeof url === "string" && url.startsWith("/") ? h("a", { class: "button strong", href: url, download: "" }, "Download the adapter") : null);
+        put(
+          link,
+          typeof url === "string" && url.startsWith("/")
+            ? h("a", { class: "button strong", href: url, download: "" }, "Download the adapter")
+            : null,
+        );
       } catch (error) {
         say(command, error.message);
       }
     };
-    const choice = h("div", { class: "choice", role: "group", "aria-label": "Format" }, [["peft", "PEFT adapter"], ["merged", "Merged model"]].map(([format, label]) => button(label, () => ask(format), { dataset: { format } })));
-    add(box, [choice, h("div", { class: "code" }, command, button("Copy", () => copy(command.textContent, "Command"), { class: "strong" })), link, h("form", { method: "dialog" }, button("Close", () => box.close()))]);
+    const choice = h(
+      "div",
+      { class: "choice", role: "group", "aria-label": "Format" },
+      [
+        ["peft", "PEFT adapter"],
+        ["merged", "Merged model"],
+      ].map(([format, label]) => button(label, () => ask(format), { dataset: { format } })),
+    );
+    add(box, [
+      choice,
+      h(
+        "div",
+        { class: "code" },
+        command,
+        button("Copy", () => copy(command.textContent, "Command"), { class: "strong" }),
+      ),
+      link,
+      h(
+        "form",
+        { method: "dialog" },
+        button("Close", () => box.close()),
+      ),
+    ]);
     document.body.append(box);
     box.showModal();
     ask("peft");

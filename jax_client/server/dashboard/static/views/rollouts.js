@@ -16,8 +16,18 @@ export function open(root, argument, query) {
   const found = h("span", { class: "muted num", role: "status" });
   const back = button("Earlier", () => turn(-PAGE));
   const on = button("Later", () => turn(PAGE));
-  const pick = h("select", { "aria-label": "Log directory", onchange: () => { location.hash = `#/rollouts/${encodeURIComponent(pick.value)}`; } },
-    [...new Set([...logs.map((row) => row.run), run].filter(Boolean))].map((id) => h("option", { value: id, selected: id === run }, title(store.runs.get(id) ?? { run: id }))));
+  const pick = h(
+    "select",
+    {
+      "aria-label": "Log directory",
+      onchange: () => {
+        location.hash = `#/rollouts/${encodeURIComponent(pick.value)}`;
+      },
+    },
+    [...new Set([...logs.map((row) => row.run), run].filter(Boolean))].map((id) =>
+      h("option", { value: id, selected: id === run }, title(store.runs.get(id) ?? { run: id })),
+    ),
+  );
   let closed = false;
 
   async function load() {
@@ -25,8 +35,20 @@ export function open(root, argument, query) {
       const sent = await get(ofRun(run, "/rollouts"), { offset: state.offset, limit: PAGE });
       if (closed) return;
       state.total = sent.total;
-      put(list, sent.groups.length ? sent.groups.map(group) : h("p", { class: "muted" }, "This log has no rollout files. The cookbook writes them with its rollout summaries on."));
-      say(found, sent.total ? `groups ${state.offset + 1} to ${Math.min(sent.total, state.offset + PAGE)} of ${sent.total}` : "");
+      put(
+        list,
+        sent.groups.length
+          ? sent.groups.map(group)
+          : h(
+              "p",
+              { class: "muted" },
+              "This log has no rollout files. The cookbook writes them with its rollout summaries on.",
+            ),
+      );
+      say(
+        found,
+        sent.total ? `groups ${state.offset + 1} to ${Math.min(sent.total, state.offset + PAGE)} of ${sent.total}` : "",
+      );
       back.disabled = state.offset === 0;
       on.disabled = state.offset + PAGE >= sent.total;
     } catch (error) {
@@ -38,15 +60,37 @@ export function open(root, argument, query) {
     load().catch((error) => toast(error.message, { bad: true }));
   }
   if (!run) {
-    add(root, [h("section", { class: "empty small" }, h("h1", {}, "No rollouts"), h("p", {}, "Start the dashboard with ", h("code", {}, "--logs DIR"), " to read the metrics and rollout files of your loops, those of the cookbook among them."))]);
+    add(root, [
+      h(
+        "section",
+        { class: "empty small" },
+        h("h1", {}, "No rollouts"),
+        h(
+          "p",
+          {},
+          "Start the dashboard with ",
+          h("code", {}, "--logs DIR"),
+          " to read the metrics and rollout files of your loops, those of the cookbook among them.",
+        ),
+      ),
+    ]);
     return { title: () => "rollouts" };
   }
-  add(root, [h("h1", { class: "offscreen" }, "Rollouts"), h("div", { class: "tools" }, pick, back, on, found, h("a", { href: `#/run/${encodeURIComponent(run)}` }, "curves")), list]);
+  add(root, [
+    h("h1", { class: "offscreen" }, "Rollouts"),
+    h("div", { class: "tools" }, pick, back, on, found, h("a", { href: `#/run/${encodeURIComponent(run)}` }, "curves")),
+    list,
+  ]);
   load();
   return {
     title: () => "rollouts",
-    close: () => { closed = true; },
-    keys: { j: ["later groups", () => on.disabled || on.click()], k: ["earlier groups", () => back.disabled || back.click()] },
+    close: () => {
+      closed = true;
+    },
+    keys: {
+      j: ["later groups", () => on.disabled || on.click()],
+      k: ["earlier groups", () => back.disabled || back.click()],
+    },
   };
 }
 
@@ -57,15 +101,49 @@ function group({ step, prompt, samples = [] }) {
   return h(
     "details",
     { class: "card rollout", open: true },
-    h("summary", {}, h("b", {}, `step ${number(step)}`), h("span", { class: "num" }, ` reward ${number(mean)} · ${samples.length} samples`)),
+    h(
+      "summary",
+      {},
+      h("b", {}, `step ${number(step)}`),
+      h("span", { class: "num" }, ` reward ${number(mean)} · ${samples.length} samples`),
+    ),
     prompt ? h("pre", { class: "prompt", tabIndex: 0, "aria-label": "Prompt" }, prompt) : null,
-    h("div", { class: "samples" }, samples.map((sample) => h(
-      "article",
-      { class: "sample" },
-      h("div", { class: "line" }, h("span", { class: sample.reward === best && rewards.length > 1 ? "badge good" : "badge" }, `reward ${number(sample.reward)}`), sample.advantage === null || sample.advantage === undefined ? null : h("span", { class: "badge" }, `advantage ${sample.advantage > 0 ? "+" : ""}${number(sample.advantage)}`),
-        Number.isFinite(sample.tokens) ? h("span", { class: "muted num" }, `${sample.tokens} tokens`) : null),
-      h("pre", { tabIndex: 0, "aria-label": "Sample" }, sample.text ?? ""),
-      sample.parts && Object.keys(sample.parts).length ? h("dl", { class: "parts" }, Object.entries(sample.parts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", { class: "num" }, number(value))))) : null,
-    ))),
+    h(
+      "div",
+      { class: "samples" },
+      samples.map((sample) =>
+        h(
+          "article",
+          { class: "sample" },
+          h(
+            "div",
+            { class: "line" },
+            h(
+              "span",
+              { class: sample.reward === best && rewards.length > 1 ? "badge good" : "badge" },
+              `reward ${number(sample.reward)}`,
+            ),
+            sample.advantage === null || sample.advantage === undefined
+              ? null
+              : h(
+                  "span",
+                  { class: "badge" },
+                  `advantage ${sample.advantage > 0 ? "+" : ""}${number(sample.advantage)}`,
+                ),
+            Number.isFinite(sample.tokens) ? h("span", { class: "muted num" }, `${sample.tokens} tokens`) : null,
+          ),
+          h("pre", { tabIndex: 0, "aria-label": "Sample" }, sample.text ?? ""),
+          sample.parts && Object.keys(sample.parts).length
+            ? h(
+                "dl",
+                { class: "parts" },
+                Object.entries(sample.parts).map(([name, value]) =>
+                  h("div", {}, h("dt", {}, name), h("dd", { class: "num" }, number(value))),
+                ),
+              )
+            : null,
+        ),
+      ),
+    ),
   );
 }

@@ -29,17 +29,32 @@ export function open(root, run, query) {
       l: ["log axis", () => view.toolbar.flip()],
       x: ["step, time or tokens", () => view.toolbar.turn()],
       0: ["show all", () => view.group.show(null)],
-      e: ["all charts", () => { view.rest.open = !view.rest.open; }],
+      e: [
+        "all charts",
+        () => {
+          view.rest.open = !view.rest.open;
+        },
+      ],
     },
   };
 }
 
 class RunView {
   constructor(root, run, query) {
-    Object.assign(this, { run, row: store.runs.get(run) ?? null, data: new RunData(run), charts: new Map(), fine: new Map() });
+    Object.assign(this, {
+      run,
+      row: store.runs.get(run) ?? null,
+      data: new RunData(run),
+      charts: new Map(),
+      fine: new Map(),
+    });
     this.head = h("div", { class: "run-head" });
     this.status = h("p", { class: "under-charts muted", role: "status" });
-    this.group = new Group({ place: (event, axis) => this.data.place(event, axis), status: this.status, moved: () => this.refine() });
+    this.group = new Group({
+      place: (event, axis) => this.data.place(event, axis),
+      status: this.status,
+      moved: () => this.refine(),
+    });
     this.toolbar = new Toolbar(this.group, query, [
       h("a", { class: "button", href: address(ofRun(run, "/series.csv")), download: "" }, "CSV"),
       button("Copy link", () => copy(this.link(), "Link")),
@@ -57,7 +72,10 @@ class RunView {
 
   async load() {
     try {
-      const [about, sent] = await Promise.all([get(ofRun(this.run)), get(ofRun(this.run, "/series"), { points: POINTS })]);
+      const [about, sent] = await Promise.all([
+        get(ofRun(this.run)),
+        get(ofRun(this.run, "/series"), { points: POINTS }),
+      ]);
       if (this.closed) return;
       this.row = about.row;
       this.data.take(sent);
@@ -65,9 +83,13 @@ class RunView {
       this.arrangeCharts();
       this.showHead();
       this.showEvents();
-      if (this.row.source === "log" || sent.live || this.row.state === "live" || this.row.state === "idle" || sent.next) watch(this.run, sent.next);
+      if (this.row.source === "log" || sent.live || this.row.state === "live" || this.row.state === "idle" || sent.next)
+        watch(this.run, sent.next);
     } catch (error) {
-      say(this.wait, error.status === 404 ? "There is no such run here. It may be of another state directory." : error.message);
+      say(
+        this.wait,
+        error.status === 404 ? "There is no such run here. It may be of another state directory." : error.message,
+      );
     }
   }
 
@@ -95,8 +117,13 @@ class RunView {
     const row = this.row;
     if (!row) return put(this.head, h("h1", {}, this.run));
     const facts = [
-      ["step", number(row.step)], ["loss", number(row.loss)], ["reward", number(row.reward)], ["tokens", count(row.tokens)],
-      ["tokens/s", count(row.tokens_per_second)], ["time", span(row.wall_seconds)], ["disk", bytes(row.disk_bytes)],
+      ["step", number(row.step)],
+      ["loss", number(row.loss)],
+      ["reward", number(row.reward)],
+      ["tokens", count(row.tokens)],
+      ["tokens/s", count(row.tokens_per_second)],
+      ["time", span(row.wall_seconds)],
+      ["disk", bytes(row.disk_bytes)],
       ["saved", row.last_saved ? ago(row.last_saved) : "not yet"],
     ].filter(([name, text]) => text !== "–" || name === "step");
     const key = JSON.stringify([row, Math.floor(Date.now() / 5000)]);
@@ -104,10 +131,23 @@ class RunView {
     this.headKey = key;
     return put(
       this.head,
-      h("div", { class: "line" }, h("h1", { title: row.run }, title(row)), stateBadge(row), alertBadges(row.alerts), h("span", { class: "muted id" }, row.run)),
+      h(
+        "div",
+        { class: "line" },
+        h("h1", { title: row.run }, title(row)),
+        stateBadge(row),
+        alertBadges(row.alerts),
+        h("span", { class: "muted id" }, row.run),
+      ),
       row.reason ? h("p", { class: row.state === "crashed" ? "reason bad" : "reason muted" }, row.reason) : null,
-      (row.alerts ?? []).map((alert) => h("p", { class: "reason bad" }, "▲ ", alert.text, alert.step ? ` (step ${alert.step})` : "")),
-      h("dl", { class: "facts" }, facts.map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", { class: "num" }, text)))),
+      (row.alerts ?? []).map((alert) =>
+        h("p", { class: "reason bad" }, "▲ ", alert.text, alert.step ? ` (step ${alert.step})` : ""),
+      ),
+      h(
+        "dl",
+        { class: "facts" },
+        facts.map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", { class: "num" }, text))),
+      ),
       this.kin(row),
     );
   }
@@ -116,8 +156,14 @@ class RunView {
     const link = (run, words) => h("a", { href: `#/run/${encodeURIComponent(run)}` }, words);
     const name = (run) => title(store.runs.get(run) ?? { run });
     if (!row.parent && !row.children?.length) return null;
-    return h("p", { class: "muted" }, row.parent ? ["resumed from ", link(row.parent, name(row.parent)), "  "] : null,
-      row.children?.length ? ["continued by ", row.children.map((run, i) => [i ? ", " : "", link(run, name(run))])] : null);
+    return h(
+      "p",
+      { class: "muted" },
+      row.parent ? ["resumed from ", link(row.parent, name(row.parent)), "  "] : null,
+      row.children?.length
+        ? ["continued by ", row.children.map((run, i) => [i ? ", " : "", link(run, name(run))])]
+        : null,
+    );
   }
 
   arrangeCharts() {
@@ -134,13 +180,18 @@ class RunView {
   place(grid, names) {
     for (const name of names) {
       if (!this.charts.has(name)) {
-        const chart = new Chart(name, () => [{ label: name, points: this.data.series.get(name), index: 0 }], this.group);
+        const chart = new Chart(
+          name,
+          () => [{ label: name, points: this.data.series.get(name), index: 0 }],
+          this.group,
+        );
         this.charts.set(name, chart);
         this.group.add(chart);
       }
     }
     const elements = names.map((name) => this.charts.get(name).element);
-    if (elements.length !== grid.children.length || elements.some((element, i) => grid.children[i] !== element)) put(grid, elements);
+    if (elements.length !== grid.children.length || elements.some((element, i) => grid.children[i] !== element))
+      put(grid, elements);
   }
 
   showWait() {
@@ -151,9 +202,13 @@ class RunView {
     if (!bare) return;
     if (compiling.length) {
       const [first] = compiling;
-      put(this.wait, h("b", {}, `Compiling ${first.program} (${first.shapes}), ${span(first.seconds)} so far.`),
-        " The first step of a shape waits for its program, up to some minutes for large models. It is kept: the next start takes it from the cache.");
-    } else if (this.row && ["live", "idle"].includes(this.row.state)) say(this.wait, "No step yet. The curves begin with the first optim_step.");
+      put(
+        this.wait,
+        h("b", {}, `Compiling ${first.program} (${first.shapes}), ${span(first.seconds)} so far.`),
+        " The first step of a shape waits for its program, up to some minutes for large models. It is kept: the next start takes it from the cache.",
+      );
+    } else if (this.row && ["live", "idle"].includes(this.row.state))
+      say(this.wait, "No step yet. The curves begin with the first optim_step.");
     else say(this.wait, "No points are recorded of this run.");
   }
 
@@ -161,8 +216,17 @@ class RunView {
     const alerts = (this.row?.alerts ?? []).map((alert) => ({ ...alert, kind: "alert" }));
     this.group.events = [...this.data.events, ...alerts];
     const newestFirst = [...this.group.events].sort((a, b) => (b.time ?? 0) - (a.time ?? 0)).slice(0, 200);
-    put(this.events, h("summary", {}, `Events (${this.group.events.length})`),
-      h("ol", { class: "events" }, newestFirst.map((event) => h("li", {}, h("time", { class: "muted num" }, moment(event.time)), h("span", {}, words(event))))));
+    put(
+      this.events,
+      h("summary", {}, `Events (${this.group.events.length})`),
+      h(
+        "ol",
+        { class: "events" },
+        newestFirst.map((event) =>
+          h("li", {}, h("time", { class: "muted num" }, moment(event.time)), h("span", {}, words(event))),
+        ),
+      ),
+    );
     this.group.draw();
   }
 
@@ -171,7 +235,15 @@ class RunView {
     const note = h("textarea", { value: row.note ?? "", rows: 2, maxLength: 4000 });
     const tags = h("input", { value: (row.tags ?? []).join(", ") });
     const save = async (more = {}) => {
-      const next = { note: note.value, tags: tags.value.split(",").map((tag) => tag.trim()).filter(Boolean), archived: Boolean(this.row.archived), ...more };
+      const next = {
+        note: note.value,
+        tags: tags.value
+          .split(",")
+          .map((tag) => tag.trim())
+          .filter(Boolean),
+        archived: Boolean(this.row.archived),
+        ...more,
+      };
       try {
         await post(ofRun(this.run, "/note"), next);
         replace({ ...this.row, ...next });
@@ -180,23 +252,45 @@ class RunView {
         toast(error.message, { bad: true });
       }
     };
-    put(this.about, h("summary", {}, "Configuration and notes"),
-      row.source === "log" ? null : h("div", { class: "notes" }, field("Note", note), field("Tags, with commas", tags), button("Keep", () => save(), { class: "strong" }),
-        button(row.archived ? "Bring back" : "Archive", () => save({ archived: !this.row.archived }))),
-      h("table", { class: "plain" }, h("caption", { class: "offscreen" }, "Configuration"), h("tbody", {}, flat(config).map(([name, value]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, value))))));
+    put(
+      this.about,
+      h("summary", {}, "Configuration and notes"),
+      row.source === "log"
+        ? null
+        : h(
+            "div",
+            { class: "notes" },
+            field("Note", note),
+            field("Tags, with commas", tags),
+            button("Keep", () => save(), { class: "strong" }),
+            button(row.archived ? "Bring back" : "Archive", () => save({ archived: !this.row.archived })),
+          ),
+      h(
+        "table",
+        { class: "plain" },
+        h("caption", { class: "offscreen" }, "Configuration"),
+        h(
+          "tbody",
+          {},
+          flat(config).map(([name, value]) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, value))),
+        ),
+      ),
+    );
   }
 
   /** Ask for more points of what is zoomed in: for many, and where these are too few for the range, for all. */
   async refine() {
     if (!this.group.zoom) return;
     const [low, high] = this.group.zoom;
-    const thin = [...this.charts].filter(([name, chart]) => {
-      const points = this.data.series.get(name);
-      const asked = this.fine.get(name) ?? POINTS;
-      if (asked === Infinity || !chart.element.isConnected || points.value.length < asked * 0.5) return false;
-      const curve = points.curve(this.group.axis);
-      return curve.find(high) - curve.find(low) < POINTS / 3;
-    }).map(([name]) => name);
+    const thin = [...this.charts]
+      .filter(([name, chart]) => {
+        const points = this.data.series.get(name);
+        const asked = this.fine.get(name) ?? POINTS;
+        if (asked === Infinity || !chart.element.isConnected || points.value.length < asked * 0.5) return false;
+        const curve = points.curve(this.group.axis);
+        return curve.find(high) - curve.find(low) < POINTS / 3;
+      })
+      .map(([name]) => name);
     const some = thin.filter((name) => !this.fine.has(name));
     const all = thin.filter((name) => this.fine.get(name) === MORE);
     some.forEach((name) => this.fine.set(name, MORE));

@@ -11,8 +11,19 @@ import { noRuns } from "./parts/runs_empty.js";
 import { alertBadges, stateBadge } from "./parts/state.js";
 
 const COLUMNS = [
-  ["", "pick"], ["Run", "name"], ["State", "state"], ["Step", "num"], ["Loss", "num"], ["Reward", "num"], ["Curve", "curve"],
-  ["Tokens", "num wide"], ["Tokens/s", "num wide"], ["Time", "num wide"], ["Disk", "num wide"], ["Saved", "num wide"], ["Active", "num"],
+  ["", "pick"],
+  ["Run", "name"],
+  ["State", "state"],
+  ["Step", "num"],
+  ["Loss", "num"],
+  ["Reward", "num"],
+  ["Curve", "curve"],
+  ["Tokens", "num wide"],
+  ["Tokens/s", "num wide"],
+  ["Time", "num wide"],
+  ["Disk", "num wide"],
+  ["Saved", "num wide"],
+  ["Active", "num"],
 ];
 const picked = new Set();
 let wanted = "";
@@ -22,12 +33,23 @@ class Row {
   constructor(row, view) {
     this.view = view;
     this.link = h("a", { class: "run-name" });
-    this.check = h("input", { type: "checkbox", class: "pick", onchange: () => view.pick(this.row.run, this.check.checked) });
+    this.check = h("input", {
+      type: "checkbox",
+      class: "pick",
+      onchange: () => view.pick(this.row.run, this.check.checked),
+    });
     this.cells = COLUMNS.map(([label, kind]) => h("td", { class: kind, dataset: { label } }));
     this.extra = h("div", { class: "under" });
     this.cells[0].append(this.check);
     this.cells[1].append(this.link, this.extra);
-    this.element = h("tr", { onclick: (event) => event.target.closest("a, button, input") || event.detail !== 1 || String(getSelection()) || this.link.click() }, this.cells);
+    this.element = h(
+      "tr",
+      {
+        onclick: (event) =>
+          event.target.closest("a, button, input") || event.detail !== 1 || String(getSelection()) || this.link.click(),
+      },
+      this.cells,
+    );
     this.update(row);
   }
 
@@ -42,11 +64,22 @@ class Row {
     this.check.checked = picked.has(row.run);
     this.check.setAttribute("aria-label", `Compare ${title(row)}`);
     this.element.classList.toggle("archived", Boolean(row.archived));
-    put(this.extra, h("span", { title: row.model ?? "" }, (row.model ?? "").split("/").at(-1)), row.model ? " · " : "", [row.rank ? `rank ${row.rank}` : null, row.script || null].filter(Boolean).join(" · "),
-      (row.tags ?? []).map((tag) => h("span", { class: "badge" }, tag)), row.note ? h("span", { class: "note" }, row.note) : null,
-      row.resumed_from ? h("span", { class: "muted", title: row.resumed_from }, " ↺ resumed") : null);
+    put(
+      this.extra,
+      h("span", { title: row.model ?? "" }, (row.model ?? "").split("/").at(-1)),
+      row.model ? " · " : "",
+      [row.rank ? `rank ${row.rank}` : null, row.script || null].filter(Boolean).join(" · "),
+      (row.tags ?? []).map((tag) => h("span", { class: "badge" }, tag)),
+      row.note ? h("span", { class: "note" }, row.note) : null,
+      row.resumed_from ? h("span", { class: "muted", title: row.resumed_from }, " ↺ resumed") : null,
+    );
     const [, , state, step, loss, reward, curve, tokens, speed, wall, disk, saved, active] = this.cells;
-    put(state, stateBadge(row), alertBadges(row.alerts), row.state === "crashed" && row.reason ? h("div", { class: "under" }, row.reason) : null);
+    put(
+      state,
+      stateBadge(row),
+      alertBadges(row.alerts),
+      row.state === "crashed" && row.reason ? h("div", { class: "under" }, row.reason) : null,
+    );
     say(step, number(row.step));
     say(loss, number(row.loss));
     say(reward, number(row.reward));
@@ -57,7 +90,10 @@ class Row {
     say(speed, count(row.tokens_per_second));
     say(wall, span(row.wall_seconds));
     say(disk, bytes(row.disk_bytes));
-    for (const [cell, time] of [[saved, row.last_saved], [active, row.updated]]) {
+    for (const [cell, time] of [
+      [saved, row.last_saved],
+      [active, row.updated],
+    ]) {
       put(cell, h("span", { dataset: time ? { time } : {}, title: moment(time) }, ago(time)));
     }
   }
@@ -66,12 +102,50 @@ class Row {
 export function open(root) {
   const rows = new Map();
   const body = h("tbody");
-  const search = h("input", { type: "search", placeholder: "Search name, model, tag, state  ( / )", "aria-label": "Search runs", value: wanted, oninput: () => { wanted = search.value; list(); } });
-  const compare = button("Compare", () => { location.hash = `#/compare?runs=${[...picked].map(encodeURIComponent).join(",")}`; }, { class: "strong" });
-  const all = h("input", { type: "checkbox", checked: archived, onchange: async () => { archived = all.checked; await refresh(archived).catch((error) => toast(error.message, { bad: true })); list(); } });
+  const search = h("input", {
+    type: "search",
+    placeholder: "Search name, model, tag, state  ( / )",
+    "aria-label": "Search runs",
+    value: wanted,
+    oninput: () => {
+      wanted = search.value;
+      list();
+    },
+  });
+  const compare = button(
+    "Compare",
+    () => {
+      location.hash = `#/compare?runs=${[...picked].map(encodeURIComponent).join(",")}`;
+    },
+    { class: "strong" },
+  );
+  const all = h("input", {
+    type: "checkbox",
+    checked: archived,
+    onchange: async () => {
+      archived = all.checked;
+      await refresh(archived).catch((error) => toast(error.message, { bad: true }));
+      list();
+    },
+  });
   const found = h("span", { class: "muted", role: "status" });
-  const table = h("table", { class: "runs" }, h("caption", { class: "offscreen" }, "Runs"),
-    h("thead", {}, h("tr", {}, COLUMNS.map(([label, kind]) => h("th", { class: kind, scope: "col" }, label || h("span", { class: "offscreen" }, "Compare"))))), body);
+  const table = h(
+    "table",
+    { class: "runs" },
+    h("caption", { class: "offscreen" }, "Runs"),
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        COLUMNS.map(([label, kind]) =>
+          h("th", { class: kind, scope: "col" }, label || h("span", { class: "offscreen" }, "Compare")),
+        ),
+      ),
+    ),
+    body,
+  );
   const view = {
     pick(run, on) {
       if (on && picked.size >= 6) toast("Six runs at most are compared.");
@@ -86,8 +160,13 @@ export function open(root) {
     say(compare, picked.size ? `Compare ${picked.size}` : "Compare");
   }
   function matches(row) {
-    const text = [title(row), row.run, row.model, row.state, row.note, row.script, ...(row.tags ?? [])].join(" ").toLowerCase();
-    return wanted.toLowerCase().split(/\s+/).every((word) => text.includes(word));
+    const text = [title(row), row.run, row.model, row.state, row.note, row.script, ...(row.tags ?? [])]
+      .join(" ")
+      .toLowerCase();
+    return wanted
+      .toLowerCase()
+      .split(/\s+/)
+      .every((word) => text.includes(word));
   }
   const empty = h("div");
   const tools = h("div", { class: "tools" }, search, compare, h("label", { class: "inline" }, all, "Archived"), found);
@@ -110,7 +189,13 @@ export function open(root) {
       put(body, order);
       if (focused !== document.activeElement && body.contains(focused)) focused.focus();
     }
-    say(found, shown.length === known.length ? `${known.length} run${known.length === 1 ? "" : "s"}` : `${shown.length} of ${known.length} runs`);
+    const more = store.total > store.runs.size ? `, the newest of ${store.total}` : "";
+    say(
+      found,
+      shown.length === known.length && !more
+        ? `${known.length} run${known.length === 1 ? "" : "s"}`
+        : `${shown.length} of ${known.length} runs${more}`,
+    );
   }
 
   add(root, [h("h1", { class: "offscreen" }, "Runs"), tools, holder, empty]);
@@ -123,23 +208,33 @@ export function open(root) {
     keys: {
       j: ["next run", () => move(body.querySelectorAll("a.run-name"), 1)],
       k: ["run before", () => move(body.querySelectorAll("a.run-name"), -1)],
-      c: ["mark for comparing; compare with two marked", () => {
-        const row = focusedRow();
-        if (row) view.pick(row.row.run, !picked.has(row.row.run));
-        else if (picked.size > 1) compare.click();
-      }],
+      c: [
+        "mark for comparing; compare with two marked",
+        () => {
+          const row = focusedRow();
+          if (row) view.pick(row.row.run, !picked.has(row.row.run));
+          else if (picked.size > 1) compare.click();
+        },
+      ],
       C: ["compare the marked runs", () => compare.disabled || compare.click()],
-      a: ["archive, or bring back", async () => {
-        const row = focusedRow()?.row;
-        if (!row || row.source === "log") return;
-        try {
-          await post(ofRun(row.run, "/note"), { note: row.note ?? "", tags: row.tags ?? [], archived: !row.archived });
-          replace({ ...row, archived: !row.archived });
-          toast(row.archived ? "Back among the runs" : "Archived; the box above shows it again");
-        } catch (error) {
-          toast(error.message, { bad: true });
-        }
-      }],
+      a: [
+        "archive, or bring back",
+        async () => {
+          const row = focusedRow()?.row;
+          if (!row || row.source === "log") return;
+          try {
+            await post(ofRun(row.run, "/note"), {
+              note: row.note ?? "",
+              tags: row.tags ?? [],
+              archived: !row.archived,
+            });
+            replace({ ...row, archived: !row.archived });
+            toast(row.archived ? "Back among the runs" : "Archived; the box above shows it again");
+          } catch (error) {
+            toast(error.message, { bad: true });
+          }
+        },
+      ],
     },
   };
 }

@@ -7,7 +7,9 @@ import { alertBadges, stateBadge } from "./state.js";
 
 /** Return the page's title: alerts first, then the newest run. */
 export function pageTitle(view) {
-  const alerts = runs().filter((row) => ["live", "idle", "crashed"].includes(row.state)).reduce((sum, row) => sum + (row.alerts?.length ?? 0), 0);
+  const alerts = runs()
+    .filter((row) => ["live", "idle", "crashed"].includes(row.state))
+    .reduce((sum, row) => sum + (row.alerts?.length ?? 0), 0);
   const run = newest();
   const words = view ?? (run ? `${title(run)} · step ${run.step ?? 0}` : "runs");
   return `${alerts ? `(${alerts} ▲) ` : ""}${words} · jax_client`;
@@ -28,9 +30,15 @@ export function nowLine(line, open) {
     stateBadge(run),
     h("b", {}, name),
     h("span", {}, "step ", h("b", { class: "num" }, number(run.step))),
-    run.loss !== null && run.loss !== undefined ? h("span", {}, "loss ", h("b", { class: "num" }, number(run.loss))) : null,
-    run.reward !== null && run.reward !== undefined ? h("span", {}, "reward ", h("b", { class: "num" }, number(run.reward))) : null,
-    run.tokens_per_second ? h("span", { class: "wide" }, h("b", { class: "num" }, count(run.tokens_per_second)), " tokens/s") : null,
+    run.loss !== null && run.loss !== undefined
+      ? h("span", {}, "loss ", h("b", { class: "num" }, number(run.loss)))
+      : null,
+    run.reward !== null && run.reward !== undefined
+      ? h("span", {}, "reward ", h("b", { class: "num" }, number(run.reward)))
+      : null,
+    run.tokens_per_second
+      ? h("span", { class: "wide" }, h("b", { class: "num" }, count(run.tokens_per_second)), " tokens/s")
+      : null,
     h("span", { class: "wide" }, run.last_saved ? `saved ${ago(run.last_saved)}` : "not saved yet"),
     alertBadges(run.alerts),
   );

@@ -24,8 +24,25 @@ export function noRuns(state) {
     "section",
     { class: "empty" },
     h("h1", {}, "No runs yet"),
-    h("p", {}, "This page shows every run in ", h("code", {}, state?.home ?? "the state directory"), ". Save these lines as ", h("code", {}, "first.py"), ", run them beside it, and the curve appears here within a second."),
-    h("div", { class: "code" }, h("pre", { tabIndex: 0 }, script), button("Copy", () => copy(script, "Script"), { class: "strong" })),
-    h("p", { class: "muted" }, "The first step compiles its programs, which takes up to a minute; the line above says so while it does."),
+    h(
+      "p",
+      {},
+      "This page shows every run in ",
+      h("code", {}, state?.home ?? "the state directory"),
+      ". Save these lines as ",
+      h("code", {}, "first.py"),
+      ", run them beside it, and the curve appears here within a second.",
+    ),
+    h(
+      "div",
+      { class: "code" },
+      h("pre", { tabIndex: 0 }, script),
+      button("Copy", () => copy(script, "Script"), { class: "strong" }),
+    ),
+    h(
+      "p",
+      { class: "muted" },
+      "The first step compiles its programs, which takes up to a minute; the line above says so while it does.",
+    ),
   );
 }

@@ -13,8 +13,13 @@ const MEANS = {
 };
 
 export function stateBadge(row) {
-  const why = row.reason ? `${MEANS[row.state] ?? ""}: ${row.reason}` : MEANS[row.state] ?? "";
-  return h("span", { class: `state ${SIGNS[row.state] ? row.state : "unknown"}`, title: why }, h("span", { "aria-hidden": "true" }, SIGNS[row.state] ?? "○"), ` ${row.state}`);
+  const why = row.reason ? `${MEANS[row.state] ?? ""}: ${row.reason}` : (MEANS[row.state] ?? "");
+  return h(
+    "span",
+    { class: `state ${SIGNS[row.state] ? row.state : "unknown"}`, title: why },
+    h("span", { "aria-hidden": "true" }, SIGNS[row.state] ?? "○"),
+    ` ${row.state}`,
+  );
 }
 
 /** Return the badges of a run's alerts. */
