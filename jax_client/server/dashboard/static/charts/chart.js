@@ -1,6 +1,6 @@
 // How is one metric drawn? By uPlot, of the points that the visible range needs, in the colours of the theme.
 
-import { count, metric, moment, number } from "../core/format.js";
+import { count, metric, clock, day, number } from "../core/format.js";
 import { h, say } from "../core/dom.js";
 
 const HEIGHT = 178;
@@ -117,7 +117,7 @@ export class Chart {
           ]
         : [line];
     });
-    const ticks = axis === "time" ? {} : { incrs: WHOLE, values: (_, splits) => splits.map(count) };
+    const ticks = axis === "time" ? { values: times } : { incrs: WHOLE, values: (_, splits) => splits.map(count) };
     const options = {
       width: this.box.clientWidth,
       height: HEIGHT,
@@ -165,11 +165,7 @@ export class Chart {
       return value === null || value === undefined ? null : (list.length > 1 ? `${i + 1}: ` : "") + number(value);
     });
     const at =
-      this.group.axis === "time"
-        ? moment(x)
-        : this.group.axis === "tokens"
-          ? `${count(x)} tokens`
-          : `step ${number(x)}`;
+      this.group.axis === "time" ? clock(x) : this.group.axis === "tokens" ? `${count(x)} tokens` : `step ${number(x)}`;
     say(this.value, `${values.filter(Boolean).join("  ")} · ${at}`);
     this.group.hover(this.plot, x);
   }
@@ -188,6 +184,17 @@ const tick = (value) =>
     : Math.abs(value) >= 1e4
       ? count(value)
       : String(Number(value.toPrecision(4)));
+
+/** Return the ticks of a time axis in one line: times, and the day at the first of each day. */
+function times(plot, splits, axis, space, step) {
+  return splits.map((time, i) => {
+    const midnight = i > 0 && new Date(time * 1000).getDate() !== new Date(splits[i - 1] * 1000).getDate();
+    if (step >= 86_400 || midnight) return day(time);
+    return clock(time, step < 60)
+      .split(" ")
+      .at(-1);
+  });
+}
 
 // uPlot wants x to grow; points of one x stay in their order, a hair apart.
 function distinct(xs) {

@@ -26,7 +26,7 @@ function made(run, point) {
     recorded: row,
     time: point.time,
     model: { name: row.model ?? title(row) },
-    device: { kind: row.host ?? "device", count: 1 },
+    device: { kind: row.host ?? "device", count: null },
     memory_bytes: memory,
     sampling: {
       rows_running: metrics["sampler/rows_running"],

@@ -64,6 +64,22 @@ export function moment(time) {
   return new Date(time * 1000).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "medium" });
 }
 
+/** Return a unix time in few letters: the time of today, else the day too. */
+export function clock(time, seconds = true) {
+  if (!known(time)) return DASH;
+  const date = new Date(time * 1000);
+  const hours = date.toLocaleTimeString(undefined, {
+    hour: "2-digit",
+    minute: "2-digit",
+    second: seconds ? "2-digit" : undefined,
+    hourCycle: "h23",
+  });
+  return date.toDateString() === new Date().toDateString() ? hours : `${day(time)} ${hours}`;
+}
+
+/** Return the day of a unix time: Nov 29. */
+export const day = (time) => new Date(time * 1000).toLocaleDateString(undefined, { month: "short", day: "numeric" });
+
 export const percent = (value, digits = 0) => (known(value) ? `${(value * 100).toFixed(digits)} %` : DASH);
 
 const METRICS = {

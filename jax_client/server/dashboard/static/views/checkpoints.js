@@ -291,12 +291,12 @@ class Checkpoints {
     if (!answer) return;
     this.hidden.add(row.path);
     this.show();
-    this.offerUndo(row.path, answer.until ?? Date.now() / 1000 + 600);
+    this.offerUndo(row.path, answer.until ?? Date.now() / 1000 + 600, row.name);
     this.body.querySelector(".resume")?.focus();
   }
 
-  offerUndo(path, until) {
-    const name = this.rows.find((row) => row.path === path)?.name || path;
+  offerUndo(path, until, known = "") {
+    const name = known || path;
     undoable(`${name} is deleted`, until, async () => {
       if (await this.tell("undelete", { path }, `${name} is back`)) this.hidden.delete(path);
       this.show();

@@ -58,7 +58,7 @@ function engineCard(engine) {
   const formula = `useful FLOPs per token × tokens per second of device time ÷ the measured matmul rate = ${number(training.useful_flops_per_token)} × ${number(training.tokens_per_second)} ÷ ${number(rate)} per second. Padding and recomputation do not count as useful.`;
   const sampled = samplingSpeed(engine);
   const tiles = [
-    ["train", count(training.tokens_per_second), "tokens/s on the device"],
+    ["train", count(training.tokens_per_second), "tokens/s on device"],
     ["sample", count(sampled), "tokens/s, newest"],
     ["of the matmul rate", percent(training.matmul_fraction, 1), "how it is counted", formula],
     [
@@ -96,7 +96,7 @@ function engineCard(engine) {
         "span",
         { class: "muted" },
         [
-          `${device.kind ?? "device"} × ${device.count ?? 1}`,
+          `${device.kind ?? "device"}${device.count ? ` × ${device.count}` : ""}`,
           engine.dtype,
           mesh(engine.mesh),
           engine.max_context ? `context ${count(engine.max_context)}` : "",

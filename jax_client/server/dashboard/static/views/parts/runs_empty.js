@@ -6,14 +6,14 @@ import { copy } from "../../core/toast.js";
 const SCRIPT = `import jax_client
 from jax_client import types
 
-client = jax_client.ServiceClient().create_lora_training_client("MODEL", rank=8).result()
-tokens = client.get_tokenizer().encode("The lighthouse keeper counts ships, not days.")
-data = types.Datum(
-    model_input=types.ModelInput.from_ints(tokens[:-1]),
-    loss_fn_inputs={"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)},
-)
+service = jax_client.ServiceClient()
+client = service.create_lora_training_client("MODEL", rank=8).result()
+tokens = client.get_tokenizer().encode("The keeper counts ships, not days.")
+inputs = {"target_tokens": tokens[1:], "weights": [1.0] * len(tokens[1:])}
+prompt = types.ModelInput.from_ints(tokens[:-1])
+data = [types.Datum(model_input=prompt, loss_fn_inputs=inputs)] * 4
 for step in range(30):
-    client.forward_backward([data] * 4, "cross_entropy").result()
+    client.forward_backward(data, "cross_entropy").result()
     client.optim_step(types.AdamParams(learning_rate=1e-3)).result()
 print(client.save_state("first").result().path)`;
 
