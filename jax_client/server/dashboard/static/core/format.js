@@ -61,7 +61,7 @@ export function ago(time, now = Date.now() / 1000) {
 /** Return a unix time in the reader's own zone, in full. */
 export function moment(time) {
   if (!known(time)) return "unknown";
-  return new Date(time * 1000).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "medium" });
+  return new Date(time * 1000).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "medium", hourCycle: "h23" });
 }
 
 /** Return a unix time in few letters: the time of today, else the day too. */

@@ -6,8 +6,9 @@ import { copy } from "../../core/toast.js";
 const SCRIPT = `import jax_client
 from jax_client import types
 
+model = "MODEL"
 service = jax_client.ServiceClient()
-client = service.create_lora_training_client("MODEL", rank=8).result()
+client = service.create_lora_training_client(model, rank=8).result()
 tokens = client.get_tokenizer().encode("The keeper counts ships, not days.")
 inputs = {"target_tokens": tokens[1:], "weights": [1.0] * len(tokens[1:])}
 prompt = types.ModelInput.from_ints(tokens[:-1])
