@@ -298,7 +298,7 @@ function compileTable(device, engines) {
     `Compiles (${list.length}, ${span(seconds)})`,
     ["program", "shapes", "seconds", "why", "how", "buffers", "run", "when"],
     rows,
-    list.length < 12,
+    list.length < 30,
   );
 }
 

@@ -378,7 +378,7 @@ class Playground {
                 button("Copy", () => copy(sample.text, "Text"), { class: "plain" }),
                 kept.mode === "chat"
                   ? button(
-                      "Go on from here",
+                      "Continue from here",
                       () => {
                         kept.messages.push({ role: "assistant", content: sample.text }, { role: "user", content: "" });
                         this.showInputs();
