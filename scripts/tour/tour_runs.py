@@ -21,7 +21,7 @@ from rl_tasks import Length
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = Path(__file__).parents[1] / "examples" / "data" / "lighthouse_keeper.jsonl"
 BATCH, LENGTH = 8, 64
-GROUP, MAX_TOKENS = 4, 24
+GROUP, MAX_TOKENS = 4, 32
 
 
 class Runs:

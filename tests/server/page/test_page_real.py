@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import tinker
@@ -20,6 +21,7 @@ from support.page.browser import findings, opened, until
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
+T = TypeVar("T")
 pytestmark = pytest.mark.full
 
 TEXT = "The lamp is lit at dusk, and the keeper counts ships and not days. " * 6
@@ -33,20 +35,35 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = Path(sys.executable).with_name("jax_client")
     home = tmp_path_factory.mktemp("home")
     arguments = ["serve", "--model", EMBEDDED_MODEL, "--state-dir", str(home), "--port", "0", "--no-precompile"]
-    server = subprocess.Popen([command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert server.stdout is not None
-    yield next(line.split("TINKER_BASE_URL=")[1].split()[0] for line in server.stdout if "TINKER_BASE_URL=" in line)
-    server.terminate()
-    server.wait(60)
+    log = home / "serve.log"
+    with log.open("w") as file, subprocess.Popen([command, *arguments], stdout=file, stderr=file) as server:
+        try:
+            while "TINKER_BASE_URL=" not in log.read_text():
+                assert server.poll() is None, log.read_text()
+                time.sleep(0.1)
+            yield log.read_text().split("TINKER_BASE_URL=")[1].split()[0]
+        finally:
+            server.terminate()
+
+
+def aside(call: Callable[..., T], *arguments: Any) -> T:
+    """Call on another thread: the browser's driver has an event loop on this one, where the SDK does not wait."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call, *arguments).result()
 
 
 @pytest.fixture(scope="module")
 def trained(url: str) -> tuple[Any, str]:
     """A client whose run has taken a step, and the path of its weights."""
-    service = tinker.ServiceClient(base_url=url, api_key="tml-any")
-    client = service.create_lora_training_client(EMBEDDED_MODEL, rank=4, user_metadata={"name": "<b>keeper</b>"})
-    step(client)
-    return client, client.save_weights_for_sampler("first").result().path
+
+    def train() -> tuple[Any, str]:
+        service = tinker.ServiceClient(base_url=url, api_key="tml-any")
+        metadata = {"name": "<b>keeper</b>"}
+        client = service.create_lora_training_client(EMBEDDED_MODEL, rank=4, user_metadata=metadata).result()
+        step(client)
+        return client, client.save_weights_for_sampler("first").result().path
+
+    return aside(train)
 
 
 def step(client: Any) -> None:
@@ -65,7 +82,7 @@ def test_steps_are_seen_within_a_second(chromium: Browser, url: str, trained: tu
         shown = "Number(document.querySelector('.facts dd').textContent)"
         before, waited = page.evaluate(shown), []
         for number in (1, 2, 3):
-            step(client)
+            aside(step, client)
             # The recorder writes twice a second; the page has the rest.
             began = time.monotonic()
             until(page, f"{shown} >= {before + number}")
@@ -79,7 +96,7 @@ def test_the_playground_answers_as_the_sdk_does(chromium: Browser, url: str, tra
     tokenizer = load_tokenizer(resolve(EMBEDDED_MODEL))
     prompt = types.ModelInput.from_ints(tokenizer.encode(PROMPT))
     params = types.SamplingParams(max_tokens=16, temperature=0.9, seed=11)
-    expected = client.create_sampling_client(path).sample(prompt, 2, params).result()
+    expected = aside(lambda: client.create_sampling_client(path).result().sample(prompt, 2, params).result())
     with opened(chromium, f"{url}/#/playground") as page:
         page.set_default_timeout(120_000)
         page.wait_for_selector("form.play-form option:nth-child(2)", state="attached")
