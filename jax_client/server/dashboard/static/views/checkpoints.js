@@ -319,7 +319,7 @@ class Checkpoints {
         const url = answer.download ?? answer.link ?? answer.url;
         put(
           link,
-          typeof url === "string" && url.startsWith("/")
+          typeof url === "string" && url.startsWith("/dashboard/")
             ? h("a", { class: "button strong", href: url, download: "" }, "Download the adapter")
             : null,
         );
