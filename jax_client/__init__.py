@@ -1,4 +1,4 @@
-"""What does a user import? Every top-level name of `tinker`, served on this machine; plus `EngineConfig` and `errors`.
+"""What does a user import? Every top-level name of `tinker`, served here; and `EngineConfig`, `log` and `errors`.
 
 Names are loaded on first use, so that `import jax_client` costs milliseconds and never touches a device.
 """
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jax_client import errors as errors
     from jax_client import types as types
     from jax_client.clients.admin import AdminClient as AdminClient
+    from jax_client.clients.log import log as log
     from jax_client.clients.rest import RestClient as RestClient
     from jax_client.clients.sampling import BackcompatSamplingClientFuture as BackcompatSamplingClientFuture
     from jax_client.clients.sampling import SamplingClient as SamplingClient
@@ -34,6 +35,7 @@ _OURS = {
     "SamplingClient": "jax_client.clients.sampling",
     "ServiceClient": "jax_client.clients.service",
     "TrainingClient": "jax_client.clients.training",
+    "log": "jax_client.clients.log",
 }
 _MODULES = ("errors", "types")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
 from jax_client.errors import BadRequestError, UnsupportedError
-from jax_client.host import places
+from jax_client.host import places, reporting
 
 DType = Literal["auto", "bfloat16", "float32"]
 Remat = Literal["auto", "none", "selective", "full"]
@@ -96,6 +96,13 @@ class EngineConfig:
         samplers: further engines that only sample, each with the base weights: on other hosts of the Ray cluster first,
             one on each, then on this host with a share of its chips, on a CPU of its cores. 0 samples with the engine
             that trains.
+        export_metrics: also write the metrics of steps, and those of `jax_client.log`, to "wandb", "trackio" or
+            "tensorboard", or to several, with commas between them; each needs its package. None is
+            `$JAX_CLIENT_EXPORT_METRICS`, and nothing where that is not set.
+        alert_webhook: an https address to which new alerts of open runs are posted as JSON; http to this machine alone.
+            None is `$JAX_CLIENT_ALERT_WEBHOOK`, and nothing where that is not set.
+        alert_hosts: the hosts that `alert_webhook` may name, with commas between them; None is
+            `$JAX_CLIENT_ALERT_HOSTS`.
 
     Raises:
         BadRequestError: a field has a value outside its range; the message names both.
@@ -115,6 +122,9 @@ class EngineConfig:
     map_loss: Mapping[str, str] = field(default_factory=dict)
     hosts: Literal["ray"] | None = None
     samplers: int = 0
+    export_metrics: str | Sequence[str] | None = None
+    alert_webhook: str | None = None
+    alert_hosts: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(DType):
@@ -136,6 +146,9 @@ class EngineConfig:
             raise BadRequestError(f"EngineConfig.hosts is {self.hosts!r}; give 'ray', or None for this host alone.")
         if isinstance(self.samplers, bool) or not isinstance(self.samplers, int) or self.samplers < 0:
             raise BadRequestError(f"EngineConfig.samplers is {self.samplers!r}; give an integer of at least 0.")
+        reporting.tracker_names(self.export_metrics, "EngineConfig.export_metrics")
+        if self.alert_webhook is not None:
+            self.webhook  # noqa: B018
         self._check_places()
         self._check_losses()
         minutes = self.autosave_minutes
@@ -159,6 +172,12 @@ class EngineConfig:
                     f"EngineConfig.mesh[{axis!r}] is {size}; it stays 1 so far. Use data, fsdp, expert and tensor."
                 )
 
+    def to_json(self) -> dict[str, object]:
+        """Return the settings as JSON has them, for the record of a run; paths are texts."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        # An address may hold a secret.
+        return {name: _plain(value) for name, value in values.items() if name != "alert_webhook"}
+
     @property
     def on_several_hosts(self) -> bool:
         """Whether the engine computes on all hosts of a Ray cluster.
@@ -170,6 +189,23 @@ class EngineConfig:
         if chosen not in (None, "ray"):
             raise BadRequestError(f"the environment's JAX_CLIENT_HOSTS is {chosen!r}; set 'ray', or unset it.")
         return chosen == "ray"
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names of the programs to which metrics are exported. Raises BadRequestError for an unknown one."""
+        if self.export_metrics is not None:
+            return reporting.tracker_names(self.export_metrics, "EngineConfig.export_metrics")
+        where = "JAX_CLIENT_EXPORT_METRICS"
+        return reporting.tracker_names(os.environ.get(where), f"the environment's {where}")
+
+    @property
+    def webhook(self) -> str | None:
+        """The address to which alerts are posted. Raises BadRequestError for one that is not allowed."""
+        url, where = self.alert_webhook, "EngineConfig.alert_webhook"
+        if url is None:
+            url, where = os.environ.get("JAX_CLIENT_ALERT_WEBHOOK"), "the environment's JAX_CLIENT_ALERT_WEBHOOK"
+        hosts = os.environ.get("JAX_CLIENT_ALERT_HOSTS") if self.alert_hosts is None else self.alert_hosts
+        return reporting.webhook_url(url, hosts, where)
 
     def check_stability_info(self, record_stability_info: object) -> None:
         """Raise UnsupportedError if stability information is asked for, and no loss stands in for stable_reinforce."""
@@ -199,3 +235,11 @@ class EngineConfig:
                 f"EngineConfig.mirror is {self.mirror!r}; give a URL such as gs://bucket/path, or None. A directory is "
                 "file:///path."
             )
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, list | tuple):
+        return list(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -7,7 +7,7 @@ none of these rooms. At the end of the program the exit steps run on the main th
 |---|---|---|
 | `INTAKE` | sockets of this process accept no more requests | `server/sharing` |
 | `REQUESTS` | saves that were asked for are finished; other waiting requests are dropped | `autosave`, `Engine` |
-| `RUNS` | unsaved steps are saved; mirrors and metrics are written out | `autosave`, `Mirror`, `run_metrics` |
+| `RUNS` | steps and how runs end are saved; mirrors and metrics are written out | `autosave`, `Mirror`, `run_metrics` |
 | `SAMPLING` | the running block of decode steps ends, its rows are dropped | `Engine` |
 | `ENGINES` | engines and pools close; every thread of `threads` is joined | `Engine`, `threads`, each thread's owner |
 | `MEMORY` | base weights, adapters and caches are dropped | `Engine` |

@@ -284,6 +284,8 @@ class BatchWriter(Generic[T]):
         seconds: that a batch may grow.
         most: items of a batch.
         capacity: items that may wait; what is more is dropped. None for any number.
+        tick: `f() -> None`, called on the thread after each `tick_seconds` without an item. What it raises is logged.
+        tick_seconds: None never calls it.
     """
 
     def __init__(
@@ -294,8 +296,12 @@ class BatchWriter(Generic[T]):
         seconds: float,
         most: int,
         capacity: int | None = None,
+        tick: Callable[[], None] | None = None,
+        tick_seconds: float | None = None,
     ) -> None:
         self._name = name
+        self._tick = tick
+        self._tick_seconds = tick_seconds
         self._write = write
         self._seconds = seconds
         self._most = most
@@ -364,7 +370,7 @@ class BatchWriter(Generic[T]):
     def _loop(self) -> None:
         ended = False
         while not ended:
-            batch = [self._queue.get()]
+            batch = [self._next()]
             self._hurry.wait(self._seconds)
             self._hurry.clear()
             try:
@@ -378,11 +384,21 @@ class BatchWriter(Generic[T]):
                 event.set()
             del batch  # a thread that waits must not keep what the last items refer to
 
+    def _next(self) -> T | threading.Event | _End:
+        while True:
+            try:
+                return self._queue.get(timeout=self._tick_seconds)
+            except Empty:
+                if self._tick is not None:
+                    self._guarded(self._tick)
+
     def _hand_on(self, items: list[T]) -> None:
-        if not items:
-            return
+        if items:
+            self._guarded(lambda: self._write(items))
+
+    def _guarded(self, function: Callable[[], None]) -> None:
         try:
-            self._write(items)
+            function()
         except Exception:
             if not self._reported:
                 self._reported = True

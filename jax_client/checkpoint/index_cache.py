@@ -57,6 +57,8 @@ class IndexCache:
             unused="checkpoints are listed from their manifests",
             quiet=True,
         )
+        # What this object has seen: a list that is asked for again and again needs neither the file nor its seals.
+        self._seen: dict[str, dict[Row, tuple[Stamp, JsonObject]]] = {}
 
     def look_up(
         self,
@@ -73,7 +75,14 @@ class IndexCache:
             read: reads an entry, JSON, from the files; None leaves the key out and remembers nothing.
             run_id: all keys are of this run; None says that they are all there are, so that others are forgotten.
         """
+        seen = self._seen.setdefault(table, {})
+        if all(key in seen and seen[key][0] == stamp for key, stamp in stamps.items()) and (
+            run_id is not None or len(seen) == len(stamps)
+        ):
+            return [dict(seen[key][1]) for key in stamps]
         known = self._remembered(table, run_id)
+        if run_id is None:
+            seen.clear()
         new: list[tuple[Row, Stamp, bytes]] = []
         found: list[JsonObject] = []
         for key, stamp in stamps.items():
@@ -83,13 +92,15 @@ class IndexCache:
                 if entry is None:
                     continue
                 new.append((key, stamp, sealed.seal({"key": key, "entry": entry}, "entry")))
-            found.append(entry)
+            found.append(dict(entry))
+            seen[key] = stamp, entry
         if new or known:
             self._remember(table, new, known)
         return found
 
     def forget_all(self) -> None:
         """Delete the file; the next listing makes it anew."""
+        self._seen.clear()
         self._file.delete()
 
     def _remembered(self, table: Table, run_id: str | None) -> dict[Row, tuple[Stamp, bytes]]:

@@ -80,8 +80,9 @@ class CheckpointReader:
     def newest_versions(self, run_id: str) -> Iterator[tuple[CheckpointKey, Path]]:
         """Yield the checkpoints of a run, each with its newest version; only names are read."""
         try:
+            run = run_directory(self._runs, run_id)
             for kind in KINDS:
-                for directory in children(run_directory(self._runs, run_id) / kind):
+                for directory in children(run / kind):
                     version = newest_version(directory) if is_name(directory.name) else None
                     if version is not None:
                         yield CheckpointKey(run_id, kind, directory.name), version

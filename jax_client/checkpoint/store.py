@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -262,8 +262,9 @@ class CheckpointStore(StateDirectory):
         ids = run_ids(self._runs) if run_id is None else [run_id]
         keys, stamps = {}, {}
         for key, version in (found for one in ids for found in self._reader.newest_versions(one)):
-            keys[astuple(key)] = key
-            stamps[astuple(key)] = stamp(version / manifest.FILE_NAME, version / tags.FILE_NAME)
+            row = (key.run_id, key.kind, key.name)
+            keys[row] = key
+            stamps[row] = stamp(version / manifest.FILE_NAME, version / tags.FILE_NAME)
 
         def read(row: Row) -> JsonObject | None:
             try:

@@ -5,7 +5,9 @@ The commands list, verify, delete, expire, export, download and import them.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
@@ -138,6 +140,7 @@ def verify(home: Path, paths: tuple[CheckpointKey, ...], as_json: bool) -> None:
         if not as_json:
             status = click.style(f"{result['status']:<8}", fg="green" if result["status"] == "OK" else "red", bold=True)
             click.echo(f"{status} {path}" + (f"  {output.shown(result['problem'])}" if result["problem"] else ""))
+    _record(home, results)
     if as_json:
         output.print_json(results)
     elif not results:
@@ -177,14 +180,14 @@ def delete(home: Path, paths: tuple[CheckpointKey, ...], yes: bool) -> None:
 @reads_state
 def ttl(home: Path, path: CheckpointKey, seconds: str) -> None:
     """Let a checkpoint expire SECONDS from now, or never."""
-    from jax_client.runs import checks
+    from jax_client.runs.lifetimes import ttl as check_ttl  # `checks` would import the SDK
 
     with wrong_usage("SECONDS"):
         try:
             number = None if seconds == "never" else int(seconds)
         except ValueError:
             raise BadRequestError(f"{seconds!r} is neither a whole number nor 'never'.") from None
-        lifetime = checks.ttl(number)
+        lifetime = check_ttl(number)
     expires = output.iso_time(open_store(home).set_ttl(path, lifetime).expires_at)
     click.echo(f"{path} expires {output.human_time(expires) if expires else 'never'}")
 
@@ -323,6 +326,16 @@ def _row(entry: CheckpointEntry) -> tuple[str, ...]:
         output.shown(entry["base_model"]),
         entry["path"],
     )
+
+
+def _record(home: Path, results: Sequence[VerifyEntry]) -> None:
+    """Keep what was found, for listings; a directory that cannot be written keeps nothing."""
+    from jax_client.runs.overview.verified import Verified
+
+    found = {result["path"]: result["problem"] for result in results if result["status"] != "NEWER"}
+    if found:
+        with contextlib.suppress(RequestFailedError):
+            Verified(home).record_all(found)
 
 
 def _verify(store: CheckpointStore, path: CheckpointKey) -> VerifyEntry:

@@ -18,16 +18,22 @@ def print_json(objects: Sequence[Mapping[str, object]]) -> None:
     click.echo(json.dumps(objects, indent=2))
 
 
-def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[str] = ()) -> None:
+def print_table(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Iterable[str] = (),
+    colours: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
     """Print rows under their headers: styled on a terminal, plain aligned text elsewhere.
 
     Lines are not wrapped or cut, because a path must be copied whole: its column comes last.
 
     Args:
         right: the headers of columns that are flush right.
+        colours: by header, the colour of each value on a terminal.
     """
     if sys.stdout.isatty():
-        _print_rich_table(headers, rows, set(right))
+        _print_rich_table(headers, rows, set(right), colours or {})
         return
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     flush_right = [header in set(right) for header in headers]
@@ -39,7 +45,9 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: It
         click.echo("  ".join(cells).rstrip())
 
 
-def _print_rich_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: set[str]) -> None:
+def _print_rich_table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], right: set[str], colours: Mapping[str, Mapping[str, str]]
+) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -51,7 +59,8 @@ def _print_rich_table(headers: Sequence[str], rows: Sequence[Sequence[str]], rig
         table.add_column(header, no_wrap=True, justify=justify, style=style)
     for row in rows:
         # As Text, because a name may look like rich's markup.
-        table.add_row(*(Text(cell) for cell in row))
+        styles = [colours.get(header, {}).get(cell, "") for header, cell in zip(headers, row, strict=True)]
+        table.add_row(*(Text(cell, style=style) for cell, style in zip(row, styles, strict=True)))
     # The terminal wraps what is too long; rich would cut it.
     Console(width=10_000, highlight=False).print(table)
 

@@ -121,6 +121,15 @@ SHARED = (
     _engine_option("precompile", help="Compile likely programs in the background."),
     _engine_option("record-metrics", help="Keep the metrics and events of runs in the state directory."),
     _engine_option(
+        "export-metrics",
+        metavar="NAMES",
+        help="Also write the metrics of steps to wandb, trackio or tensorboard, where they are installed.",
+    ),
+    _engine_option(
+        "alert-webhook", metavar="URL", help="Post new alerts of open runs there: https, to a host of --alert-hosts."
+    ),
+    _engine_option("alert-hosts", metavar="HOSTS", help="The hosts that --alert-webhook may name."),
+    _engine_option(
         "compilation-cache-dir",
         metavar="DIR|URL",
         help="Compiled programs; else under ~/.cache/jax_client. A URL is such as gs://bucket/path.",

@@ -21,6 +21,7 @@ from jax_client.clients.sdk_errors import StaysInProcess, register_as_sdk_class,
 from jax_client.clients.training import BackcompatTrainingClientFuture, TrainingClient, note_access_token
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, BadTypeError
+from jax_client.host.program import error_in_words, program_name
 from jax_client.runs import checks
 from jax_client.runs.lifecycle import autosave
 from jax_client.runs.lifecycle.base_models import BaseModels
@@ -105,6 +106,7 @@ class ServiceClient(StaysInProcess):
             user_metadata=checks.user_metadata_or_none(user_metadata),
             project_id=checks.text_or_none("project_id", project_id or os.environ.get("TINKER_PROJECT_ID") or None),
             display_name=checks.text_or_none("display_name", display_name),
+            script=program_name(),
         )
         self._session = Session(config, info, models=_models)
         self._process = os.getpid()
@@ -121,7 +123,8 @@ class ServiceClient(StaysInProcess):
         if exc_type is None:
             self.close("success").result()
         else:
-            self.close("errored" if issubclass(exc_type, Exception) else "interrupted").result()
+            status = "errored" if issubclass(exc_type, Exception) else "interrupted"
+            self.close(status, None if exc_value is None else error_in_words(exc_value)).result()
 
     def create_lora_training_client(
         self,

@@ -151,6 +151,7 @@ class MetricsStore:
             shrinks=True,
             damaged=DAMAGED,
         )
+        self._summaries: dict[str, tuple[str, Summary | None]] = {}
         # The first look is at once: a file may have become too large before.
         self._until_look = 0
 
@@ -190,6 +191,15 @@ class MetricsStore:
 
         return self._reading(work, Found(cursor=since))
 
+    def newest(self) -> Cursor:
+        """Return the newest point and event that the file has had, of whichever run; thinning takes nothing back."""
+
+        def work(database: sqlite3.Connection) -> Cursor:
+            found = dict(database.execute("SELECT name, seq FROM sqlite_sequence").fetchall())
+            return Cursor(point=found.get("points", 0), event=found.get("events", 0))
+
+        return self._reading(work, Cursor())
+
     def overview(self, run: str, since: Cursor | None = None, *, most: int) -> Found:
         """Return all that a run has after a cursor, of each kind at most `most` points (2 or more), evenly spread.
 
@@ -216,8 +226,16 @@ class MetricsStore:
     def summaries(self) -> dict[str, Summary]:
         """Return the summary of every run, by its id."""
 
+        def parsed(run: str, text: str) -> Summary | None:
+            known = self._summaries.get(run)
+            if known is None or known[0] != text:
+                known = self._summaries[run] = text, _summary(text)
+            return known[1]
+
         def work(database: sqlite3.Connection) -> dict[str, Summary]:
-            found = {run: _summary(text) for run, text in database.execute("SELECT run, summary FROM summaries")}
+            found = {run: parsed(run, text) for run, text in database.execute("SELECT run, summary FROM summaries")}
+            for run in self._summaries.keys() - found:
+                self._summaries.pop(run, None)
             # Those that an earlier version of this package wrote have none.
             query = "SELECT run FROM series UNION SELECT run FROM events EXCEPT SELECT run FROM summaries"
             missing = [run for (run,) in database.execute(query)]
@@ -262,7 +280,7 @@ def _summarise(
         if isinstance(each, Point):
             changed[each.run].add_point(each.kind, each.step, each.time, _storable(each.metrics))
         else:
-            changed[each.run].add_event(each.kind, each.time, each.details)
+            changed[each.run].add_event(each.kind, each.step, each.time, each.details)
     for sign in signs:
         changed[sign.run].add_sign(sign.time, sign.compiling)
     rows = [(run, _json(summary.to_json())) for run, summary in changed.items()]
@@ -281,7 +299,7 @@ def _from_points(database: sqlite3.Connection, run: str) -> Summary:
     """Make the summary of a run of an earlier version: from its starts and ends, and what is left of its points."""
     summary = Summary()
     for row in database.execute(_EVENTS, (run, 0, -1)):
-        summary.add_event(row[1], row[3], json.loads(row[4]))
+        summary.add_event(row[1], row[2], row[3], json.loads(row[4]))
     ended = summary.ended
     for row in database.execute(_POINTS, (run, 0, -1)):
         summary.add_point(row[1], row[2], row[3], json.loads(row[4]))

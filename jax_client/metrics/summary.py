@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TypeVar
 
 from jax_client.values import JsonObject
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Curve:
-    """At most `CURVE` evenly spread values of a series that goes on."""
+    """At most `CURVE` evenly spread values of a series that grows."""
 
     values: list[float] = field(default_factory=list)
     stride: int = 1
@@ -99,7 +99,10 @@ class Summary:
         self._alive(time)
         if kind == "device":
             return
-        self.step = max(self.step, step)
+        if kind == "step":
+            self.step = step
+        elif not self.steps:  # a loop may count its own way
+            self.step = max(self.step, step)
         bad = sum(int(value) for name, value in metrics.items() if name.startswith("nonfinite/"))
         if kind == "step":
             self.steps += 1
@@ -115,7 +118,7 @@ class Summary:
         if kind in ("step", "user"):
             self._add_values(kind, step, metrics)
 
-    def add_event(self, kind: str, time: float, details: Mapping[str, object]) -> None:
+    def add_event(self, kind: str, step: int, time: float, details: Mapping[str, object]) -> None:
         """Add what an event says."""
         if kind == "end":
             how, text = details.get("how", "closed"), details.get("text", "")
@@ -124,6 +127,8 @@ class Summary:
             return
         if kind == "start":
             self.ended = None
+        if kind in ("start", "load"):
+            self.step = step
         self._alive(time)
 
     def add_sign(self, time: float, compiling: str) -> None:
@@ -148,14 +153,15 @@ class Summary:
             _keep(self.kls, [step, kl])
 
     def to_json(self) -> JsonObject:
-        """Return the fields as JSON has them."""
-        return asdict(self)
+        """Return the fields as JSON has them, not copied: this is done at every write."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: asdict(value) if isinstance(value, Curve) else value for name, value in values.items()}
 
     @classmethod
-    def from_json(cls, fields: JsonObject) -> Summary:
+    def from_json(cls, values: JsonObject) -> Summary:
         """Undo `to_json`. Raises TypeError or KeyError for what is none."""
-        curves = {name: Curve(**fields[name]) for name in ("loss_curve", "reward_curve")}
-        return cls(**{**fields, **curves})
+        curves = {name: Curve(**values[name]) for name in ("loss_curve", "reward_curve")}
+        return cls(**{**values, **curves})
 
 
 def mean_loss(metrics: Mapping[str, float]) -> float | None:

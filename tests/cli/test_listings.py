@@ -16,7 +16,7 @@ from support.command_line import GOOD, LATER, OTHER, RUN, SAMPLER, damage
 def test_runs_are_listed_newest_first(cli, home):
     table = cli("runs", "list")
     header, *rows = table.out.splitlines()
-    assert " ".join(header.split()) == "CREATED LAST CHECKPOINT STEPS CHECKPOINTS SIZE RANK BASE MODEL RUN"
+    assert " ".join(header.split()) == "NAME STATE STEP LOSS TOKENS UPDATED BASE MODEL RUN"
     assert [row.split()[-1] for row in rows] == [OTHER, RUN]
     assert "(just now)" in rows[0] and "org/model" in rows[0] and table.err == ""
     newest, oldest = cli("runs", "list", "--json").json
@@ -25,7 +25,9 @@ def test_runs_are_listed_newest_first(cli, home):
     assert oldest["last_checkpoint"] == SAMPLER and oldest["user_metadata"] == {"note": "first\ttry"}
     assert set(newest) == {
         "run_id", "base_model", "rank", "created", "steps", "checkpoints", "size_bytes", "last_checkpoint",
-        "last_saved", "user_metadata", "key",
+        "last_saved", "user_metadata", "key", "source", "name", "script", "state", "reason", "updated", "ended", "loss",
+        "reward", "tokens", "tokens_per_second", "wall_seconds", "resumed_from", "parent", "children", "pid", "host",
+        "alerts", "note", "tags", "archived",
     }  # fmt: skip
     assert cli("runs", "list", "--limit", "1", "--json").json == [newest]
     assert "1 of 2 runs" in cli("runs", "list", "--limit", "1").err

@@ -17,7 +17,7 @@ CHECKPOINT_COMMANDS = ("list", "info", "verify", "delete", "ttl", "export", "imp
 
 
 def test_usage_is_explained_in_a_line(cli):
-    assert "No such option '--bogus'. See 'jax_client runs list --help'" in cli("runs", "list", "--bogus").error(2)
+    assert "No such option '--frob'. See 'jax_client runs list --help'" in cli("runs", "list", "--frob").error(2)
     assert "No such command" in cli("frobnicate").error(2)
     for arguments in ((), ("run",), ("runs",), ("checkpoint",)):
         done = cli(*arguments)
@@ -36,10 +36,10 @@ def test_usage_is_explained_in_a_line(cli):
     ],
 )
 def test_other_errors_are_a_line_and_a_code(cli, home, monkeypatch, error, code, text):
-    def fail(home: Path) -> None:
+    def fail(home: Path, logs: object) -> None:
         raise error
 
-    monkeypatch.setattr("jax_client.cli.runs.open_store", fail)
+    monkeypatch.setattr("jax_client.cli.runs.listing.open_overview", fail)
     done = cli("runs", "list")
     assert done.code == code and text in done.err and "Traceback" not in done.err
     if code != 130:

@@ -130,7 +130,7 @@ def test_a_program_trains_behind_a_dead_proxy_and_is_interrupted(start, model, t
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=120)
     assert (run.returncode, out) == (130, ""), err
-    own = ["state", "loading", "loaded", "ready:", "stopping:"]
+    own = ["state", "loading", "loaded", "dashboard:", "ready:", "stopping:"]
     assert [word for word in stages_of(err.splitlines()) if word in own] == own
     assert "create_training_client_from_state_with_optimizer(" in err and "/weights/autosave-0" in err
     assert [record.step for record in CheckpointStore(tmp_path / "home").list()] == [1]

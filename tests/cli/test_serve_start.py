@@ -201,9 +201,10 @@ def test_a_server_starts_without_torch_and_compiles(start, model, monkeypatch):
     while not lines or not lines[-1].startswith("ready: "):
         lines.append(server.stderr.readline())
         assert lines[-1], lines
-    assert stages_of(lines) == ["state", "loading", "loaded", "compiling", "compiled", "HTTP_PROXY", "ready:"]
+    stages = ["state", "loading", "loaded", "compiling", "compiled", "dashboard:", "HTTP_PROXY", "ready:"]
+    assert stages_of(lines) == stages
     assert "need no_proxy=127.0.0.1 NO_PROXY=127.0.0.1" in lines[-2]
-    assert " programs, " in lines[-3] and not lines[-3].startswith(f"compiled {model}: 0 ")
+    assert " programs, " in lines[-4] and not lines[-4].startswith(f"compiled {model}: 0 ")
     # The terminal goes: it saves and ends as on SIGTERM.
     server.send_signal(signal.SIGHUP)
     assert "stopping: " in server.communicate(timeout=120)[1]

@@ -323,7 +323,7 @@ def test_the_command_serves_until_a_signal_and_saves(model: str, tmp_path: Path)
     while not lines or not lines[-1].startswith("ready: "):
         lines.append(server.stderr.readline())
         assert lines[-1], lines
-    assert [line.split()[0] for line in lines] == ["state", "loading", "loaded", "ready:"]
+    assert [line.split()[0] for line in lines] == ["state", "loading", "loaded", "dashboard:", "ready:"]
     url = lines[-1].split()[1].removeprefix("TINKER_BASE_URL=")
     second = serve(tmp_path)
     assert second.communicate(timeout=60)[1].startswith(f"error: {tmp_path} is served by process {server.pid} on ")

@@ -231,6 +231,10 @@ def _result(adapter: Adapter | None, examples: list[TrainExample], metrics: dict
     )
 
 
+def _text(ids: list[int], **_: object) -> str:
+    return str(ids)
+
+
 class FakeModels(BaseModels):
     """Base models on fake engines; `opened` are the engines.
 
@@ -242,7 +246,7 @@ class FakeModels(BaseModels):
     def __init__(self, *, files: bool = False) -> None:
         self.opened: list[FakeEngine] = []
         self._fingerprint: Callable[[ModelSource], str] = lambda source: f"weights of {source.name}"
-        tokenizer = lambda source: cast(Any, SimpleNamespace(name=source.name, decode=str))  # noqa: E731
+        tokenizer = lambda source: cast(Any, SimpleNamespace(name=source.name, decode=_text))  # noqa: E731
         loader = Loader(open_engine=self._open, load_tokenizer=tokenizer)
         if files:
             self._fingerprint = fingerprint

@@ -55,8 +55,12 @@ def checkpoint_directory(runs: Path, key: CheckpointKey) -> Path:
 
 def children(directory: Path) -> list[Path]:
     """Return what is in a directory, sorted, without the dotted names; nothing where there is none."""
+    return [directory / name for name in _names(directory)]
+
+
+def _names(directory: Path) -> list[str]:
     try:
-        return [directory / name for name in sorted(os.listdir(directory)) if not name.startswith(".")]
+        return sorted(name for name in os.listdir(directory) if not name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
         return []
 
@@ -69,4 +73,6 @@ def versions(directory: Path) -> list[Path]:
 
 def newest_version(directory: Path) -> Path | None:
     """Return the version of a checkpoint that counts."""
-    return (versions(directory) or [None])[-1]
+    # By names alone: a listing asks this of every checkpoint.
+    numbers = [name for name in _names(directory) if name.isascii() and name.isdigit()]
+    return directory / max(reversed(numbers), key=int) if numbers else None

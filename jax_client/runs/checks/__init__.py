@@ -16,11 +16,11 @@ from jax_client.runs.checks.settings import (
     refuse_optimizer,
     tags,
     text_or_none,
-    ttl,
     user_metadata,
     user_metadata_or_none,
     warmup_lengths,
 )
+from jax_client.runs.lifetimes import ttl
 
 __all__ = [
     "adam_settings",

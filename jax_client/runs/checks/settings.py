@@ -24,8 +24,6 @@ MAX_BETA = 0.9999999
 # Of a name for people: display_name, project_id, a tag.
 MAX_TEXT = 1_000
 MAX_TAGS = 100
-MIN_TTL_SECONDS = 3600
-MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
 
 
 class NothingToTrainError(BadRequestError, AssertionError):
@@ -231,15 +229,3 @@ def checkpoint_name(name: object) -> str:
             "letter or digit, at most 128 characters. Use a plain name such as 'step-0100', not a path."
         )
     return name
-
-
-def ttl(ttl_seconds: object) -> int | None:
-    """Return a time to live in seconds, from one hour to ten years; None is for ever.
-
-    Raises:
-        BadTypeError: not an integer.
-        BadRequestError: out of range.
-    """
-    if ttl_seconds is None:
-        return None
-    return integer("ttl_seconds", ttl_seconds, MIN_TTL_SECONDS, MAX_TTL_SECONDS, "None never expires.")

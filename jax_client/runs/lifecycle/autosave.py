@@ -20,8 +20,9 @@ from types import FrameType
 from typing import TypeVar, cast
 
 from jax_client import interpreter_end, process
+from jax_client.host.program import error_in_words, unhandled_error
 from jax_client.process import Step
-from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
+from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer, forget_open_runs, note_ends
 from jax_client.runs.results import run_metrics
 from jax_client.threads import start_thread
 from jax_client.values import CheckpointKey
@@ -45,9 +46,13 @@ class _Watch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _SaveAll:
-    """Save every watched run, then wait at most `mirror_seconds` for the mirrors; `done` is set at the end."""
+    """Save every watched run, then wait at most `mirror_seconds` for the mirrors; `done` is set at the end.
+
+    `signal` names the signal for which this is asked, "" for none.
+    """
 
     mirror_seconds: float
+    signal: str = ""
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -135,7 +140,7 @@ def handle_sigterm() -> None:
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
     # On another thread, and with a limit: this one was interrupted anywhere, perhaps with a lock held.
-    _save_all(SIGNAL_SECONDS, mirror_seconds=SIGNAL_SECONDS)
+    _save_all(SIGNAL_SECONDS, mirror_seconds=SIGNAL_SECONDS, signal_name=signal.Signals(number).name)
     if callable(_previous):
         _previous(number, frame)
         return
@@ -150,6 +155,7 @@ def _after_fork() -> None:
     _lock, _asked, _thread = threading.Lock(), SimpleQueue(), None
     _watched.clear()
     _explicit.clear()
+    forget_open_runs()
     if signal.getsignal(signal.SIGTERM) is _on_sigterm:
         signal.signal(signal.SIGTERM, _previous if callable(_previous) else signal.SIG_DFL)
 
@@ -197,16 +203,16 @@ def _save_due() -> None:
 def _finish(checkpointer: RunCheckpointer) -> None:
     save_now([checkpointer])
     try:
-        checkpointer.end(wait=False)
+        checkpointer.end("forgotten", wait=False)
     except Exception as error:
         logger.warning("run %s could not be ended: %s", checkpointer.run_id, error)
 
 
-def _save_all(seconds: float | None = None, mirror_seconds: float = 0.0) -> None:
+def _save_all(seconds: float | None = None, mirror_seconds: float = 0.0, signal_name: str = "") -> None:
     """Have the thread save every watched run; wait for it, at most `seconds`."""
     if _thread is None or not _thread.is_alive():
         return
-    asked = _SaveAll(mirror_seconds)
+    asked = _SaveAll(mirror_seconds, signal_name)
     _asked.put(asked)
     asked.done.wait(seconds)
 
@@ -217,6 +223,9 @@ def _save_watched(asked: _SaveAll) -> None:
             # Those that are forgotten, too, until they are saved.
             checkpointers = list(_watched)
         save_now(checkpointers)
+        if asked.signal:
+            # Not final: a handler of the program's own may end it in order, or let it continue.
+            note_ends("signal", asked.signal, final=False)
         run_metrics.shared.flush()
         for store in {checkpointer.store for checkpointer in checkpointers}:
             if asked.mirror_seconds:
@@ -230,7 +239,22 @@ def _save_after_loss() -> list[str]:
     with _lock:
         checkpointers = list(_watched)
     _save_all(SIGNAL_SECONDS, mirror_seconds=0.0)
+    note_ends("lost")
+    run_metrics.shared.flush()
     return [f"Run {each.run_id}: {'no checkpoint' if each.newest is None else each.newest}." for each in checkpointers]
+
+
+def _save_at_exit() -> None:
+    """Save every watched run, and record how the program ends."""
+    _save_all()
+    error = unhandled_error()
+    if error is None:
+        note_ends("exit")
+    elif isinstance(error, KeyboardInterrupt):
+        note_ends("interrupted", "Ctrl-C")
+    else:
+        note_ends("exception", error_in_words(error))
+    run_metrics.shared.flush()
 
 
 def _end_thread() -> None:
@@ -242,7 +266,7 @@ process.register(
     "the runs that save themselves, the thread that saves them, and the saves that were asked for",
     at_exit={
         Step.REQUESTS: lambda: wait(_explicit.copy()),
-        Step.RUNS: _save_all,
+        Step.RUNS: _save_at_exit,
         Step.ENGINES: _end_thread,
     },
     after_fork=_after_fork,

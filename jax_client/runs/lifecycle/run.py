@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -15,13 +14,13 @@ from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Protocol, Typ
 from tinker import types
 
 from jax_client.engine.core.requests import CustomLoss, TrainResult
-from jax_client.errors import NotFoundError, RequestFailedError
 from jax_client.runs import checks
 from jax_client.runs.lifecycle import autosave
 from jax_client.runs.lifecycle.base_models import ModelRef
 from jax_client.runs.lifecycle.futures import then
 from jax_client.runs.lifecycle.order import RequestOrder
 from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
+from jax_client.runs.lifecycle.run_record import record_of, reporting_of, user_metadata_of
 from jax_client.runs.lifecycle.sampler_handle import SamplerHandle, WeightsFeed
 from jax_client.runs.lifecycle.session import Session
 from jax_client.runs.paths import training_path
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from jax_client.engine.core.turns import Lane
     from jax_client.torch_graph.program import GraphProgram
 
-logger = logging.getLogger(__name__)
 A = TypeVar("A")
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -329,7 +327,7 @@ class Run:
             return None
         path, step = saved
         autosave.unwatch(self._checkpointer)
-        self._checkpointer.end()
+        self._checkpointer.end("unloaded")
         if announce and step is not None:
             autosave.announce(self.run_id, path, step)
         return path
@@ -358,17 +356,6 @@ def create_run(
     return _open(session, run_id, model_ref, lane, adapter, spec, user_metadata, step=0)
 
 
-def _user_metadata(session: Session, run_id: str) -> Mapping[str, str] | None:
-    """Return the user's metadata of a run; None if its record is gone, which is no reason not to continue the run."""
-    try:
-        return session.store.run(run_id).get("user_metadata")
-    except NotFoundError:
-        return None
-    except RequestFailedError as error:
-        logger.warning("%s", error)
-        return None
-
-
 def resume_run(
     session: Session,
     run_id: str,
@@ -388,7 +375,7 @@ def resume_run(
     if not optimizer:
         state = replace(state, step=0, mu=None, nu=None)
     if user_metadata is None:
-        user_metadata = _user_metadata(session, path.run_id)
+        user_metadata = user_metadata_of(session, path.run_id)
     lane = model_ref.model.engine.open_lane(session.owner_name)
     adapter = model_ref.model.engine.open_adapter(lane, state).result()
     spec = api_records.saved_spec(record)
@@ -407,20 +394,11 @@ def _open(
     step: int,
     source: CheckpointKey | None = None,
 ) -> Run:
-    metadata = api_records.run_metadata(
-        session_id=session.session_id,
-        base_model=model_ref.source.lasting_name,
-        spec=spec,
-        user_metadata=user_metadata,
-        project_id=session.info.project_id,
-        display_name=session.info.display_name,
-        session_metadata=session.info.user_metadata,
-    )
-
     def record() -> RunLock:
         claim = session.store.lock_run(run_id)
         try:
-            session.store.put_run(run_id, metadata)
+            name = model_ref.source.lasting_name
+            session.store.put_run(run_id, record_of(session, run_id, name, spec, user_metadata, source))
         except BaseException:
             claim.release()
             raise
@@ -432,7 +410,14 @@ def _open(
     except BaseException:
         engine.release(adapter)
         raise
-    observed = run_metrics.observe(run_id, engine.monitor, session.state_dir, step, on=session.config.record_metrics)
+    observed = run_metrics.observe(
+        run_id,
+        engine.monitor,
+        session.state_dir,
+        step,
+        on=session.config.record_metrics,
+        reporting=reporting_of(session, run_id),
+    )
     observed.event("start", step, base_model=model_ref.name, rank=spec.rank, origin=source and str(source))
     checkpointer = RunCheckpointer(
         store=session.store,

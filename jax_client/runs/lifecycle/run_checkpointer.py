@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jax_client.checkpoint.disk import files
 from jax_client.engine.core.requests import AdamSettings
@@ -30,8 +31,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# How a run ends: closed in order, or with the words of its session; unloaded, until it is used again; forgotten by its
+# program; with the program, in order or by an exception; by a signal; with hosts or devices that were lost.
+End = Literal["closed", "errored", "interrupted", "unloaded", "forgotten", "exit", "exception", "signal", "lost"]
+_open: weakref.WeakSet[RunCheckpointer] = weakref.WeakSet()
+
 # Two, so that the older one is still there should the disk damage the newer.
 SLOTS = ("autosave-0", "autosave-1")
+
+
+def note_ends(how: End, text: str = "", *, final: bool = True) -> None:
+    """Record the end of every run that this process has open; see `RunCheckpointer.note_end`."""
+    for checkpointer in list(_open):
+        checkpointer.note_end(how, text, final=final)
+
+
+def forget_open_runs() -> None:
+    """Know of no open run, in a forked process: its parent has them."""
+    _open.clear()
 
 
 class RunCheckpointer:
@@ -86,6 +103,14 @@ class RunCheckpointer:
         self._autosaved: tuple[CheckpointKey, Version] | None = None
         self._ended = False
         self._lock = threading.Lock()
+        _open.add(self)
+
+    def note_end(self, how: End, text: str, *, final: bool) -> None:
+        """Record that the process ends, how, and why; `final` says that it does so for certain. Never raises."""
+        if not self._ended:
+            self._claim.note_end(how, text)
+            if final:
+                self.observed.end(how, text)
 
     def write(
         self,
@@ -196,19 +221,21 @@ class RunCheckpointer:
         self._autosaved = path, held.version
         return path
 
-    def end(self, *, wait: bool = True) -> None:
+    def end(self, how: End, text: str = "", *, wait: bool = True) -> None:
         """Give back the adapter's memory, the run and the base model; ending again does nothing.
 
         Args:
+            how: it ends, for the record.
+            text: more about that.
             wait: for the end of the engine, if no one else uses the base model.
         """
         with self._lock:
             if self._ended:
                 return
             self._ended = True
-        self.observed.end()
+        self.observed.end(how, text)
         self._engine.release(self._adapter)
-        self._claim.release()
+        self._claim.release(how, text)
         if wait:
             self._model_ref.release()
         else:

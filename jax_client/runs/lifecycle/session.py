@@ -18,10 +18,11 @@ from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import EngineConfig, default_mirror, default_state_dir
 from jax_client.errors import BadRequestError, NotFoundError
 from jax_client.host import places
+from jax_client.host.reporting import check_installed
 from jax_client.runs.lifecycle import autosave, base_models
 from jax_client.runs.lifecycle.base_models import BaseModels, ModelRef
 from jax_client.runs.lifecycle.futures import background, link, settled, then
-from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
+from jax_client.runs.lifecycle.run_checkpointer import End, RunCheckpointer
 from jax_client.runs.results import run_metrics
 from jax_client.threads import Workers
 from jax_client.values import JsonObject, Owner
@@ -35,6 +36,8 @@ T = TypeVar("T")
 # Most that closing waits for uploads.
 MIRROR_SECONDS = 300.0
 Status = Literal["success", "errored", "interrupted"]
+# What the runs of a closed session record of their end.
+_ENDS: dict[Status, End] = {"success": "closed", "errored": "errored", "interrupted": "interrupted"}
 
 
 class SessionClosedError(NotFoundError, RuntimeError):
@@ -43,11 +46,12 @@ class SessionClosedError(NotFoundError, RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionInfo:
-    """What the user said about a session."""
+    """What the user said about a session; `script` is the program that made it, where that is known."""
 
     user_metadata: Mapping[str, str] | None = None
     project_id: str | None = None
     display_name: str | None = None
+    script: str | None = None
 
     def to_json(self) -> JsonObject:
         """Return the fields as JSON has them."""
@@ -105,6 +109,8 @@ class Session:
     ) -> None:
         self.owner = owner
         self.config = config or EngineConfig()
+        check_installed(self.config.trackers)
+        _ = self.config.webhook  # raises here, where nothing has begun
         self.info = info or SessionInfo()
         self.session_id = session_id or str(uuid.uuid4())
         self.models = models or base_models.shared
@@ -115,6 +121,7 @@ class Session:
         self._in_flight: set[Future[object]] = set()
         self._saving: dict[str, Future[object]] = {}
         self._closed: str | None = None
+        self._how = "closed", ""
         self._closing: Future[None] | None = None
         self._store: CheckpointStore | None = None
         self._checkpointers: weakref.WeakSet[RunCheckpointer] = weakref.WeakSet()
@@ -320,7 +327,9 @@ class Session:
             if self._closing is not None:
                 return self._closing
             when = time.strftime("%Y-%m-%d %H:%M:%S")
-            self._closed = self._closed or f"{status} at {when}" + (f": {detail}" if detail else "")
+            if self._closed is None:
+                self._closed = f"{status} at {when}" + (f": {detail}" if detail else "")
+                self._how = _ENDS[status], detail or ""
             functions, self._when_closing = self._when_closing, []
         for function in functions:
             function()
@@ -343,7 +352,7 @@ class Session:
         checkpointers = list(self._checkpointers)
         autosave.save_now(checkpointers)
         for checkpointer in checkpointers:
-            checkpointer.end()
+            checkpointer.end(*self._how)
         run_metrics.shared.flush()
         if self._store is not None and not self._store.flush_mirror(MIRROR_SECONDS):
             logger.warning("not every checkpoint in %s was copied to the mirror", self.state_dir)

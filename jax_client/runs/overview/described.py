@@ -23,8 +23,8 @@ class Spark(TypedDict):
 
 def run_name(run_id: str, fields: JsonObject, created: float | None) -> str:
     """Return what people call a run: its own name, its session's, else its script and date, else its id's beginning."""
-    metadata = fields.get("user_metadata")
-    for name in ((metadata or {}).get("name"), fields.get("display_name")):
+    own, session = (fields.get(name) or {} for name in ("user_metadata", "session_metadata"))
+    for name in (own.get("name"), fields.get("display_name"), session.get("name")):
         if isinstance(name, str) and name.strip():
             return name.strip()[:MAX_NAME]
     if (script := fields.get("script")) and created is not None:

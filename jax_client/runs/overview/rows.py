@@ -9,14 +9,15 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from jax_client.checkpoint.disk.run_lock import LockRecord
 from jax_client.checkpoint.record import Record
 from jax_client.checkpoint.state_directory import OWNER
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import default_mirror
-from jax_client.errors import NotFoundError, shown
+from jax_client.errors import NotFoundError, RequestFailedError, UnsupportedError, shown
 from jax_client.metrics.store import FILE_NAME, MetricsStore
 from jax_client.metrics.summary import Summary
 from jax_client.runs.overview.alerts import alerts_of
@@ -33,7 +34,7 @@ from jax_client.runs.overview.states import condition
 from jax_client.runs.overview.verified import FILE_NAME as VERIFIED
 from jax_client.runs.overview.verified import Verified
 from jax_client.sqlite_file import LOG
-from jax_client.values import JsonObject, Owner
+from jax_client.values import JsonObject, Owner, is_run_id
 
 # Runs whose points stay in memory.
 MOST_POINTS = 8
@@ -75,15 +76,32 @@ class Overview:
 
     def runs(self) -> list[RunRow]:
         """Return every run, that with the newest sign of life first."""
-        now = time.time()
-        described = dict(self._store.runs())
         saved: dict[str, list[Record]] = {}
         for record in self._store.list():
             saved.setdefault(record.run_id, []).append(record)
-        summaries = self._metrics.summaries()
+        described = dict(self._store.runs())
+        rows = [*self._rows({*described, *saved}, described, saved), *self._logs.rows(self._notes)]
+        rows.sort(key=lambda row: (row.updated or row.created or 0.0, row.run), reverse=True)
+        self._remember(rows)
+        return rows
+
+    def run(self, run_id: str) -> RunRow:
+        """Return one run; that costs less than all of them. Raises NotFoundError."""
+        if (row := self._logs.row(run_id, self._notes)) is not None:
+            return row
+        if not is_run_id(run_id):
+            raise _not_found(run_id)
+        described, records = dict(self._store.runs()), self._store.list(run_id)
+        if run_id not in described and not records:
+            raise _not_found(run_id)
+        return self._rows({run_id}, described, {run_id: records})[0]
+
+    def _rows(
+        self, runs: Collection[str], described: Mapping[str, JsonObject], saved: Mapping[str, Sequence[Record]]
+    ) -> list[RunRow]:
+        now, free, summaries = time.time(), self._free_share(), self._metrics.summaries()
         resumed = children_of({run: origin(fields) for run, fields in described.items()})
-        free = self._free_share()
-        rows = [
+        return [
             self._row(
                 run,
                 described.get(run, {}),
@@ -93,19 +111,8 @@ class Overview:
                 now=now,
                 free=free,
             )
-            for run in {*described, *saved}
+            for run in runs
         ]
-        rows += self._logs.rows(self._notes)
-        rows.sort(key=lambda row: (row.updated or row.created or 0.0, row.run), reverse=True)
-        self._remember(rows)
-        return rows
-
-    def run(self, run_id: str) -> RunRow:
-        """Return one run. Raises NotFoundError."""
-        for row in self.runs():
-            if row.run == run_id:
-                return row
-        raise NotFoundError(f"there is no run {shown(run_id)}; 'jax_client runs list' shows what is there.")
 
     def config(self, run_id: str) -> JsonObject:
         """Return what is known of how a run was made. Raises NotFoundError."""
@@ -143,9 +150,9 @@ class Overview:
         """
         if (found := self._logs.series(run_id, names, points=points, since=since)) is not None:
             return found
-        if not self._store.has_run(run_id):
-            raise NotFoundError(f"there is no run {shown(run_id)}; 'jax_client runs list' shows what is there.")
-        lock = self._store.lock_record(run_id)
+        if not is_run_id(run_id) or not self._store.has_run(run_id):
+            raise _not_found(run_id)
+        lock = self._lock_record(run_id)
         if lock is None and not any(run_id == run for run, _ in self._store.runs()):
             self.run(run_id)  # raises, unless checkpoints are all that is left of it
         return self._run_points(run_id).series(names, points=points, since=since, live=lock is not None and lock.held)
@@ -154,10 +161,12 @@ class Overview:
         """Return the checkpoints of a run, or of all, the newest first. Raises NotFoundError for an unknown run."""
         if run_id is not None and self._logs.has(run_id):
             return []
+        if run_id is not None and not is_run_id(run_id):
+            raise _not_found(run_id)
         records = self._store.list(run_id)
         described = dict(self._store.runs())
         if run_id is not None and run_id not in described and not records:
-            raise NotFoundError(f"there is no run {shown(run_id)}; 'jax_client runs list' shows what is there.")
+            raise _not_found(run_id)
         parents = {run: origin(fields) for run, fields in described.items()}
         return checkpoint_rows(records, self._metrics.events(SAVES, run_id), parents, self._verified)
 
@@ -170,7 +179,8 @@ class Overview:
         return found
 
     def note(self, run_id: str) -> Note:
-        """Return what a person has written beside a run."""
+        """Return what a person has written beside a run. Raises NotFoundError."""
+        self.run(run_id)
         return self._notes.of(run_id)
 
     def put_note(self, run_id: str, note: Note) -> None:
@@ -203,6 +213,12 @@ class Overview:
                 self._points.popitem(last=False)
         return found
 
+    def _lock_record(self, run_id: str) -> LockRecord | None:
+        try:
+            return self._store.lock_record(run_id)
+        except (RequestFailedError, UnsupportedError):  # a file system without locks hides no run
+            return None
+
     def _free_share(self) -> float | None:
         try:
             found = os.statvfs(self.state_dir)
@@ -221,7 +237,7 @@ class Overview:
         now: float,
         free: float | None,
     ) -> RunRow:
-        lock = self._store.lock_record(run_id)
+        lock = self._lock_record(run_id)
         found, last = condition(lock, summary, now), records[-1] if records else None
         metadata = fields or (last.metadata if last else {})
         created = fields.get("created") or (min(record.created for record in records) if records else None)
@@ -265,3 +281,7 @@ class Overview:
             **note.to_json(),
             user_metadata=fields.get("user_metadata"),
         )
+
+
+def _not_found(run_id: str) -> NotFoundError:
+    return NotFoundError(f"there is no run {shown(run_id)}; 'jax_client runs list' shows what is there.")

@@ -40,8 +40,10 @@ class RunPoints:
     def _update(self) -> None:
         stamp = file_stamp(self._path)
         rows = max(self._columns.rows(kind) for kind in ("step", "forward", "device", "user"))
-        # The file keeps fewer of the old ones.
-        if (stamp and stamp[0]) != self._inode or rows > 2 * MAX_POINTS:
+        newest = self._metrics.newest()
+        # A new file may have the old one's inode. A file that is only longer keeps fewer of its old points.
+        is_new = newest.point < self._cursor.point or newest.event < self._cursor.event
+        if (stamp and stamp[0]) != self._inode or is_new or rows > 2 * MAX_POINTS:
             self._begin()
         more = True
         while more:

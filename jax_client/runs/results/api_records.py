@@ -5,6 +5,8 @@ The store keeps each record's `metadata` without knowing it. Here is what the ru
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 import uuid
 from collections.abc import Mapping
@@ -145,8 +147,15 @@ def run_metadata(
     project_id: str | None,
     display_name: str | None,
     session_metadata: Mapping[str, str] | None,
+    script: str | None = None,
+    resumed_from: str | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
-    """Return the record of a training run."""
+    """Return the record of a training run; `settings` are the engine's, `resumed_from` is a checkpoint's path.
+
+    Over the wire, a client may name its script in the metadata.
+    """
+    said = {**(session_metadata or {}), **(user_metadata or {})}
     return {
         "session_id": session_id,
         "base_model": base_model,
@@ -156,6 +165,11 @@ def run_metadata(
         "project_id": project_id,
         "display_name": display_name,
         "session_metadata": None if session_metadata is None else dict(session_metadata),
+        "script": script or said.get("script"),
+        "resumed_from": resumed_from,
+        "settings": None if settings is None else dict(settings),
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
     }
 
 

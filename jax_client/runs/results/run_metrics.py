@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 from jax_client import interpreter_end, process
 from jax_client.engine.protocol import Monitor, Usage
-from jax_client.metrics.store import FILE_NAME, Event, MetricsStore, Point
+from jax_client.metrics.store import FILE_NAME, Event, MetricsStore, Point, Sign
+from jax_client.metrics.summary import find_reward, mean_loss
 from jax_client.process import Step
+from jax_client.runs.results.reports import NOWHERE, Reporting, Reports
 from jax_client.threads import BatchWriter
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,9 @@ BATCH_SECONDS = 0.5
 FLUSH_SECONDS = 2.0
 # Kept one by one until the step that they belong to.
 MOST_PASSES = 1_000
+# After this time without a request that ended, the thread looks whether the engines work.
+TICK_SECONDS = 10.0
+SAVES = ("save", "autosave", "export")
 PARTS = ("queue", "host", "compile", "device")
 
 
@@ -56,7 +61,7 @@ class Totals:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Item:
     run: RunMetrics
-    topic: Literal["pass", "score", "step", "event"]
+    topic: Literal["pass", "score", "step", "event", "user"]
     time: float
     metrics: Mapping[str, Any]
     kind: str = ""
@@ -72,25 +77,38 @@ class RunMetrics:
         state_dir: where the file is.
         step: optimizer steps that the run starts with.
         recorder: None observes nothing.
+        reporting: where else its metrics and alerts go.
 
     Attributes:
         totals, newest: what it has done, and the newest metrics by name; of the recorder's thread.
+        reward: the newest, where the user logs one.
     """
 
     def __init__(
-        self, run_id: str, monitor: Monitor, state_dir: Path, step: int, recorder: MetricsWriter | None
+        self,
+        run_id: str,
+        monitor: Monitor,
+        state_dir: Path,
+        step: int,
+        recorder: MetricsWriter | None,
+        reporting: Reporting = NOWHERE,
     ) -> None:
         self.run_id = run_id
         self.monitor = monitor
+        self.state_dir = state_dir
         self.path = state_dir / FILE_NAME
+        self.reporting = reporting
         self.step = step
         self.totals = Totals()
         self.newest: Mapping[str, float] = {}
         self._recorder = recorder
         self._passes: list[Mapping[str, float]] = []
+        self.reward: float | None = None
         self._opened = time.time()
+        self._over = False
         self._sampling: Mapping[str, float] | None = None
         self._compiles = 0
+        self._compiling = ""
         self._hosts: dict[str, object] = {}
 
     def passed(self, metrics: Mapping[str, float]) -> None:
@@ -105,15 +123,21 @@ class RunMetrics:
         """Note the metrics of an optimizer step."""
         self._put("step", metrics)
 
+    def logged(self, metrics: Mapping[str, float], step: int | None) -> None:
+        """Note metrics of the user's own, at the step, or at the newest one."""
+        self._put("user", metrics, step=step)
+
     def event(self, kind: str, step: int | None = None, **details: Any) -> None:
         """Note that something happened, now or at the step."""
         self._put("event", details, kind, step)
 
-    def end(self) -> None:
-        """Note that the run has ended in this process."""
-        self.event("end")
-        with _lock:
-            _live.discard(self)
+    def end(self, how: str = "closed", text: str = "") -> None:
+        """Note that the run has ended in this process, and how; a second call does nothing."""
+        if not self._over:
+            self._over = True
+            self.event("end", how=how, text=text)
+            with _lock:
+                _live.discard(self)
 
     def _put(self, topic: Any, metrics: Mapping[str, Any], kind: str = "", step: int | None = None) -> None:
         if self._recorder is not None:
@@ -126,8 +150,13 @@ class RunMetrics:
             self.step = self.step if item.step is None else item.step
             if item.kind == "load":  # which drops the gradients
                 self._passes = []
-            return Event(run=self.run_id, kind=item.kind, step=self.step, time=item.time, details=item.metrics)
+            details = {**item.metrics, **self._at_save()} if item.kind in SAVES else item.metrics
+            return Event(run=self.run_id, kind=item.kind, step=self.step, time=item.time, details=details)
         metrics = {name: float(value) for name, value in item.metrics.items()}
+        if item.topic == "user":
+            self.reward = reward if (reward := find_reward(metrics)) is not None else self.reward
+            step = self.step if item.step is None else item.step
+            return Point(run=self.run_id, kind="user", step=step, time=item.time, metrics=metrics)
         if item.topic == "score":
             return Point(run=self.run_id, kind="forward", step=self.step, time=item.time, metrics=metrics)
         if item.topic == "pass":
@@ -142,6 +171,13 @@ class RunMetrics:
         self.step = int(metrics.get("step:max", self.step))
         self.newest = metrics
         return Point(run=self.run_id, kind="step", step=self.step, time=item.time, metrics=metrics)
+
+    def _at_save(self) -> Mapping[str, float]:
+        """Return the loss and the reward of the step that is saved, where they are known."""
+        known = {"loss": mean_loss(self.newest), "reward": find_reward(self.newest)}
+        at_step = int(self.newest.get("step:max", -1)) == self.step
+        found = {name: value for name, value in known.items() if value is not None} if at_step else {}
+        return found if self.reward is None else {"reward": self.reward, **found}
 
     def _count(self, metrics: Mapping[str, float]) -> None:
         totals, skipped = self.totals, "skipped_nonfinite:sum" in metrics
@@ -167,6 +203,18 @@ class RunMetrics:
         if new["decode_slots"]:
             metrics["sampler/occupancy:mean"] = new["decode_rows"] / new["decode_slots"]
         return Point(run=self.run_id, kind="device", step=self.step, time=now, metrics=metrics)
+
+    def sign(self, now: float) -> tuple[Sign | None, Point | None]:
+        """Return that the engine works, though no request of the run has ended, and what it sampled; None for no."""
+        compiling, before = self.monitor.health()["compiling"], self._compiling
+        self._compiling = str(compiling[0]["program"]) if compiling else ""
+        usage = self.monitor.usage()
+        known = self._sampling
+        sampled = known is not None and usage["sampling"]["sampled_tokens"] != known["sampled_tokens"]
+        if not (sampled or compiling or before):
+            return None, None
+        sign = Sign(run=self.run_id, time=now, compiling=self._compiling)
+        return sign, self.device(usage, now) if sampled else None
 
     def hosts(self, now: float) -> tuple[dict[str, float], list[Event]]:
         """Return how many other hosts and samplers the engine has, and those whose state is new; as `device`."""
@@ -212,7 +260,16 @@ class MetricsWriter:
         self._stores: dict[Path, MetricsStore] = {}
         self._lock = threading.Lock()
         self._complained = False
-        self._batches = BatchWriter("jax_client-metrics", self._write, seconds=seconds, most=most, capacity=most)
+        self._reports = Reports()
+        self._batches = BatchWriter(
+            "jax_client-metrics",
+            self._write,
+            seconds=seconds,
+            most=most,
+            capacity=most,
+            tick=self.look_at_open_runs,
+            tick_seconds=TICK_SECONDS,
+        )
 
     def record(self, item: _Item) -> None:
         """Take an item, or drop it; returns at once, and never raises."""
@@ -228,14 +285,21 @@ class MetricsWriter:
         return self._batches.flush(timeout)
 
     def end(self) -> None:
-        """End the thread once all that was recorded so far is in the files."""
+        """End the thread once all that was recorded so far is in the files, and those of trackers."""
         self._batches.end()
+        self._reports.end()
+
+    def finish(self) -> None:
+        """Wait until what was recorded so far is in the files and with the trackers, some seconds at most."""
+        self.flush()
+        self._reports.flush()
 
     def restart_in_fork(self) -> None:
         """Begin anew in a forked process: what waits is the parent's to write."""
         interpreter_end.keep_in_fork(self._stores)
         self._stores, self._lock = {}, threading.Lock()
         self._batches.restart_in_fork()
+        self._reports.restart_in_fork()
 
     def _drop(self, count: int) -> None:
         with self._lock:
@@ -254,8 +318,11 @@ class MetricsWriter:
                 continue
             if isinstance(taken, Point):
                 points.append(taken)
+                self._reports.point(item.run.reporting, item.run.state_dir, taken)
             elif taken is not None:
                 events.append(taken)
+                if taken.kind == "end":
+                    self._reports.ended(item.run.reporting, item.run.state_dir, item.run.run_id)
             if item.topic in ("step", "event"):
                 stepped[item.run] = None
         self._ask_engines(list(stepped), files)
@@ -266,6 +333,20 @@ class MetricsWriter:
                 self.written += count
             else:
                 self._drop(count)
+        for run in stepped:
+            self._reports.look(run.reporting, run.path, run.run_id)
+
+    def look_at_open_runs(self) -> None:
+        """Record which open runs are alive, though no request of theirs has ended; for the recorder's thread."""
+        for run in live():
+            try:
+                sign, point = run.sign(time.time())
+            except Exception:
+                self._complain()
+                continue
+            if sign is not None:
+                self._store(run.path).add([] if point is None else [point], signs=[sign])
+            self._reports.look(run.reporting, run.path, run.run_id)
 
     def _ask_engines(self, runs: list[RunMetrics], files: dict[Path, tuple[list[Point], list[Event]]]) -> None:
         usages: dict[int, Usage] = {}
@@ -307,14 +388,16 @@ def _after_fork() -> None:
 process.register(
     "metrics",
     "the observed runs, and the thread that writes their metrics",
-    at_exit={Step.RUNS: shared.flush, Step.ENGINES: shared.end},
+    at_exit={Step.RUNS: shared.finish, Step.ENGINES: shared.end},
     after_fork=_after_fork,
 )
 
 
-def observe(run_id: str, monitor: Monitor, state_dir: Path, step: int, *, on: bool) -> RunMetrics:
+def observe(
+    run_id: str, monitor: Monitor, state_dir: Path, step: int, *, on: bool, reporting: Reporting = NOWHERE
+) -> RunMetrics:
     """Begin to observe a run; `on` says whether anything is recorded."""
-    observed = RunMetrics(run_id, monitor, state_dir, step, shared if on else None)
+    observed = RunMetrics(run_id, monitor, state_dir, step, shared if on else None, reporting)
     if on:
         with _lock:
             _live.add(observed)

@@ -51,7 +51,7 @@ class Devices:
         newest = [(name, each) for name, each in series["series"].items() if each["kind"] == KIND and each["value"]]
         if newest:
             values = {name: each["value"][-1] for name, each in newest}
-            points[run] = {"time": max(each["time"][-1] for _, each in newest), "metrics": values}
+            points[run] = {"time": max(each["time"][-1] or 0.0 for _, each in newest), "metrics": values}
         for event in series["events"]:
             if event["kind"] == "compile":
                 details = event["details"]

@@ -18,6 +18,7 @@ from jax_client.runs.overview.verified import verify
 from jax_client.server.dashboard.board import Board
 from jax_client.server.dashboard.playground.routes import Playground
 from jax_client.server.dashboard.playground.samplers import Samplers
+from jax_client.server.dashboard.source import WithoutEngines
 from jax_client.server.dashboard.watching import Watcher
 from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.guard import Guard
@@ -53,7 +54,7 @@ def board_of(server: Server, watcher: Watcher) -> Board:
     own.when_closing(samplers.close)
     return Board(
         home=own.state_dir,
-        source=overview,
+        source=overview if whole else WithoutEngines(overview),
         store=own.store,
         verify=partial(verify, own.store, own.state_dir),
         write_note=partial(_write_note, overview),

@@ -30,6 +30,8 @@ _CSV_ROWS = 1_000
 # What a spreadsheet takes for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
+# Step, time and kind of a row.
+_Place = tuple[int | None, float | None, str]
 WriteNote = Callable[[str, JsonObject], JsonObject]
 
 
@@ -112,24 +114,26 @@ def _series_csv(source: Source) -> Handler:
 
 def table_of(series: Mapping[str, JsonObject]) -> Iterator[bytes]:
     """Yield series as the pieces of a CSV file: a row for each kind and time, a column for each name."""
-    rows: dict[tuple[float, int, str], dict[str, float]] = {}
-    tokens: dict[tuple[float, int, str], float] = {}
+    rows: dict[_Place, dict[str, float]] = {}
+    tokens: dict[_Place, float] = {}
     for name, each in series.items():
         counted = each.get("tokens") or [None] * len(each["value"])
         for step, time, seen, value in zip(each["step"], each["time"], counted, each["value"], strict=True):
-            place = (time, step, str(each["kind"]))
+            place = (step, time, str(each["kind"]))
             rows.setdefault(place, {})[name] = value
             if seen is not None:
                 tokens[place] = seen
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["kind", "step", "time", "tokens", *(_harmless(name) for name in series)])
-    for number_, place in enumerate(sorted(rows)):
-        time, step, kind = place
+    # A log may lack times, and a row of it its step.
+    ordered = sorted(rows, key=lambda place: (place[1] or 0.0, place[0] or 0, place[2]))
+    for count, place in enumerate(ordered):
+        step, time, kind = place
         values = rows[place]
         cells = [values.get(name, "") for name in series]
-        writer.writerow([_harmless(kind), step, repr(time), tokens.get(place, ""), *cells])
-        if number_ % _CSV_ROWS == 0:
+        writer.writerow([_harmless(kind), step, time, tokens.get(place, ""), *cells])
+        if count % _CSV_ROWS == 0:
             yield text.getvalue().encode("utf-8", "replace")
             text.seek(0)
             text.truncate()

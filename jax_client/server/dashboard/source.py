@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from jax_client.values import JsonObject
@@ -46,3 +47,40 @@ class Source(Protocol):
     def changed(self) -> str:
         """Return a text that differs when anything of it may differ; takes less than a millisecond."""
         ...
+
+
+# Points and events of these kinds are an engine's, of all its runs together.
+OF_ENGINES = ("device", "compile")
+
+
+@dataclass(frozen=True, slots=True)
+class _Series:
+    fields: JsonObject
+
+    def to_json(self) -> JsonObject:
+        return self.fields
+
+
+class WithoutEngines:
+    """A source that leaves out what engines do, as it is of all keys together.
+
+    Args:
+        source: of the runs of one key.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.runs, self.run, self.config = source.runs, source.run, source.config
+        self.checkpoints, self.rollouts, self.changed = source.checkpoints, source.rollouts, source.changed
+
+    def series(self, run_id: str, names: Collection[str] | None, *, points: int, since: str | None = None) -> Shown:
+        """Return metrics and events of a run, but those of its engine."""
+        found = self._source.series(run_id, names, points=points, since=since).to_json()
+        series = {name: each for name, each in found["series"].items() if each["kind"] not in OF_ENGINES}
+        events = [event for event in found["events"] if event["kind"] not in OF_ENGINES]
+        return _Series({**found, "series": series, "names": self._names(run_id, found), "events": events})
+
+    def _names(self, run_id: str, found: JsonObject) -> list[str]:
+        whole = self._source.series(run_id, None, points=2).to_json()["series"]
+        hidden = {name for name, each in whole.items() if each["kind"] in OF_ENGINES}
+        return [name for name in found["names"] if name not in hidden]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import httpx
 import pytest
@@ -120,6 +122,14 @@ def test_the_index_names_files_that_are_there() -> None:
     text = pages.static_files()["index.html"].data.decode()
     for name in re.findall(r'(?:src|href)="/dashboard/static/([^"]+)"', text):
         assert name in pages.static_files(), name
+
+
+def test_the_wheel_holds_the_pages_files() -> None:
+    root = Path(__file__).parents[3]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = root / "jax_client" / "server" / "dashboard"
+    packed = {path for pattern in patterns["jax_client.server.dashboard"] for path in folder.glob(pattern)}
+    assert {str(path.relative_to(folder / "static")) for path in packed if path.is_file()} == set(pages.static_files())
 
 
 def test_state_says_what_can_be_done(parts: Parts, client: httpx.Client) -> None:

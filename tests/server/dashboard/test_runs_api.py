@@ -8,7 +8,7 @@ import math
 
 import httpx
 
-from jax_client.server.dashboard.runs_routes import differences
+from jax_client.server.dashboard.runs_routes import differences, table_of
 from support.server.pages import HOSTILE, Parts
 
 API = "/dashboard/api"
@@ -69,6 +69,14 @@ def test_csv_has_every_point_and_no_formula(parts: Parts, client: httpx.Client) 
     assert rows[2][:4] == ["step", "2", "102.0", "16"]
     one = client.get(f"{PATH}/series.csv", params={"names": "loss:mean"}).text
     assert one.splitlines()[0] == "kind,step,time,tokens,loss:mean"
+
+
+def test_csv_of_a_log_without_times() -> None:
+    columns = {"kind": "log", "step": [1, 2], "time": [None, None], "tokens": None}
+    series = {"a": {**columns, "value": [1.5, 2.5]}, "b": {**columns, "step": [2, None], "value": [3.5, 4.5]}}
+    text = b"".join(table_of(series)).decode().splitlines()
+    assert text[0] == "kind,step,time,tokens,a,b"
+    assert sorted(text[1:]) == ["log,,,,,4.5", "log,1,,,1.5,", "log,2,,,2.5,3.5"]
 
 
 def test_notes_are_kept(parts: Parts, client: httpx.Client) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from jax_client.runs.overview.small_file import file_stamp
 from jax_client.values import JsonObject
 
 METRICS = "metrics.jsonl"
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints.jsonl"
 ITERATION = "iteration_"
 MAX_DEPTH = 4
 MAX_DIRECTORIES = 5_000
@@ -149,7 +152,7 @@ def parse_row(line: bytes) -> tuple[int | None, dict[str, float], int] | None:
 
 
 class LogFile:
-    """The metrics.jsonl of a log directory. Not thread-safe.
+    """The metrics.jsonl of a log directory. Not thread-safe: its user holds its lock.
 
     Args:
         log: the directory.
@@ -157,15 +160,16 @@ class LogFile:
     Attributes:
         columns: what was read so far.
         broken: lines that are no JSON object, or too long.
+        lock: of its user.
     """
 
     def __init__(self, log: LogDirectory) -> None:
         self.log = log
         self.path = log.path / METRICS
+        self.lock = threading.Lock()
         self.columns = Columns()
         self.broken = 0
         self._begin(None)
-        self._glance: tuple[object, Summary] | None = None
 
     def _begin(self, inode: int | None) -> None:
         self.columns, self.broken = Columns(), 0
@@ -180,7 +184,7 @@ class LogFile:
 
     def started(self) -> float:
         """Return about when its loop began: the cookbook writes its configuration first."""
-        stamps = [file_stamp(self.log.path / "config.json"), file_stamp(self.path)]
+        stamps = [file_stamp(self.log.path / CONFIG), file_stamp(self.path)]
         return min((stamp[2] / 1e9 for stamp in stamps if stamp is not None), default=math.nan)
 
     def update(self) -> None:
@@ -229,15 +233,12 @@ class LogFile:
 
     def glance(self) -> Summary:
         """Return a summary of the file; of a large one from its end and some lines on the way there."""
-        stamp = file_stamp(self.path)
-        if self._glance is None or self._glance[0] != stamp:
-            summary = Summary()
-            descriptor = open_inside(self.log.root, self.path)
-            if descriptor is not None:
-                with os.fdopen(descriptor, "rb") as file:
-                    _look(file.fileno(), os.fstat(file.fileno()), summary, self.started())
-            self._glance = stamp, summary
-        return self._glance[1]
+        summary = Summary()
+        descriptor = open_inside(self.log.root, self.path)
+        if descriptor is not None:
+            with os.fdopen(descriptor, "rb") as file:
+                _look(file.fileno(), os.fstat(file.fileno()), summary, self.started())
+        return summary
 
 
 def _look(descriptor: int, status: os.stat_result, summary: Summary, started: float) -> None:
@@ -262,7 +263,7 @@ def _look(descriptor: int, status: os.stat_result, summary: Summary, started: fl
 def saved_paths(log: LogDirectory) -> list[str]:
     """Return the tinker:// paths that its loop saved, in their order."""
     found: list[str] = []
-    for line in read_bounded(log.root, log.path / "checkpoints.jsonl", MAX_CHECKPOINTS).split(b"\n"):
+    for line in read_bounded(log.root, log.path / CHECKPOINTS, MAX_CHECKPOINTS).split(b"\n"):
         with suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict):

@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import statistics
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -40,14 +41,18 @@ class _Said:
 
 
 class Rollouts:
-    """The rollouts of one log directory. Not thread-safe.
+    """The rollouts of one log directory. Not thread-safe: its user holds its lock.
 
     Args:
         log: the directory.
+
+    Attributes:
+        lock: of its user.
     """
 
     def __init__(self, log: LogDirectory) -> None:
         self._log = log
+        self.lock = threading.Lock()
         self._counts: dict[Path, tuple[object, int]] = {}
 
     def page(self, offset: int, limit: int) -> JsonObject:

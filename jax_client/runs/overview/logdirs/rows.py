@@ -6,11 +6,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jax_client.runs.overview.alerts import alerts_of
 from jax_client.runs.overview.described import run_of, spark_of
 from jax_client.runs.overview.logdirs.files import (
+    CHECKPOINTS,
+    CONFIG,
     METRICS,
     LogDirectory,
     LogFile,
@@ -23,6 +26,7 @@ from jax_client.runs.overview.logdirs.rollouts import Rollouts
 from jax_client.runs.overview.notes import Notes
 from jax_client.runs.overview.records import RunRow, Series
 from jax_client.runs.overview.run_points import parse_cursor
+from jax_client.runs.overview.small_file import file_stamp
 from jax_client.values import JsonObject
 
 PREFIX = "log:"
@@ -43,7 +47,8 @@ class Logs:
         self._lock = threading.Lock()
         self._looked = 0.0
         self._known: dict[str, LogDirectory] = {}
-        self._glances: dict[Path, LogFile] = {}
+        # A row is made anew where one of its files has changed.
+        self._seen: dict[Path, tuple[tuple[str, tuple[object, ...]], RunRow]] = {}
         self._files: OrderedDict[Path, LogFile] = OrderedDict()
         self._rollouts: OrderedDict[Path, Rollouts] = OrderedDict()
 
@@ -53,7 +58,7 @@ class Logs:
             self._known = {PREFIX + log.name: log for log in find_logs(self._roots)}
             self._looked = time.monotonic()
             paths = {log.path for log in self._known.values()}
-            self._glances = {path: file for path, file in self._glances.items() if path in paths}
+            self._seen = {path: row for path, row in self._seen.items() if path in paths}
         return self._known
 
     def has(self, run_id: str) -> bool:
@@ -71,9 +76,21 @@ class Logs:
         with self._lock:
             return [self._row(run_id, log, notes) for run_id, log in self._look().items()]
 
+    def row(self, run_id: str, notes: Notes) -> RunRow | None:
+        """Return the row of a directory; None for an id that is none of these."""
+        with self._lock:
+            log = self._look().get(run_id)
+            return None if log is None else self._row(run_id, log, notes)
+
     def _row(self, run_id: str, log: LogDirectory, notes: Notes) -> RunRow:
-        file = self._glances.setdefault(log.path, LogFile(log))
-        summary, config = file.glance(), _config(log)
+        stamps = tuple(file_stamp(log.path / name) for name in (METRICS, CONFIG, CHECKPOINTS))
+        known = self._seen.get(log.path)
+        if known is None or known[0] != (run_id, stamps):
+            known = self._seen[log.path] = (run_id, stamps), self._new_row(run_id, log)
+        return replace(known[1], **notes.of(run_id).to_json())
+
+    def _new_row(self, run_id: str, log: LogDirectory) -> RunRow:
+        summary, config = LogFile(log).glance(), _config(log)
         saved = saved_paths(log)
         return RunRow(
             run=run_id,
@@ -92,7 +109,6 @@ class Logs:
             parent=run_of(saved[-1]) if saved else None,
             **spark_of(summary),
             alerts=alerts_of(summary, is_open=False, now=time.time()),
-            **notes.of(run_id).to_json(),
         )
 
     def config(self, run_id: str) -> JsonObject | None:
@@ -120,6 +136,8 @@ class Logs:
             self._files[log.path] = file
             while len(self._files) > MOST_FILES:
                 self._files.popitem(last=False)
+        # A large file takes seconds, the first time; meanwhile others are read.
+        with file.lock:
             file.update()
             newest, begin = file.columns.newest(), parse_cursor(since).point
             begin = begin if begin <= newest else 0  # the file was cut
@@ -140,11 +158,12 @@ class Logs:
             self._rollouts[log.path] = found
             while len(self._rollouts) > MOST_FILES:
                 self._rollouts.popitem(last=False)
+        with found.lock:
             return found.page(offset, limit)
 
 
 def _config(log: LogDirectory) -> JsonObject:
-    return read_object(log.root, log.path / "config.json")
+    return read_object(log.root, log.path / CONFIG)
 
 
 def _text(config: JsonObject, *names: str) -> str | None:

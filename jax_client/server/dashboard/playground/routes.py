@@ -89,9 +89,9 @@ class Playground:
         if self._running >= MOST_RUNNING:
             raise BusyError(f"{MOST_RUNNING} requests of pages are running; wait for one to end.")
         self._running += 1
-        loading = self.samplers.take(name)
+        taken = self.samplers.take(name)
         try:
-            sampler = await _awaited(request, loading, cancel=False)
+            sampler = await _awaited(request, taken.handle, cancel=False)
             start = time.monotonic()
             found = await work(sampler)
             return found | {"seconds": round(time.monotonic() - start, 4)}
@@ -101,7 +101,7 @@ class Playground:
             raise RequestFailedError(f"the model did not answer: {first_line(error)}.", category="server") from error
         finally:
             self._running -= 1
-            await run_work(self.samplers.give, name)
+            await run_work(self.samplers.give, taken)
             loop = asyncio.get_running_loop()
             loop.call_later(IDLE_SECONDS + 1, self._release_idle)
 

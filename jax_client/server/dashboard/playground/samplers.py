@@ -24,7 +24,9 @@ Name = tuple[str, str]
 
 
 @dataclass(slots=True)
-class _Loaded:
+class Taken:
+    """A sampler, loaded or loading, and how many requests use it."""
+
     handle: Future[SamplerHandle]
     users: int = 0
     used: float = 0.0
@@ -49,11 +51,11 @@ class Samplers:
     ) -> None:
         self._open_session, self._fit, self.refusal, self._most = open_session, fit, refusal, most
         self._session: Session | None = None
-        self._loaded: OrderedDict[Name, _Loaded] = OrderedDict()
+        self._loaded: OrderedDict[Name, Taken] = OrderedDict()
         self._lock = threading.Lock()
 
-    def take(self, name: Name) -> Future[SamplerHandle]:
-        """Return the future of a sampler, which stays loaded until it is given back.
+    def take(self, name: Name) -> Taken:
+        """Return a sampler with the future of its handle; it stays loaded until it is given back.
 
         Raises:
             RequestFailedError: through the future, if it cannot be loaded in this process.
@@ -63,18 +65,16 @@ class Samplers:
         with self._lock:
             found = self._loaded.get(name)
             if found is None or (found.handle.done() and found.handle.exception() is not None):
-                found = self._loaded[name] = _Loaded(background(lambda: self._load(name), "page-sampler"))
+                found = self._loaded[name] = Taken(background(lambda: self._load(name), "page-sampler"))
             self._loaded.move_to_end(name)
             found.users += 1
-            return found.handle
+            return found
 
-    def give(self, name: Name) -> None:
+    def give(self, taken: Taken) -> None:
         """Give back what was taken; where too many are loaded, those go that were not used for the longest."""
         with self._lock:
-            found = self._loaded.get(name)
-            if found is not None:
-                found.users -= 1
-                found.used = time.monotonic()
+            taken.users -= 1
+            taken.used = time.monotonic()
         self._release(lambda each, left: left > self._most)
 
     def release_idle(self, seconds: float = IDLE_SECONDS) -> None:
@@ -106,7 +106,7 @@ class Samplers:
         if session is not None:
             session.close("success", None)
 
-    def _release(self, goes: Callable[[_Loaded, int], bool]) -> None:
+    def _release(self, goes: Callable[[Taken, int], bool]) -> None:
         with self._lock:
             session = self._session
             for name, each in list(self._loaded.items()):
