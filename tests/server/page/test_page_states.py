@@ -1,0 +1,86 @@
+"""Are empty and bad states designed? No runs, a lost server, a lost login, a long compile; and long curves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from support.page import made
+from support.page.browser import opened, until
+from support.page.fake_server import FakeDashboard
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+pytestmark = pytest.mark.full
+
+
+def test_without_runs_there_is_a_script_to_copy(chromium: Browser) -> None:
+    fake = FakeDashboard(empty=True)
+    with opened(chromium, fake.url) as page:
+        page.click(".empty button:has-text('Copy')")
+        page.wait_for_selector(".toast")
+        script = page.evaluate("navigator.clipboard.readText()")
+        compile(script, "first", "exec")
+        assert made.MODEL in script and len(script.splitlines()) <= 14
+        fake.runs = made.rows(0.0)[:1]
+        fake.send("runs", {"runs": fake.runs})
+        page.wait_for_selector("table.runs tbody tr")
+    fake.close()
+
+
+def test_a_lost_server_is_told_and_found_again(chromium: Browser) -> None:
+    fake = FakeDashboard()
+    with opened(chromium, fake.url) as page:
+        page.wait_for_selector("table.runs tbody tr")
+        fake.close()
+        page.wait_for_selector("#link:has-text('No answer from the server')")
+        assert page.locator("body.stale table.runs tbody tr").count() == 6
+        again = FakeDashboard(port=fake.port)
+        page.wait_for_selector("#link", state="hidden", timeout=20_000)
+        page.wait_for_selector("body:not(.stale)")
+        again.step("s1:train:0", 999, 1.0)
+        until(page, "document.querySelector('table.runs').textContent.includes('999')")
+        again.close()
+
+
+def test_a_lost_login_leads_to_the_login(chromium: Browser, fake: FakeDashboard) -> None:
+    with opened(chromium, fake.url) as page:
+        page.wait_for_selector("table.runs tbody tr")
+        fake.logged_out = True
+        page.click("nav a:has-text('Checkpoints')")
+        page.wait_for_selector("body:has-text('log in')")
+
+
+def test_a_compile_explains_the_wait(chromium: Browser, fake: FakeDashboard) -> None:
+    run = made.run_row("s9:train:0", "fresh", "live", made.NOW, step=0, loss=None)
+    fake.runs.append(run)
+    fake.series["s9:train:0"] = {
+        "run": "s9:train:0",
+        "series": {},
+        "names": [],
+        "events": [],
+        "next": "0-0",
+        "live": True,
+    }
+    fake.device = made.device(made.NOW, compiling=True)
+    with opened(chromium, fake.url + "#/run/s9%3Atrain%3A0") as page:
+        page.wait_for_selector(".wait:has-text('Compiling backward (8x1024)')")
+        assert "compiling backward" in (page.locator("#device-line").text_content() or "")
+        fake.step("s9:train:0", 1, 3.0)
+        page.wait_for_selector("figure.chart canvas")
+        assert page.locator(".wait").is_hidden()
+
+
+def test_first_paint_and_a_million_points(
+    chromium: Browser, fake: FakeDashboard, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened(chromium, fake.url) as page:
+        page.wait_for_selector("table.runs tbody tr")
+        painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+        result = page.evaluate("dashboardBench(1_000_000, 90)")
+        with capsys.disabled():
+            print(f"\nfirst paint {painted:.0f} ms; a million points: {result}")
+        # How fast is a matter of the machine; how much is drawn in a frame is not.
+        assert result["drawn"] == 90 and 0 < result["most"] <= 2 * result["width"]
