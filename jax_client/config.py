@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
-from jax_client.errors import BadRequestError, UnsupportedError
+from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
 from jax_client.host import places
 
 DType = Literal["auto", "bfloat16", "float32"]
@@ -54,6 +56,27 @@ def default_compilation_cache_dir() -> Path | None:
     return None if home is None else home / ".cache" / "jax_client" / "xla"
 
 
+_Class = TypeVar("_Class", bound=type)
+
+
+def _names_the_nearest(cls: _Class) -> _Class:
+    """Make a dataclass refuse an unknown field by the name of the field that is like it."""
+    init, known = cls.__init__, [each.name for each in fields(cls)]
+
+    @functools.wraps(init)
+    def checked(self: object, *args: object, **kwargs: object) -> None:
+        for name in kwargs:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                guess = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}."
+                raise BadTypeError(f"{cls.__name__} has no field {name!r}; {guess}")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked
+    return cls
+
+
+@_names_the_nearest
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """Settings of the engine behind a `ServiceClient`. What "auto" chose is shown by `ServiceClient.describe()`.

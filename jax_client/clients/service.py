@@ -15,6 +15,7 @@ from tinker import types
 from jax_client import torch_bridge
 from jax_client.clients.custom_loss import register
 from jax_client.clients.futures import LocalFuture
+from jax_client.clients.hints import NamesTheOwner
 from jax_client.clients.rest import RestClient
 from jax_client.clients.sampling import BackcompatSamplingClientFuture, SamplingClient, open_sampling_client
 from jax_client.clients.sdk_errors import StaysInProcess, register_as_sdk_class, sdk_errors, translate, warn_caller
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 @sdk_errors
-class ServiceClient(StaysInProcess):
+class ServiceClient(StaysInProcess, NamesTheOwner):
     """The entry point: makes training and sampling clients on the devices of this machine.
 
     Constructing it does no work; models are loaded in the background by the first client that needs them, once per
