@@ -110,6 +110,9 @@ class EngineConfig:
             while a smaller one is compiled. False compiles each program when it is first needed, and nothing else.
         record_metrics: keep the metrics and events of every run in `metrics.sqlite` under `state_dir`, written beside
             the training.
+        progress: say on stderr what is loaded or compiled while a request waits for it, and the seconds; a terminal
+            shows it live. `$JAX_CLIENT_PROGRESS` = 0 turns it off, too. A server tells of its clients, runs and
+            compiles.
         map_loss: a loss of this package by the name of one whose formula is not public, such as
             {"stable_reinforce": "importance_sampling"}. The first is then accepted, and computed as the second, which
             every answer's metrics say; record_stability_info=True is accepted too, and records nothing.
@@ -135,6 +138,7 @@ class EngineConfig:
     memory_fraction: float = 0.9
     precompile: bool = True
     record_metrics: bool = True
+    progress: bool = True
     map_loss: Mapping[str, str] = field(default_factory=dict)
     hosts: Literal["ray"] | None = None
     samplers: int = 0
@@ -152,7 +156,7 @@ class EngineConfig:
         fraction = self.memory_fraction
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise BadRequestError(f"EngineConfig.memory_fraction is {fraction!r}; give a number above 0 and at most 1.")
-        for name in ("precompile", "record_metrics"):
+        for name in ("precompile", "record_metrics", "progress"):
             if not isinstance(value := getattr(self, name), bool):
                 raise BadRequestError(f"EngineConfig.{name} is {value!r}; give True or False.")
         if self.hosts not in (None, "ray"):

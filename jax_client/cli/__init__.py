@@ -25,6 +25,8 @@ from jax_client.cli.options import STATE_DIR_HELP, STATE_DIR_TYPE, GlobalOptions
 from jax_client.cli.run_command import run
 from jax_client.cli.runs import runs_group
 from jax_client.cli.serve import serve
+from jax_client.cli.talk.chat import chat
+from jax_client.cli.talk.sample import sample
 
 OK, FAILURE, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -41,7 +43,7 @@ def group(options: GlobalOptions, state_dir: Path | None, debug: bool) -> None:
     options.state_dir, options.debug = state_dir, debug
 
 
-for _command in (serve, run, launch, runs_group, checkpoint, model_group, estimate, key, doctor):
+for _command in (serve, run, launch, runs_group, checkpoint, sample, chat, model_group, estimate, key, doctor):
     group.add_command(_command)
 
 

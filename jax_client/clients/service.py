@@ -23,7 +23,7 @@ from jax_client.clients.training import BackcompatTrainingClientFuture, Training
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, BadTypeError
 from jax_client.runs import checks
-from jax_client.runs.lifecycle import autosave
+from jax_client.runs.lifecycle import autosave, progress
 from jax_client.runs.lifecycle.base_models import BaseModels
 from jax_client.runs.lifecycle.futures import background
 from jax_client.runs.lifecycle.run import create_run, resume_run
@@ -107,7 +107,7 @@ class ServiceClient(StaysInProcess, NamesTheOwner):
             project_id=checks.text_or_none("project_id", project_id or os.environ.get("TINKER_PROJECT_ID") or None),
             display_name=checks.text_or_none("display_name", display_name),
         )
-        self._session = Session(config, info, models=_models)
+        self._session = Session(config, info, models=_models, tells=progress.wanted(config or EngineConfig()))
         self._process = os.getpid()
         if self._session.config.autosave_minutes is not None:
             autosave.handle_sigterm()

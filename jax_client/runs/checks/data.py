@@ -221,9 +221,7 @@ def _missing(i: int, key: str, datum: types.Datum, loss: str) -> BadRequestError
     present = ", ".join(datum.loss_fn_inputs) or "none"
     meant = difflib.get_close_matches(key, datum.loss_fn_inputs, n=1, cutoff=0.8)
     advice = f"Did you mean {key!r} by {meant[0]!r}?" if meant else "Add it to the Datum."
-    return BadRequestError(
-        f"data[{i}].loss_fn_inputs has no {key!r}, which {loss} needs; present: {present}. {advice}"
-    )
+    return BadRequestError(f"data[{i}].loss_fn_inputs has no {key!r}, which {loss} needs; present: {present}. {advice}")
 
 
 def _unknown_input(i: int, key: str, loss: Loss) -> BadRequestError:

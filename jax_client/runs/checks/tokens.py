@@ -12,9 +12,7 @@ from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
 from jax_client.runs.checks.numbers import shown
 from jax_client.runs.checks.tensors import token_ids
 
-TOKENS_OF_TEXT = (
-    "a model reads token ids. Encode it: types.ModelInput.from_ints(client.get_tokenizer().encode(text))."
-)
+TOKENS_OF_TEXT = "a model reads token ids. Encode it: types.ModelInput.from_ints(client.get_tokenizer().encode(text))."
 
 
 def text_tokens(model_input: object, where: str, vocab_size: int, max_context: int) -> np.ndarray:
