@@ -109,9 +109,9 @@ def _on_server(name: str) -> Iterator[Voice]:
 
     with tinker.ServiceClient() as service:
         if name.startswith(SCHEME):
-            sampler = service.create_sampling_client(model_path=name)
+            sampler = service.create_sampling_client(model_path=name).result()
         else:
-            sampler = service.create_sampling_client(base_model=name)
+            sampler = service.create_sampling_client(base_model=name).result()
         base = name if not name.startswith(SCHEME) else sampler.get_base_model()
         yield Voice(name=name, sampler=sampler, tokenizer=_local_tokenizer(base) or sampler.get_tokenizer())
 
