@@ -13,6 +13,7 @@ import click
 from jax_client.cli.options import reads_state
 from jax_client.cli.talk.options import sampling_options
 from jax_client.cli.talk.voice import Message, Voice, on_terminal, opened
+from jax_client.config import DType
 
 # Sampled at once, so that an answer appears as it grows: the engine gives whole answers only.
 PIECE = 32
@@ -24,13 +25,15 @@ HELP = "/reset begins anew, /temperature X sets it, /quit ends (so does Ctrl-D);
 @click.option("--system", metavar="TEXT", help="What the model is told first.")
 @sampling_options
 @reads_state
-def chat(home: Path, name: str, system: str | None, max_tokens: int, temperature: float, seed: int | None) -> None:
+def chat(
+    home: Path, name: str, system: str | None, max_tokens: int, temperature: float, seed: int | None, dtype: DType
+) -> None:
     """Talk to a checkpoint (tinker://RUN/KIND/NAME) or a base model.
 
     Each line is a message; /reset, /temperature X and /quit are commands. Without a terminal every line of stdin is a
     message, and stdout has the answers alone. Where TINKER_BASE_URL is set, that server answers.
     """
-    with opened(home, name, tells=True) as voice:
+    with opened(home, name, dtype, tells=True) as voice:
         conversation = Conversation(
             voice=voice, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed
         )

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import click
+
+from jax_client.config import DType
 
 Command = TypeVar("Command", bound=Callable[..., object])
 
 
 def sampling_options(command: Command) -> Command:
-    """Add --max-tokens, --temperature and --seed."""
+    """Add --max-tokens, --temperature, --seed and --dtype."""
     for option in (
+        click.option(
+            "--dtype",
+            type=click.Choice(get_args(DType)),
+            default="auto",
+            envvar="JAX_CLIENT_DTYPE",
+            help="Of the weights; a server that is asked has its own.",
+        ),
         click.option("--seed", type=click.IntRange(0), help="Makes the answer repeatable; else each is another."),
         click.option(
             "--temperature",

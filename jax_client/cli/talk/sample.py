@@ -11,6 +11,7 @@ from jax_client.cli import output
 from jax_client.cli.options import json_option, reads_state
 from jax_client.cli.talk.options import sampling_options
 from jax_client.cli.talk.voice import on_terminal, opened
+from jax_client.config import DType
 
 
 @click.command("sample")
@@ -35,6 +36,7 @@ def sample(
     max_tokens: int,
     temperature: float,
     seed: int | None,
+    dtype: DType,
     as_json: bool,
 ) -> None:
     """Sample from a checkpoint (tinker://RUN/KIND/NAME) or a base model.
@@ -45,7 +47,7 @@ def sample(
     from tinker import types
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with opened(home, name, tells=not as_json) as voice:
+    with opened(home, name, dtype, tells=not as_json) as voice:
         tokens = voice.encode_chat([{"role": "user", "content": text}]) if chat else voice.encode(text)
         params = types.SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
         answers = [(voice.decode(each.tokens), each) for each in voice.ask(tokens, num_samples, params)]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jax_client.config import DType, EngineConfig
 from jax_client.errors import BadRequestError
 
 if TYPE_CHECKING:
@@ -82,12 +83,13 @@ class Voice:
 
 
 @contextlib.contextmanager
-def opened(home: Path, name: str, *, tells: bool) -> Iterator[Voice]:
+def opened(home: Path, name: str, dtype: DType, *, tells: bool) -> Iterator[Voice]:
     """Open a checkpoint or a base model until the body ends.
 
     Args:
         home: the state directory.
         name: `tinker://RUN/weights/NAME`, `tinker://RUN/sampler_weights/NAME`, or a model's name, directory or file.
+        dtype: of the weights, in this process.
         tells: whether stderr says what is loaded and compiled.
 
     Raises:
@@ -99,7 +101,7 @@ def opened(home: Path, name: str, *, tells: bool) -> Iterator[Voice]:
         with _on_server(name) as voice:
             yield voice
     else:
-        with _here(home, name, tells=tells) as voice:
+        with _here(home, name, dtype, tells=tells) as voice:
             yield voice
 
 
@@ -127,10 +129,9 @@ def _local_tokenizer(base_model: str) -> PreTrainedTokenizerBase | None:
 
 
 @contextlib.contextmanager
-def _here(home: Path, name: str, *, tells: bool) -> Iterator[Voice]:
+def _here(home: Path, name: str, dtype: DType, *, tells: bool) -> Iterator[Voice]:
     from jax_client.checkpoint.disk import run_lock
     from jax_client.clients.sampling import SamplingClient
-    from jax_client.config import EngineConfig
     from jax_client.runs.lifecycle import progress
     from jax_client.runs.lifecycle.futures import background
     from jax_client.runs.lifecycle.session import Session
@@ -142,7 +143,9 @@ def _here(home: Path, name: str, *, tells: bool) -> Iterator[Voice]:
             "the URL that it printed to ask it.",
             err=True,
         )
-    config = EngineConfig(state_dir=home, precompile=False, autosave_minutes=None, record_metrics=False, progress=tells)
+    config = EngineConfig(
+        state_dir=home, dtype=dtype, progress=tells, precompile=False, autosave_minutes=None, record_metrics=False
+    )
     session = Session(config, tells=progress.wanted(config), read_only=True)
     try:
         handle = session.track(background(lambda: _sampler(session, name), "sampler")).result()

@@ -23,8 +23,14 @@ from jax_client.server.state.server import Server
 from support.command_line import WITHOUT_TORCH
 from support.server.serving import KEY, Running, config, write_model
 
-pytestmark = pytest.mark.usefixtures("clean_environment")
+pytestmark = pytest.mark.usefixtures("clean_environment", "in_float32")
 ANSWER = ["--max-tokens", "6", "--seed", "3"]
+
+
+@pytest.fixture
+def in_float32(clean_environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute in the dtype of the tests' servers."""
+    monkeypatch.setenv("JAX_CLIENT_DTYPE", "float32")
 
 
 def by_the_sdk(trained: Any, text: str, path: str | None, **params: Any) -> list[Any]:
@@ -131,7 +137,9 @@ def test_chat_keeps_a_history_until_it_is_reset(cli: Any, trained: Any, monkeypa
     assert len(answers) == 3 and "hi" not in done.out
     said = [text.removesuffix("…") for text in answers]
     assert f"s:be;u:hi;a:{said[0]};u:so;a:" in prompts and prompts[-1] == "s:be;u:end;a:"
-    assert "temperature 0\n" in done.err and "'hot' is no temperature" in done.err and "/dance is no command" in done.err
+    assert (
+        "temperature 0\n" in done.err and "'hot' is no temperature" in done.err and "/dance is no command" in done.err
+    )
     assert "begun anew" in done.err
 
 
