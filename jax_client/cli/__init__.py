@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from jax_client.cli import stages
 from jax_client.cli.checkpoints import checkpoint
 from jax_client.cli.doctor.command import doctor
 from jax_client.cli.estimate.command import estimate
@@ -37,10 +38,12 @@ _EXIT_CODES = "Exit codes: 0 done, 1 it failed, 2 wrong usage, 3 this machine is
 @click.option("--state-dir", type=STATE_DIR_TYPE, metavar="DIR", envvar="JAX_CLIENT_STATE_DIR", help=STATE_DIR_HELP)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="jax_client", message="%(prog)s %(version)s")
-@click.pass_obj
-def group(options: GlobalOptions, state_dir: Path | None, debug: bool) -> None:
+@click.pass_context
+def group(ctx: click.Context, state_dir: Path | None, debug: bool) -> None:
     """Look after the runs and checkpoints of jax_client on this machine."""
-    options.state_dir, options.debug = state_dir, debug
+    ctx.obj.state_dir, ctx.obj.debug = state_dir, debug
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
 
 
 for _command in (serve, run, launch, runs_group, checkpoint, sample, chat, model_group, estimate, key, doctor):
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         code, message = _explain(error)
         if message:
-            click.echo(f"error: {message}", err=True)
+            click.echo(f"{stages.level_in_colour('error')}{message}", err=True)
         return code
 
 
@@ -104,7 +107,7 @@ def _line(error: object) -> str:
 def _warnings_on_stderr() -> Iterator[None]:
     """Print the package's log, such as damage that a listing finds, on stderr; stdout holds the answer alone."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.setFormatter(stages.LineFormatter())
     logger = logging.getLogger("jax_client")
     propagated = logger.propagate
     # A program that calls `main` has its own handlers. Else absl, when it is imported, adds one that prints all again.

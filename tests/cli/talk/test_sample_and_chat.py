@@ -9,6 +9,7 @@ import pty
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ ANSWER = ["--max-tokens", "6", "--seed", "3"]
 def in_float32(clean_environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute in the dtype of the tests' servers."""
     monkeypatch.setenv("JAX_CLIENT_DTYPE", "float32")
+
+
+@pytest.fixture(scope="module")
+def running(trained: Any) -> Iterator[Running]:
+    """A server, which is made before a test captures its output: uvicorn closes the handler of absl's log."""
+    server = Running(Server(config(trained.home)))
+    yield server
+    server.stop()
 
 
 def by_the_sdk(trained: Any, text: str, path: str | None, **params: Any) -> list[Any]:
@@ -77,7 +86,7 @@ def test_the_state_directory_is_only_read(cli: Any, trained: Any, monkeypatch: A
 
 
 def test_where_a_server_has_the_directory_that_is_said_and_it_can_be_asked(
-    cli: Any, trained: Any, monkeypatch: Any
+    cli: Any, trained: Any, running: Running, monkeypatch: Any
 ) -> None:
     arguments = ("--state-dir", trained.home, "sample", trained.sampler, "--prompt", "the lamp", *ANSWER, "--json")
     claim = run_lock.acquire(trained.home)
@@ -86,15 +95,11 @@ def test_where_a_server_has_the_directory_that_is_said_and_it_can_be_asked(
     finally:
         claim.release()
     assert f"a server (process {os.getpid()} on " in here.err and "set TINKER_BASE_URL" in here.err
-    running = Running(Server(config(trained.home)))
-    try:
-        monkeypatch.setenv("TINKER_BASE_URL", running.url)
-        monkeypatch.setenv("TINKER_API_KEY", KEY)
-        there = cli(*arguments)
-        assert f"answers on the server {running.url}" in there.err
-        assert json.loads(there.out) == json.loads(here.out)
-    finally:
-        running.stop()
+    monkeypatch.setenv("TINKER_BASE_URL", running.url)
+    monkeypatch.setenv("TINKER_API_KEY", KEY)
+    there = cli(*arguments)
+    assert f"answers on the server {running.url}" in there.err
+    assert json.loads(there.out) == json.loads(here.out)
 
 
 def test_wrong_names_and_missing_templates_are_a_line(cli: Any, trained: Any, tmp_path: Path) -> None:
