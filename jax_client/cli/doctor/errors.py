@@ -49,8 +49,8 @@ EXPLAINED = {
         cause="There is no model, run, checkpoint, sampler or open session of that name. After ServiceClient.close() "
         "it is a SessionClosedError, one of its kind.",
         example="base_model 'Qwen/qwen3-8b' is unknown. Did you mean 'Qwen/Qwen3-8B'?",
-        advice="'jax_client runs list' and 'jax_client checkpoint list' show what is there, 'jax_client model list' the "
-        "models; --state-dir or JAX_CLIENT_HOME chooses where they look.",
+        advice="'jax_client runs list' and 'jax_client checkpoint list' show what is there, 'jax_client model list' "
+        "the models; --state-dir or JAX_CLIENT_HOME chooses where they look.",
     ),
     "UnsupportedError": Explained(
         cause="A feature of the API, an architecture, a key of a config or a file format that is refused by name: "
