@@ -71,7 +71,8 @@ EXPLAINED = {
     ),
     "DoesNotFitError": Explained(
         cause="A device has too little free memory for a model or an adapter; nothing was allocated.",
-        example="the weights need 15.3 GB on each device, and 11.9 GB are free.",
+        example="the base model needs 15.26 GiB per device (weights 15.26 GiB), but 11.90 GiB are free. Nothing was "
+        "allocated or changed.",
         advice="Close clients that are not used, give a smaller rank or model, more devices in EngineConfig.mesh, or a "
         "larger memory_fraction. 'jax_client estimate MODEL' says what fits before it is loaded.",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,7 +71,7 @@ class Conversation:
             del self.said[:2]
         return before - len(self.said)
 
-    def answer(self) -> Iterator[str]:
+    def answer(self) -> Generator[str, None, None]:
         """Yield the next answer piece by piece, and add it to what was said; it ends early where the caller stops."""
         from tinker import types
 
@@ -137,6 +137,7 @@ def _command(conversation: Conversation, line: str) -> bool:
 def _answer(conversation: Conversation, line: str) -> None:
     from jax_client.errors import JaxClientError
 
+    before = len(conversation.said)
     conversation.said.append({"role": "user", "content": line})
     dropped = conversation.forget_what_does_not_fit()
     if dropped:
@@ -151,7 +152,7 @@ def _answer(conversation: Conversation, line: str) -> None:
             raise
         click.echo(" (stopped)", nl=False, err=True)
     except JaxClientError as error:
-        del conversation.said[-2:]
+        del conversation.said[before:]
         click.echo(f"error: {error}", err=True)
         if not terminal:
             raise
