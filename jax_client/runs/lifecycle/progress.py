@@ -14,16 +14,14 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from jax_client import process
 from jax_client.config import EngineConfig
 from jax_client.process import Step
 from jax_client.threads import start_thread
-
-if TYPE_CHECKING:
-    from jax_client.runs.lifecycle.session import Session, Waiting
 
 VARIABLE = "JAX_CLIENT_PROGRESS"
 TICK_SECONDS, LEAST_SECONDS, LOG_SECONDS = 0.25, 1.0, 15.0
@@ -32,8 +30,36 @@ GAP_SECONDS = 0.75
 # The thread ends when nothing was in flight for so long; the next request starts it again.
 IDLE_SECONDS = 5.0
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Waiting:
+    """What the requests of a session wait for.
+
+    Attributes:
+        model: the name of the base model.
+        text: such as "loading 4.1/8.0 GB" or "compiling forward (8x512)".
+        ended: `f() -> text` says what had come of it by the time it was over, None for nothing.
+    """
+
+    model: str
+    text: str
+    ended: Callable[[], str | None]
+
+
+class Waits(Protocol):
+    """What is asked of a session."""
+
+    def in_flight(self) -> bool:
+        """Return whether a request is not done."""
+        ...
+
+    def waiting_for(self) -> Waiting | None:
+        """Return what the requests wait for, None where they only compute."""
+        ...
+
+
 _lock = threading.Lock()
-_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+_sessions: weakref.WeakSet[Waits] = weakref.WeakSet()
 _thread: threading.Thread | None = None
 _ended = threading.Event()
 
@@ -49,7 +75,7 @@ def wanted(config: EngineConfig) -> bool:
     return bool(said) or "PYTEST_CURRENT_TEST" not in os.environ
 
 
-def watch(session: Session) -> None:
+def watch(session: Waits) -> None:
     """Tell what the requests of a session wait for, from now until none is in flight."""
     global _thread
     if _thread is not None and session in _sessions:

@@ -22,6 +22,7 @@ from jax_client.host import places
 from jax_client.runs.lifecycle import autosave, base_models, progress
 from jax_client.runs.lifecycle.base_models import BaseModels, ModelRef
 from jax_client.runs.lifecycle.futures import background, link, settled, then
+from jax_client.runs.lifecycle.progress import Waiting
 from jax_client.runs.lifecycle.run_checkpointer import RunCheckpointer
 from jax_client.runs.results import run_metrics
 from jax_client.threads import Workers
@@ -67,21 +68,6 @@ class SamplerInfo:
     sampler_id: str
     base_model: str
     model_path: str | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Waiting:
-    """What the requests of a session wait for.
-
-    Attributes:
-        model: the name of the base model.
-        text: such as "loading 4.1/8.0 GB" or "compiling forward (8x512)".
-        ended: `f() -> text` says what had come of it by the time it was over, None for nothing.
-    """
-
-    model: str
-    text: str
-    ended: Callable[[], str | None]
 
 
 @dataclass(slots=True)

@@ -16,8 +16,7 @@ import pytest
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError
 from jax_client.runs.lifecycle import progress
-from jax_client.runs.lifecycle.progress import Teller
-from jax_client.runs.lifecycle.session import Waiting
+from jax_client.runs.lifecycle.progress import Teller, Waiting
 from support.server.serving import write_model
 
 PROGRAM = """
@@ -140,7 +139,7 @@ def test_the_thread_ends_when_nothing_is_in_flight(monkeypatch: Any) -> None:
     monkeypatch.setattr(progress, "TICK_SECONDS", 0.01)
     monkeypatch.setattr(progress, "IDLE_SECONDS", 0.05)
     done, asked, session = threading.Event(), threading.Event(), Session()
-    progress.watch(session)  # type: ignore[arg-type]
+    progress.watch(session)
     thread = progress._thread
     assert thread is not None and asked.wait(5)
     done.set()
