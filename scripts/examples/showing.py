@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,12 @@ def answer_table(prompts: Sequence[str], before: Sequence[str], after: Sequence[
     for row in itertools.zip_longest(prompts, before, after, fillvalue=""):
         table.add_row(*row)
     return table
+
+
+def chat_command(path: str) -> str:
+    """Return the command line that talks to a checkpoint, also where the environment is not activated."""
+    beside = Path(sys.executable).with_name("jax_client")
+    return f"{'jax_client' if shutil.which('jax_client') else beside} chat {path}"
 
 
 def smoothed(values: Sequence[float], keep: float = 0.8) -> list[float]:
