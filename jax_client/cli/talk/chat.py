@@ -112,7 +112,7 @@ def _lines() -> Iterator[str]:
 
 
 def _command(conversation: Conversation, line: str) -> bool:
-    """Carry out a command; return whether the conversation goes on."""
+    """Carry out a command; return whether the conversation continues."""
     word, _, value = line.strip().partition(" ")
     if word in ("/quit", "/exit"):
         return False
