@@ -21,7 +21,6 @@ from jax_client.checkpoint.disk import run_lock
 from jax_client.cli.talk import chat
 from jax_client.cli.talk.voice import on_terminal
 from jax_client.server.state.server import Server
-from support.command_line import WITHOUT_TORCH
 from support.server.serving import KEY, Running, write_model
 
 pytestmark = pytest.mark.usefixtures("clean_environment", "in_float32")
@@ -160,29 +159,55 @@ def test_a_terminal_is_safe_from_what_a_model_says() -> None:
     assert on_terminal("a\x1b[31mb\r\n\tü…") == "a\\x1b[31mb\\r\n\tü…"
 
 
-def test_a_conversation_on_a_terminal(trained: Any) -> None:
+# A conversation with a model that answers with what it was asked, and is interrupted where that is "stop".
+TERMINAL = """
+import contextlib, sys
+sys.modules["torch"] = None
+from types import SimpleNamespace
+from jax_client.cli import main
+from jax_client.cli.talk import chat
+
+def ask(tokens, num_samples, params):
+    if bytes(tokens) == b"stop":
+        raise KeyboardInterrupt
+    return [SimpleNamespace(tokens=list(tokens), stop_reason="stop")]
+
+voice = SimpleNamespace(
+    encode_chat=lambda said: list(said[-1]["content"].encode()),
+    decode=lambda tokens: bytes(tokens).decode(),
+    ask=ask,
+    max_context=None,
+)
+chat.opened = lambda *args, **kwargs: contextlib.nullcontext(voice)
+sys.exit(main())
+"""
+
+
+def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
     main, terminal = pty.openpty()
-    own = {"JAX_PLATFORMS": "cpu", "TERM": "xterm", "JAX_CLIENT_HOME": str(trained.home)}
-    command = [sys.executable, "-c", WITHOUT_TORCH, "chat", trained.sampler, *ANSWER]
+    own = {"TERM": "xterm", "JAX_CLIENT_HOME": str(tmp_path)}
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | own
     child = subprocess.Popen(
-        command, stdin=terminal, stdout=terminal, stderr=terminal, env=os.environ | own, start_new_session=True
-    )
+        [sys.executable, "-c", TERMINAL, "chat", "m"],
+        stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True,
+    )  # fmt: skip
     os.close(terminal)
     shown = b""
 
     def until(text: bytes) -> None:
         nonlocal shown
         while text not in shown:
-            assert select.select([main], [], [], 60)[0], shown
+            assert select.select([main], [], [], 30)[0], shown
             shown += os.read(main, 4096)
+        shown = shown.partition(text)[2]
 
     try:
         until(b"> ")
-        os.write(main, b"hi\n")
-        until(b"\x1b[36m")
-        shown = b""
-        until(b"> ")
-        os.write(main, b"/quit\n")
+        for said, answer in ((b"hi", b"\x1b[36mhi\x1b[0m"), (b"stop", b"(stopped)"), (b"so", b"\x1b[36mso\x1b[0m")):
+            os.write(main, said + b"\n")
+            until(answer)
+            until(b"> ")
+        os.write(main, b"\x04")
         assert child.wait(30) == 0
     finally:
         child.kill()
