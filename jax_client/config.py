@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
-from jax_client.errors import BadRequestError, UnsupportedError
+from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
 from jax_client.host import places, reporting
 
 DType = Literal["auto", "bfloat16", "float32"]
@@ -54,6 +56,27 @@ def default_compilation_cache_dir() -> Path | None:
     return None if home is None else home / ".cache" / "jax_client" / "xla"
 
 
+_Class = TypeVar("_Class", bound=type)
+
+
+def _names_the_nearest(cls: _Class) -> _Class:
+    """Make a dataclass refuse an unknown field by the name of the field that is like it."""
+    init, known = cls.__init__, [each.name for each in fields(cls)]
+
+    @functools.wraps(init)
+    def checked(self: object, *args: object, **kwargs: object) -> None:
+        for name in kwargs:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                guess = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}."
+                raise BadTypeError(f"{cls.__name__} has no field {name!r}; {guess}")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked
+    return cls
+
+
+@_names_the_nearest
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """Settings of the engine behind a `ServiceClient`. What "auto" chose is shown by `ServiceClient.describe()`.
@@ -87,6 +110,9 @@ class EngineConfig:
             while a smaller one is compiled. False compiles each program when it is first needed, and nothing else.
         record_metrics: keep the metrics and events of every run in `metrics.sqlite` under `state_dir`, written beside
             the training.
+        progress: say on stderr what is loaded or compiled while a request waits for it, and the seconds; a terminal
+            shows it live. `$JAX_CLIENT_PROGRESS` = 0 turns it off, too. A server tells of its clients, runs and
+            compiles.
         map_loss: a loss of this package by the name of one whose formula is not public, such as
             {"stable_reinforce": "importance_sampling"}. The first is then accepted, and computed as the second, which
             every answer's metrics say; record_stability_info=True is accepted too, and records nothing.
@@ -119,6 +145,7 @@ class EngineConfig:
     memory_fraction: float = 0.9
     precompile: bool = True
     record_metrics: bool = True
+    progress: bool = True
     map_loss: Mapping[str, str] = field(default_factory=dict)
     hosts: Literal["ray"] | None = None
     samplers: int = 0
@@ -139,7 +166,7 @@ class EngineConfig:
         fraction = self.memory_fraction
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise BadRequestError(f"EngineConfig.memory_fraction is {fraction!r}; give a number above 0 and at most 1.")
-        for name in ("precompile", "record_metrics"):
+        for name in ("precompile", "record_metrics", "progress"):
             if not isinstance(value := getattr(self, name), bool):
                 raise BadRequestError(f"EngineConfig.{name} is {value!r}; give True or False.")
         if self.hosts not in (None, "ray"):

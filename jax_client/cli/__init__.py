@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from jax_client.cli import stages
 from jax_client.cli.checkpoints import checkpoint
 from jax_client.cli.dashboard.command import dashboard
 from jax_client.cli.doctor.command import doctor
@@ -26,6 +27,8 @@ from jax_client.cli.options import STATE_DIR_HELP, STATE_DIR_TYPE, GlobalOptions
 from jax_client.cli.run_command import run
 from jax_client.cli.runs import runs_group
 from jax_client.cli.serve import serve
+from jax_client.cli.talk.chat import chat
+from jax_client.cli.talk.sample import sample
 
 OK, FAILURE, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -36,13 +39,16 @@ _EXIT_CODES = "Exit codes: 0 done, 1 it failed, 2 wrong usage, 3 this machine is
 @click.option("--state-dir", type=STATE_DIR_TYPE, metavar="DIR", envvar="JAX_CLIENT_STATE_DIR", help=STATE_DIR_HELP)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="jax_client", message="%(prog)s %(version)s")
-@click.pass_obj
-def group(options: GlobalOptions, state_dir: Path | None, debug: bool) -> None:
+@click.pass_context
+def group(ctx: click.Context, state_dir: Path | None, debug: bool) -> None:
     """Look after the runs and checkpoints of jax_client on this machine."""
-    options.state_dir, options.debug = state_dir, debug
+    ctx.obj.state_dir, ctx.obj.debug = state_dir, debug
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
 
 
-for _command in (serve, run, launch, dashboard, runs_group, checkpoint, model_group, estimate, key, doctor):
+_COMMANDS = (serve, run, launch, dashboard, runs_group, checkpoint, sample, chat, model_group, estimate, key, doctor)
+for _command in _COMMANDS:
     group.add_command(_command)
 
 
@@ -69,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         code, message = _explain(error)
         if message:
-            click.echo(f"error: {message}", err=True)
+            click.echo(f"{stages.level_in_colour('error')}{message}", err=True)
         return code
 
 
@@ -103,7 +109,7 @@ def _line(error: object) -> str:
 def _warnings_on_stderr() -> Iterator[None]:
     """Print the package's log, such as damage that a listing finds, on stderr; stdout holds the answer alone."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.setFormatter(stages.LineFormatter())
     logger = logging.getLogger("jax_client")
     propagated = logger.propagate
     # A program that calls `main` has its own handlers. Else absl, when it is imported, adds one that prints all again.

@@ -246,8 +246,8 @@ def export(
         click.echo(f"not checked: {report.unchecked}")
     else:
         click.echo(
-            f"checked: read back, it scores {report.check.tokens} tokens of a probe text with logits that differ by at "
-            f"most {report.check.difference:.2g}; rounding explains up to {report.check.tolerance:.2g}"
+            f"OK: read back, the files compute what the checkpoint computes (logits of {report.check.tokens} tokens "
+            f"are equal up to rounding: {report.check.difference:.1g}, allowed {report.check.tolerance:.1g})"
         )
 
 

@@ -6,6 +6,7 @@ The command takes the state directory, loads the models, listens for the tinker 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -69,7 +70,8 @@ def serve(ctx: click.Context, **_: object) -> None:
         if proxies := through_proxy(os.environ, address[0]):
             stages.say(f"{' and '.join(proxies)} set: clients on this machine need {_exceptions(address[0])}")
         key = "the key you gave" if settings.api_key else f"one of {len(keys)} keys" if keys else "tml-any"
-        number = _run(app, listening, f"ready: TINKER_BASE_URL={url(*address)} TINKER_API_KEY={key}")
+        with _told(host_server, settings):
+            number = _run(app, listening, f"ready: TINKER_BASE_URL={url(*address)} TINKER_API_KEY={key}")
         save(server, hurried=number in (signal.SIGTERM, signal.SIGHUP))
     if number is not None:
         raise click.exceptions.Exit(128 + number)
@@ -248,6 +250,24 @@ def _compile(engine: Engine, name: str, settings: ServerSettings) -> None:
     )
 
 
+@contextlib.contextmanager
+def _told(server: Server, settings: ServerSettings) -> Iterator[None]:
+    """Let the log tell of clients, runs and compiles as they come and go, and of the speed, unless --no-progress."""
+    from jax_client.server.ops.activity import ActivityLog
+
+    if not settings.engine.progress:
+        yield
+        return
+    logger = logging.getLogger("jax_client")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        with ActivityLog(server.live.own.models):
+            yield
+    finally:
+        logger.setLevel(before)
+
+
 def _run(app: ASGIApp, listening: socket.socket, ready: str) -> int | None:
     """Print `ready`, serve until a signal arrives, and return its number."""
     server = uvicorn_server(app)
@@ -267,7 +287,8 @@ def _run(app: ASGIApp, listening: socket.socket, ready: str) -> int | None:
         # A reader of the line may connect, or send a signal, at once.
         listening.listen()
         stages.say(ready)
-        server.run(sockets=[listening])
+        with stages.with_times():
+            server.run(sockets=[listening])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -16,9 +19,45 @@ T = TypeVar("T")
 LIVE_SECONDS, LOG_SECONDS = 0.2, 15.0
 
 
+_times = False
+
+
 def say(text: str) -> None:
     """Print a line, on stderr: stdout belongs to answers, and to the program of `jax_client run`."""
-    click.echo(text, err=True)
+    click.echo(f"{stamp()}{text}", err=True)
+
+
+def stamp() -> str:
+    """Return what a line begins with: the time of day within `with_times`, else nothing."""
+    return time.strftime("%H:%M:%S ") if _times else ""
+
+
+@contextlib.contextmanager
+def with_times() -> Iterator[None]:
+    """Begin each line with the time: of a process that writes lines for days."""
+    global _times
+    _times = True
+    try:
+        yield
+    finally:
+        _times = False
+
+
+class LineFormatter(logging.Formatter):
+    """Writes a record as the commands write everything: [time] [warning: or error:] text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, and those of a traceback."""
+        level = "error" if record.levelno >= logging.ERROR else "warning" if record.levelno >= logging.WARNING else ""
+        return f"{stamp()}{level_in_colour(level)}{super().format(record)}"
+
+
+def level_in_colour(level: str) -> str:
+    """Return "warning: " or "error: ", in colour where stderr shows one; "" for no level."""
+    if not level:
+        return ""
+    text, plain = f"{level}:", os.environ.get("NO_COLOR") or not (sys.stderr and sys.stderr.isatty())
+    return (text if plain else click.style(text, fg="red" if level == "error" else "yellow", bold=True)) + " "
 
 
 def wait(future: Future[T], text: Callable[[], str]) -> T:

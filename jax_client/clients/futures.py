@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 import tinker
 
@@ -96,6 +96,22 @@ class LocalFuture(StaysInProcess, tinker.APIFuture[T]):
     def future(self) -> Future[T]:
         """Return the answer's `concurrent.futures.Future`; cancelling it cancels a request that has not started."""
         return self._future
+
+    # Not for type checkers, to which every attribute would then be there.
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            problem = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if not name.startswith("_"):
+                problem += f": it is the future of an answer. Call .result() first, or await it: x.result().{name}"
+            raise AttributeError(problem, name=name, obj=self)
+
+        # A loop over a future, or unpacking it, comes here too.
+        def __getitem__(self, key: object) -> NoReturn:
+            raise TypeError(
+                f"a {type(self).__name__} has no items: it is the future of an answer. Call .result() first, or await "
+                "it."
+            )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self._state()}>"

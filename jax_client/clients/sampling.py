@@ -17,6 +17,7 @@ from tinker import types
 
 from jax_client import process
 from jax_client.clients.futures import ClientFuture, SampleFuture
+from jax_client.clients.hints import NamesTheOwner
 from jax_client.clients.remote import connection
 from jax_client.clients.sdk_errors import register_as_sdk_class, sdk_errors
 from jax_client.errors import BadRequestError, UnsupportedError
@@ -36,7 +37,7 @@ process.register("handles", "the samplers of this process that have handles", af
 
 
 @sdk_errors
-class SamplingClient:
+class SamplingClient(NamesTheOwner):
     """Client for text generation, from a base model or from trained weights.
 
     Made by `ServiceClient.create_sampling_client` or `TrainingClient.save_weights_and_get_sampling_client`. It can be

@@ -15,6 +15,7 @@ from tinker import types
 from jax_client import torch_bridge
 from jax_client.clients.custom_loss import register
 from jax_client.clients.futures import LocalFuture
+from jax_client.clients.hints import NamesTheOwner
 from jax_client.clients.rest import RestClient
 from jax_client.clients.sampling import BackcompatSamplingClientFuture, SamplingClient, open_sampling_client
 from jax_client.clients.sdk_errors import StaysInProcess, register_as_sdk_class, sdk_errors, translate, warn_caller
@@ -23,7 +24,7 @@ from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, BadTypeError
 from jax_client.host.program import error_in_words, program_name
 from jax_client.runs import checks
-from jax_client.runs.lifecycle import autosave
+from jax_client.runs.lifecycle import autosave, progress
 from jax_client.runs.lifecycle.base_models import BaseModels
 from jax_client.runs.lifecycle.futures import background
 from jax_client.runs.lifecycle.run import create_run, resume_run
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 @sdk_errors
-class ServiceClient(StaysInProcess):
+class ServiceClient(StaysInProcess, NamesTheOwner):
     """The entry point: makes training and sampling clients on the devices of this machine.
 
     Constructing it does no work; models are loaded in the background by the first client that needs them, once per
@@ -108,7 +109,7 @@ class ServiceClient(StaysInProcess):
             display_name=checks.text_or_none("display_name", display_name),
             script=program_name(),
         )
-        self._session = Session(config, info, models=_models)
+        self._session = Session(config, info, models=_models, tells=progress.wanted(config or EngineConfig()))
         self._process = os.getpid()
         if self._session.config.autosave_minutes is not None:
             autosave.handle_sigterm()

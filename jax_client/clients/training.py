@@ -11,6 +11,7 @@ from tinker import types
 
 from jax_client.clients.custom_loss import CustomCall, check_loss_type_input
 from jax_client.clients.futures import ClientFuture, LocalFuture
+from jax_client.clients.hints import NamesTheOwner
 from jax_client.clients.sampling import (
     BackcompatSamplingClientFuture,
     SamplingClient,
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @sdk_errors
-class TrainingClient(StaysInProcess):
+class TrainingClient(StaysInProcess, NamesTheOwner):
     """Client for one LoRA adapter in training, made by `ServiceClient.create_lora_training_client`.
 
     Every request returns a future at once and takes effect in the order of the calls, so that `forward_backward`,

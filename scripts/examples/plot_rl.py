@@ -12,6 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from showing import smoothed
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
@@ -27,7 +29,8 @@ def main() -> None:
         divergence.plot(steps, [row.get("trainer_sampler_kl", 0.0) for row in run], color="tab:gray", linewidth=1)
     shared = min(map(len, runs))
     mean = [fmean(run[i]["reward"] for run in runs) for i in range(shared)]
-    rewards.plot(range(1, shared + 1), mean, color="tab:blue", linewidth=2, label=f"mean of {len(runs)} seeds")
+    label = f"mean of {len(runs)} seeds, smoothed"
+    rewards.plot(range(1, shared + 1), smoothed(mean, 0.6), color="tab:blue", linewidth=2, label=label)
     rewards.set(ylabel="mean reward of a round", ylim=(0, 1), title=args.title)
     rewards.legend(loc="lower right", frameon=False)
     divergence.set(xlabel="round", ylabel="trainer/sampler KL\nper token, nats", yscale="log")

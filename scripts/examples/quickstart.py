@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -12,11 +11,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 import jax_client
-from chat_data import Example, batches, prompt_tokens, read_conversations, render
+from chat_data import Example, batches, read_conversations, render
 from jax_client import types
+from showing import answer_table, answers, chat_command, draw_losses
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = Path(__file__).parent / "data" / "lighthouse_keeper.jsonl"
@@ -45,14 +44,6 @@ def arguments() -> argparse.Namespace:
     if args.steps < 1 or args.batch < 1:
         parser.error("--steps and --batch must be at least 1")
     return args
-
-
-def answers(sampler: Any, tokenizer: Any) -> list[str]:
-    """Sample one answer per unseen prompt; all are submitted at once, so that they are decoded as one batch."""
-    params = types.SamplingParams(max_tokens=48, temperature=0.0)
-    prompts = [prompt_tokens(tokenizer, [{"role": "user", "content": prompt}]) for prompt in UNSEEN]
-    futures = [sampler.sample(types.ModelInput.from_ints(prompt), 1, params) for prompt in prompts]
-    return [tokenizer.decode(f.result().sequences[0].tokens, skip_special_tokens=True).strip() for f in futures]
 
 
 def train(client: Any, examples: Sequence[Example], args: argparse.Namespace, console: Console) -> list[float]:
@@ -93,21 +84,6 @@ def train(client: Any, examples: Sequence[Example], args: argparse.Namespace, co
     return losses
 
 
-def plot(losses: Sequence[float], path: Path) -> None:
-    """Write the loss curve as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot(range(1, len(losses) + 1), losses, marker=".")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="SmolLM2-135M learns to keep a lighthouse")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
 def settings(service: Any) -> str:
     """Say in one line what `auto` chose."""
     described = service.describe()
@@ -128,8 +104,10 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 110)
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    # A terminal shows it here; elsewhere jax_client writes a line for what takes long.
+    config = jax_client.EngineConfig(progress=not console.is_terminal)
     with console.status(f"loading {MODEL}"):
-        service = jax_client.ServiceClient()
+        service = jax_client.ServiceClient(config=config)
         client = service.create_lora_training_client(
             base_model=MODEL, rank=args.rank, seed=args.seed, train_unembed=not args.no_train_unembed
         ).result()
@@ -139,26 +117,26 @@ def main() -> int:
     total = sum(len(example.tokens) for example in examples)
     console.print(f"{len(examples)} conversations, {total:,} tokens, from {DATA.name}")
 
+    unseen = [[{"role": "user", "content": prompt}] for prompt in UNSEEN]
     with console.status("compiling the sampler, then asking the model as it is"):
-        before = answers(service.create_sampling_client(base_model=MODEL).result(), tokenizer)
+        before = answers(service.create_sampling_client(base_model=MODEL).result(), tokenizer, unseen)
     losses = train(client, examples, args, console)
     state = client.save_state("quickstart", overwrite=True).result().path
     weights = client.save_weights_for_sampler("quickstart").result().path
     with console.status("asking the trained model"):
-        after = answers(service.create_sampling_client(model_path=weights).result(), tokenizer)
+        after = answers(service.create_sampling_client(model_path=weights).result(), tokenizer, unseen)
 
-    table = Table("prompt (not in the data)", "before", "after", show_lines=True, title="greedy answers")
-    for row in itertools.zip_longest(UNSEEN, before, after, fillvalue=""):
-        table.add_row(*row)
-    console.print(table)
-    plot(losses, args.out / "loss.png")
+    console.print(answer_table(UNSEEN, before, after, "prompt (not in the data)"))
+    title = "SmolLM2-135M learns to keep a lighthouse"
+    draw_losses(dict(enumerate(losses, start=1)), {}, args.out / "loss.png", title)
     console.print(f"loss per token: {losses[0]:.3f} -> {losses[-1]:.3f}; curve in {args.out / 'loss.png'}")
-    console.print(f"state:   {state}\nsampler: {weights}")
+    console.print(f"state:   {state}\nsampler: {weights}", soft_wrap=True)
     console.print("resume:  client = service.create_training_client_from_state_with_optimizer(")
-    console.print(f'             "{state}").result()')
+    console.print(f'             "{state}").result()', soft_wrap=True)
     console.print(programs(service))
     console.print(f"done in {time.perf_counter() - start:.0f} s")
     service.close("success").result()
+    console.print(f"talk to it:\n  {chat_command(weights)}", soft_wrap=True)
     return 0
 
 

@@ -166,6 +166,7 @@ def test_progress_of_a_download_is_told(tmp_path, monkeypatch, hidden):
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "_check_config", lambda name, near: None)
     seen: list[str] = []
     with observed(lambda progress: seen.append(str(progress))):
         assert hub.download("a/b", []) == tmp_path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -336,6 +337,13 @@ def test_the_command_serves_until_a_signal_and_saves(model: str, tmp_path: Path)
     rest = server.communicate(timeout=60)[1]
     assert server.returncode == 128 + signal.SIGTERM
     assert "stopping: " in rest and "/weights/autosave-0" in rest
+    session, _, _ = client.model_id.partition(":")
+    for told in (
+        f"client {session} connected",
+        f"run {client.model_id}: start at step 0, base_model ",
+        r"compiled \w+ ",
+    ):
+        assert re.search(rf"^\d\d:\d\d:\d\d {told}", rest, re.M), rest
     assert [record.step for record in CheckpointStore(tmp_path).list()] == [1]
 
 

@@ -44,7 +44,11 @@ def hub_raises(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(name: str, *, local_files_only: bool = False, **_: Any) -> str:
         raise errors.LocalEntryNotFoundError("not cached") if local_files_only else error
 
+    def hf_hub_download(name: str, file: str, **_: Any) -> str:
+        raise error
+
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
 
 
 def http_client() -> Any:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jax_client.cli import output
-from jax_client.cli.options import STATE_DIR_HELP, STATE_DIR_TYPE, GlobalOptions, open_store, state_home
+from jax_client.cli.doctor.errors import ALL, print_errors
+from jax_client.cli.options import STATE_DIR_HELP, STATE_DIR_TYPE, GlobalOptions, open_store, state_home, wrong_usage
 from jax_client.errors import BadRequestError
 
 if TYPE_CHECKING:
@@ -44,10 +45,24 @@ _STDOUT = "-"
     metavar="[FILE]",
     help="Print JSON and nothing else; with a FILE, write it there beside the table.",
 )
+@click.option(
+    "--errors",
+    "error",
+    is_flag=False,
+    flag_value=ALL,
+    metavar="[NAME]",
+    help="Print what each error class means and what to do about it, or the one of that NAME; checks nothing.",
+)
 @click.option("--state-dir", type=STATE_DIR_TYPE, metavar="DIR", help=STATE_DIR_HELP)
 @click.pass_obj
 def doctor(
-    options: GlobalOptions, repair: bool, selftest: bool, timeout: float, target: str | None, state_dir: Path | None
+    options: GlobalOptions,
+    repair: bool,
+    selftest: bool,
+    timeout: float,
+    target: str | None,
+    error: str | None,
+    state_dir: Path | None,
 ) -> None:
     """Check packages, devices and the state directory.
 
@@ -56,6 +71,10 @@ def doctor(
     from jax_client.cli.doctor.finding import run_checks
     from jax_client.cli.doctor.selftest import run_selftest
 
+    if error is not None:
+        with wrong_usage("--errors"):
+            print_errors(error, as_json=target is not None)
+        return
     quiet, findings = target == _STDOUT, []
     for finding in run_checks(_checks(options, repair, timeout, state_dir)):
         findings.append(finding)

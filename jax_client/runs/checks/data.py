@@ -152,6 +152,11 @@ def _datums(data: object) -> list[types.Datum]:
             "before optim_step: gradients add up."
         )
     for i, datum in enumerate(data):
+        if isinstance(datum, str):
+            raise BadTypeError(
+                f"data[{i}] is text; make a types.Datum of its token ids, which client.get_tokenizer().encode(text) "
+                "gives: ids[:-1] are the model_input, ids[1:] the target_tokens."
+            )
         if not isinstance(datum, types.Datum):
             raise BadTypeError(f"data[{i}] is {type(datum).__name__}, expected Datum.")
     return list(data)
@@ -214,9 +219,9 @@ def _check_shapes(i: int, tokens_T: np.ndarray, arrays: Mapping[str, np.ndarray]
 
 def _missing(i: int, key: str, datum: types.Datum, loss: str) -> BadRequestError:
     present = ", ".join(datum.loss_fn_inputs) or "none"
-    return BadRequestError(
-        f"data[{i}].loss_fn_inputs has no {key!r}, which {loss} needs; present: {present}. Add it to the Datum."
-    )
+    meant = difflib.get_close_matches(key, datum.loss_fn_inputs, n=1, cutoff=0.8)
+    advice = f"Did you mean {key!r} by {meant[0]!r}?" if meant else "Add it to the Datum."
+    return BadRequestError(f"data[{i}].loss_fn_inputs has no {key!r}, which {loss} needs; present: {present}. {advice}")
 
 
 def _unknown_input(i: int, key: str, loss: Loss) -> BadRequestError:

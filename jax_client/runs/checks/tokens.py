@@ -12,6 +12,8 @@ from jax_client.errors import BadRequestError, BadTypeError, UnsupportedError
 from jax_client.runs.checks.numbers import shown
 from jax_client.runs.checks.tensors import token_ids
 
+TOKENS_OF_TEXT = "a model reads token ids. Encode it: types.ModelInput.from_ints(client.get_tokenizer().encode(text))."
+
 
 def text_tokens(model_input: object, where: str, vocab_size: int, max_context: int) -> np.ndarray:
     """Return the token ids of a ModelInput, int32 (T,), with 1 <= T <= max_context.
@@ -27,6 +29,8 @@ def text_tokens(model_input: object, where: str, vocab_size: int, max_context: i
         UnsupportedError: an image, audio or asset chunk; the message names its index.
         BadRequestError: empty, too long, or an id out of range.
     """
+    if isinstance(model_input, str):
+        raise BadTypeError(f"{where} is text; {TOKENS_OF_TEXT}")
     if not isinstance(model_input, types.ModelInput):
         raise BadTypeError(
             f"{where} is {type(model_input).__name__}, expected ModelInput; use ModelInput.from_ints(tokens)."
@@ -61,6 +65,8 @@ def _chunk_tokens(chunk: object, where: str) -> np.ndarray:
 
 
 def _integers(tokens: object, where: str) -> np.ndarray:
+    if isinstance(tokens, str) or (isinstance(tokens, list) and tokens and isinstance(tokens[0], str)):
+        raise BadTypeError(f"{where}.tokens is text; {TOKENS_OF_TEXT}")
     try:
         array = np.asarray(tokens)
     except (ValueError, OverflowError) as error:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
@@ -19,16 +20,17 @@ from jax_client.config import EngineConfig, default_mirror, default_state_dir
 from jax_client.errors import BadRequestError, NotFoundError
 from jax_client.host import places
 from jax_client.host.reporting import check_installed
-from jax_client.runs.lifecycle import autosave, base_models
+from jax_client.runs.lifecycle import autosave, base_models, progress
 from jax_client.runs.lifecycle.base_models import BaseModels, ModelRef
 from jax_client.runs.lifecycle.futures import background, link, settled, then
+from jax_client.runs.lifecycle.progress import Waiting
 from jax_client.runs.lifecycle.run_checkpointer import End, RunCheckpointer
 from jax_client.runs.results import run_metrics
 from jax_client.threads import Workers
 from jax_client.values import JsonObject, Owner
 
 if TYPE_CHECKING:
-    from jax_client.engine.protocol import Description
+    from jax_client.engine.protocol import Description, Monitor
 
 logger = logging.getLogger(__name__)
 A = TypeVar("A")
@@ -96,6 +98,8 @@ class Session:
         session_id: of a session that is continued; None makes a new one.
         models: where base models are loaded; None shares those of the process.
         owner: whose session it is; None may use every run and checkpoint.
+        tells: whether stderr says what its requests wait for, as `progress` does.
+        read_only: whether checkpoints that have expired stay, which the first use of the state directory deletes.
     """
 
     def __init__(
@@ -106,8 +110,11 @@ class Session:
         *,
         models: BaseModels | None = None,
         owner: Owner | None = None,
+        tells: bool = False,
+        read_only: bool = False,
     ) -> None:
         self.owner = owner
+        self._tells, self._read_only = tells, read_only
         self.config = config or EngineConfig()
         check_installed(self.config.trackers)
         _ = self.config.webhook  # raises here, where nothing has begun
@@ -149,7 +156,8 @@ class Session:
             if self._store is None:
                 mirror = self.config.mirror or default_mirror()
                 self._store = CheckpointStore(self.state_dir, mirror, self.owner)
-                self._store.sweep_expired()
+                if not self._read_only:
+                    self._store.sweep_expired()
             return self._store
 
     def new_id(self, kind: Literal["train", "sample"]) -> str:
@@ -248,7 +256,24 @@ class Session:
         with self._lock:
             self._in_flight.add(cast("Future[object]", future))
         future.add_done_callback(self._forget)
+        if self._tells and not future.done():
+            progress.watch(self)
         return future
+
+    def in_flight(self) -> bool:
+        """Return whether a request is not done."""
+        return bool(self._in_flight)
+
+    def waiting_for(self) -> Waiting | None:
+        """Return what the requests wait for, None where they only compute."""
+        for name, loading in list(self._resources.model_refs.items()):
+            if (text := self.models.progress(name, self.config)) is None:
+                continue
+            if not _is_loaded(loading):
+                return Waiting(model=name, text=text, ended=partial(_loaded_in_words, name, loading))
+            monitor = loading.result().model.engine.monitor
+            return Waiting(model=name, text=text, ended=partial(_compiled_in_words, monitor, len(monitor.compiled())))
+        return None
 
     def _forget(self, future: Future[T]) -> None:
         with self._lock:
@@ -392,6 +417,17 @@ def _take(resources: _Resources) -> list[Future[ModelRef]]:
         resources.model_refs.clear()
         resources.earlier.clear()
     return model_refs
+
+
+def _loaded_in_words(name: str, load: Future[ModelRef]) -> str | None:
+    return f"loaded {name}" if _is_loaded(load) else None
+
+
+def _compiled_in_words(monitor: Monitor, known: int) -> str | None:
+    records = monitor.compiled(known)
+    kept, count = sum(record.cached for record in records), len(records)
+    text = f"compiled {count} program{'s' if count > 1 else ''}" + (f", {kept} of them from the cache," if kept else "")
+    return text if records else None
 
 
 def _is_loaded(load: Future[ModelRef]) -> bool:

@@ -128,7 +128,11 @@ class RunMetrics:
         self._put("user", metrics, step=step)
 
     def event(self, kind: str, step: int | None = None, **details: Any) -> None:
-        """Note that something happened, now or at the step."""
+        """Note that something happened, now or at the step, and tell the log."""
+        told = ", ".join(f"{name} {details[name]}" for name in ("base_model", "origin", "path") if details.get(name))
+        logger.info(
+            "run %s: %s at step %d%s", self.run_id, kind, self.step if step is None else step, told and f", {told}"
+        )
         self._put("event", details, kind, step)
 
     def end(self, how: str = "closed", text: str = "") -> None:

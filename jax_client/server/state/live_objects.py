@@ -124,6 +124,9 @@ class LiveObjects:
         self.sessions.add(session.session_id, session)
         self.sessions.record(session.session_id, fields)
         self.note_sign(session.session_id)
+        logger.info(
+            "client %s connected%s", session.session_id, f" ({info.display_name!r})" if info.display_name else ""
+        )
         return session
 
     def session(self, session_id: str) -> Session:
@@ -180,6 +183,7 @@ class LiveObjects:
 
     def end_session(self, session_id: str, session: Session, status: Status, detail: str | None) -> Future[None]:
         """End a session; its runs are saved and its memory is freed in the background."""
+        logger.info("client %s ended: %s%s", session_id, status, f", {detail!r:.200}" if detail else "")
         closing = session.close(status, detail)
         closing.add_done_callback(lambda _: self.forget_session(session_id))
         return closing

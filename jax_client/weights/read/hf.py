@@ -108,13 +108,17 @@ def check_directory(directory: Path) -> None:
     """
     if not (directory / CONFIG).is_file():
         raise NotFoundError(f"{directory}: looked for {CONFIG} and .safetensors files; {_listing(directory)}")
-    config = read_json(directory, CONFIG)
+    check_code(read_json(directory, CONFIG), str(directory))
+    shards(directory)
+
+
+def check_code(config: JsonObject, where: str) -> None:
+    """Raise UnsupportedError for a config that asks for code of the model's repository."""
     if "auto_map" in config:
         raise UnsupportedError(
-            f"{directory / CONFIG}: 'auto_map' asks for code from the model's repository; custom code is never "
+            f"{Path(where) / CONFIG}: 'auto_map' asks for code from the model's repository; custom code is never "
             f"executed. Supported architectures are {', '.join(SUPPORTED_ARCHITECTURES)}."
         )
-    shards(directory)
 
 
 def shards(directory: Path) -> list[Path]:

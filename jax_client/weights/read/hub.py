@@ -14,7 +14,7 @@ from typing import Any
 
 from jax_client.errors import NotFoundError, RequestFailedError
 from jax_client.host import places
-from jax_client.models.families.registry import SUPPORTED_ARCHITECTURES
+from jax_client.models.families.registry import SUPPORTED_ARCHITECTURES, config_from_hf
 from jax_client.weights.read import hf
 from jax_client.weights.read.progress import Counter
 
@@ -70,7 +70,7 @@ def cached_models() -> list[str]:
 
 
 def download(name: str, near: list[str]) -> Path:
-    """Fetch a model into the hub cache and return its directory.
+    """Fetch a model into the hub cache and return its directory; its config.json comes first, and may refuse it.
 
     Args:
         name: organisation/model.
@@ -80,8 +80,11 @@ def download(name: str, near: list[str]) -> Path:
         NotFoundError: the hub has no such model, or it cannot be reached and `near` has a close name.
         RequestFailedError: "user": no network, a gated model, a refused token, no place for it; "server": the disk is
             full.
+        BadRequestError, UnsupportedError: the model is not one that loads; its weights were not fetched.
     """
     from huggingface_hub import snapshot_download
+
+    _check_config(name, near)
 
     def fetch(cache: Path) -> str:
         return snapshot_download(
@@ -94,6 +97,20 @@ def download(name: str, near: list[str]) -> Path:
         )
 
     return _fetched(name, near, fetch)
+
+
+def _check_config(name: str, near: list[str]) -> None:
+    """Refuse a model by its config.json, before its weights are fetched, as it would be refused after."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        found = config_file(name, near)
+    except RequestFailedError as error:
+        if isinstance(error.__cause__, EntryNotFoundError):
+            return  # what is there instead is said of the files that are fetched, all of them small
+        raise
+    hf.check_code(config := hf.read_json(found.parent, hf.CONFIG), name)
+    config_from_hf(config, f"{name}: {hf.CONFIG}")
 
 
 def config_file(name: str, near: list[str]) -> Path:

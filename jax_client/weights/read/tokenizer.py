@@ -6,8 +6,10 @@ end-of-sequence id and ids beyond the embedding.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from jax_client.errors import BadRequestError, NotFoundError, UnsupportedError
@@ -77,10 +79,9 @@ def _from_directory(source: ModelSource) -> PreTrainedTokenizerFast:
     for name in TOKENIZER_FILES:
         if (source.path / name).exists() and name.endswith(".json"):
             hf.read_json(source.path, name)
-    from transformers import AutoTokenizer
-
+    automatic = _transformers().AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(source.path), trust_remote_code=False, local_files_only=True)
+        return automatic.from_pretrained(str(source.path), trust_remote_code=False, local_files_only=True)
     except Exception as error:
         # transformers and tokenizers raise bare Exception, TypeError, KeyError, ... for damaged files.
         if "trust_remote_code" in str(error):
@@ -98,8 +99,6 @@ def from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
 
     Raises: as `load_tokenizer`.
     """
-    from transformers import PreTrainedTokenizerFast
-
     tokens = file.value("tokenizer.ggml.tokens")
     bpe = _byte_level_bpe(file, tokens)
     names: dict[str, Any] = {}
@@ -112,13 +111,27 @@ def from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
             raise BadRequestError(f"{file.path}: {key}_token_id is {index!r}, but there are {len(tokens)} tokens.")
         names[role] = tokens[index]
     arch = file.value("general.architecture")
-    return PreTrainedTokenizerFast(
+    return _transformers().PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         clean_up_tokenization_spaces=False,
         model_max_length=file.value(f"{arch}.context_length"),
         chat_template=_chat_templates(file),
         **{"pad_token": names.get("eos_token"), **names},
     )
+
+
+def _transformers() -> ModuleType:
+    """Import transformers, which without torch would begin with a warning that its models are not there."""
+    log = logging.getLogger("transformers")
+    log.addFilter(_is_not_of_torch)
+    try:
+        return importlib.import_module("transformers")
+    finally:
+        log.removeFilter(_is_not_of_torch)
+
+
+def _is_not_of_torch(record: logging.LogRecord) -> bool:
+    return "PyTorch was not found" not in record.getMessage()
 
 
 def _chat_templates(file: GgufFile) -> str | dict[str, str]:
