@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from jax_client import errors as errors
     from jax_client import types as types
-    from jax_client.clients.admin import AdminClient as AdminClient
     from jax_client.clients.log import log as log
+    from jax_client.clients.rest import AdminClient as AdminClient
     from jax_client.clients.rest import RestClient as RestClient
     from jax_client.clients.sampling import BackcompatSamplingClientFuture as BackcompatSamplingClientFuture
     from jax_client.clients.sampling import SamplingClient as SamplingClient
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __title__ = "jax_client"
 
 _OURS = {
-    "AdminClient": "jax_client.clients.admin",
+    "AdminClient": "jax_client.clients.rest",
     "BackcompatSamplingClientFuture": "jax_client.clients.sampling",
     "BackcompatTrainingClientFuture": "jax_client.clients.training",
     "EngineConfig": "jax_client.config",

@@ -12,7 +12,7 @@ from tinker import types
 from jax_client.clients.futures import LocalFuture
 from jax_client.clients.sdk_errors import StaysInProcess, register_as_sdk_class, sdk_errors, translate
 from jax_client.config import EngineConfig
-from jax_client.errors import BadRequestError
+from jax_client.errors import BadRequestError, UnsupportedError
 from jax_client.runs import checks
 from jax_client.runs.lifecycle.futures import background
 from jax_client.runs.lifecycle.session import Session
@@ -301,3 +301,25 @@ for _name in NOT_SERVED:
             setattr(RestClient, _method, _refusal(_method))
 
 register_as_sdk_class(tinker.RestClient, RestClient)
+
+
+class AdminClient:
+    """The SDK's AdminClient for a `base_url`. Without one it is refused: this machine has no organisation.
+
+    Raises:
+        UnsupportedError: no `base_url`.
+    """
+
+    def __new__(cls, _holder: object = None, *, base_url: str | None = None, api_key: str | None = None) -> Any:
+        """Return the SDK's client, or refuse."""
+        if base_url is not None:
+            return tinker.AdminClient(base_url=base_url, api_key=api_key)
+        raise translate(
+            UnsupportedError(
+                "AdminClient (billing, audit log) is not served in-process: there is no organisation on this machine. "
+                "Give base_url= for a Tinker server, or use RestClient for runs and checkpoints."
+            )
+        )
+
+
+register_as_sdk_class(tinker.AdminClient, AdminClient)

@@ -23,8 +23,8 @@ from jax_client.clients.training import BackcompatTrainingClientFuture, Training
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError, BadTypeError
 from jax_client.host.program import error_in_words, program_name
-from jax_client.runs import checks
-from jax_client.runs.lifecycle import autosave, progress
+from jax_client.runs import checks, progress
+from jax_client.runs.lifecycle import autosave
 from jax_client.runs.lifecycle.base_models import BaseModels
 from jax_client.runs.lifecycle.futures import background
 from jax_client.runs.lifecycle.run import create_run, resume_run

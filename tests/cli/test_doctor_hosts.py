@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from jax_client.cli.doctor import child, hosts
+from jax_client.cli.doctor import hosts
+from jax_client.cli.doctor.probes import child
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jax_client.cli.doctor.child import Answer, ask
 from jax_client.cli.doctor.finding import Finding
+from jax_client.cli.doctor.probes.child import Answer, ask
 from jax_client.cli.output import human_size, shown
 from jax_client.host.slices import ADVICE, slice_hosts
 
@@ -168,4 +168,6 @@ def _probe(timeout: float) -> tuple[Answer | None, str]:
     """Return what the child process found, or None and why not."""
     # Else the child would take three quarters of the memory of a GPU on which another process may train.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    return ask("jax_client.cli.doctor.device_probe", "kernels", timeout=timeout, environment=environment, starts="jax")
+    return ask(
+        "jax_client.cli.doctor.probes.devices", "kernels", timeout=timeout, environment=environment, starts="jax"
+    )

@@ -6,8 +6,8 @@ import importlib.metadata as metadata
 import os
 from collections.abc import Iterator, Mapping
 
-from jax_client.cli.doctor.child import Answer, ask
 from jax_client.cli.doctor.finding import Finding
+from jax_client.cli.doctor.probes.child import Answer, ask
 from jax_client.cli.launch.finding.places import find_places
 from jax_client.cli.output import shown
 from jax_client.errors import JaxClientError
@@ -54,7 +54,10 @@ def hosts(timeout: float) -> Iterator[Finding]:
 
 def _cluster(address: str, timeout: float) -> Finding:
     found, problem = ask(
-        "jax_client.cli.doctor.host_probe", timeout=timeout, environment=os.environ, starts=f"the cluster at {address}"
+        "jax_client.cli.doctor.probes.hosts",
+        timeout=timeout,
+        environment=os.environ,
+        starts=f"the cluster at {address}",
     )
     if found is None:
         return Finding(

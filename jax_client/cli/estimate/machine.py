@@ -26,7 +26,7 @@ def this_machine() -> Machine:
 
     # Else the child would take three quarters of the memory of a GPU on which another process may train.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    command = [sys.executable, "-P", "-m", "jax_client.cli.doctor.device_probe"]
+    command = [sys.executable, "-P", "-m", "jax_client.cli.doctor.probes.devices"]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_SECONDS)
         found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None

@@ -132,7 +132,7 @@ def _local_tokenizer(base_model: str) -> PreTrainedTokenizerBase | None:
 def _here(home: Path, name: str, dtype: DType, *, tells: bool) -> Iterator[Voice]:
     from jax_client.checkpoint.disk import run_lock
     from jax_client.clients.sampling import SamplingClient
-    from jax_client.runs.lifecycle import progress
+    from jax_client.runs import progress
     from jax_client.runs.lifecycle.futures import background
     from jax_client.runs.lifecycle.session import Session
 

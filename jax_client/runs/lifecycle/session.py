@@ -20,11 +20,12 @@ from jax_client.config import EngineConfig, default_mirror, default_state_dir
 from jax_client.errors import BadRequestError, NotFoundError
 from jax_client.host import places
 from jax_client.host.reporting import check_installed
-from jax_client.runs.lifecycle import autosave, base_models, progress
+from jax_client.runs import progress
+from jax_client.runs.lifecycle import autosave, base_models
 from jax_client.runs.lifecycle.base_models import BaseModels, ModelRef
 from jax_client.runs.lifecycle.futures import background, link, settled, then
-from jax_client.runs.lifecycle.progress import Waiting
 from jax_client.runs.lifecycle.run_checkpointer import End, RunCheckpointer
+from jax_client.runs.progress import Waiting
 from jax_client.runs.results import run_metrics
 from jax_client.threads import Workers
 from jax_client.values import JsonObject, Owner

@@ -15,15 +15,15 @@ import pytest
 
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError
-from jax_client.runs.lifecycle import progress
-from jax_client.runs.lifecycle.progress import Teller, Waiting
+from jax_client.runs import progress
+from jax_client.runs.progress import Teller, Waiting
 from support.server.serving import write_model
 
 PROGRAM = """
 import sys
 import jax_client
 from jax_client import types
-from jax_client.runs.lifecycle import progress
+from jax_client.runs import progress
 
 progress.LEAST_SECONDS = progress.TICK_SECONDS = 0.01
 config = jax_client.EngineConfig(state_dir={home!r}, dtype="float32", autosave_minutes=None, progress={on})
