@@ -42,6 +42,15 @@ def advice(error: BaseException, place: Path) -> str:
     return f"{place} lies on a file system of type {kind}{weak}. {LOCAL_DISK}"
 
 
+def free_share(place: Path) -> float | None:
+    """Return the free share of the disk of a path, None where that is not known."""
+    try:
+        found = os.statvfs(place)
+    except OSError:
+        return None
+    return found.f_bavail / found.f_blocks if found.f_blocks else None
+
+
 def _code(error: BaseException, place: Path) -> int | None:
     """Return the system's number of an error: its own, its causes', or of the text that it quotes."""
     seen: BaseException | None = error

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from jax_client.host.program import error_in_words
 from jax_client.host.reporting import package_of
 from jax_client.metrics.summary import mean_loss
 from jax_client.threads import BatchWriter
@@ -22,7 +23,8 @@ from jax_client.values import JsonObject
 
 logger = logging.getLogger(__name__)
 MOST_WAITING = 10_000
-FLUSH_SECONDS = 3.0
+# Most that the end of a session, or of the process, waits for a tracker; one that was late is not waited for twice.
+FLUSH_SECONDS = 10.0
 PROJECT = "jax_client"
 KINDS = ("step", "user")
 
@@ -71,6 +73,7 @@ class Export:
         self._begin = begin or _BEGIN[tracker]
         self._runs: dict[str, Tracked | None] = {}
         self._complained = False
+        self._late = False
         self._writer: BatchWriter[_Row] = BatchWriter(
             f"jax_client-{tracker}", self._write, seconds=0.5, most=1_000, capacity=MOST_WAITING
         )
@@ -88,7 +91,9 @@ class Export:
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
         """Wait until what was put is handed over, `timeout` seconds at most; return whether it is."""
-        return self._writer.flush(timeout)
+        if not self._late:
+            self._late = not self._writer.flush(timeout)
+        return not self._late
 
     def close(self) -> None:
         """Finish every run, and have the thread end; do not wait for it."""
@@ -113,11 +118,12 @@ class Export:
                     self._runs[row.facts.run] = self._begin(row.facts)
                 if (tracked := self._runs[row.facts.run]) is not None:
                     tracked.log(row.step, row.time, row.metrics)
-            except (Exception, SystemExit):
+            except (Exception, SystemExit) as error:
                 # Once: what fails here fails at every step.
                 if not self._complained:
                     self._complained = True
-                    logger.warning("metrics could not be exported to %s", self.tracker, exc_info=True)
+                    logger.warning("metrics could not be exported to %s: %s", self.tracker, error_in_words(error))
+                    logger.debug("where that failed", exc_info=True)
 
 
 def _nameless(run: str) -> RunFacts:

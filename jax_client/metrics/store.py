@@ -59,7 +59,10 @@ CREATE TABLE events (
 );
 CREATE INDEX events_of_run ON events (run, id);
 """
-_SUMMARIES = "CREATE TABLE summaries (run TEXT PRIMARY KEY, summary TEXT NOT NULL) WITHOUT ROWID;"
+_SUMMARIES = """
+CREATE TABLE summaries (run TEXT PRIMARY KEY, summary TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX events_of_kind ON events (kind, run);
+"""
 # From version N to N + 1 at place N.
 _MIGRATIONS = (_TABLES, _SUMMARIES)
 
@@ -237,7 +240,7 @@ class MetricsStore:
             for run in self._summaries.keys() - found:
                 self._summaries.pop(run, None)
             # Those that an earlier version of this package wrote have none.
-            query = "SELECT run FROM series UNION SELECT run FROM events EXCEPT SELECT run FROM summaries"
+            query = "SELECT run FROM series EXCEPT SELECT run FROM summaries"
             missing = [run for (run,) in database.execute(query)]
             return {run: summary for run, summary in found.items() if summary is not None} | {
                 run: _from_points(database, run) for run in missing

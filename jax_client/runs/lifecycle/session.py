@@ -353,7 +353,7 @@ class Session:
         autosave.save_now(checkpointers)
         for checkpointer in checkpointers:
             checkpointer.end(*self._how)
-        run_metrics.shared.flush()
+        run_metrics.shared.finish()
         if self._store is not None and not self._store.flush_mirror(MIRROR_SECONDS):
             logger.warning("not every checkpoint in %s was copied to the mirror", self.state_dir)
         base_models.release_all(_take(self._resources))

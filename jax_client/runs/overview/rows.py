@@ -5,7 +5,6 @@ It reads what is there and writes nothing. A list of runs costs one summary of e
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from jax_client.checkpoint.state_directory import OWNER
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.config import default_mirror
 from jax_client.errors import NotFoundError, RequestFailedError, UnsupportedError, shown
+from jax_client.host.disk import free_share
 from jax_client.metrics.store import FILE_NAME, MetricsStore
 from jax_client.metrics.summary import Summary
 from jax_client.runs.overview.alerts import alerts_of
@@ -99,7 +99,7 @@ class Overview:
     def _rows(
         self, runs: Collection[str], described: Mapping[str, JsonObject], saved: Mapping[str, Sequence[Record]]
     ) -> list[RunRow]:
-        now, free, summaries = time.time(), self._free_share(), self._metrics.summaries()
+        now, free, summaries = time.time(), free_share(self.state_dir), self._metrics.summaries()
         resumed = children_of({run: origin(fields) for run, fields in described.items()})
         return [
             self._row(
@@ -218,13 +218,6 @@ class Overview:
             return self._store.lock_record(run_id)
         except (RequestFailedError, UnsupportedError):  # a file system without locks hides no run
             return None
-
-    def _free_share(self) -> float | None:
-        try:
-            found = os.statvfs(self.state_dir)
-        except OSError:
-            return None
-        return found.f_bavail / found.f_blocks if found.f_blocks else None
 
     def _row(
         self,

@@ -16,6 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from jax_client.host.disk import free_share
 from jax_client.metrics.store import MetricsStore
 from jax_client.runs.overview.alerts import alerts_of
 from jax_client.threads import BatchWriter
@@ -59,11 +60,12 @@ class AlertPoster:
 
     def _look(self, asked: Collection[tuple[Path, str, str]]) -> None:
         for path in {path for path, _, _ in asked}:
-            summaries = MetricsStore(path).summaries()
+            summaries, free = MetricsStore(path).summaries(), free_share(path.parent)
             for run, name in {(run, name) for where, run, name in asked if where == path}:
                 if (summary := summaries.get(run)) is None:
                     continue
-                alerts = {alert.kind: alert for alert in alerts_of(summary, is_open=True, now=time.time())}
+                found = alerts_of(summary, is_open=True, now=time.time(), free=free)
+                alerts = {alert.kind: alert for alert in found}
                 # One that has passed may come back.
                 self._known = {(r, kind) for r, kind in self._known if r != run or kind in alerts}
                 for kind, alert in alerts.items():

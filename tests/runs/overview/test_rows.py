@@ -141,6 +141,7 @@ def test_a_file_of_an_earlier_version_is_summarised_from_its_points(home: Path) 
     record(home, RUN, range(1, 21))
     with sqlite3.connect(home / FILE_NAME) as database:
         database.execute("DROP TABLE summaries")
+        database.execute("DROP INDEX events_of_kind")
         database.execute("PRAGMA user_version = 1")
     assert Overview(home).run(RUN).step == 20
     record(home, RUN, range(21, 23))
