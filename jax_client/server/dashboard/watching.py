@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.4
 # The list of runs is made anew at most every so often, and at least, because a run becomes idle without a change.
-_SHARE, LEAST_SECONDS, MOST_SECONDS = 20.0, 0.4, 10.0
+_SHARE, LEAST_SECONDS, MOST_SECONDS = 50.0, 0.4, 10.0
 DEVICE_SECONDS = 3.0
 POINTS = 2_000
 MOST_PAGES = 64
