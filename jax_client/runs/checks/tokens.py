@@ -65,7 +65,7 @@ def _chunk_tokens(chunk: object, where: str) -> np.ndarray:
 
 
 def _integers(tokens: object, where: str) -> np.ndarray:
-    if isinstance(tokens, str) or (isinstance(tokens, list) and tokens and isinstance(tokens[0], str)):
+    if isinstance(tokens, str):
         raise BadTypeError(f"{where}.tokens is text; {TOKENS_OF_TEXT}")
     try:
         array = np.asarray(tokens)
@@ -80,7 +80,6 @@ def _integers(tokens: object, where: str) -> np.ndarray:
             raise BadRequestError(f"{where}.tokens[{at}] is {shown(int(array[at]))}, which is not a token id.")
         array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind != "i":
-        raise BadTypeError(
-            f"{where}.tokens has dtype {array.dtype} and {array.ndim} dimensions; give a flat list of token ids."
-        )
+        advice = TOKENS_OF_TEXT if array.dtype.kind == "U" else "give a flat list of token ids."
+        raise BadTypeError(f"{where}.tokens has dtype {array.dtype} and {array.ndim} dimensions; {advice}")
     return array
