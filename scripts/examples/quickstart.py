@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 import jax_client
 from chat_data import Example, batches, read_conversations, render
 from jax_client import types
-from showing import answer_table, answers, chat_command, draw_losses
+from showing import answer_table, answers, command_line, draw_losses
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = Path(__file__).parent / "data" / "lighthouse_keeper.jsonl"
@@ -136,7 +136,8 @@ def main() -> int:
     console.print(programs(service))
     console.print(f"done in {time.perf_counter() - start:.0f} s")
     service.close("success").result()
-    console.print(f"talk to it:\n  {chat_command(weights)}", soft_wrap=True)
+    console.print(f"talk to it:\n  {command_line('chat', weights)}", soft_wrap=True)
+    console.print(f"see its curves, and ask it beside the base model:\n  {command_line('dashboard')}", soft_wrap=True)
     return 0
 
 

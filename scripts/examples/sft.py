@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import jax_client
 from chat_data import Example, Message, batches, read_conversations, render, truncated
 from jax_client import types
-from showing import answer_table, answers, chat_command, draw_losses
+from showing import answer_table, answers, command_line, draw_losses
 
 
 def arguments() -> argparse.Namespace:
@@ -248,7 +248,7 @@ def main() -> int:
         asked = [chat[-1]["content"] for chat in data.questions]
         console.print(answer_table(asked, before, ask(client, data.questions, console), "question (held out)"))
     weights = client.save_weights_for_sampler(f"{args.name}-{done:06d}").result().path
-    console.print(f"sampler weights: {weights}\ntalk to it: {chat_command(weights)}", soft_wrap=True)
+    console.print(f"sampler weights: {weights}\ntalk to it: {command_line('chat', weights)}", soft_wrap=True)
     return 0
 
 

@@ -38,10 +38,10 @@ def answer_table(prompts: Sequence[str], before: Sequence[str], after: Sequence[
     return table
 
 
-def chat_command(path: str) -> str:
-    """Return the command line that talks to a checkpoint, also where the environment is not activated."""
+def command_line(*words: str) -> str:
+    """Return a command line of jax_client that works also where the environment is not activated."""
     beside = Path(sys.executable).with_name("jax_client")
-    return f"{'jax_client' if shutil.which('jax_client') else beside} chat {path}"
+    return " ".join(["jax_client" if shutil.which("jax_client") else str(beside), *words])
 
 
 def smoothed(values: Sequence[float], keep: float = 0.8) -> list[float]:
