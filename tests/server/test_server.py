@@ -341,7 +341,7 @@ def test_the_command_serves_until_a_signal_and_saves(model: str, tmp_path: Path)
     for told in (
         f"client {session} connected",
         f"run {client.model_id}: start at step 0, base_model ",
-        r"compiled \w+ ",
+        r"(compiled|loaded) \w+ \(",
     ):
         assert re.search(rf"^\d\d:\d\d:\d\d {told}", rest, re.M), rest
     assert [record.step for record in CheckpointStore(tmp_path).list()] == [1]
