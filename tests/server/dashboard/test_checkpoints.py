@@ -128,6 +128,7 @@ def test_paths_are_checked(client: httpx.Client) -> None:
     assert client.get(f"{API}/download").status_code == 400
 
 
+@pytest.mark.full
 def test_the_export_command_is_one_that_runs(parts: Parts, client: httpx.Client, capsys: Any) -> None:
     for form in ("peft", "merged"):
         found = act(client, "export", format=form)
