@@ -200,9 +200,10 @@ class Watch:
                 continue
             if series["next"] == since:
                 continue
+            body = encoded(series)
             for page in pages:
                 page.since = series["next"]
-                news[page].append(self._frame("points", encoded(series), page))
+                news[page].append(self._frame("points", body, page))
 
     def _look_at_rows(self, news: dict[Page, list[bytes]], changed: str) -> None:
         start = time.monotonic()
