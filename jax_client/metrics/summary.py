@@ -7,7 +7,7 @@ many points they have. A log directory's rows make one in the same way.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TypeVar
 
@@ -20,6 +20,9 @@ CURVE = 60
 LOSSES = ("loss:mean", "train_mean_nll", "loss", "train/loss", "loss/mean", "train_loss", "nll")
 REWARDS = ("reward/mean", "reward", "env/all/reward/total", "env/all/reward", "mean_reward", "reward_mean")
 KLS = ("kl_sample_train:mean", "optim/kl_sample_train_v1", "optim/kl_sample_train_v2", "kl_sample_train")
+REWARD_ENDINGS = ("reward/total", "reward/mean", "/reward")
+# Points and events of these kinds are an engine's, of all its runs together.
+OF_ENGINES = ("device", "compile")
 MAX_REASON = 300
 T = TypeVar("T")
 
@@ -174,11 +177,14 @@ def mean_loss(metrics: Mapping[str, float]) -> float | None:
 
 def find_reward(metrics: Mapping[str, float]) -> float | None:
     """Return the reward among metrics, None where none has a name of one."""
-    found = first_of(metrics, REWARDS)
-    if found is not None:
-        return found
-    names = sorted(name for name in metrics if name.endswith(("reward/total", "reward/mean", "/reward")))
-    return metrics[names[0]] if names else None
+    name = reward_name([name for name, value in metrics.items() if math.isfinite(value)])
+    return None if name is None else metrics[name]
+
+
+def reward_name(names: Collection[str]) -> str | None:
+    """Return the name among these that is the reward's, None where none is."""
+    known = next((name for name in REWARDS if name in names), None)
+    return known or min((name for name in names if name.endswith(REWARD_ENDINGS)), default=None)
 
 
 def first_of(metrics: Mapping[str, float], names: tuple[str, ...]) -> float | None:

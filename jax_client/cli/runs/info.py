@@ -19,9 +19,11 @@ from jax_client.cli.runs.entries import COLOURS, count, entry_of, figure, logs_o
 @reads_state
 def info(home: Path, run_id: str, logs: Sequence[Path], as_json: bool) -> None:
     """Show one run. RUN is its id, or as much of the beginning as no other run shares."""
+    from jax_client.runs.overview.records import OPEN
+
     rows = {row.run: row for row in open_overview(home, logs).runs()}
     row = rows[find_run(list(rows), run_id, home)]
-    entry, is_open = entry_of(row), row.state in ("live", "idle")
+    entry, is_open = entry_of(row), row.state in OPEN
     entry["owner"] = {"pid": row.pid, "host": row.host} if is_open else None
     if as_json:
         output.print_json([entry])

@@ -129,13 +129,11 @@ def picture(overview: Overview, row: RunRow, width: int) -> Group:
 
 
 def _curves(row: RunRow, series: Mapping[str, Mapping[str, list[float]]]) -> list[tuple[str, list[float]]]:
-    from jax_client.metrics.summary import LOSSES, REWARDS
+    from jax_client.metrics.summary import LOSSES, reward_name
 
     loss = next((series[name]["value"] for name in LOSSES if name in series), [])
     curves = [("loss", loss)]
-    named = [name for name in series if name.endswith(("reward/total", "reward/mean", "/reward"))]
-    reward = next((name for name in (*REWARDS, *named) if name in series), None)
-    if reward is not None:
+    if (reward := reward_name(series.keys())) is not None:
         curves.append((reward, series[reward]["value"]))
     return curves
 

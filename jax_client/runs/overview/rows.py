@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from jax_client.checkpoint.disk.names import run_directory
 from jax_client.checkpoint.disk.run_lock import LockRecord
 from jax_client.checkpoint.record import Record
 from jax_client.checkpoint.state_directory import OWNER
@@ -199,7 +200,7 @@ class Overview:
     def _remember(self, rows: Sequence[RunRow]) -> None:
         own = [row for row in rows if row.source == "run"][:MOST_WATCHED]
         runs = self.state_dir / "runs"
-        folders = [runs / row.run.replace(":", "%3A") for row in own]
+        folders = [run_directory(runs, row.run) for row in own]
         paths = [path for folder in folders for path in (folder, folder / "weights", folder / "sampler_weights")]
         with self._lock:
             self._open = any(row.state in OPEN for row in rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
@@ -94,23 +93,6 @@ async def object_of(request: Request) -> JsonObject:
     if not isinstance(fields, dict):
         raise BadRequestError("the body is no JSON object.")
     return fields
-
-
-def number(request: Request, name: str, default: int, least: int, most: int) -> int:
-    """Return a number of the query. Raises BadRequestError."""
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
-        raise BadRequestError(f"{name} is {shown(text[:40])}; give a number from {least} to {most}.")
-    return int(text)
-
-
-def cursor(text: str | None) -> str | None:
-    """Return the `next` of an earlier answer, None where none was given. Raises BadRequestError."""
-    if text is None or re.fullmatch("[0-9]{1,18}-[0-9]{1,18}", text):
-        return text
-    raise BadRequestError(f"since is {shown(text[:40])}; give the `next` of an earlier answer, or leave it out.")
 
 
 def text_of(fields: JsonObject, name: str) -> str:

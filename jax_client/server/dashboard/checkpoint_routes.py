@@ -18,9 +18,11 @@ from starlette.routing import Route
 
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.errors import BadRequestError, JaxClientError, NotFoundError, UnsupportedError, shown
-from jax_client.server.dashboard.answers import API, api_route, json_answer, number, object_of, text_of
+from jax_client.runs.lifetimes import ttl
+from jax_client.server.dashboard.answers import API, api_route, json_answer, object_of, text_of
 from jax_client.server.dashboard.deleted import Deleted
 from jax_client.server.dashboard.source import Source
+from jax_client.server.queries import number
 from jax_client.server.wire.admission import load_of
 from jax_client.server.wire.logins import HEADERS
 from jax_client.server.wire.pools import run_on_files, run_work
@@ -29,8 +31,6 @@ from jax_client.values import CheckpointKey, JsonObject
 MOST_ROWS = 1_000
 # Of an adapter that is sent as one file, with what it takes in memory meanwhile.
 MAX_DOWNLOAD = 256 * 2**20
-# The lifetimes that the store takes otherwise: an hour to ten years.
-LEAST_SECONDS, MOST_SECONDS = 3_600, 10 * 366 * 24 * 3_600
 # After a deletion's last moment.
 _GRACE = 2.0
 
@@ -93,12 +93,7 @@ class Checkpoints:
 
     async def _lifetime(self, request: Request) -> Response:
         fields = await object_of(request)
-        key, seconds = _key(fields), fields.get("seconds")
-        if seconds is not None and not (type(seconds) in (int, float) and LEAST_SECONDS <= seconds <= MOST_SECONDS):
-            raise BadRequestError(
-                f"seconds is {shown(seconds)}; give a number from {LEAST_SECONDS:,} to {MOST_SECONDS:,}, or null to "
-                "keep the checkpoint."
-            )
+        key, seconds = _key(fields), ttl(fields.get("seconds"), "seconds")
         record = await run_work(self._store.set_ttl, key, seconds)
         return json_answer({"path": str(key), "expires_at": record.expires_at})
 

@@ -83,7 +83,7 @@ class Deleted:
         self._store.sweep_expired()
 
     def shown(self, rows: Sequence[JsonObject]) -> list[JsonObject]:
-        """Return the rows of checkpoints that are not hidden; forget hidden ones that are gone."""
+        """Return the rows of checkpoints that are not hidden."""
         with self._lock:
             hidden = dict(self._hidden)
         return [row for row in rows if not _hides(hidden.get(str(row["path"])), row)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from jax_client.errors import NotFoundError
+from jax_client.runs.overview.records import OPEN
 from jax_client.server.dashboard.source import Source
 from jax_client.values import JsonObject
 
 # Runs whose points are shown, of those that are open; compiles that are shown.
 MOST_RUNS, MOST_COMPILES = 8, 200
-OPEN = ("live", "idle")
 KIND = "device"
 
 

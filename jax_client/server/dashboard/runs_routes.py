@@ -14,12 +14,11 @@ from jax_client.errors import BadRequestError, shown
 from jax_client.server.dashboard.answers import (
     Handler,
     api_route,
-    cursor,
     json_answer,
-    number,
     object_of,
 )
 from jax_client.server.dashboard.source import Source
+from jax_client.server.queries import cursor, number
 from jax_client.server.wire.logins import HEADERS
 from jax_client.server.wire.pools import run_work
 from jax_client.values import JsonObject

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from jax_client.metrics.summary import OF_ENGINES
 from jax_client.values import JsonObject
 
 
@@ -47,10 +48,6 @@ class Source(Protocol):
     def changed(self) -> str:
         """Return a text that differs when anything of it may differ; takes less than a millisecond."""
         ...
-
-
-# Points and events of these kinds are an engine's, of all its runs together.
-OF_ENGINES = ("device", "compile")
 
 
 @dataclass(frozen=True, slots=True)

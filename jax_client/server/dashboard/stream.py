@@ -9,8 +9,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from jax_client.server.dashboard.answers import api_route, cursor
+from jax_client.server.dashboard.answers import api_route
 from jax_client.server.dashboard.watching import Page, Watch, Watcher, checked_run
+from jax_client.server.queries import cursor
 from jax_client.server.wire.connections import ENDLESS
 from jax_client.server.wire.logins import HEADERS
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,21 +10,21 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from jax_client.errors import BadRequestError, NotFoundError
+from jax_client.errors import NotFoundError
 from jax_client.metrics.store import FILE_NAME, Cursor, Event, Found, MetricsStore, Point
+from jax_client.metrics.summary import OF_ENGINES
 from jax_client.runs.lifecycle.base_models import BaseModels
 from jax_client.runs.listings import Listings
 from jax_client.runs.results import run_metrics
 from jax_client.server.ops import families
 from jax_client.server.ops.prometheus import CONTENT_TYPE, render
+from jax_client.server.queries import cursor, number
 from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.pools import run_work
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 MOST_ROWS = 10_000
-# Points and events of these kinds are an engine's, of all its runs together.
-_OF_ENGINES = ("device", "compile")
 
 
 def list_runs(state_dir: Path, listings: Listings) -> Handler:
@@ -38,7 +37,7 @@ def list_runs(state_dir: Path, listings: Listings) -> Handler:
     store = MetricsStore(state_dir / FILE_NAME)
 
     async def handler(request: Request) -> Response:
-        limit, offset = _number(request, "limit", 100, 1, MOST_ROWS), _number(request, "offset", 0, 0, 2**31)
+        limit, offset = number(request, "limit", 100, 1, MOST_ROWS), number(request, "offset", 0, 0, 2**31)
         runs = await run_work(lambda: _shown_runs(store, listings))
         live = {run.run_id for run in run_metrics.live()}
         shown = [run | {"live": run["run"] in live} for run in runs[offset : offset + limit]]
@@ -62,7 +61,7 @@ def read_run(state_dir: Path, listings: Listings, *, whole: bool = True) -> Hand
 
     async def handler(request: Request) -> Response:
         run, since = request.path_params["run"], _cursor(request)
-        most, limit = _number(request, "points", 0, 2, MOST_ROWS), _number(request, "limit", 1_000, 1, MOST_ROWS)
+        most, limit = number(request, "points", 0, 2, MOST_ROWS), number(request, "limit", 1_000, 1, MOST_ROWS)
         rows = Found(cursor=since)
         known = await run_work(listings.has_run, run)
         if known and most:
@@ -71,7 +70,7 @@ def read_run(state_dir: Path, listings: Listings, *, whole: bool = True) -> Hand
             rows = await run_work(store.read, run, since, limit=limit)
         if not known or since == Cursor() == rows.cursor:
             raise NotFoundError(f"nothing was recorded of a run {run!r}; metrics/runs lists those that have points.")
-        left_out = () if whole else _OF_ENGINES
+        left_out = () if whole else OF_ENGINES
         return JSONResponse(
             {
                 "run": run,
@@ -133,17 +132,6 @@ def _shown(row: Point | Event) -> dict[str, Any]:
 
 
 def _cursor(request: Request) -> Cursor:
-    text = request.query_params.get("since", "0-0")
-    if not re.fullmatch("[0-9]{1,18}-[0-9]{1,18}", text):
-        raise BadRequestError(f"since is {text[:40]!r}; give the `next` of an earlier answer, or leave it out.")
-    point, event = map(int, text.split("-"))
+    text = cursor(request.query_params.get("since"))
+    point, event = (0, 0) if text is None else map(int, text.split("-"))
     return Cursor(point=point, event=event)
-
-
-def _number(request: Request, name: str, default: int, least: int, most: int) -> int:
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
-        raise BadRequestError(f"{name} is {text[:40]!r}; give a number from {least} to {most}.")
-    return int(text)
