@@ -9,8 +9,9 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -21,6 +22,7 @@ from jax_client.cli.program.command import CONTEXT, METAVAR, ProgramCommand
 from jax_client.cli.serve import listen, opened, page_url, private_files, save, url, uvicorn_server
 from jax_client.cli.server_options import server_options
 from jax_client.cli.settings import print_settings, read_settings
+from jax_client.host.program import name_of_command
 from jax_client.host.proxies import bypassing
 from jax_client.server import LOOPBACK
 from jax_client.threads import start_thread
@@ -78,10 +80,11 @@ def run_program(ctx: click.Context, program: list[str]) -> None:
     # Checked before the model is loaded, which may take minutes.
     check_program(program[0])
     key = f"tml-{secrets.token_urlsafe(32)}"
-    with private_files() as umask, opened(settings, _TAKEN, remembers=False) as server:
+    script = name_of_command(program)
+    with private_files() as umask, opened(settings, _TAKEN, remembers=False, script=script) as server:
         child = Child(umask)
         try:
-            with _served(server, key) as address:
+            with _served(server, key, settings.logs) as address:
                 stages.say(f"ready: running {program[0]} with TINKER_BASE_URL={address}")
                 own = {"TINKER_BASE_URL": address, "TINKER_API_KEY": key, "TINKER_TELEMETRY": "0"}
                 # Else a proxy of the environment would be asked for this machine's own address, and not answer.
@@ -92,12 +95,12 @@ def run_program(ctx: click.Context, program: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _served(server: Server, key: str) -> Iterator[str]:
+def _served(server: Server, key: str, logs: Sequence[Path]) -> Iterator[str]:
     """Serve on a free port of this machine until the body ends; yield the URL."""
     from jax_client.server.app import build_app
 
     listening = listen("127.0.0.1", 0)
-    app = build_app(server, api_key=key, hosts=LOOPBACK, page=True)
+    app = build_app(server, api_key=key, hosts=LOOPBACK, page=True, logs=logs)
     address = listening.getsockname()[:2]
     app.announce_page(lambda query: stages.say(f"dashboard: {page_url(*address)}{query}"))
     http = uvicorn_server(app)

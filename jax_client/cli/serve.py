@@ -86,14 +86,14 @@ def _guarded(
     from jax_client.server.state.request_log import RequestLog
 
     if keys is None:
-        return server, build_app(server, api_key=settings.api_key, hosts=hosts, page=True)
+        return server, build_app(server, api_key=settings.api_key, hosts=hosts, page=True, logs=settings.logs)
     servers = KeyedServers(server, keys, lambda name: RequestLog(settings.home, name, len(keys)))
     shown = ", ".join(key.owner.name + (" (admin)" if key.owner.admin else "") for key in keys)
     stages.say(f"keys: {shown}")
     without = sum("owner" not in fields for _, fields in server.live.own.store.runs())
     if without and not any(key.owner.admin for key in keys):
         stages.say(f"{without} runs were made without keys; a key that is marked admin in the file would have them")
-    return servers, build_keyed_app(servers, hosts=hosts, page=True)
+    return servers, build_keyed_app(servers, hosts=hosts, page=True, logs=settings.logs)
 
 
 def _exceptions(host: str) -> str:
@@ -111,13 +111,14 @@ def private_files() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterator[Server]:
+def opened(settings: ServerSettings, advice: str, *, remembers: bool, script: str | None = None) -> Iterator[Server]:
     """Lock the state directory, make the server, and load its models.
 
     Args:
         settings: of the server.
         advice: what to do when another process has the directory.
         remembers: whether its clients may continue with the next server on this directory.
+        script: the program whose server it is, where that is known.
 
     Raises:
         click.ClickException: another process has locked it, it cannot be written, or others may read it and it is not
@@ -148,7 +149,7 @@ def opened(settings: ServerSettings, advice: str, *, remembers: bool) -> Iterato
         raise click.ClickException(f"nothing can be saved: {error}. {disk.advice(error, settings.home)}") from None
     try:
         names = ModelNames(settings.aliases, settings.models, settings.models_dirs)
-        server = Server(settings.engine, names, RequestLog(settings.home) if remembers else None)
+        server = Server(settings.engine, names, RequestLog(settings.home) if remembers else None, script=script)
         stages.say(f"state directory: {settings.home}")
         for name, other in settings.engine.map_loss.items():
             stages.say(f"warning: {name} is computed as {other}, which is another loss (--map-loss {name}={other})")

@@ -120,6 +120,13 @@ SHARED = (
     ),
     _engine_option("precompile", help="Compile likely programs in the background."),
     _engine_option("record-metrics", help="Keep the metrics and events of runs in the state directory."),
+    _option(
+        "logs",
+        Folder(),
+        multiple=True,
+        metavar="DIR",
+        help="Show on the page what loops logged below it as metrics.jsonl, too; with several keys, to admins.",
+    ),
     _engine_option("progress", help="Say on stderr when clients, runs and compiles begin and end, and the tokens/s."),
     _engine_option(
         "export-metrics",

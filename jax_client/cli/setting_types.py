@@ -41,7 +41,7 @@ class Folder(Listed):
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Check the path, or fail as wrong usage."""
         try:
-            path = expand(str(value), "--models-dir")
+            path = expand(str(value), "DIR" if param is None else param.opts[0])
         except BadRequestError as error:
             self.fail(str(error), param, ctx)
         if not path.is_dir():

@@ -34,6 +34,7 @@ class ServerSettings:
         host, port, allow_hosts, api_key, api_key_file: who may talk to it; a private server has none of its own.
         models_dirs: below which clients may name models by their paths; None for a private server, whose program could
             read the files itself.
+        logs: below which loops log; the page shows it.
         warmup: lengths of sequences for which training is compiled at the start, for adapters of `warmup_rank`.
         engine: the settings of its engines; `state_dir` is absolute.
     """
@@ -46,6 +47,7 @@ class ServerSettings:
     api_key: str | None = field(default=None, repr=False)
     api_key_file: Path | None = None
     models_dirs: tuple[Path, ...] | None = None
+    logs: tuple[Path, ...] = ()
     warmup: tuple[int, ...]
     warmup_rank: int
     engine: EngineConfig
@@ -79,6 +81,7 @@ def read_settings(ctx: click.Context) -> ServerSettings:
         allow_hosts=params.get("allow_host", ()),
         api_key_file=_api_key_file(ctx),
         models_dirs=_models_dirs(params.get("models_dir")),
+        logs=tuple(each.absolute() for each in params["logs"]),
         warmup=params["warmup"],
         warmup_rank=params["warmup_rank"],
         engine=replace(engine, state_dir=home),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from jax_client.errors import first_line
@@ -23,6 +25,34 @@ def program_name() -> str | None:
     if first in ("-c", "-", ""):
         return "interactive" if is_interactive() else {"-c": "python -c", "-": "standard input"}.get(first)
     return _short(Path(first).name)
+
+
+def name_of_command(command: Sequence[str]) -> str | None:
+    """Return the name that `program_name` would give in the process that a command starts, as far as its words say.
+
+    Args:
+        command: the program and its arguments, such as ("python", "-u", "train.py").
+    """
+    program = Path(command[0]).name
+    if not re.fullmatch(r"(python|pypy)[\d.]*", program):
+        return _short(program)
+    words = iter(command[1:])
+    for word in words:
+        if not word.startswith("-") or word == "-":
+            return "standard input" if word == "-" else _short(Path(word).name)
+        if word.startswith("--"):
+            if word == "--check-hash-based-pycs":
+                next(words, None)
+            continue
+        # Python takes its options in clusters, as in -um; the last may have a value, which may be joined to it.
+        for i, letter in enumerate(word):
+            if letter in "mcWX":
+                value = word[i + 1 :] or next(words, "")
+                if letter in "mc":
+                    module = value.removesuffix(".__main__")
+                    return "python -c" if letter == "c" else _short(f"-m {module}") if module else None
+                break
+    return "standard input"
 
 
 def is_interactive() -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -26,7 +27,14 @@ from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.guard import Entry, Guard
 
 
-def build_app(server: Server, *, api_key: str | None = None, hosts: Iterable[str] = (), page: bool = False) -> Guard:
+def build_app(
+    server: Server,
+    *,
+    api_key: str | None = None,
+    hosts: Iterable[str] = (),
+    page: bool = False,
+    logs: Sequence[Path] = (),
+) -> Guard:
     """Return the ASGI application of a server.
 
     Args:
@@ -34,19 +42,23 @@ def build_app(server: Server, *, api_key: str | None = None, hosts: Iterable[str
         api_key: the key that every request must carry, None for none.
         hosts: the names under which the server may be called.
         page: whether it has the page that shows runs.
+        logs: directories below which loops log, for the page.
     """
-    shown = _page_of(server, Watcher()) if page else []
+    shown = _page_of(server, Watcher(), logs) if page else []
     app = application([*routes(server), *shown])
     return Guard(app, api_key=api_key, hosts=hosts, account=lambda: server.account, pages=page)
 
 
-def build_keyed_app(servers: KeyedServers, *, hosts: Iterable[str] = (), page: bool = False) -> Guard:
+def build_keyed_app(
+    servers: KeyedServers, *, hosts: Iterable[str] = (), page: bool = False, logs: Sequence[Path] = ()
+) -> Guard:
     """Return the ASGI application of the servers of several keys.
 
     Args:
         servers: what answers, each the clients of its key.
         hosts: the names under which they may be called.
         page: whether each key has a page that shows its runs.
+        logs: directories below which loops log, for the pages of admins.
     """
     watcher = Watcher()
     links, accounts = Downloads(servers.host.listings), servers.accounts
@@ -55,7 +67,7 @@ def build_keyed_app(servers: KeyedServers, *, hosts: Iterable[str] = (), page: b
         server = servers.by_name[key.owner.name]
         seen = accounts if key.owner.admin else {key.owner.name: server.account}
         own = Downloads(server.listings, links.secret)
-        shown = _page_of(server, watcher) if page else []
+        shown = _page_of(server, watcher, logs) if page else []
         entries[key.digest] = Entry(application([*routes(server, own, seen), *shown]), server.account)
     return Guard(
         # A signed link needs no key, and its file is looked for without one.
@@ -68,11 +80,11 @@ def build_keyed_app(servers: KeyedServers, *, hosts: Iterable[str] = (), page: b
     )
 
 
-def _page_of(server: Server, watcher: Watcher) -> list[Route]:
+def _page_of(server: Server, watcher: Watcher, logs: Sequence[Path]) -> list[Route]:
     # Imported here: a server without the page needs none of it.
     from jax_client.server.dashboard.made import board_of
 
-    return board_of(server, watcher).routes()
+    return board_of(server, watcher, logs).routes()
 
 
 def application(all_routes: list[Route]) -> ASGIApp:

@@ -133,5 +133,7 @@ def test_a_program_trains_behind_a_dead_proxy_and_is_interrupted(start, model, t
     own = ["state", "loading", "loaded", "dashboard:", "ready:", "stopping:"]
     assert [word for word in stages_of(err.splitlines()) if word in own] == own
     assert "create_training_client_from_state_with_optimizer(" in err and "/weights/autosave-0" in err
-    assert [record.step for record in CheckpointStore(tmp_path / "home").list()] == [1]
+    store = CheckpointStore(tmp_path / "home")
+    assert [record.step for record in store.list()] == [1]
+    assert [fields["script"] for _, fields in store.runs()] == ["python -c"]
     assert run_lock.lock_holder(tmp_path / "home") is None

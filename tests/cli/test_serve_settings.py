@@ -51,6 +51,17 @@ def test_a_flag_goes_before_the_environment_the_file_and_the_default(cli, tmp_pa
     assert found["remat"] == ("full", from_file) and not {"host", "port", "api_key"} & set(found)
 
 
+def test_folders_are_there(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setenv("JAX_CLIENT_LOGS", "logs")
+    for command in ("serve", "run"):
+        assert cli(command, "--show-config").settings["logs"] == ("logs", "environment JAX_CLIENT_LOGS")
+    monkeypatch.delenv("JAX_CLIENT_LOGS")
+    for command in (["serve", "--logs"], ["serve", "--models-dir"], ["dashboard", "--logs"]):
+        assert "'nowhere' is no directory; make it, or name one that is there." in cli(*command, "nowhere").error(2)
+
+
 def test_every_setting_of_the_engine_can_be_said():
     options = {option.name: option for option in SHARED}
     for each in fields(EngineConfig):

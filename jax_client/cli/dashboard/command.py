@@ -15,7 +15,7 @@ import click
 from jax_client.cli import stages
 from jax_client.cli.options import reads_state
 from jax_client.cli.serve import listen, page_url, private_files, uvicorn_server
-from jax_client.cli.setting_types import Key, Name
+from jax_client.cli.setting_types import Folder, Key, Name
 from jax_client.server import LOOPBACK
 
 PORT = 8001
@@ -37,7 +37,7 @@ _LOOK_SECONDS = 10.0
 )
 @click.option(
     "--logs",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=Folder(),
     multiple=True,
     metavar="DIR",
     help="Show what loops logged below it as metrics.jsonl, too.",

@@ -153,7 +153,7 @@ def run_metadata(
 ) -> dict[str, object]:
     """Return the record of a training run; `settings` are the engine's, `resumed_from` is a checkpoint's path.
 
-    Over the wire, a client may name its script in the metadata.
+    A name of the script that the metadata has goes before `script`: over the wire, only the client may know it.
     """
     said = {**(session_metadata or {}), **(user_metadata or {})}
     return {
@@ -165,7 +165,7 @@ def run_metadata(
         "project_id": project_id,
         "display_name": display_name,
         "session_metadata": None if session_metadata is None else dict(session_metadata),
-        "script": script or said.get("script"),
+        "script": said.get("script") or script,
         "resumed_from": resumed_from,
         "settings": None if settings is None else dict(settings),
         "pid": os.getpid(),

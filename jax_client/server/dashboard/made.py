@@ -29,18 +29,19 @@ if TYPE_CHECKING:
     from jax_client.server.state.server import Server
 
 
-def board_of(server: Server, watcher: Watcher) -> Board:
+def board_of(server: Server, watcher: Watcher, logs: Sequence[Path] = ()) -> Board:
     """Return the page of a server; with an owner, of the owner's runs.
 
     Args:
         server: whose engines the playground shares.
         watcher: of all pages of the process.
+        logs: directories of logs, which have no owner: they are for all where there are none, and for an admin.
     """
     from jax_client.runs.lifecycle.session import Session
 
     own = server.live.own
     whole = server.owner is None or server.owner.admin
-    overview = Overview(own.state_dir, owner=server.owner, store=own.store)
+    overview = Overview(own.state_dir, logs=logs, owner=server.owner, store=own.store)
 
     def engines() -> list[JsonObject]:
         monitors = [(model.source.name, model.engine.monitor) for model in own.models.loaded()]
@@ -62,7 +63,7 @@ def board_of(server: Server, watcher: Watcher) -> Board:
         watcher=watcher,
         engines=engines if whole else None,
         serving=True,
-        logs=False,
+        logs=whole and bool(logs),
     )
 
 

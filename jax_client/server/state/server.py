@@ -52,6 +52,7 @@ class Server:
         owner: whose runs and checkpoints its clients have; None is for all.
         account: what counts the clients' use; None makes one.
         peers: the evictions of all servers on the same devices.
+        script: the program whose server it is, where that is known.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class Server:
         owner: Owner | None = None,
         account: Account | None = None,
         peers: list[Eviction] | None = None,
+        script: str | None = None,
     ) -> None:
         self.config = config
+        self._script = script
         self.owner = owner
         self.names = names or ModelNames()
         records = Records(log)
@@ -88,6 +91,7 @@ class Server:
             user_metadata=checks.user_metadata_or_none(request.user_metadata),
             project_id=checks.text_or_none("project_id", request.project_id),
             display_name=checks.text_or_none("display_name", request.display_name),
+            script=self._script,
         )
         return types.CreateSessionResponse(session_id=self.live.add_session(info).session_id)
 

@@ -84,7 +84,7 @@ def test_a_host_killed_in_each_verb(verb: str, count: int, delay: float, repeat:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("verb", "count"), [("forward", 3), ("sample", 2), ("step", 2)])
+@pytest.mark.parametrize(("verb", "count"), [("forward", 3), ("sample", 2), ("step", 2), ("save", 1)])
 def test_a_host_that_hangs(verb: str, count: int, tmp_path: Path) -> None:
     with loop(tmp_path / "run", "llama_tied", {"fsdp": 2}) as child:
         child.wait_for(verb, count)

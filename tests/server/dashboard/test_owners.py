@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
@@ -58,6 +59,21 @@ def test_each_key_has_its_own_runs(team: Team, alices: Belongings) -> None:
         assert paths and set(own.paths.values()) >= paths
         tables = team.call(who, "GET", "/dashboard/tables").body.decode()
         assert own.model in tables and ({alices.model, bobs.model} - {own.model}).pop() not in tables
+
+
+def test_log_directories_are_for_admins(
+    team: Team, alices: Belongings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop" / "metrics.jsonl").write_text('{"step": 0, "loss": 1.5}\n')
+    app = build_keyed_app(team.servers, hosts=["127.0.0.1"], page=True, logs=[tmp_path])
+    monkeypatch.setattr(team, "app", app)
+    sees = {who: team.call(who, "GET", f"{API}/state").json["logs"] for who in NAMES}
+    assert sees == {"alice": False, "bob": False, "root": True}
+    (log,) = runs(team, "root")
+    assert "loop" in log and log not in runs(team, "alice")
+    series = f"{API}/runs/{quote(log, safe='')}/series"
+    assert {who: team.call(who, "GET", series).status for who in NAMES} == {"alice": 404, "bob": 404, "root": 200}
 
 
 def test_another_keys_names_mean_nothing(team: Team, alices: Belongings) -> None:
