@@ -1,6 +1,6 @@
 """How were the stored goldens made? transformers and peft run the cases of tests/support/golden_cases.py in float32.
 
-Run it from the repository root with the extras torch and dev; it rewrites tests/goldens/**/*.npz.
+Run it from the repository root with the extras torch, dev and demo; it rewrites tests/goldens/**/*.npz.
 """
 
 from __future__ import annotations
@@ -17,8 +17,23 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from jax_client.weights.read.source import EMBEDDED_MODEL, resolve
+from jax_client.weights.read.tokenizer import load_tokenizer
 from support.families import cases as family_cases
-from support.golden_cases import ADAM, CASES, GOLDENS, RANK, STEPS, base_values, lora_values, sequences
+from support.golden_cases import (
+    ADAM,
+    CASES,
+    GOLDENS,
+    RANK,
+    REAL_GOLDEN,
+    REAL_TEXT,
+    STEPS,
+    base_values,
+    lora_values,
+    real_logprobs,
+    real_model,
+    sequences,
+)
 
 
 def reference(config: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -84,6 +99,10 @@ if __name__ == "__main__":
     for case, config in CASES.items():
         np.savez_compressed(GOLDENS / f"{case}.npz", **reference(config))
         print(f"wrote {case}.npz, {(GOLDENS / f'{case}.npz').stat().st_size} bytes")
+    tokenizer = load_tokenizer(resolve(EMBEDDED_MODEL))
+    tokens = np.array(tokenizer.encode(REAL_TEXT)[:201], np.int32)
+    np.savez_compressed(REAL_GOLDEN, tokens=tokens, logprobs=real_logprobs(real_model(), tokens))
+    print(f"wrote {REAL_GOLDEN.name}, {REAL_GOLDEN.stat().st_size} bytes")
     for case in family_cases.CASES:
         with tempfile.TemporaryDirectory() as directory:
             np.savez_compressed(family_cases.STORED / f"{case}.npz", **family_cases.reference(case, Path(directory)))

@@ -279,7 +279,7 @@ def test_everything_reaches_the_disk_before_the_commit(
     assert all(i > commit + 2 for i in removed) and bool(removed) == overwrite
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_kill_at_any_point_keeps_what_was_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_arrays: None, overwrite: bool
 ) -> None:

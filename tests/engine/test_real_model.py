@@ -12,22 +12,14 @@ from jax_client.config import EngineConfig
 from jax_client.engine.core.requests import AdamSettings, GenerationRequest, LossSpec
 from jax_client.engine.engine import Engine
 from jax_client.values import LoraSpec, TrainExample
-from jax_client.weights.read.source import EMBEDDED_MODEL, embedded_gguf, resolve
+from jax_client.weights.read.source import EMBEDDED_MODEL, resolve
 from jax_client.weights.read.tokenizer import load_tokenizer
+from support.golden_cases import REAL_GOLDEN, REAL_TEXT, real_logprobs, real_model
 from support.golden_engine import compile_threads
 
 pytestmark = pytest.mark.real
 CROSS_ENTROPY = LossSpec(name="cross_entropy")
 ADAM = AdamSettings(learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, grad_clip_norm=0.0)
-TEXT = """The lighthouse stood at the end of a long spit of sand, and for most of the year nobody came. Every evening
-the keeper climbed one hundred and twelve steps, wound the clockwork, trimmed the wick and wrote the weather
-into a ledger that went back to 1874. He liked the entries of his predecessors: wind from the north-west, a
-schooner aground, two seals on the rocks, nothing to report. When the electric lamp arrived in a wooden crate,
-with a manual in three languages and a man from the ministry to install it, the keeper asked what would become
-of the ledger. The man did not know. So the keeper went on climbing the stairs, although the light now
-switched itself on, and he went on writing the weather down, because somebody ought to. Years later a
-scientist found forty-one volumes in a dry cupboard and built from them the longest unbroken record of storms
-on that coast."""
 PROMPTS = [
     "The capital of France is",
     "def fibonacci(n):",
@@ -52,27 +44,25 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def reference() -> Any:
     pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM
-
-    path = embedded_gguf()
-    assert path is not None
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32").eval()
+    return real_model()
 
 
-@pytest.mark.torch
-@pytest.mark.filterwarnings("ignore")  # transformers' own, about its GGUF reader
-def test_logprobs_equal_transformers(engine: Engine, tokenizer: Any, reference: Any) -> None:
-    import torch
-
-    tokens = np.array(tokenizer.encode(TEXT)[:201], np.int32)
-    assert len(tokens) == 201
-    with torch.no_grad():
-        logits = reference(torch.from_numpy(tokens[:-1])[None].long()).logits[0]
-    expected = torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(tokens[1:])[:, None].long())[:, 0].numpy()
+def test_logprobs_equal_the_stored_ones_of_transformers(engine: Engine, tokenizer: Any) -> None:
+    tokens = np.array(tokenizer.encode(REAL_TEXT)[:201], np.int32)
+    stored = np.load(REAL_GOLDEN)
+    np.testing.assert_array_equal(tokens, stored["tokens"])
     request = GenerationRequest(tokens_T=tokens, num_samples=0, prompt_logprobs=True)
     got = engine.generate(None, request).result().prompt_logprobs_T
     assert got is not None
-    np.testing.assert_allclose(got[1:], expected, atol=1e-3)
+    np.testing.assert_allclose(got[1:], stored["logprobs"], atol=1e-3)
+
+
+@pytest.mark.full
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")  # transformers' own, about its GGUF reader
+def test_the_stored_logprobs_are_what_transformers_says_now(reference: Any) -> None:
+    stored = np.load(REAL_GOLDEN)
+    np.testing.assert_allclose(real_logprobs(reference, stored["tokens"]), stored["logprobs"], atol=1e-4)
 
 
 @pytest.mark.full

@@ -114,8 +114,15 @@ def unread(running: Running, path: str, requests: int) -> socket.socket:
     return connection
 
 
-@pytest.mark.parametrize("loop", ["auto", "asyncio"])
-@pytest.mark.parametrize("pieces", [1, 512])
+@pytest.mark.parametrize(
+    ("loop", "pieces"),
+    [
+        ("auto", 512),
+        ("asyncio", 1),
+        pytest.param("auto", 1, marks=pytest.mark.full),
+        pytest.param("asyncio", 512, marks=pytest.mark.full),
+    ],
+)
 def test_a_client_that_never_reads_its_answer_is_dropped(
     start: Any, monkeypatch: pytest.MonkeyPatch, pieces: int, loop: str
 ) -> None:

@@ -1,4 +1,7 @@
-"""Which models and which training run do the goldens describe? Weights and data come from seeds; numpy only."""
+"""Which models and which training run do the goldens describe? Weights and data come from seeds, by numpy alone.
+
+One golden is of the bundled model.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,18 @@ import numpy as np
 from support.weight_files import hf_tensors
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
+# Of the bundled model: 201 tokens, and the logprobs of all but the first.
+REAL_GOLDEN = GOLDENS / "smollm2.npz"
+REAL_TEXT = """\
+The lighthouse stood at the end of a long spit of sand, and for most of the year nobody came. Every evening
+the keeper climbed one hundred and twelve steps, wound the clockwork, trimmed the wick and wrote the weather
+into a ledger that went back to 1874. He liked the entries of his predecessors: wind from the north-west, a
+schooner aground, two seals on the rocks, nothing to report. When the electric lamp arrived in a wooden crate,
+with a manual in three languages and a man from the ministry to install it, the keeper asked what would become
+of the ledger. The man did not know. So the keeper went on climbing the stairs, although the light now
+switched itself on, and he went on writing the weather down, because somebody ought to. Years later a
+scientist found forty-one volumes in a dry cupboard and built from them the longest unbroken record of storms
+on that coast."""
 RANK = 4
 STEPS = 5
 ADAM = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "grad_clip_norm": 1.0}
@@ -96,3 +111,23 @@ def sequences(c: dict[str, Any]) -> list[dict[str, np.ndarray]]:
         tokens = rng.integers(0, c["vocab_size"], n + 1).astype(np.int32)
         out.append({"tokens": tokens[:-1], "targets": tokens[1:], "weights": rng.uniform(0, 2, n).astype(np.float32)})
     return out
+
+
+def real_model() -> Any:
+    """Return the bundled model as transformers reads it, in float32; that takes most of a minute."""
+    from transformers import AutoModelForCausalLM
+
+    from jax_client.weights.read.source import embedded_gguf
+
+    path = embedded_gguf()
+    assert path is not None
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32").eval()
+
+
+def real_logprobs(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """Return the logprobs of all tokens but the first under a model of transformers."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens[:-1])[None].long()).logits[0]
+    return torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(tokens[1:])[:, None].long())[:, 0].numpy()

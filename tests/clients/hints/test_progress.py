@@ -58,8 +58,12 @@ def test_a_program_says_on_stderr_what_it_loads_and_compiles(model: str, tmp_pat
     assert re.fullmatch(r"jax_client: compiled \d+ programs?.* in \d+\.\d s", lines[-1]), lines
 
 
-def test_a_setting_the_environment_and_pytest_turn_it_off(model: str, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.full
+def test_a_program_whose_setting_turns_it_off_is_silent(model: str, tmp_path: Path) -> None:
     assert "jax_client: " not in run(model, tmp_path, on=False).stderr
+
+
+def test_a_setting_the_environment_and_pytest_turn_it_off(monkeypatch: Any) -> None:
     on, off = EngineConfig(), EngineConfig(progress=False)
     monkeypatch.delenv(progress.VARIABLE, raising=False)
     assert not progress.wanted(on)  # this is a test of pytest

@@ -53,7 +53,7 @@ engine.close()
         ("qwen3_5_moe", "none"),
         pytest.param("qwen3_5_moe", "selective", marks=pytest.mark.full),
         pytest.param("qwen3_5_moe", "full", marks=pytest.mark.full),
-        ("qwen3_next", "selective"),
+        pytest.param("qwen3_next", "selective", marks=pytest.mark.full),
         pytest.param("qwen3_next", "none", marks=pytest.mark.full),
         pytest.param("qwen3_next", "full", marks=pytest.mark.full),
     ],
@@ -69,10 +69,9 @@ def test_training_equals_autograd_through_merged_weights(case: str, remat: str, 
 @pytest.mark.parametrize(
     "case",
     [
-        "qwen3_moe_mixed",
         "gpt_oss",
         "qwen3_5",
-        *(pytest.param(c, marks=pytest.mark.full) for c in ("gemma3", "mistral")),
+        *(pytest.param(c, marks=pytest.mark.full) for c in ("qwen3_moe_mixed", "gemma3", "mistral")),
     ],
 )
 def test_sampling_equals_training(case: str, tmp_path: Path) -> None:

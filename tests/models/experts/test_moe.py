@@ -51,10 +51,23 @@ def arrays(c: ModelConfig) -> tuple[Any, Any]:
     return params, jax.tree.map(draw, every, is_leaf=lambda leaf: isinstance(leaf, LoraArray))
 
 
-@pytest.mark.parametrize("remat", ["none", "selective", "full"])
+MODELS = [
+    ((), True, False, None),
+    ((0, 2, 4), False, False, None),
+    ((), False, True, None),
+    ((0, 2, 4), True, False, 20),
+]
+# Each model with one way to save memory, and each way with a model; all of both with --full.
+FEW = [(0, "none"), (1, "full"), (2, "selective"), (3, "selective")]
+
+
 @pytest.mark.parametrize(
-    ("dense_layers", "normalized", "biased", "shared"),
-    [((), True, False, None), ((0, 2, 4), False, False, None), ((), False, True, None), ((0, 2, 4), True, False, 20)],
+    ("dense_layers", "normalized", "biased", "shared", "remat"),
+    [
+        pytest.param(*parts, remat, marks=() if (i, remat) in FEW else pytest.mark.full)
+        for i, parts in enumerate(MODELS)
+        for remat in ("none", "selective", "full")
+    ],
 )
 def test_backward_is_that_of_the_forward_pass(
     dense_layers: tuple[int, ...], normalized: bool, biased: bool, shared: int | None, remat: Remat
