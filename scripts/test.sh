@@ -86,5 +86,7 @@ for version in "${others[@]}"; do
   if [ "$version" = 3.12 ]; then files+=("${computing[@]}"); fi
   files=("${files[@]/#/tests/}")
   files=("${files[@]/%/.py}")
-  "$root/.venv-test-${version/./}/bin/pytest" "${workers[@]}" -m "not torch" "${files[@]}" "$@"
+  # What a save does to the disk is the same with every jax.
+  "$root/.venv-test-${version/./}/bin/pytest" "${workers[@]}" -m "not torch" -k "not at_any_point and not damaged" \
+    "${files[@]}" "$@"
 done

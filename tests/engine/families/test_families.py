@@ -40,7 +40,7 @@ engine.close()
         pytest.param("qwen3_moe_raw", "none", marks=pytest.mark.full),
         pytest.param("qwen3_moe_mixed", "none", marks=pytest.mark.full),
         pytest.param("qwen3_moe_mixed", "selective", marks=pytest.mark.full),
-        ("gpt_oss", "none"),
+        pytest.param("gpt_oss", "none", marks=pytest.mark.full),  # sampling trains so, too
         pytest.param("gpt_oss", "selective", marks=pytest.mark.full),
         pytest.param("gpt_oss", "full", marks=pytest.mark.full),
         ("gemma3", "selective"),
