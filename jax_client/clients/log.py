@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, SupportsFloat
 
 from jax_client.errors import BadRequestError, BadTypeError, shown
-from jax_client.metrics.store import MAX_KEYS, MAX_TEXT
+from jax_client.metrics.store import MAX_KEYS, MAX_STEP, MAX_TEXT
 from jax_client.runs.results import run_metrics
 
 if TYPE_CHECKING:
@@ -30,11 +30,12 @@ def log(metrics: Mapping[str, SupportsFloat], step: int | None = None, run: Trai
 
     Raises:
         BadTypeError: something else than numbers by name.
-        BadRequestError: too many or too long names, a negative step, or no such run; the message has what to do.
+        BadRequestError: too many or too long names, a step that is not from 0 to 2**53, or no such run; the message has
+            what to do.
     """
     values = _numbers(metrics)
-    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
-        raise BadRequestError(f"log: step is {shown(step)}; give an integer of at least 0, or None.")
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP):
+        raise BadRequestError(f"log: step is {shown(step)}; give an integer from 0 to 2**53, or None.")
     _find(run).logged(values, step)
 
 

@@ -24,8 +24,8 @@ from jax_client.sqlite_file import SqliteFile, reclaim, transaction, used_bytes
 from jax_client.values import JsonObject
 
 T = TypeVar("T")
-# Run, kind, step, time, JSON, id.
-_Row = tuple[str, str, int, float, str, int]
+# Run, kind, step, time, JSON, id, number.
+_Row = tuple[str, str, int, float, str, int, int]
 
 FILE_NAME = "metrics.sqlite"
 DAMAGED = ".damaged"
@@ -39,6 +39,8 @@ MAX_EVENTS = 2_000
 MAX_BYTES = 1_000 * 2**20
 _LEFT = 0.9
 _LOOK_EVERY = 500
+# A step is at most what a double, and so every reader, holds exactly.
+MAX_STEP = 2**53
 # Of one point or event: a user's own metrics may have any names.
 MAX_KEYS = 256
 MAX_TEXT = 200
@@ -78,6 +80,7 @@ class Point:
         time: unix seconds.
         metrics: finite numbers by name; others are left out.
         id: grows from each point to the next in the file; 0 for one that is not in it.
+        number: how many points its series had before it, with those that were left out since.
     """
 
     run: str
@@ -86,6 +89,7 @@ class Point:
     time: float
     metrics: Mapping[str, float]
     id: int = 0
+    number: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,12 +134,14 @@ class Found:
         points, events: in the order in which they were recorded.
         cursor: where the next read begins.
         more: whether the limit left something out.
+        readable: whether the file was there and could be read.
     """
 
     points: Sequence[Point] = ()
     events: Sequence[Event] = ()
     cursor: Cursor = field(default_factory=Cursor)
     more: bool = False
+    readable: bool = True
 
 
 class MetricsStore:
@@ -192,16 +198,7 @@ class MetricsStore:
             points = [_point(row) for row in database.execute(_POINTS, (run, since.point, limit + 1))]
             return _found(points[:limit], events[:limit], since, more=max(len(points), len(events)) > limit)
 
-        return self._reading(work, Found(cursor=since))
-
-    def newest(self) -> Cursor:
-        """Return the newest point and event that the file has had, of whichever run; thinning takes nothing back."""
-
-        def work(database: sqlite3.Connection) -> Cursor:
-            found = dict(database.execute("SELECT name, seq FROM sqlite_sequence").fetchall())
-            return Cursor(point=found.get("points", 0), event=found.get("events", 0))
-
-        return self._reading(work, Cursor())
+        return self._reading(work, Found(cursor=since, readable=False))
 
     def overview(self, run: str, since: Cursor | None = None, *, most: int) -> Found:
         """Return all that a run has after a cursor, of each kind at most `most` points (2 or more), evenly spread.
@@ -224,7 +221,7 @@ class MetricsStore:
                 points += [_point(row) for row in database.execute(query, part)]
             return _found(points, events, since, more=False)
 
-        return self._reading(work, Found(cursor=since))
+        return self._reading(work, Found(cursor=since, readable=False))
 
     def summaries(self) -> dict[str, Summary]:
         """Return the summary of every run, by its id."""
@@ -383,7 +380,7 @@ def _forget_old_runs(database: sqlite3.Connection, current: Collection[str]) -> 
 
 
 _SELECT_POINTS = (
-    "SELECT series.run, series.kind, points.step, points.time, points.metrics, points.id "
+    "SELECT series.run, series.kind, points.step, points.time, points.metrics, points.id, points.number "
     "FROM points JOIN series ON series.id = points.series"
 )
 _POINTS = f"{_SELECT_POINTS} WHERE series.run = ? AND points.id > ? ORDER BY points.id LIMIT ?"
@@ -395,13 +392,13 @@ _EVENTS = "SELECT run, kind, step, time, details, id FROM events WHERE run = ? A
 
 
 def _point(row: _Row) -> Point:
-    run, kind, step, time, metrics, number = row
-    return Point(run=run, kind=kind, step=step, time=time, metrics=json.loads(metrics), id=number)
+    run, kind, step, time, metrics, identity, number = row
+    return Point(run=run, kind=kind, step=step, time=time, metrics=json.loads(metrics), id=identity, number=number)
 
 
-def _event(row: _Row) -> Event:
-    run, kind, step, time, details, number = row
-    return Event(run=run, kind=kind, step=step, time=time, details=json.loads(details), id=number)
+def _event(row: tuple[str, str, int, float, str, int]) -> Event:
+    run, kind, step, time, details, identity = row
+    return Event(run=run, kind=kind, step=step, time=time, details=json.loads(details), id=identity)
 
 
 def _found(points: Sequence[Point], events: Sequence[Event], since: Cursor, *, more: bool) -> Found:

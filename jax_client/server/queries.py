@@ -20,7 +20,10 @@ def number(request: Request, name: str, default: int, least: int, most: int) -> 
 
 
 def cursor(text: str | None) -> str | None:
-    """Return the `next` of an earlier answer, "POINT-EVENT"; None where none was given. Raises BadRequestError."""
-    if text is None or re.fullmatch("[0-9]{1,18}-[0-9]{1,18}", text):
+    """Return the `next` of an earlier answer; None where none was given. Raises BadRequestError.
+
+    It is "POINT-EVENT", in a page's series "GENERATION-POINT-EVENT"; see `runs.overview.run_points`.
+    """
+    if text is None or re.fullmatch("(?:[0-9a-z]{1,16}-)?[0-9]{1,18}-[0-9]{1,18}", text):
         return text
     raise BadRequestError(f"since is {shown(text[:40])}; give the `next` of an earlier answer, or leave it out.")

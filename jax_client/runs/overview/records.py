@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from jax_client.values import JsonObject
@@ -135,20 +135,25 @@ class Series:
 
     Attributes:
         run: its id.
-        series: by name {"kind", "step", "time", "tokens", "value"}, lists of one length; a time may be None.
+        series: by name {"kind", "step", "time", "tokens", "value"}, lists of one length; a time may be None. A thinned
+            one also has "count", of the finite values after the point before up to this one, and "mean", theirs.
         names: all that the run has.
         events: {"kind", "step", "time", "details"} in their order.
         next: the cursor from which the next read continues.
         live: whether more is to be expected.
+        reset: this is everything, for the cursor that was given is not one of this file: what was read before is void.
     """
 
     run: str
     series: Mapping[str, JsonObject] = field(default_factory=dict)
     names: Sequence[str] = ()
     events: Sequence[JsonObject] = ()
-    next: str = "0-0"
+    next: str = ""
     live: bool = False
+    reset: bool = False
 
     def to_json(self) -> JsonObject:
-        """Return the fields as JSON has them."""
-        return asdict(self)
+        """Return the fields as JSON has them; "reset" only where it is so."""
+        # Not asdict, which copies every number.
+        shown = {each.name: getattr(self, each.name) for each in fields(self)}
+        return shown if self.reset else {name: value for name, value in shown.items() if name != "reset"}

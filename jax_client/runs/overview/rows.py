@@ -23,6 +23,7 @@ from jax_client.metrics.store import FILE_NAME, MetricsStore
 from jax_client.metrics.summary import Summary
 from jax_client.runs.overview.alerts import alerts_of
 from jax_client.runs.overview.checkpoints import SAVES, checkpoint_rows
+from jax_client.runs.overview.columns import Table
 from jax_client.runs.overview.described import children as children_of
 from jax_client.runs.overview.described import model_of, origin, rank_of, run_name, run_of, spark_of
 from jax_client.runs.overview.logdirs.rows import Logs
@@ -144,19 +145,40 @@ class Overview:
             run_id: of the run.
             names: of the metrics; None is for all.
             points: at most about this number of each name, its first, last, smallest and largest among them.
-            since: the `next` of an earlier answer, None for all.
+            since: the `next` of an earlier answer, None for all. Where the file was begun anew since then, the answer
+                has everything and `reset`; where it cannot be read, `next` is `since`.
 
         Raises:
             NotFoundError: there is no such run.
         """
         if (found := self._logs.series(run_id, names, points=points, since=since)) is not None:
             return found
+        lock = self._checked(run_id)
+        return self._run_points(run_id).series(names, points=points, since=since, live=lock is not None and lock.held)
+
+    def table(self, run_id: str, names: Collection[str] | None, *, without: Collection[str] = ()) -> Table:
+        """Return every point of a run that is kept, in rows, without copying them.
+
+        Args:
+            run_id, names: as of `series`.
+            without: kinds of points that are left out.
+
+        Raises:
+            NotFoundError: there is no such run.
+        """
+        if (found := self._logs.table(run_id, names)) is not None:
+            return found
+        self._checked(run_id)
+        return self._run_points(run_id).table(names, without=without)
+
+    def _checked(self, run_id: str) -> LockRecord | None:
+        """Return the lock of a run. Raises NotFoundError."""
         if not is_run_id(run_id) or not self._store.has_run(run_id):
             raise _not_found(run_id)
         lock = self._lock_record(run_id)
         if lock is None and not any(run_id == run for run, _ in self._store.runs()):
             self.run(run_id)  # raises, unless checkpoints are all that is left of it
-        return self._run_points(run_id).series(names, points=points, since=since, live=lock is not None and lock.held)
+        return lock
 
     def checkpoints(self, run_id: str | None = None) -> list[CheckpointRow]:
         """Return the checkpoints of a run, or of all, the newest first. Raises NotFoundError for an unknown run."""

@@ -331,25 +331,41 @@ class MetricsWriter:
                 stepped[item.run] = None
         self._ask_engines(list(stepped), files)
         for path, (points, events) in files.items():
-            count = len(points) + len(events)
             events.sort(key=lambda event: event.time)
-            if count and self._store(path).add(points, events):
-                self.written += count
-            else:
-                self._drop(count)
+            if points or events:
+                self._add(path, points, events)
         for run in stepped:
             self._reports.look(run.reporting, run.path, run.run_id)
+
+    def _add(self, path: Path, points: Sequence[Point], events: Sequence[Event]) -> None:
+        count = len(points) + len(events)
+        try:
+            is_written = self._store(path).add(points, events)
+        except Exception:
+            self._complain()
+            if count > 1:
+                # Nothing of them is written yet; what the file cannot hold is found by halves, and lost alone.
+                rows = sorted((*points, *events), key=lambda row: row.time)
+                for half in (rows[: count // 2], rows[count // 2 :]):
+                    part = [row for row in half if isinstance(row, Point)]
+                    self._add(path, part, [row for row in half if isinstance(row, Event)])
+                return
+            is_written = False
+        if is_written:
+            self.written += count
+        else:
+            self._drop(count)
 
     def look_at_open_runs(self) -> None:
         """Record which open runs are alive, though no request of theirs has ended; for the recorder's thread."""
         for run in live():
             try:
                 sign, point = run.sign(time.time())
+                if sign is not None:
+                    self._store(run.path).add([] if point is None else [point], signs=[sign])
             except Exception:
                 self._complain()
                 continue
-            if sign is not None:
-                self._store(run.path).add([] if point is None else [point], signs=[sign])
             self._reports.look(run.reporting, run.path, run.run_id)
 
     def _ask_engines(self, runs: list[RunMetrics], files: dict[Path, tuple[list[Point], list[Event]]]) -> None:

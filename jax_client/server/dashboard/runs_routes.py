@@ -11,6 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from jax_client.errors import BadRequestError, shown
+from jax_client.runs.overview.columns import Table
 from jax_client.server.dashboard.answers import (
     Handler,
     api_route,
@@ -24,13 +25,10 @@ from jax_client.server.wire.pools import run_work
 from jax_client.values import JsonObject
 
 MOST_ROWS, MOST_POINTS, MOST_NAMES, MOST_COMPARED = 1_000, 20_000, 500, 12
-ALL_POINTS = 2**31
 _CSV_ROWS = 1_000
 # What a spreadsheet takes for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
-# Step, time and kind of a row.
-_Place = tuple[int | None, float | None, str]
 WriteNote = Callable[[str, JsonObject], JsonObject]
 
 
@@ -91,47 +89,31 @@ def _series(source: Source) -> Handler:
 
 
 def _names(request: Request) -> list[str] | None:
-    text = request.query_params.get("names")
-    if text is None:
-        return None
-    names = text.split(",")
+    # A name may have commas: each is a parameter of its own.
+    names = request.query_params.getlist("names")
     if len(names) > MOST_NAMES:
-        raise BadRequestError(f"names has {len(names)} names; the limit is {MOST_NAMES}.")
-    return names
+        raise BadRequestError(f"names is given {len(names)} times; the limit is {MOST_NAMES}.")
+    return names or None
 
 
 def _series_csv(source: Source) -> Handler:
     async def handler(request: Request) -> Response:
         run, names = request.path_params["run"], _names(request)
-        found = await run_work(lambda: source.series(run, names, points=ALL_POINTS).to_json())
+        found = await run_work(source.table, run, names)
         attached = {**HEADERS, "Content-Disposition": 'attachment; filename="series.csv"'}
         # A plain iterator: starlette asks it on a thread.
-        return StreamingResponse(table_of(found["series"]), media_type="text/csv; charset=utf-8", headers=attached)
+        return StreamingResponse(csv_of(found), media_type="text/csv; charset=utf-8", headers=attached)
 
     return handler
 
 
-def table_of(series: Mapping[str, JsonObject]) -> Iterator[bytes]:
-    """Yield series as the pieces of a CSV file: a row for each kind and time, a column for each name."""
-    rows: dict[_Place, dict[str, float]] = {}
-    tokens: dict[_Place, float] = {}
-    for name, each in series.items():
-        counted = each.get("tokens") or [None] * len(each["value"])
-        for step, time, seen, value in zip(each["step"], each["time"], counted, each["value"], strict=True):
-            place = (step, time, str(each["kind"]))
-            rows.setdefault(place, {})[name] = value
-            if seen is not None:
-                tokens[place] = seen
+def csv_of(table: Table) -> Iterator[bytes]:
+    """Yield a table as the pieces of a CSV file: a row for each point, a column for each name."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["kind", "step", "time", "tokens", *(_harmless(name) for name in series)])
-    # A log may lack times, and a row of it its step.
-    ordered = sorted(rows, key=lambda place: (place[1] or 0.0, place[0] or 0, place[2]))
-    for count, place in enumerate(ordered):
-        step, time, kind = place
-        values = rows[place]
-        cells = [values.get(name, "") for name in series]
-        writer.writerow([_harmless(kind), step, time, tokens.get(place, ""), *cells])
+    writer.writerow(["kind", "step", "time", "tokens", *(_harmless(name) for name in table.names)])
+    for count, row in enumerate(table.rows, 1):
+        writer.writerow([_harmless(row.kind), row.step, row.time, row.tokens, *row.values])
         if count % _CSV_ROWS == 0:
             yield text.getvalue().encode("utf-8", "replace")
             text.seek(0)
@@ -168,9 +150,11 @@ def _compare(source: Source) -> Handler:
         return {"differences": differences({run: source.config(run) for run in runs})}
 
     async def handler(request: Request) -> Response:
-        runs = list(dict.fromkeys(request.query_params.get("runs", "").split(",")))
+        runs = list(dict.fromkeys(request.query_params.getlist("runs")))
         if not 2 <= len(runs) <= MOST_COMPARED:
-            raise BadRequestError(f"runs names {len(runs)} runs; give 2 to {MOST_COMPARED}, with commas between them.")
+            raise BadRequestError(
+                f"runs names {len(runs)} runs; give 2 to {MOST_COMPARED}, each as a runs= of its own."
+            )
         return json_answer(await run_work(work, runs))
 
     return handler

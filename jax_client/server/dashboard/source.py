@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jax_client.metrics.summary import OF_ENGINES
+from jax_client.runs.overview.columns import Table
 from jax_client.values import JsonObject
 
 
@@ -35,6 +36,10 @@ class Source(Protocol):
 
     def series(self, run_id: str, names: Collection[str] | None, *, points: int, since: str | None = None) -> Shown:
         """Return metrics and events of a run, thinned out to `points` of each metric, after a cursor."""
+        ...
+
+    def table(self, run_id: str, names: Collection[str] | None, *, without: Collection[str] = ()) -> Table:
+        """Return every point of a run, but those of some kinds."""
         ...
 
     def checkpoints(self, run_id: str | None = None) -> Sequence[Shown]:
@@ -76,6 +81,10 @@ class WithoutEngines:
         series = {name: each for name, each in found["series"].items() if each["kind"] not in OF_ENGINES}
         events = [event for event in found["events"] if event["kind"] not in OF_ENGINES]
         return _Series({**found, "series": series, "names": self._names(run_id, found), "events": events})
+
+    def table(self, run_id: str, names: Collection[str] | None, *, without: Collection[str] = ()) -> Table:
+        """Return every point of a run, but those of its engine."""
+        return self._source.table(run_id, names, without=(*without, *OF_ENGINES))
 
     def _names(self, run_id: str, found: JsonObject) -> list[str]:
         whole = self._source.series(run_id, None, points=2).to_json()["series"]

@@ -128,10 +128,10 @@ def show_metrics(
 
 def _shown(row: Point | Event) -> dict[str, Any]:
     # Not asdict, which copies every metric.
-    return {field.name: getattr(row, field.name) for field in fields(row) if field.name != "run"}
+    return {field.name: getattr(row, field.name) for field in fields(row) if field.name not in ("run", "number")}
 
 
 def _cursor(request: Request) -> Cursor:
     text = cursor(request.query_params.get("since"))
-    point, event = (0, 0) if text is None else map(int, text.split("-"))
+    point, event = (0, 0) if text is None else map(int, text.split("-")[-2:])
     return Cursor(point=point, event=event)

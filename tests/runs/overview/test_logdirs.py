@@ -54,11 +54,72 @@ def test_a_log_directory_is_a_run_with_series(tmp_path: Path) -> None:
     assert (last.series["train_mean_nll"]["step"], last.series["train_mean_nll"]["value"]) == ([9], [0.25])
     # The cookbook cuts the file where it resumes, and replaces it.
     write(folder, rows[:3])
-    assert overview.series("log:runs/a", ["train_mean_nll"], since=last.next).series["train_mean_nll"]["step"] == [
-        0,
-        1,
-        2,
-    ]
+    cut = overview.series("log:runs/a", ["train_mean_nll"], since=last.next)
+    assert cut.series["train_mean_nll"]["step"] == [0, 1, 2] and cut.reset and not last.reset
+
+
+def loss_of(overview: Overview, since: str | None = None) -> tuple[list[float], bool, str]:
+    found = overview.series("log:a", None, since=since)
+    return found.series.get("loss", {"value": []})["value"], found.reset, found.next
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("rows", [10, 15, 900])
+@pytest.mark.parametrize("same", [0, 5])
+def test_a_file_that_was_begun_anew_is_not_mixed_with_the_old_one(
+    tmp_path: Path, in_place: bool, rows: int, same: int
+) -> None:
+    def lines(loss: float, count: int) -> list[object]:
+        return [{"step": i, "loss": 1.0 if i < same else loss} for i in range(count)]
+
+    folder = write(tmp_path / "a", lines(1.0, 10))
+    overview = seen(tmp_path)
+    assert loss_of(overview)[:2] == ([1.0] * 10, False)
+    cursor = loss_of(overview)[2]
+    if not in_place:
+        os.rename(folder / "metrics.jsonl", folder / "old")
+    write(folder, lines(2.0, rows))
+    expected = [1.0] * same + [2.0] * (rows - same)
+    # Also a process that never saw the old file knows that the cursor is none of this one.
+    for reader in (overview, seen(tmp_path)):
+        values, reset, following = loss_of(reader, cursor)
+        assert (values, reset) == (expected, True)
+        assert loss_of(reader, following) == ([], False, following)
+        assert loss_of(reader)[0] == expected
+
+
+def test_a_copy_of_a_log_that_replaces_it_continues_it(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", [{"step": 0, "loss": 1.0}])
+    overview = seen(tmp_path)
+    cursor = loss_of(overview)[2]
+    write(tmp_path / "b", [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 2.0}])
+    os.replace(tmp_path / "b" / "metrics.jsonl", folder / "metrics.jsonl")
+    assert loss_of(overview, cursor)[:2] == ([2.0], False)
+
+
+def test_a_log_that_cannot_be_read_now_is_not_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "a", [{"step": i, "loss": 1.0} for i in range(3)])
+    overview, other = seen(tmp_path), seen(tmp_path)
+    cursor = loss_of(overview)[2]
+    assert other.runs()
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 2.0}\n')
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "open_inside", lambda *_: None)
+        assert loss_of(overview, cursor) == loss_of(other, cursor) == ([], False, cursor)
+    assert loss_of(overview, cursor)[:2] == loss_of(other, cursor)[:2] == ([2.0], False)
+
+
+@pytest.mark.parametrize("step", ["1e300", "-1e300", str(2**63), str(10**400)])
+def test_a_step_that_no_column_holds_costs_itself_alone(tmp_path: Path, step: str) -> None:
+    rows = [f'{{"step": {step if i == 2 else i}, "loss": {i}.0}}\n' for i in range(6)]
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(rows))
+    overview = seen(tmp_path)
+    found = overview.series("log:a", None).series
+    assert found["loss"]["value"] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] and found["loss"]["step"] == [0, 1, 1, 3, 4, 5]
+    assert found["nonfinite/values"]["step"] == [1] and overview.runs()[0].step == 5
 
 
 def test_lines_that_are_broken_cost_themselves_alone(tmp_path: Path) -> None:
@@ -165,6 +226,16 @@ def answered(text: str, reward: float) -> list[object]:
         section("Policy Response", conversation(("assistant", text))),
         section("Reward", {"tag": "table", "attrs": {}, "children": [{"tag": "tr", "attrs": {}, "children": cells}]}),
     ]
+
+
+def test_the_largest_rewards_have_a_mean(tmp_path: Path) -> None:
+    write(tmp_path, [{"step": 0}])
+    folder = tmp_path / "iteration_000000"
+    folder.mkdir()
+    lines = [{"group_idx": 0, "total_reward": reward} for reward in (1e308, 1e308, 1e308)]
+    (folder / "train_rollout_summaries.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = seen(tmp_path).rollouts(f"log:{tmp_path.name}", offset=0, limit=1)
+    assert [sample["advantage"] for sample in page["groups"][0]["samples"]] == [0.0, 0.0, 0.0]
 
 
 def test_rollouts_have_rewards_and_the_texts_that_fit(tmp_path: Path) -> None:

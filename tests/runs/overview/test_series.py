@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import sqlite3
+import sys
 from array import array
 from pathlib import Path
 
 import pytest
 
+from jax_client import sqlite_file
 from jax_client.checkpoint.store import CheckpointStore
+from jax_client.metrics import store
 from jax_client.metrics.store import FILE_NAME, MAX_POINTS, Event, MetricsStore, Point
 from jax_client.runs.overview import columns
 from jax_client.runs.overview.columns import Columns, thinned
@@ -22,6 +26,7 @@ def recorded(home: Path, steps: range, kind: str = "step", **metrics: float) -> 
         Point(run=RUN, kind=kind, step=step, time=100.0 + step, metrics=metrics or {"grad_norm:mean": float(step % 7)})
         for step in steps
     ]
+    home.mkdir(exist_ok=True)
     MetricsStore(home / FILE_NAME).add(points)
 
 
@@ -54,11 +59,13 @@ def test_a_look_after_a_cursor_has_what_is_new(home: Path) -> None:
     recorded(home, range(11, 14))
     new = overview.series(RUN, ["grad_norm:mean"], points=100, since=first.next)
     assert new.series["grad_norm:mean"]["step"] == [11, 12, 13] and new.events == []
+    assert not new.reset and "reset" not in new.to_json()
     # A reader that begins later sees the same.
     again = Overview(home).series(RUN, ["grad_norm:mean"], points=100, since=first.next)
     assert again == new
-    for odd in ("", "x", "1", "-", "9" * 50 + "-0", "1e3-0", "²-0"):
-        assert overview.series(RUN, ["grad_norm:mean"], points=100, since=odd).series["grad_norm:mean"]["step"][0] == 1
+    for odd in ("", "x", "1", "-", "9" * 50 + "-0", "1e3-0", "²-0", "10-1", "0-10-1", f"0{first.next[1:-1]}2"):
+        found = overview.series(RUN, ["grad_norm:mean"], points=100, since=odd)
+        assert found.series["grad_norm:mean"]["step"][0] == 1 and found.reset and found.to_json()["reset"] is True
 
 
 def test_the_mean_loss_and_the_tokens_are_derived(home: Path) -> None:
@@ -79,7 +86,134 @@ def test_a_metrics_file_that_was_deleted_begins_anew(home: Path) -> None:
     for path in home.glob(f"{FILE_NAME}*"):
         path.unlink()
     recorded(home, range(1, 4))
-    assert overview.series(RUN, None, since=cursor).series["grad_norm:mean"]["step"] == [1, 2, 3]
+    found = overview.series(RUN, None, since=cursor)
+    assert found.series["grad_norm:mean"]["step"] == [1, 2, 3] and found.reset
+
+
+@pytest.mark.parametrize("keeps_inode", [True, False])
+def test_a_metrics_file_that_was_replaced_by_a_longer_one_begins_anew(home: Path, keeps_inode: bool) -> None:
+    recorded(home, range(1, 11), loss=1.0)
+    overview = Overview(home)
+    cursor = overview.series(RUN, None).next
+    other = home / "other"
+    recorded(other, range(1, 16), loss=2.0)
+    if keeps_inode:
+        (home / FILE_NAME).write_bytes((other / FILE_NAME).read_bytes())
+    else:
+        (other / FILE_NAME).replace(home / FILE_NAME)
+    for reader in (overview, Overview(home)):
+        found = reader.series(RUN, None, since=cursor)
+        assert found.series["loss"]["value"] == [2.0] * 15 and found.reset
+    # The next run's points, and those of a copy of the file, change nothing of this one's.
+    MetricsStore(home / FILE_NAME).add([Point(run="s:train:0", kind="step", step=1, time=1.0, metrics={"loss": 3.0})])
+    copy = home / "copy"
+    copy.write_bytes((home / FILE_NAME).read_bytes())
+    copy.replace(home / FILE_NAME)
+    again = overview.series(RUN, None, since=found.next)
+    assert again.series == {} and not again.reset and again.next == found.next
+
+
+def test_a_file_that_cannot_be_read_is_not_a_new_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded(home, range(1, 6))
+    overview = Overview(home)
+    first = overview.series(RUN, None)
+    recorded(home, range(6, 7))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sqlite_file.sqlite3, "connect", refuse)
+        for reader in (overview, Overview(home)):
+            for since in (first.next, "0123-4-5"):
+                found = reader.series(RUN, None, since=since)
+                assert (found.next, found.series, found.reset) == (since, {}, False)
+        assert overview.series(RUN, None).series == first.series
+    found = overview.series(RUN, None, since=first.next)
+    assert found.series["grad_norm:mean"]["step"] == [6] and not found.reset
+
+
+@pytest.mark.parametrize("count", [101, 1_000, 99_991])
+def test_a_thinned_series_has_the_mean_of_what_each_point_stands_for(count: int) -> None:
+    many = Columns()
+    values = [float(i % 50 == 0) for i in range(count)]
+    values[count // 2], values[count // 3] = 1e300, math.inf
+    for i, value in enumerate(values):
+        many.add(i + 1, "user", i, 1.0, {"reward": value})
+    found = many.series(None, points=100)["reward"]
+    assert sum(found["count"]) == count - 1, "every finite value is counted once"
+    begin = 0
+    for step, number, mean in zip(found["step"], found["count"], found["mean"], strict=True):
+        stands_for = [value for value in values[begin : step + 1] if math.isfinite(value)]
+        assert number == len(stands_for)
+        assert mean == (pytest.approx(math.fsum(stands_for) / number, rel=1e-12) if number else None)
+        begin = step + 1
+    assert begin == count
+    assert "mean" not in many.series(None, points=count)["reward"], "nothing was left out"
+    whole = many.series(None, points=100, since=count - 50)["reward"]
+    assert len(whole["value"]) == 50 and "count" not in whole
+
+
+def test_the_mean_of_the_largest_numbers_is_a_number() -> None:
+    many = Columns()
+    for i in range(100):
+        many.add(i + 1, "user", i, 1.0, {"a": sys.float_info.max, "b": math.nan})
+    found = many.series(None, points=10)
+    assert found["a"]["mean"] == pytest.approx([sys.float_info.max] * len(found["a"]["mean"]))
+    assert set(found["b"]["mean"]) == {None} and set(found["b"]["count"]) == {0}
+
+
+def test_tokens_grow_by_what_was_trained_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # To step 1001 and back: load_state between.
+    for step in (1, 2, 3, 1_001, 1_002, 2, 3):
+        recorded(home, range(step, step + 1), **{"tokens:sum": 10.0})
+    tokens = Overview(home).series(RUN, None).series["tokens:sum"]["tokens"]
+    assert tokens == [10, 20, 30, 40, 50, 60, 70]
+    # What the file has left out since counts.
+    monkeypatch.setattr(store, "MAX_POINTS", 100)
+    monkeypatch.setattr(store, "NEWEST", 10)
+    recorded(home, range(4, 500), **{"tokens:sum": 10.0})
+    found = Overview(home).series(RUN, None).series["tokens:sum"]
+    assert len(found["step"]) <= 100 and found["tokens"][-1] == 10 * (7 + 496)
+
+
+def test_numbers_that_no_column_holds_are_bounded() -> None:
+    many = Columns()
+    for i, step in enumerate((1, 2**80, -(2**80), 4), 1):
+        many.add(i, "step", step, math.inf, {"tokens:sum": 1e308, "a": float(i), "loss:mean": 1.0, "loss:sum": 3e308})
+    series = many.series(None, points=10)
+    assert series["a"]["step"] == [1, 2**53, -(2**53), 4] and series["a"]["value"] == [1.0, 2.0, 3.0, 4.0]
+    assert series["a"]["tokens"] == [2**53] * 4 and series["loss:mean"]["value"] == [1.0] * 4
+
+
+def test_a_table_has_every_point_of_every_kind_in_its_order(home: Path) -> None:
+    for step in range(1, 4):
+        recorded(home, range(step, step + 1), loss=step / 2)
+        recorded(home, range(step, step + 1), "user", reward=1.0)
+        recorded(home, range(step, step + 1), "device", memory=2.0)
+    overview = Overview(home)
+    table = overview.table(RUN, None, without=("device",))
+    recorded(home, range(4, 3_000), loss=2.0)
+    overview.series(RUN, None)
+    rows = [(row.kind, row.step, row.time, row.values) for row in table.rows]
+    assert table.names == ["loss", "reward"]
+    assert rows == [
+        each
+        for step in range(1, 4)
+        for each in (("step", step, 100.0 + step, [step / 2, ""]), ("user", step, 100.0 + step, ["", 1.0]))
+    ], "as it was when the table was asked for"
+    assert [row.step for row in overview.table(RUN, ["loss"]).rows] == list(range(1, 3_000))
+
+
+def test_a_table_stays_whole_where_every_second_row_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "MAX_VALUES", 5_000)
+    many = Columns()
+    for row in range(1, 5_001):
+        many.add(row, "user", row, math.nan, {"a": float(row)})
+    table = many.table(None)
+    many.add(5_001, "user", 5_001, math.nan, {"a": 5_001.0})
+    assert many.values < 3_000 and many.mark(5_000) is None and many.mark(5_001) == 0
+    assert [row.values[0] for row in table.rows] == [float(row) for row in range(1, 5_001)]
 
 
 def test_memory_is_bounded_and_the_newest_stays(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

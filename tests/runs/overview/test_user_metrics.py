@@ -94,6 +94,7 @@ def test_any_thread_may_log(run: RunMetrics, tmp_path: Path) -> None:
         (({str(i): i for i in range(257)},), BadRequestError, "has 257 names; give at most 256"),
         (({"a": 1}, -1), BadRequestError, "step is -1"),
         (({"a": 1}, True), BadRequestError, "step is True"),
+        (({"a": 1}, 2**53 + 1), BadRequestError, "give an integer from 0 to 2**53"),
         (({"a": 1}, None, "other"), BadRequestError, "'other' is not open in this process"),
     ],
 )
@@ -104,6 +105,16 @@ def test_a_wrong_call_writes_nothing(
         jax_client.log(*arguments)
     assert words in str(raised.value)
     assert points(tmp_path) == []
+
+
+def test_a_point_that_the_file_cannot_hold_is_lost_alone(run: RunMetrics, tmp_path: Path) -> None:
+    before = run_metrics.shared.written, run_metrics.shared.dropped
+    run.logged({"a": 1.0}, 1)
+    run.logged({"a": 2.0}, 2**63)
+    run.logged({"a": 3.0}, 3)
+    jax_client.log({"a": 4.0}, step=2**53)
+    assert points(tmp_path) == [(1, {"a": 1.0}), (3, {"a": 3.0}), (2**53, {"a": 4.0})]
+    assert (run_metrics.shared.written, run_metrics.shared.dropped) == (before[0] + 3, before[1] + 1)
 
 
 def test_without_a_run_or_with_several_the_error_says_what_to_do(tmp_path: Path) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
+from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 
-from jax_client.server.dashboard.runs_routes import differences, table_of
-from support.server.pages import HOSTILE, Parts
+from jax_client.runs.overview.rows import Overview
+from jax_client.server.dashboard.made import page_alone
+from jax_client.server.dashboard.runs_routes import csv_of, differences
+from support.server.pages import HOSTILE, Page, Parts
 
 API = "/dashboard/api"
 RUN = "0b1c-aaaa:train:0"
@@ -45,7 +50,8 @@ def test_series_go_on_from_a_cursor(parts: Parts, client: httpx.Client) -> None:
     parts.source.add_point(RUN, 4, 4.0)
     later = client.get(f"{PATH}/series", params={"since": whole["next"]}).json()
     assert later["series"]["loss:mean"]["value"] == [4.0]
-    for bad in ({"since": "x"}, {"since": "1"}, {"points": 1}, {"points": 10**6}, {"names": "a," * 600}):
+    assert client.get(f"{PATH}/series", params={"since": "0a9z-4-0"}).status_code == 200
+    for bad in ({"since": "x"}, {"since": "1"}, {"points": 1}, {"points": 10**6}, {"names": ["a"] * 501}):
         assert client.get(f"{PATH}/series", params=bad).status_code == 400, bad
 
 
@@ -71,12 +77,45 @@ def test_csv_has_every_point_and_no_formula(parts: Parts, client: httpx.Client) 
     assert one.splitlines()[0] == "kind,step,time,tokens,loss:mean"
 
 
-def test_csv_of_a_log_without_times() -> None:
-    columns = {"kind": "log", "step": [1, 2], "time": [None, None], "tokens": None}
-    series = {"a": {**columns, "value": [1.5, 2.5]}, "b": {**columns, "step": [2, None], "value": [3.5, 4.5]}}
-    text = b"".join(table_of(series)).decode().splitlines()
-    assert text[0] == "kind,step,time,tokens,a,b"
-    assert sorted(text[1:]) == ["log,,,,,4.5", "log,1,,,1.5,", "log,2,,,2.5,3.5"]
+def write(folder: Path, *rows: dict[str, float]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
+
+
+def test_csv_of_a_log_has_each_row(tmp_path: Path) -> None:
+    same = [{"step": 7, "a": float(i)} for i in range(3)]
+    write(tmp_path / "a", *same, {"step": 7, "b": 4.5}, {"step": 8, "a": 5.0, "b": 6.0})
+    overview = Overview(tmp_path / "state", logs=[tmp_path])
+    text = b"".join(csv_of(overview.table("log:a", None))).decode().splitlines()
+    values = ["0.0,", "1.0,", "2.0,", ",4.5"]
+    assert text == ["kind,step,time,tokens,a,b", *(f"user,7,,0,{each}" for each in values), "user,8,,0,5.0,6.0"]
+    text = b"".join(csv_of(overview.table("log:a", ["b", "none"]))).decode().splitlines()
+    assert text == ["kind,step,time,tokens,b", "user,7,,0,4.5", "user,8,,0,6.0"]
+
+
+def test_names_may_have_commas_percent_signs_and_those_of_routes(tmp_path: Path) -> None:
+    names = ("lr=0.1,seed=1", "lr=0.1,seed=2", "drop 10%", "x/series", "x/series.csv", "x/rollouts", "x/note", "note")
+    for number, name in enumerate(names):
+        folder = write(tmp_path / "logs" / name, {"step": 1, "a,b": number, "c%": 2.0})
+        (folder / "config.json").write_text(json.dumps({"lr": number}))
+    served = Page(page_alone(tmp_path / "state", api_key=None, hosts={"127.0.0.1"}, logs=[tmp_path / "logs"]))
+    try:
+        with served.client(None) as client:
+            runs = [row["run"] for row in client.get(f"{API}/runs").json()["runs"]]
+            assert len(runs) == len(names)
+            for run in runs:
+                path = f"{API}/runs/{quote(run, safe='')}"
+                assert client.get(path).json()["row"]["run"] == run
+                found = client.get(f"{path}/series", params={"names": ["a,b", "c%"]}).json()
+                assert found["run"] == run and sorted(found["series"]) == ["a,b", "c%"]
+                table = client.get(f"{path}/series.csv", params={"names": "a,b"}).text
+                assert table.splitlines()[0] == 'kind,step,time,tokens,"a,b"'
+            pair = [f"log:{name}" for name in names[:2]]
+            differ = client.get(f"{API}/compare", params={"runs": pair}).json()["differences"]
+            assert {"field": "settings.lr", "values": {pair[0]: 0, pair[1]: 1}} in differ
+    finally:
+        served.stop()
 
 
 def test_notes_are_kept(parts: Parts, client: httpx.Client) -> None:
@@ -109,7 +148,7 @@ def test_compare(parts: Parts, client: httpx.Client) -> None:
     for run, rank in (("a", 1), ("b", 2)):
         parts.source.set(run)
         parts.source.configs[run] = {"rank": rank}
-    found = client.get(f"{API}/compare", params={"runs": "a,b"}).json()
+    found = client.get(f"{API}/compare", params={"runs": ["a", "b"]}).json()
     assert found == {"differences": [{"field": "rank", "values": {"a": 1, "b": 2}}]}
     for runs, status in (("a", 400), ("a,a", 400), ("a,none", 404), (",".join(map(str, range(20))), 400)):
-        assert client.get(f"{API}/compare", params={"runs": runs}).status_code == status, runs
+        assert client.get(f"{API}/compare", params={"runs": runs.split(",")}).status_code == status, runs

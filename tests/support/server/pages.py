@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.errors import NotFoundError
+from jax_client.runs.overview.columns import Table, TableRow
 from jax_client.server import LOOPBACK
 from jax_client.server.dashboard.board import Board
 from jax_client.server.dashboard.playground.routes import Playground
@@ -78,7 +79,7 @@ class FakeSource:
     def series(self, run_id: str, names: Collection[str] | None, *, points: int, since: str | None = None) -> Json:
         self.run(run_id)
         found = self.points.get(run_id, [])
-        first = int(since.partition("-")[0]) if since else 0
+        first = int(since.split("-")[-2]) if since else 0
         new = found[first:]
         columns = {
             "kind": "step",
@@ -98,6 +99,14 @@ class FakeSource:
                 "live": True,
             }
         )
+
+    def table(self, run_id: str, names: Collection[str] | None, *, without: Collection[str] = ()) -> Table:
+        found = self.series(run_id, names, points=0).fields["series"]
+        rows = [
+            TableRow(kind="step", step=step, time=at, tokens=8 * step, values=[value] * len(found))
+            for step, at, value in self.points.get(run_id, [])
+        ]
+        return Table(names=list(found), rows=iter(rows))
 
     def checkpoints(self, run_id: str | None = None) -> list[Json]:
         records = [] if self.store is None else self.store.list(run_id)

@@ -12,11 +12,13 @@ import math
 import os
 import stat
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from jax_client.metrics.store import MAX_STEP
 from jax_client.metrics.summary import CURVE, Summary
 from jax_client.runs.overview.columns import Columns
 from jax_client.runs.overview.small_file import file_stamp
@@ -34,11 +36,15 @@ MAX_KEYS = 512
 MAX_NAME = 200
 MAX_CONFIG = 2**20
 CHUNK = 2**20
+# Of the beginning of a file and of what was read last: where they differ now, the file was written anew.
+ENDS = 512
 # A larger file is looked at in places for a list: its end, and some lines on the way there.
 WHOLE_BYTES = 2**20
 TAIL_BYTES = 2**17
 SAMPLE_BYTES = 2**13
 MAX_CHECKPOINTS = 2**22
+# Whose path would be another route's.
+_ROUTES = ("series", "series.csv", "rollouts", "note")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +66,8 @@ def find_logs(roots: Sequence[Path]) -> list[LogDirectory]:
             name = printable(real.name if relative == "." else relative)
             if name in found:
                 name = printable(f"{real.name}/{relative}")
+            if "/" in name and name.rpartition("/")[2] in _ROUTES:
+                name = f"{name}#1"
             number = 2
             base = name
             while name in found:
@@ -124,7 +132,10 @@ def read_object(root: Path, path: Path, most: int = MAX_CONFIG) -> JsonObject:
 
 
 def parse_row(line: bytes) -> tuple[int | None, dict[str, float], int] | None:
-    """Return the step, the finite metrics, and the number of values that were not finite; None for a broken line."""
+    """Return the step, the finite metrics, and the number of values that were not finite; None for a broken line.
+
+    A step beyond +-MAX_STEP counts as one that is not finite.
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -146,6 +157,8 @@ def parse_row(line: bytes) -> tuple[int | None, dict[str, float], int] | None:
         else:
             bad += 1
     step = metrics.pop("step", None)
+    if step is not None and abs(step) > MAX_STEP:
+        step, bad = None, bad + 1
     if bad:
         metrics["nonfinite/values"] = bad
     return None if step is None else int(step), metrics, bad
@@ -175,9 +188,10 @@ class LogFile:
         self.columns, self.broken = Columns(), 0
         self._inode = inode
         self._offset = 0
-        self._rest = b""
+        self._head = self._tail = self._rest = b""
         self._skipping = False
         self._rows = 0
+        self._mark = 0
         self._step = 0
         self._seconds = 0.0
         self._started = self.started()
@@ -187,20 +201,35 @@ class LogFile:
         stamps = [file_stamp(self.log.path / CONFIG), file_stamp(self.path)]
         return min((stamp[2] / 1e9 for stamp in stamps if stamp is not None), default=math.nan)
 
-    def update(self) -> None:
-        """Read what was written since the last time; all of it where the file was replaced or cut."""
-        descriptor = open_inside(self.log.root, self.path)
-        if descriptor is None:
-            self._begin(None)
-            return
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_ino != self._inode or status.st_size < self._offset:
-                self._begin(status.st_ino)
-            file.seek(self._offset)
-            while chunk := file.read(CHUNK):
-                self._offset += len(chunk)
-                self._take(chunk)
+    def update(self) -> bool:
+        """Read what was written since the last time; all of it where the file was replaced, cut or written anew.
+
+        Returns:
+            Whether the file can be read. Where not, what was read before stays.
+        """
+        try:
+            descriptor = open_inside(self.log.root, self.path)
+            if descriptor is None:
+                return False
+            with os.fdopen(descriptor, "rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode or not self._is_continued(file.fileno()):
+                    self._begin(inode)
+                file.seek(self._offset)
+                while chunk := file.read(CHUNK):
+                    # Of what was read, not read again: it may be overwritten meanwhile.
+                    self._head += chunk[: max(0, ENDS - self._offset)]
+                    self._tail = (self._tail + chunk)[-ENDS:]
+                    self._offset += len(chunk)
+                    self._take(chunk)
+        except OSError:
+            return False
+        return True
+
+    def _is_continued(self, descriptor: int) -> bool:
+        """Return whether a file still has what was read of it, at its beginning and where reading ended."""
+        ends = ((self._head, 0), (self._tail, self._offset - len(self._tail)))
+        return all(os.pread(descriptor, len(end), start) == end for end, start in ends)
 
     def _take(self, chunk: bytes) -> None:
         *lines, rest = chunk.split(b"\n")
@@ -226,10 +255,12 @@ class LogFile:
             return
         step, metrics, _ = row
         self._rows += 1
+        # Of all rows so far: two files have the mark of one row where they are the same up to there.
+        self._mark = zlib.crc32(line, self._mark)
         self._step = self._step if step is None else step
         self._seconds += metrics.get("time/total", 0.0)
         time = self._started + self._seconds if self._seconds else math.nan
-        self.columns.add(self._rows, "user", self._step, time, metrics)
+        self.columns.add(self._rows, "user", self._step, time, metrics, mark=self._mark)
 
     def glance(self) -> Summary:
         """Return a summary of the file; of a large one from its end and some lines on the way there."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import itertools
 import json
+import math
 import re
 import statistics
 import threading
@@ -100,7 +101,7 @@ class Rollouts:
 def _group(iteration: int, records: Sequence[JsonObject], said: list[_Said], number: int) -> JsonObject:
     rewards = [_number(record.get("total_reward")) for record in records]
     known = [reward for reward in rewards if reward is not None]
-    mean = statistics.fmean(known) if known else 0.0
+    mean = _mean(known) if known else 0.0
     tree = _of_group(said, known, number)
     samples = [
         {
@@ -113,6 +114,13 @@ def _group(iteration: int, records: Sequence[JsonObject], said: list[_Said], num
         for record, reward in zip(records, rewards, strict=True)
     ]
     return {"step": iteration, "prompt": None if tree is None else tree.prompt, "samples": samples}
+
+
+def _mean(values: list[float]) -> float:
+    try:
+        return statistics.fmean(values)
+    except OverflowError:  # a sum that no double holds, of numbers near the largest one
+        return math.ldexp(statistics.fmean(math.ldexp(value, -64) for value in values), 64)
 
 
 def _of_group(said: list[_Said], rewards: list[float], number: int) -> _Said | None:

@@ -9,7 +9,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from jax_client.metrics.store import Cursor
 from jax_client.runs.overview.alerts import alerts_of
+from jax_client.runs.overview.columns import Table
 from jax_client.runs.overview.described import run_of, spark_of
 from jax_client.runs.overview.logdirs.files import (
     CHECKPOINTS,
@@ -25,7 +27,7 @@ from jax_client.runs.overview.logdirs.files import (
 from jax_client.runs.overview.logdirs.rollouts import Rollouts
 from jax_client.runs.overview.notes import Notes
 from jax_client.runs.overview.records import RunRow, Series
-from jax_client.runs.overview.run_points import parse_cursor
+from jax_client.runs.overview.run_points import parse_cursor, spelt
 from jax_client.runs.overview.small_file import file_stamp
 from jax_client.values import JsonObject
 
@@ -128,6 +130,32 @@ class Logs:
 
     def series(self, run_id: str, names: Collection[str] | None, *, points: int, since: str | None) -> Series | None:
         """Return the points of a log directory after a cursor; None for an id that is none of these."""
+        if (file := self._file(run_id)) is None:
+            return None
+        # A large file takes seconds, the first time; meanwhile others are read.
+        with file.lock:
+            is_readable, columns = file.update(), file.columns
+            begin, newest = parse_cursor(since), Cursor(point=columns.newest())
+            reset = since is not None and spelt(begin, columns.mark(begin.point)) != since
+            if reset and not is_readable:
+                return Series(run=run_id, names=columns.names(), next=since or "")
+            return Series(
+                run=run_id,
+                series=columns.series(names, points=points, since=0 if reset else begin.point),
+                names=columns.names(),
+                next=spelt(newest, columns.mark(newest.point)) or "",
+                reset=reset,
+            )
+
+    def table(self, run_id: str, names: Collection[str] | None) -> Table | None:
+        """Return every point of a log directory; None for an id that is none of these."""
+        if (file := self._file(run_id)) is None:
+            return None
+        with file.lock:
+            file.update()
+            return file.columns.table(names)
+
+    def _file(self, run_id: str) -> LogFile | None:
         with self._lock:
             log = self._look().get(run_id)
             if log is None:
@@ -136,17 +164,7 @@ class Logs:
             self._files[log.path] = file
             while len(self._files) > MOST_FILES:
                 self._files.popitem(last=False)
-        # A large file takes seconds, the first time; meanwhile others are read.
-        with file.lock:
-            file.update()
-            newest, begin = file.columns.newest(), parse_cursor(since).point
-            begin = begin if begin <= newest else 0  # the file was cut
-            return Series(
-                run=run_id,
-                series=file.columns.series(names, points=points, since=begin),
-                names=file.columns.names(),
-                next=f"{newest}-0",
-            )
+        return file
 
     def rollouts(self, run_id: str, *, offset: int, limit: int) -> JsonObject | None:
         """Return a page of groups; None for an id that is none of these."""
