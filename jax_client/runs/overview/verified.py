@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from jax_client.checkpoint.disk.clock import unix_seconds
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.errors import JaxClientError, NotFoundError
 from jax_client.runs.overview.small_file import SmallFile
@@ -28,7 +29,7 @@ class Verified:
     def of(self, path: str, created: float) -> JsonObject | None:
         """Return {"time", "ok", "error"} of a checkpoint's newest check, None if there was none since `created`."""
         found = self._file.read().get(path)
-        if not isinstance(found, dict) or not isinstance(when := found.get("time"), int | float) or when < created:
+        if not isinstance(found, dict) or (when := unix_seconds(found.get("time"))) is None or when < created:
             return None
         error = found.get("error")
         return {"time": when, "ok": found.get("ok") is True, "error": error if isinstance(error, str) else None}

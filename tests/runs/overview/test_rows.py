@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jax_client.checkpoint.store import CheckpointStore
+from jax_client.cli import main
 from jax_client.errors import BadRequestError, NotFoundError
 from jax_client.metrics.store import FILE_NAME, Event, MetricsStore, Point
 from jax_client.runs.overview.notes import Note
@@ -62,6 +63,28 @@ def test_a_row_joins_records_metrics_checkpoints_and_notes(home: Path) -> None:
     for ask in (overview.run, overview.config, overview.checkpoints, lambda run: overview.series(run, None)):
         with pytest.raises(NotFoundError, match="nope"):
             ask("nope")
+
+
+def test_the_step_is_that_of_the_run_and_not_of_what_it_saved(home: Path) -> None:
+    assert Overview(home).run(RUN).step == 3, "nothing else tells"
+    record(home, RUN, range(1, 4))
+    # It goes back to the step before the one that it saved.
+    MetricsStore(home / FILE_NAME).add([], [Event(run=RUN, kind="load", step=0, time=1004.0, details={})])
+    record(home, RUN, range(1, 2))
+    assert Overview(home).run(RUN).step == 1
+
+
+def test_a_checkpoint_with_odd_times_is_listed(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    store, key = CheckpointStore(home), CheckpointKey(RUN, "weights", "odd")
+    saved = {"base_model": "m", "base_fingerprint": "f", "spec": SPEC.to_json(), "optimizer": None}
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: 1e300)
+        store.save(key=key, state=state(4, True), metadata=saved, ttl_seconds=60.0)
+    for again in (CheckpointStore(home), CheckpointStore(home)):  # from its manifest, then from the catalogue
+        found = next(record for record in again.list() if record.key == key)
+        assert (found.created, found.expires_at) == (0.0, None)
+    assert len(Overview(home).runs()) == 2
+    assert main(["checkpoint", "list", "--state-dir", str(home)]) == 0 and "odd" in capsys.readouterr().out
 
 
 def test_a_resumed_run_is_tied_to_its_first(home: Path) -> None:
