@@ -268,7 +268,7 @@ class MetricsStore:
         )
 
     def _reading(self, work: Callable[[sqlite3.Connection], T], nothing: T) -> T:
-        return self._file.use(work, nothing) if self._file.path.exists() else nothing
+        return self._file.read(work, nothing) if self._file.path.exists() else nothing
 
 
 def _summarise(
