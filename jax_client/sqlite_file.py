@@ -168,8 +168,8 @@ class SqliteFile:
             with contextlib.suppress(FileNotFoundError):
                 if self._beside(suffix).stat().st_size:
                     raise _ChangedError(
-                        f"Some of it is in {self.path.name}{suffix}, which SQLite reads only where it can write: copy the "
-                        "directory to a place for that."
+                        f"Some of it is in {self.path.name}{suffix}, which SQLite reads only where it can write: copy "
+                        "the directory to a place for that."
                     )
         found = self.path.stat()
         return found.st_ino, found.st_size, found.st_mtime_ns

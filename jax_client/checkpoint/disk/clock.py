@@ -22,8 +22,9 @@ MAX_TIME = 253_370_764_800.0
 
 def unix_seconds(value: object) -> float | None:
     """Return the time that a file gives in unix seconds; None for what is none, such as 1e300."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and 0 <= value <= MAX_TIME else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if 0 <= value <= MAX_TIME else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
