@@ -25,7 +25,7 @@ REWARD_ENDINGS = ("reward/total", "reward/mean", "/reward")
 OF_ENGINES = ("device", "compile")
 MAX_REASON = 300
 # Clocks of two threads or hosts differ by less; one that was put back by more ran ahead before, seconds.
-AHEAD_SECONDS = 60.0
+AHEAD_SECONDS = 10.0
 T = TypeVar("T")
 
 
