@@ -26,10 +26,22 @@ OTHERS = ("-shm", "-journal")
 MAX_LOG_BYTES = 16 * 2**20
 # SQLite's number for auto_vacuum = INCREMENTAL.
 INCREMENTAL = 2
+# What SQLite says where it can write nothing beside the file, as it does even to read: no right, no room, a bad disk.
+_CANNOT_WRITE = (
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+)
 
 
 class OtherVersionError(sqlite3.DatabaseError):
     """A later version of this package wrote the file."""
+
+
+class _ChangedError(Exception):
+    """A file is not the whole of what was written, or not for long; the text says so. Never leaves the module."""
 
 
 class SqliteFile:
@@ -67,7 +79,8 @@ class SqliteFile:
         self._level = logging.INFO if quiet else logging.WARNING
         self._shrinks = shrinks
         self._damaged = damaged
-        self._reported: str | None = None
+        # By what was said of the file before the colon.
+        self._reported: dict[str, str] = {}
         self._rewritten = False
 
     def open(self) -> sqlite3.Connection:
@@ -94,25 +107,72 @@ class SqliteFile:
         A damaged file is set aside, and the work tried once more, with a new one. A ValueError is damage, too: the
         text in the file is not what was written.
         """
+        return self._use(work, otherwise, only_reads=False)
+
+    def read(self, work: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
+        """As `use`, for work that only reads, of a file that is there.
+
+        On a disk that is full or mounted for reading, the file is read as it is, if there is no log beside it.
+        """
+        return self._use(work, otherwise, only_reads=True)
+
+    def _use(self, work: Callable[[sqlite3.Connection], T], otherwise: T, *, only_reads: bool) -> T:
+        unused = "a file is not read" if only_reads else self._unused
         for _ in range(2):
             identity = _identity(self.path)
             try:
                 with contextlib.closing(self.open()) as database:
                     done = work(database)
-                self._reported = None
+                self._reported.pop(unused, None)
                 return done
             except OtherVersionError as error:
-                self._report(f"{self._unused}: {self.path}: {error}", logging.WARNING)
+                self._report(unused, f"{self.path}: {error}", logging.WARNING)
                 return otherwise
             except (sqlite3.OperationalError, OSError) as error:
+                hint = self._advice(error)
+                if only_reads and _primary(error) in _CANNOT_WRITE:
+                    try:
+                        return self._read_as_it_is(work)
+                    except _ChangedError as changed:
+                        hint = str(changed)
+                    except (sqlite3.Error, OSError, ValueError):
+                        pass  # the first error says more
                 # No room, read-only, no directory, locked for too long: another day it may work.
-                self._report(f"{self._unused}: {self.path}: {error}. {self._advice(error)}", self._level)
+                self._report(unused, f"{self.path}: {error}. {hint}", self._level)
                 return otherwise
             except (sqlite3.DatabaseError, ValueError) as error:
                 # Another process may have been first; the file that is there now is a new one.
-                if identity is not None and _identity(self.path) == identity and not self._clear(error):
+                if identity is not None and _identity(self.path) == identity and not self._clear(unused, error):
                     return otherwise
         return otherwise
+
+    def _read_as_it_is(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Return `work(connection)` of a file in which nothing may be written, not even a lock.
+
+        Raises:
+            _ChangedError: not all is in the file, or a process wrote it meanwhile.
+            sqlite3.Error: it cannot be read so.
+        """
+        before = self._stamps()
+        address = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
+        with contextlib.closing(sqlite3.connect(address, uri=True, isolation_level=None)) as database:
+            self._version(database)
+            done = work(database)
+        if self._stamps() != before:
+            raise _ChangedError("It was written meanwhile.")
+        return done
+
+    def _stamps(self) -> tuple[int, int, int]:
+        """Return what differs once the file is written. Raises _ChangedError where there is a log or a journal."""
+        for suffix in (LOG, "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                if self._beside(suffix).stat().st_size:
+                    raise _ChangedError(
+                        f"Some of it is in {self.path.name}{suffix}, which SQLite reads only where it can write: copy "
+                        "the directory to a place for that."
+                    )
+        found = self.path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
     def set_aside(self, name: str) -> Path:
         """Rename the file, and its log with it; return the new path.
@@ -138,7 +198,7 @@ class SqliteFile:
     def _beside(self, suffix: str) -> Path:
         return self.path.with_name(self.path.name + suffix)
 
-    def _clear(self, error: Exception) -> bool:
+    def _clear(self, unused: str, error: Exception) -> bool:
         """Set the damaged file aside, or delete it; say whether it is gone."""
         if self._damaged is None:
             logger.warning("%s is damaged (%s) and is made anew", self.path, error)
@@ -147,7 +207,7 @@ class SqliteFile:
         try:
             aside = self.set_aside(self.path.name + self._damaged)
         except OSError as problem:
-            self._report(f"{self._unused}: {self.path} is damaged and stays where it is: {problem}", logging.WARNING)
+            self._report(unused, f"{self.path} is damaged and stays where it is: {problem}", logging.WARNING)
             return False
         logger.warning("%s was damaged (%s); it is kept as %s, and a new one begun", self.path, error, aside.name)
         return True
@@ -157,10 +217,10 @@ class SqliteFile:
         busy = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
         return ("Another process may hold it. " if busy else "") + advice(error, self.path)
 
-    def _report(self, text: str, level: int) -> None:
-        if self._reported != text:
-            self._reported = text
-            logger.log(level, "%s", text)
+    def _report(self, unused: str, text: str, level: int) -> None:
+        if self._reported.get(unused) != text:
+            self._reported[unused] = text
+            logger.log(level, "%s: %s", unused, text)
 
     def _make_private(self) -> None:
         """Let no other user read the file; SQLite gives its mode to the log and the index beside it."""
@@ -228,6 +288,12 @@ def reclaim(database: sqlite3.Connection) -> None:
     database.executescript("PRAGMA incremental_vacuum")
     # Without waiting for readers: the next one gets further.
     database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+
+def _primary(error: Exception) -> int | None:
+    """Return SQLite's number of the kind of an error, which is the last byte of its code."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
 
 
 @contextlib.contextmanager

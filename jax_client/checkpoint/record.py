@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from jax_client.checkpoint.disk.clock import unix_seconds
 from jax_client.checkpoint.manifest import Manifest, split_key
 from jax_client.checkpoint.tags import Tags
 from jax_client.values import CheckpointKey, JsonObject, Kind
@@ -15,7 +16,7 @@ class Record:
 
     Attributes:
         key: its run, kind and name.
-        created: unix seconds.
+        created: unix seconds; 0.0 where the manifest gives no time.
         step: optimizer steps taken.
         size_bytes: on disk.
         metadata: what the saver gave, JSON.
@@ -55,17 +56,18 @@ class Record:
     def from_json(cls, fields: JsonObject) -> Record:
         """Undo `to_json`."""
         key, others = split_key(fields)
-        return cls(key=key, **others)
+        times = {"created": unix_seconds(others["created"]) or 0.0, "expires_at": unix_seconds(others["expires_at"])}
+        return cls(key=key, **others | times)
 
     @classmethod
     def of(cls, manifest: Manifest, tags: Tags) -> Record:
         """Return the record of a checkpoint that has this manifest and these tags."""
         return cls(
             key=manifest.key,
-            created=manifest.created,
+            created=unix_seconds(manifest.created) or 0.0,
             step=manifest.step,
             size_bytes=manifest.size_bytes,
             metadata=dict(manifest.metadata),
-            expires_at=None if tags.expires is None else tags.expires.wall,
+            expires_at=None if tags.expires is None else unix_seconds(tags.expires.wall),
             public=tags.public,
         )

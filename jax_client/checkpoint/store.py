@@ -285,7 +285,27 @@ class CheckpointStore(StateDirectory):
     def set_ttl(self, key: CheckpointKey, ttl_seconds: float | None) -> Record:
         """Let a checkpoint end `ttl_seconds` from now, or never (None). Raises as `delete` does."""
         expires = None if ttl_seconds is None else Deadline.after(ttl_seconds, clock.now())
-        return self._set_tags(key, lambda tag: replace(tag, expires=expires))
+        return self._set_tags(key, lambda tag: replace(tag, expires=expires, deleted=False, former=None))
+
+    def delete_after(self, key: CheckpointKey, seconds: float) -> Record:
+        """Let a checkpoint end soon, which `restore` takes back; one of which that is said stays as it is.
+
+        The lifetime that it had is kept beside it, whichever process asks. Raises as `delete` does.
+        """
+        deadline = Deadline.after(seconds, clock.now())
+
+        def change(tag: Tags) -> Tags:
+            return tag if tag.deleted else replace(tag, expires=deadline, deleted=True, former=tag.expires)
+
+        return self._set_tags(key, change)
+
+    def restore(self, key: CheckpointKey) -> Record:
+        """Take `delete_after` back; another lifetime that was set since then stays. Raises as `delete` does."""
+
+        def change(tag: Tags) -> Tags:
+            return replace(tag, expires=tag.former, deleted=False, former=None) if tag.deleted else tag
+
+        return self._set_tags(key, change)
 
     def set_public(self, key: CheckpointKey, public: bool) -> Record:
         """Publish a checkpoint, or take that back. Raises as `delete` does."""

@@ -21,10 +21,19 @@ FILE_NAME = "label.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tags:
-    """What is set on one version of a checkpoint."""
+    """What is set on one version of a checkpoint.
+
+    Attributes:
+        expires: when it ends, None for never.
+        public: whether others may read it.
+        deleted: whether that end is a deletion, which can be taken back.
+        former: the end that it had before its deletion.
+    """
 
     expires: Deadline | None = None
     public: bool = False
+    deleted: bool = False
+    former: Deadline | None = None
 
 
 def write(version: Path, tags: Tags) -> None:
@@ -45,7 +54,12 @@ def read(version: Path) -> Tags:
         return Tags()
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
-    return Tags(expires=Deadline.of(content["expires"]), public=content["public"])
+    return Tags(
+        expires=Deadline.of(content["expires"]),
+        public=content["public"],
+        deleted=content.get("deleted") is True,
+        former=Deadline.of(content.get("former")),
+    )
 
 
 def read_or_none_set(version: Path) -> Tags:

@@ -265,7 +265,7 @@ class MetricsStore:
         )
 
     def _reading(self, work: Callable[[sqlite3.Connection], T], nothing: T) -> T:
-        return self._file.use(work, nothing) if self._file.path.exists() else nothing
+        return self._file.read(work, nothing) if self._file.path.exists() else nothing
 
 
 def _summarise(
@@ -300,10 +300,11 @@ def _from_points(database: sqlite3.Connection, run: str) -> Summary:
     summary = Summary()
     for row in database.execute(_EVENTS, (run, 0, -1)):
         summary.add_event(row[1], row[2], row[3], json.loads(row[4]))
-    ended = summary.ended
+    ended, active = summary.ended, summary.active
     for row in database.execute(_POINTS, (run, 0, -1)):
         summary.add_point(row[1], row[2], row[3], json.loads(row[4]))
     summary.ended = ended
+    summary.active = max((time for time in (active, summary.active) if time is not None), default=None)
     return summary
 
 

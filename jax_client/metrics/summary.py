@@ -24,6 +24,8 @@ REWARD_ENDINGS = ("reward/total", "reward/mean", "/reward")
 # Points and events of these kinds are an engine's, of all its runs together.
 OF_ENGINES = ("device", "compile")
 MAX_REASON = 300
+# Clocks of two threads or hosts differ by less; one that was put back by more ran ahead before, seconds.
+AHEAD_SECONDS = 10.0
 T = TypeVar("T")
 
 
@@ -57,6 +59,7 @@ class Summary:
 
     Attributes:
         first, active: unix seconds of its first and newest sign of life.
+        started: unix seconds at which it was opened last, None where that was not recorded.
         step: optimizer steps taken at the newest point.
         steps, skipped, nonfinite: points of a step; steps left out for their gradient; values that were not finite.
         bad: step and time of the newest of the latter two.
@@ -71,6 +74,7 @@ class Summary:
 
     first: float | None = None
     active: float | None = None
+    started: float | None = None
     step: int = 0
     steps: int = 0
     skipped: int = 0
@@ -129,7 +133,7 @@ class Summary:
             self.compiling = ""
             return
         if kind == "start":
-            self.ended = None
+            self.ended, self.started = None, time
         if kind in ("start", "load"):
             self.step = step
         self._alive(time)
@@ -141,7 +145,9 @@ class Summary:
 
     def _alive(self, time: float) -> None:
         self.first = time if self.first is None else min(self.first, time)
-        self.active = time if self.active is None else max(self.active, time)
+        # Where the clock ran ahead and was put right, what it said before is not newer.
+        put_back = self.active is not None and time < self.active - AHEAD_SECONDS
+        self.active = time if self.active is None or put_back else max(self.active, time)
 
     def _add_values(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         loss = mean_loss(metrics) if kind == "step" else first_of(metrics, LOSSES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,8 @@ import pytest
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.errors import JaxClientError, RequestFailedError, UnsupportedError
 from jax_client.host import disk
+from jax_client.metrics.store import MetricsStore, Point
+from jax_client.sqlite_file import LOG
 from support.checkpoints import RUN, save
 from support.faults.fault_child import Calls
 
@@ -89,6 +92,44 @@ def test_every_error_of_sqlite_is_reported_once_with_the_advice(
     assert done.stdout.split() == ["nothing", "nothing"], done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("not recorded: ") and line.endswith(disk.LOCAL_DISK)
+
+
+READING = """
+import logging, pathlib, sys
+from jax_client.metrics.store import MetricsStore
+
+logging.basicConfig(format="%(message)s")
+store = MetricsStore(pathlib.Path(sys.argv[1]))
+for _ in range(2):
+    print(store.summaries()["r"].step if store.summaries() else "nothing", len(store.read("r").points))
+"""
+
+
+@pytest.mark.parametrize(("calls", "code"), [(Calls.CREATES, errno.EROFS), (Calls.ALL, errno.ENOSPC)])
+def test_metrics_are_read_where_nothing_can_be_written(tmp_path: Path, library: Path, calls: Calls, code: int) -> None:
+    path = tmp_path / "metrics #1?.sqlite"
+    store = MetricsStore(path)
+    assert store.add([Point(run="r", kind="step", step=step, time=1.0, metrics={"a": 1.0}) for step in (1, 2)])
+    refused = {"LD_PRELOAD": str(library), "FAULT_PLAN": f"{tmp_path} {int(calls)} {code}"}
+    child = [sys.executable, "-c", textwrap.dedent(READING), str(path)]
+
+    def read() -> tuple[list[str], list[str]]:
+        done = subprocess.run(child, env=os.environ | refused, capture_output=True, text=True, timeout=60)
+        return done.stdout.splitlines(), done.stderr.splitlines()
+
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert read() == (["2 2", "2 2"], [])
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    # What a process that was killed left in the log cannot be left out.
+    database, log = sqlite3.connect(path, isolation_level=None), path.with_name(path.name + LOG)
+    database.execute("UPDATE points SET time = 2.0")
+    kept = log.read_bytes()
+    database.close()
+    log.write_bytes(kept)
+    said, (line,) = read()
+    assert said == ["nothing 0", "nothing 0"]
+    assert line.startswith(f"a file is not read: {path}: ") and f"Some of it is in {log.name}, which" in line
+    assert "not recorded" not in line, "it only reads"
 
 
 def test_advice_finds_the_systems_error_wherever_it_is_said(tmp_path: Path) -> None:

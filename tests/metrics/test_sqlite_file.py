@@ -57,6 +57,36 @@ def test_a_migration_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> Non
     assert names(file_at(tmp_path / "f")) == ["old"]
 
 
+def test_a_file_that_is_written_while_it_is_read_as_it_is_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = file_at(tmp_path / "f")
+    add(file, "old")
+
+    def refused() -> sqlite3.Connection:
+        error = sqlite3.OperationalError("unable to open database file")
+        error.sqlite_errorcode = sqlite3.SQLITE_CANTOPEN
+        raise error
+
+    def read(database: sqlite3.Connection) -> list[str]:
+        found = [row[0] for row in database.execute("SELECT name FROM items")]
+        if "another" in found_by:
+            found_by.clear()
+            add(file_at(tmp_path / "f"), "more " * 1_000)
+        return found
+
+    found_by = ["one"]
+    with monkeypatch.context() as patch:
+        patch.setattr(file, "open", refused)
+        assert file.read(read, []) == ["old"] and not caplog.records
+        found_by.append("another")
+        assert file.read(read, []) == [] and "It was written meanwhile" in caplog.text
+        with pytest.raises(ZeroDivisionError):
+            file.read(lambda database: 1 // 0, 0)
+        assert file.read(lambda database: database.execute("DELETE FROM items").rowcount, -1) == -1
+    assert len(file.read(read, [])) == 2 and not (tmp_path / "f.damaged").exists()
+
+
 def test_a_full_disk_is_no_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = file_at(tmp_path / "f")
     add(file, "kept")

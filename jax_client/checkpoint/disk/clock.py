@@ -16,6 +16,15 @@ from pathlib import Path
 from jax_client.values import JsonObject
 
 GRACE_SECONDS = 3600.0
+# The year 9999 begins: what is later is no time, and Python has no words for it.
+MAX_TIME = 253_370_764_800.0
+
+
+def unix_seconds(value: object) -> float | None:
+    """Return the time that a file gives in unix seconds; None for what is none, such as 1e300."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if 0 <= value <= MAX_TIME else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -178,28 +178,29 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def is_read(path: Path) -> bool:
-    """Return whether a process is `reading` a file."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Return whether a process is `reading` a file; it is opened for writing, as a network's exclusive locks need."""
+    descriptor = os.open(path, os.O_RDWR)
     try:
         return not lock(descriptor, path, wait=False)
     finally:
         unlock(descriptor)
 
 
-def lock(descriptor: int, place: Path, *, wait: bool) -> bool:
-    """Lock an open file for this descriptor alone, until it is closed; return False if another one has it.
+def lock(descriptor: int, place: Path, *, wait: bool, shared: bool = False) -> bool:
+    """Lock an open file for this descriptor, until it is closed; return False if another one has it.
 
     Args:
-        descriptor: of the file.
+        descriptor: of the file, open for writing; for reading, if it is `shared`.
         place: what is locked, for the message.
         wait: for as long as it takes.
+        shared: against a lock that is for one descriptor alone, which is the other kind; any number hold it at once.
 
     Raises:
         UnsupportedError: the file system has no locks.
         RequestFailedError: its locks do not work.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:
@@ -212,11 +213,12 @@ def lock(descriptor: int, place: Path, *, wait: bool) -> bool:
     return True
 
 
-def unlock(descriptor: int) -> None:
+def unlock(descriptor: int, *, close: bool = True) -> None:
     """Give a lock back and close its file. Closing alone would leave it to processes forked in the meantime."""
     with contextlib.suppress(OSError):  # no locks there
         fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
+    if close:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

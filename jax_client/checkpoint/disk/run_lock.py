@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import socket
 import time
 from collections.abc import Mapping
@@ -15,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jax_client.checkpoint.disk import files
+from jax_client.checkpoint.disk.clock import unix_seconds
 from jax_client.values import JsonObject
 
 FILE_NAME = ".owner"
-# `lock_holder` holds the lock for an instant to see that nobody does.
+# For a process that ends, and, far longer, for those that share the lock for an instant to see that nobody has it.
 _PATIENCE_SECONDS = 0.5
+_READERS_SECONDS = 30.0
 # Of the file, and of what is said about an end.
 _LENGTH = 2048
 MAX_WORD = 32
@@ -100,14 +103,21 @@ def acquire(directory: Path) -> RunLock:
     """
     descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        began = time.monotonic()
         while not files.lock(descriptor, directory, wait=False):
-            if time.monotonic() > deadline:
-                holder = _read(descriptor)
-                raise RunLockedError(f"process {holder.pid} on {holder.host}" if holder else "another process")
-            time.sleep(0.01)
-        os.ftruncate(descriptor, 0)
-        return RunLock(descriptor)
+            only_read = files.lock(descriptor, directory, wait=False, shared=True)
+            if only_read:
+                files.unlock(descriptor, close=False)
+            if time.monotonic() - began > (_READERS_SECONDS if only_read else _PATIENCE_SECONDS):
+                holder = _record(_fields(_bytes(descriptor)), held=True)
+                raise RunLockedError(
+                    "another process" if holder.pid is None else f"process {holder.pid} on {holder.host}"
+                )
+            # Of different lengths: several that wait for each other's looks would meet again and again.
+            time.sleep(random.uniform(0.001, 0.01))
+        claim = RunLock(descriptor)
+        os.ftruncate(descriptor, _LENGTH)
+        return claim
     except BaseException:
         files.unlock(descriptor)
         raise
@@ -124,40 +134,44 @@ def lock_holder(directory: Path) -> LockHolder | None:
 def lock_record(directory: Path) -> LockRecord | None:
     """Return whether a directory is locked, and by which process it is or was; None if it never was."""
     try:
-        descriptor = os.open(directory / FILE_NAME, os.O_RDWR)
+        descriptor = os.open(directory / FILE_NAME, os.O_RDONLY)
     except OSError:
         return None
     try:
-        held = not files.lock(descriptor, directory, wait=False)
-        return _record(_fields(descriptor), held=held)
+        # Shared, so that two that look do not take each other for the process that has the run.
+        held = not files.lock(descriptor, directory, wait=False, shared=True)
+        # Before it is given back: a process that opens the run now removes the end that another one recorded.
+        data = _bytes(descriptor)
     finally:
         files.unlock(descriptor)
+    return _record(_fields(data), held=held)
 
 
-def _read(descriptor: int) -> LockHolder | None:
-    record = _record(_fields(descriptor), held=True)
-    return None if record.pid is None else LockHolder(pid=record.pid, host=record.host or "", since=record.since or 0.0)
+def _bytes(descriptor: int) -> bytes:
+    try:
+        return os.pread(descriptor, 2 * _LENGTH, 0)
+    except OSError:
+        return b""
 
 
-def _fields(descriptor: int) -> JsonObject:
+def _fields(data: bytes) -> JsonObject:
     # Informative only, and not sealed: the lock is what counts.
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(os.pread(descriptor, 4096, 0))
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(data)
         if isinstance(found, dict):
             return found
     return {}
 
 
 def _record(fields: JsonObject, *, held: bool) -> LockRecord:
-    number = lambda name: float(value) if isinstance(value := fields.get(name), int | float) else None  # noqa: E731
     text = lambda name: value if isinstance(value := fields.get(name), str) else ""  # noqa: E731
     pid = fields.get("pid")
     return LockRecord(
         held=held,
         pid=pid if isinstance(pid, int) else None,
         host=text("host") or None,
-        since=number("since"),
-        ended=number("ended"),
+        since=unix_seconds(fields.get("since")),
+        ended=unix_seconds(fields.get("ended")),
         how=text("how"),
         text=text("text"),
         tells=fields.get("tells") is True,

@@ -69,7 +69,7 @@ class Notes:
         """Replace the note of a run; an empty one removes it.
 
         Raises:
-            BadRequestError: too many runs have a note.
+            BadRequestError: too many runs have a note, or all notes together are too long.
             RequestFailedError: the disk failed.
         """
 

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from jax_client.checkpoint.disk.clock import unix_seconds
 from jax_client.checkpoint.disk.names import run_directory
 from jax_client.checkpoint.disk.run_lock import LockRecord
 from jax_client.checkpoint.record import Record
@@ -256,11 +257,11 @@ class Overview:
         lock = self._lock_record(run_id)
         found, last = condition(lock, summary, now), records[-1] if records else None
         metadata = fields or (last.metadata if last else {})
-        created = fields.get("created") or (min(record.created for record in records) if records else None)
-        signs = [created, found.ended, summary and summary.active, last and last.created]
+        saved = min(record.created for record in records) if records else None
+        created = unix_seconds(fields.get("created")) or saved
+        signs = [created, found.ended, summary and unix_seconds(summary.active), last and last.created]
         updated = max((time for time in signs if time is not None), default=None)
         is_open = found.state in OPEN
-        steps = [record.step for record in records]
         figures = summary or Summary()
         note, source = self._notes.of(run_id), origin(fields)
         until = now if is_open else found.ended or updated
@@ -276,7 +277,8 @@ class Overview:
             created=created,
             updated=updated,
             ended=None if is_open else found.ended,
-            step=max([figures.step, *steps]) if summary or steps else None,
+            # Whatever was saved: it may have gone back to an older checkpoint.
+            step=summary.step if summary else last and last.step,
             loss=figures.loss,
             reward=figures.reward,
             tokens=int(figures.tokens) if figures.steps else None,

@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from jax_client.checkpoint.disk.clock import unix_seconds
 from jax_client.checkpoint.disk.run_lock import LockRecord
-from jax_client.metrics.summary import Summary
+from jax_client.metrics.summary import AHEAD_SECONDS, Summary
 from jax_client.runs.overview.records import State
 
 LIVE_SECONDS = 60.0
@@ -47,30 +48,34 @@ def condition(lock: LockRecord | None, summary: Summary | None, now: float) -> C
     """
     if lock is not None and lock.held:
         return _open(summary, lock, now)
-    if lock is not None and lock.ended is not None:
+    if lock is not None and (lock.ended is not None or lock.how):
         return _ended(lock.how, lock.text, lock.ended)
     if lock is not None and lock.tells:
         who = "its process" if lock.pid is None else f"process {lock.pid} on {lock.host or 'an unknown host'}"
-        last = "" if summary is None or summary.active is None else f", last seen {_clock(summary.active)}"
+        active = None if summary is None else unix_seconds(summary.active)
+        last = "" if active is None else f", last seen {_clock(active)}"
         return Condition(
             state="crashed",
             reason=f"{who} was killed, or lost its power: no end is recorded{last}",
-            ended=None if summary is None else summary.active,
+            ended=active,
         )
     # An earlier version of this package wrote it: the metrics alone may know.
     if summary is not None and summary.ended is not None:
-        return _ended(str(summary.ended["how"]), str(summary.ended["text"]), float(summary.ended["time"]))
+        return _ended(str(summary.ended["how"]), str(summary.ended["text"]), unix_seconds(summary.ended["time"]))
     return Condition(state="unknown")
 
 
 def _open(summary: Summary | None, lock: LockRecord, now: float) -> Condition:
-    if summary is not None and summary.compiling and now - (summary.active or 0.0) <= LIVE_SECONDS:
-        return Condition(state="live", reason=f"compiles {summary.compiling}")
-    seen = max((time for time in (lock.since, summary and summary.active) if time is not None), default=0.0)
-    return Condition(state="live" if now - seen <= LIVE_SECONDS else "idle")
+    active = None if summary is None else summary.active
+    # What lies ahead is of a clock that was wrong: it says nothing of the time since then.
+    signs = [time for time in (lock.since, active) if time is not None and time <= now + AHEAD_SECONDS]
+    if not signs or now - max(signs) > LIVE_SECONDS:
+        return Condition(state="idle")
+    compiles = summary is not None and summary.compiling and active in signs and now - active <= LIVE_SECONDS
+    return Condition(state="live", reason=f"compiles {summary.compiling}" if summary and compiles else None)
 
 
-def _ended(how: str, text: str, when: float) -> Condition:
+def _ended(how: str, text: str, when: float | None) -> Condition:
     state, words = _ENDS.get(how, ("crashed", how or "ended"))
     reason = f"{words}: {text}" if text else None if how == "closed" else words
     return Condition(state=state, reason=reason, ended=when)

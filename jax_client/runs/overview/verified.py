@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
+from jax_client.checkpoint.disk.clock import unix_seconds
 from jax_client.checkpoint.store import CheckpointStore
 from jax_client.errors import JaxClientError, NotFoundError
+from jax_client.runs.overview import small_file
 from jax_client.runs.overview.small_file import SmallFile
 from jax_client.values import CheckpointKey, JsonObject
 
@@ -28,7 +31,7 @@ class Verified:
     def of(self, path: str, created: float) -> JsonObject | None:
         """Return {"time", "ok", "error"} of a checkpoint's newest check, None if there was none since `created`."""
         found = self._file.read().get(path)
-        if not isinstance(found, dict) or not isinstance(when := found.get("time"), int | float) or when < created:
+        if not isinstance(found, dict) or (when := unix_seconds(found.get("time"))) is None or when < created:
             return None
         error = found.get("error")
         return {"time": when, "ok": found.get("ok") is True, "error": error if isinstance(error, str) else None}
@@ -51,6 +54,9 @@ class Verified:
                 known[path] = {"time": time.time(), "ok": error is None, "error": text}
             for path in list(known)[: max(0, len(known) - MAX_RESULTS)]:
                 del known[path]
+            while len(json.dumps(known)) > small_file.MAX_BYTES:
+                for path in list(known)[: 1 + len(known) // 10]:
+                    del known[path]
             return known
 
         self._file.change(edit)

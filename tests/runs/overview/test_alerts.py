@@ -72,6 +72,32 @@ def test_silence_rings_only_in_an_open_run() -> None:
     assert kinds(quick) == [], "it compiles"
 
 
+def test_a_run_that_is_loaded_again_was_not_silent_meanwhile() -> None:
+    summary = trained([1.0] * 20, until=NOW - 36_000)
+    summary.add_event("end", 20, NOW - 35_000, {"how": "unloaded"})
+    summary.add_event("start", 20, NOW, {})
+    summary = Summary.from_json(summary.to_json())
+    assert kinds(summary) == [] and kinds(summary, now=NOW + 299) == []
+    (alert,) = alerts_of(summary, is_open=True, now=NOW + 330)
+    assert (alert.kind, alert.time) == ("silent", NOW) and "No step for 6 minutes" in alert.text
+    # Its steps are as long as they were.
+    slow = trained([1.0] * 20, every=60.0, until=NOW - 36_000)
+    slow.add_event("start", 20, NOW, {})
+    assert kinds(slow, now=NOW + 1_100) == [] and kinds(slow, now=NOW + 1_300) == ["silent"]
+
+
+def test_a_clock_that_ran_ahead_hides_no_silence() -> None:
+    summary = trained([1.0] * 20, until=NOW - 400)
+    summary.add_point("step", 21, NOW + 3 * 3600, {})
+    assert kinds(summary) == ["silent"]
+
+
+def test_a_summary_of_an_earlier_version_is_read() -> None:
+    fields = trained([1.0] * 20, until=NOW - 301).to_json()
+    del fields["started"]
+    assert kinds(Summary.from_json(fields)) == ["silent"]
+
+
 def test_a_full_disk_rings_in_an_open_run() -> None:
     assert kinds(trained([1.0]), free=0.04) == ["disk"] and kinds(trained([1.0]), free=0.04, is_open=False) == []
 

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from jax_client.checkpoint.store import CheckpointStore
-from jax_client.errors import BadRequestError, NotFoundError
+from jax_client.cli import main
+from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError
 from jax_client.metrics.store import FILE_NAME, Event, MetricsStore, Point
-from jax_client.runs.overview.notes import Note
+from jax_client.runs.overview import small_file
+from jax_client.runs.overview.notes import Note, Notes
 from jax_client.runs.overview.rows import Overview
 from jax_client.runs.overview.verified import Verified, verify
 from jax_client.values import CheckpointKey, Owner
@@ -64,6 +66,28 @@ def test_a_row_joins_records_metrics_checkpoints_and_notes(home: Path) -> None:
             ask("nope")
 
 
+def test_the_step_is_that_of_the_run_and_not_of_what_it_saved(home: Path) -> None:
+    assert Overview(home).run(RUN).step == 3, "nothing else tells"
+    record(home, RUN, range(1, 4))
+    # It goes back to the step before the one that it saved.
+    MetricsStore(home / FILE_NAME).add([], [Event(run=RUN, kind="load", step=0, time=1004.0, details={})])
+    record(home, RUN, range(1, 2))
+    assert Overview(home).run(RUN).step == 1
+
+
+def test_a_checkpoint_with_odd_times_is_listed(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    store, key = CheckpointStore(home), CheckpointKey(RUN, "weights", "odd")
+    saved = {"base_model": "m", "base_fingerprint": "f", "spec": SPEC.to_json(), "optimizer": None}
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: 1e300)
+        store.save(key=key, state=state(4, True), metadata=saved, ttl_seconds=60.0)
+    for again in (CheckpointStore(home), CheckpointStore(home)):  # from its manifest, then from the catalogue
+        found = next(record for record in again.list() if record.key == key)
+        assert (found.created, found.expires_at) == (0.0, None)
+    assert len(Overview(home).runs()) == 2
+    assert main(["checkpoint", "list", "--state-dir", str(home)]) == 0 and "odd" in capsys.readouterr().out
+
+
 def test_a_resumed_run_is_tied_to_its_first(home: Path) -> None:
     store = CheckpointStore(home)
     store.put_run("later:train:0", {"created": time.time() + 1, "base_model": "m", "resumed_from": GOOD, "script": "x"})
@@ -90,6 +114,15 @@ def test_checks_of_checkpoints_are_kept_until_they_are_written_anew(home: Path) 
     with pytest.raises(NotFoundError):
         verify(store, home, CheckpointKey(RUN, "weights", "nope"))
     assert Verified(home).of(GOOD.replace("good", "nope"), 0.0) is None
+
+
+def test_the_oldest_checks_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_file, "MAX_BYTES", 20_000)
+    checks = Verified(tmp_path)
+    checks.record_all({f"old{number}": "\N{SNOWMAN}" * 500 for number in range(10)})
+    checks.record("new", None)
+    assert checks.of("new", 0.0) is not None and checks.of("old9", 0.0) is not None and checks.of("old0", 0.0) is None
+    assert (tmp_path / "verified.json").stat().st_size <= 20_000
 
 
 def test_another_owner_s_runs_are_not_there(tmp_path: Path) -> None:
@@ -179,6 +212,54 @@ def test_notes_are_bounded_and_survive_nonsense(home: Path) -> None:
         assert overview.note(RUN) == Note() and len(overview.runs()) == 2
     with pytest.raises(NotFoundError):
         overview.put_note("nope", Note(note="a"))
+
+
+def test_no_note_hides_the_others(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_file, "MAX_BYTES", 20_000)
+    notes = Notes(home)
+    notes.put(OTHER, Note(archived=True, tags=["keep"]))
+    long, taken = Note(note="\N{SNOWMAN}" * 1_000), 0
+    with pytest.raises(BadRequestError, match=r"notes\.json would have \d+ bytes of 20000 that it may have; shorten"):
+        for taken in range(10):
+            notes.put(f"r{taken}", long)
+    assert taken == 3 and notes.of(f"r{taken - 1}").note == long.note and notes.of(OTHER).archived
+    # A file that an earlier version let grow is read, and can be made smaller.
+    monkeypatch.setattr(small_file, "MAX_BYTES", 10_000)
+    assert notes.of(OTHER).archived and Notes(home).of("r0").note == long.note
+    for refused in (Note(note="more"), Note(tags=["more"])):
+        with pytest.raises(BadRequestError, match="may have"):
+            notes.put("new", refused)
+    notes.put("r0", Note())
+    notes.put("r1", Note())
+    notes.put("new", Note(note="more"))
+    assert notes.of("new").note == "more" and notes.of("r2").note == long.note
+    monkeypatch.setattr(small_file, "MAX_READ_BYTES", 10)
+    assert notes.of("new") == Note()
+    with pytest.raises(RequestFailedError, match="of 10 that are read"):
+        notes.put("new", Note())
+
+
+@pytest.mark.parametrize("odd", ["NaN", "-Infinity", "1e999"])
+def test_a_number_that_json_lacks_keeps_no_note_from_being_written(home: Path, odd: str) -> None:
+    (home / "notes.json").write_text(f'{{"{OTHER}": {{"note": "x", "tags": [], "archived": true}}, "z": {odd}}}')
+    overview = Overview(home)
+    overview.put_note(RUN, Note(note="y"))
+    assert overview.note(RUN).note == "y" and overview.note(OTHER).archived
+
+
+def test_notes_that_cannot_be_read_now_are_not_lost(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = Notes(home)
+    notes.put(OTHER, Note(archived=True))
+    with monkeypatch.context() as patch:
+
+        def refused(path: Path) -> bytes:
+            raise OSError(5, "Input/output error")
+
+        patch.setattr(Path, "read_bytes", refused)
+        with pytest.raises(RequestFailedError, match="Input/output error"):
+            notes.put(RUN, Note(note="y"))
+        assert Notes(home).of(OTHER) == Note()
+    assert notes.of(OTHER).archived
 
 
 def test_nothing_is_made_where_nothing_is(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from jax_client.checkpoint.disk.run_lock import LockRecord
 from jax_client.checkpoint.store import CheckpointStore
+from jax_client.cli import main
 from jax_client.metrics.summary import Summary
 from jax_client.runs.overview.records import RunRow
 from jax_client.runs.overview.rows import Overview
@@ -133,6 +134,23 @@ def test_idle_is_open_without_a_sign_for_a_minute() -> None:
     assert (compiling.state, compiling.reason) == ("live", "compiles backward")
 
 
+def test_a_clock_that_was_put_right_keeps_no_run_alive() -> None:
+    held, ahead = LockRecord(held=True, pid=1, host="h", since=0.0, tells=True), 3 * 3600.0
+    summary = Summary()
+    summary.add_point("step", 1, 1000.0 + ahead, {})
+    for compiling in ("", "backward"):
+        summary.compiling = compiling
+        assert condition(held, summary, 1000.0 + 300).state == "idle", "it hangs"
+    assert condition(LockRecord(held=True, since=1000.0 + ahead), None, 1000.0).state == "idle"
+    # Its next sign is the newest, though the clock says less.
+    summary.add_point("step", 2, 1300.0, {})
+    assert summary.active == 1300.0 and condition(held, summary, 1310.0).state == "live"
+    summary.add_point("device", 2, 1295.0, {})
+    assert summary.active == 1300.0, "threads write in any order"
+    # Of a host whose clock is a little ahead.
+    assert condition(held, summary, 1292.0).state == "live"
+
+
 def test_a_run_of_an_earlier_version_is_unknown_or_as_its_metrics_say() -> None:
     silent = LockRecord(held=False, pid=1, host="h", since=0.0)
     assert condition(silent, None, 10.0).state == "unknown" and condition(None, None, 10.0).state == "unknown"
@@ -141,6 +159,21 @@ def test_a_run_of_an_earlier_version_is_unknown_or_as_its_metrics_say() -> None:
     ended = condition(silent, summary, 10.0)
     assert (ended.state, ended.ended, ended.reason) == ("done", 5.0, None)
     assert condition(LockRecord(held=False, tells=True), None, 10.0).state == "crashed"
+
+
+@pytest.mark.parametrize("when", ["1e300", "-5", "NaN", "1e400", "true", "9" * 400, '"x"'])
+def test_a_lock_file_with_odd_times_hides_nothing(when: str, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.put_run("r", {"created": 1.0})
+    store.put_run("s", {"created": 1e300})
+    path = tmp_path / "runs" / "r" / ".owner"
+    path.write_text(f'{{"pid": 1, "since": {when}, "ended": {when}, "how": "closed", "tells": true}}')
+    found = Overview(tmp_path).run("r")
+    assert (found.state, found.pid, found.ended, found.updated) == ("done", 1, None, 1.0)
+    path.write_text(f'{{"pid": 1, "since": {when}, "ended": {when}, "tells": true}}')
+    rows = {row.run: row for row in Overview(tmp_path).runs()}
+    assert (rows["r"].state, rows["r"].ended) == ("crashed", None) and rows["s"].created is None
+    assert main(["runs", "list", "--state-dir", str(tmp_path)]) == 0
 
 
 def test_a_torn_lock_file_hides_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from jax_client.config import EngineConfig
 from jax_client.errors import BadRequestError
 from jax_client.metrics.store import FILE_NAME, MetricsStore, Point
+from jax_client.runs.results import alert_poster
 from jax_client.runs.results.alert_poster import AlertPoster
 
 
@@ -62,6 +64,7 @@ class Hook(BaseHTTPRequestHandler):
 
     posted: list[dict[str, Any]]
     status = 204
+    taken: threading.Event
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -69,13 +72,15 @@ class Hook(BaseHTTPRequestHandler):
         self.send_response(self.status)
         self.send_header("Location", "/elsewhere")
         self.end_headers()
+        if self.status == 204:
+            self.taken.set()
 
     def log_message(self, format: str, *args: object) -> None: ...
 
 
 @pytest.fixture
 def hook() -> Iterator[tuple[type[Hook], str]]:
-    handler = type("Handler", (Hook,), {"posted": [], "status": 204})
+    handler = type("Handler", (Hook,), {"posted": [], "status": 204, "taken": threading.Event()})
     server = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -100,6 +105,85 @@ def test_an_alert_is_posted_once(hook: tuple[type[Hook], str], tmp_path: Path) -
     posted = [each for each in handler.posted if each["kind"] == "nonfinite"]
     assert len(posted) == 1 and posted[0]["path"] == "/hook?token=s"
     assert (posted[0]["run"], posted[0]["name"], posted[0]["step"]) == ("r", "my run", 7)
+    poster.end()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1_000.0]
+    monkeypatch.setattr(alert_poster.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_what_is_not_taken_is_posted_again_later_each_time(
+    hook: tuple[type[Hook], str], tmp_path: Path, clock: list[float]
+) -> None:
+    handler, url = hook
+    path, poster = tmp_path / FILE_NAME, AlertPoster(url)
+    skip_steps(path, 7)
+
+    def posted(after: float) -> int:
+        clock[0] += after
+        poster.look(path, "r", "my run")
+        assert poster.flush(10)
+        return len([each for each in handler.posted if each["kind"] == "nonfinite"])
+
+    handler.status = 503
+    assert [posted(after) for after in (0, 29, 1, 59, 1)] == [1, 1, 2, 2, 3]
+    handler.status = 204
+    assert [posted(after) for after in (119, 1, 500, 500)] == [3, 4, 4, 4], "it was taken"
+    assert len({json.dumps(each) for each in handler.posted if each["kind"] == "nonfinite"}) == 1
+    poster.end()
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_an_address_that_never_takes_any_is_given_up(
+    hook: tuple[type[Hook], str], tmp_path: Path, clock: list[float], dead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler, url = hook
+    path, poster, tries = tmp_path / FILE_NAME, AlertPoster("http://127.0.0.1:9/x" if dead else url), Counter[str]()
+    handler.status = 400
+    post = poster._post
+    monkeypatch.setattr(poster, "_post", lambda body: tries.update([body["kind"]]) or post(body))
+    skip_steps(path, 7)
+    for _ in range(4 * alert_poster.MOST_TRIES):
+        clock[0] += 10_000.0
+        poster.look(path, "r", "my run")
+        assert poster.flush(10)
+    assert tries["nonfinite"] == alert_poster.MOST_TRIES and poster._waiting == {}
+    poster.end()
+
+
+def test_an_alert_of_a_run_that_has_ended_is_posted_again(
+    hook: tuple[type[Hook], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler, url = hook
+    for name in ("DELAY_SECONDS", "TICK_SECONDS"):
+        monkeypatch.setattr(alert_poster, name, 0.01)
+    monkeypatch.setattr(alert_poster, "MOST_TRIES", 1_000)
+    handler.status = 503
+    path, poster = tmp_path / FILE_NAME, AlertPoster(url)
+    skip_steps(path, 7)
+    poster.look(path, "r", "my run")
+    assert poster.flush(10)
+    handler.status = 204
+    assert handler.taken.wait(10), "nobody looks any more"
+    poster.end()
+
+
+def test_at_the_end_of_the_process_nothing_is_tried_again(
+    hook: tuple[type[Hook], str], tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler, url = hook
+    handler.status = 503
+    path, poster = tmp_path / FILE_NAME, AlertPoster(url)
+    monkeypatch.setattr(alert_poster.process, "ending", lambda: True)
+    skip_steps(path, 7)
+    for _ in range(2):
+        clock[0] += 10_000.0
+        poster.look(path, "r", "my run")
+        assert poster.flush(10)
+    assert len([each for each in handler.posted if each["kind"] == "nonfinite"]) == 1
     poster.end()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -73,6 +74,71 @@ def test_a_deletion_comes_to_its_end(parts: Parts, monkeypatch: pytest.MonkeyPat
         assert time.monotonic() < end
         time.sleep(0.05)
     assert hidden.listed() == [] and not parts.store.exists(key)
+    hidden.sweep()
+    assert hidden._hidden == {}, "what is gone is forgotten"
+
+
+@pytest.mark.parametrize("lifetime", [None, 5 * HOUR])
+def test_two_pages_delete_it_and_one_takes_that_back(parts: Parts, lifetime: int | None) -> None:
+    key = CheckpointKey.parse(GOOD)
+    parts.store.set_ttl(key, lifetime)
+    before = expires(parts)
+    # Of two servers, or of two owners of one server.
+    here, there = deleted.Deleted(parts.store), deleted.Deleted(CheckpointStore(parts.home))
+    until = here.delete(key)
+    assert there.delete(key) == until
+    CheckpointStore(parts.home).set_public(key, True)
+    there.undelete(key)
+    assert expires(parts) == before and parts.store.record(key).public
+    for page in (here, there):
+        assert len(page.shown([{"path": GOOD, **parts.store.record(key).to_json()}])) == 1
+    here.undelete(key)
+    assert expires(parts) == before
+    # A server that ended within the ten minutes leaves it to the next one.
+    here.delete(key)
+    later = deleted.Deleted(CheckpointStore(parts.home))
+    later.delete(key)
+    later.undelete(key)
+    assert expires(parts) == before
+
+
+def test_a_deletion_and_its_undo_take_turns(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, hidden = CheckpointKey.parse(GOOD), deleted.Deleted(parts.store)
+    hidden.delete(key)
+    written, go, restore = threading.Event(), threading.Event(), parts.store.restore
+
+    def slowly(*arguments: Any) -> Any:
+        done = restore(*arguments)
+        written.set()
+        assert go.wait(10)
+        return done
+
+    monkeypatch.setattr(parts.store, "restore", slowly)
+    undo = threading.Thread(target=hidden.undelete, args=(key,))
+    undo.start()
+    assert written.wait(10)
+    again = threading.Thread(target=hidden.delete, args=(key,))
+    again.start()
+    again.join(0.05)
+    go.set()
+    for thread in (undo, again):
+        thread.join(10)
+    assert [each["path"] for each in hidden.listed()] == [GOOD] and expires(parts) is not None
+    hidden.undelete(key)
+    assert expires(parts) is None and hidden.listed() == []
+
+
+def test_many_presses_lose_nothing(parts: Parts) -> None:
+    key = CheckpointKey.parse(GOOD)
+    for _ in range(10):
+        hidden = deleted.Deleted(parts.store)
+        threads = [threading.Thread(target=hidden.delete, args=(key,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        hidden.undelete(key)
+        assert expires(parts) is None
 
 
 def test_what_is_saved_anew_is_not_hidden(parts: Parts, client: httpx.Client) -> None:
