@@ -95,7 +95,7 @@ class Columns:
         time: float,
         metrics: Mapping[str, float],
         *,
-        stands_for: int = 1,
+        represents: int = 1,
         mark: int = 0,
     ) -> None:
         """Append a point.
@@ -104,7 +104,7 @@ class Columns:
             number: its id, which grows from each to the next.
             kind, step, metrics: as of the point. A step beyond +-MAX_STEP, of another program's file, is the nearest.
             time: unix seconds; may be NaN.
-            stands_for: points of its kind, with those before it that the file has left out.
+            represents: points of its kind, with those before it that the file has left out.
             mark: 32 bits of what it holds, see `mark`.
         """
         rows = self._rows.get(kind)
@@ -112,7 +112,7 @@ class Columns:
             rows = self._rows[kind] = _Rows()
         if kind == "step" and "tokens:sum" in metrics:
             # Where points between were left out, theirs were as many on average.
-            self._tokens += metrics["tokens:sum"] * max(1, stands_for)
+            self._tokens += metrics["tokens:sum"] * max(1, represents)
             self._tokens = min(max(self._tokens, 0.0), float(MAX_STEP))
         row = len(rows.ids)
         rows.ids.append(number)

@@ -61,11 +61,11 @@ class _Known:
         return found == self.spelt(self.cursor)
 
     def add(self, point: Point) -> None:
-        stands_for = 1
+        represents = 1
         if point.kind == "step":
-            stands_for, self.steps = point.number + 1 - self.steps, point.number + 1
+            represents, self.steps = point.number + 1 - self.steps, point.number + 1
         self.columns.add(
-            point.id, point.kind, point.step, point.time, point.metrics, stands_for=stands_for, mark=_mark(point)
+            point.id, point.kind, point.step, point.time, point.metrics, represents=represents, mark=_mark(point)
         )
 
 

@@ -331,30 +331,25 @@ class MetricsWriter:
                 stepped[item.run] = None
         self._ask_engines(list(stepped), files)
         for path, (points, events) in files.items():
-            events.sort(key=lambda event: event.time)
             if points or events:
-                self._add(path, points, events)
+                self._add(path, [*points, *sorted(events, key=lambda event: event.time)])
         for run in stepped:
             self._reports.look(run.reporting, run.path, run.run_id)
 
-    def _add(self, path: Path, points: Sequence[Point], events: Sequence[Event]) -> None:
-        count = len(points) + len(events)
+    def _add(self, path: Path, rows: Sequence[Point | Event]) -> None:
+        points = [row for row in rows if isinstance(row, Point)]
         try:
-            is_written = self._store(path).add(points, events)
+            is_written = self._store(path).add(points, [row for row in rows if isinstance(row, Event)])
         except Exception:
             self._complain()
-            if count > 1:
-                # Nothing of them is written yet; what the file cannot hold is found by halves, and lost alone.
-                rows = sorted((*points, *events), key=lambda row: row.time)
-                for half in (rows[: count // 2], rows[count // 2 :]):
-                    part = [row for row in half if isinstance(row, Point)]
-                    self._add(path, part, [row for row in half if isinstance(row, Event)])
+            if len(rows) > 1:
+                # Nothing of them is written; what the file cannot hold is found by halves, and lost alone.
+                self._add(path, rows[: len(rows) // 2])
+                self._add(path, rows[len(rows) // 2 :])
                 return
             is_written = False
-        if is_written:
-            self.written += count
-        else:
-            self._drop(count)
+        self.written += len(rows) if is_written else 0
+        self._drop(0 if is_written else len(rows))
 
     def look_at_open_runs(self) -> None:
         """Record which open runs are alive, though no request of theirs has ended; for the recorder's thread."""

@@ -82,7 +82,7 @@ def test_another_keys_names_mean_nothing(team: Team, alices: Belongings) -> None
         *[("GET", f"{API}/runs/{run}{end}", None) for end in ("", "/series", "/series.csv", "/rollouts")],
         ("GET", f"{API}/checkpoints?run={run}", None),
         ("GET", f"{API}/checkpoints/download?path={quote(path)}", None),
-        ("GET", f"{API}/compare?runs={run},x", None),
+        ("GET", f"{API}/compare?runs={run}&runs=x", None),
         ("POST", f"{API}/runs/{run}/note", {"note": "mine"}),
         *[("POST", f"{API}/checkpoints/{action}", {"path": path}) for action in ("verify", "delete", "undelete")],
         ("POST", f"{API}/checkpoints/lifetime", {"path": path, "seconds": None}),

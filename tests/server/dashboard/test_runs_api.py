@@ -11,9 +11,13 @@ from urllib.parse import quote
 
 import httpx
 
+from jax_client.metrics.store import FILE_NAME, MetricsStore, Point
 from jax_client.runs.overview.rows import Overview
 from jax_client.server.dashboard.made import page_alone
 from jax_client.server.dashboard.runs_routes import csv_of, differences
+from jax_client.server.dashboard.source import WithoutEngines
+from support.command_line import RUN as FILLED
+from support.command_line import fill
 from support.server.pages import HOSTILE, Page, Parts
 
 API = "/dashboard/api"
@@ -92,6 +96,14 @@ def test_csv_of_a_log_has_each_row(tmp_path: Path) -> None:
     assert text == ["kind,step,time,tokens,a,b", *(f"user,7,,0,{each}" for each in values), "user,8,,0,5.0,6.0"]
     text = b"".join(csv_of(overview.table("log:a", ["b", "none"]))).decode().splitlines()
     assert text == ["kind,step,time,tokens,b", "user,7,,0,4.5", "user,8,,0,6.0"]
+
+
+def test_csv_without_engines_has_no_point_of_theirs(tmp_path: Path) -> None:
+    store = MetricsStore(fill(tmp_path) / FILE_NAME)
+    store.add([Point(run=FILLED, kind=kind, step=1, time=1.0, metrics={kind: 1.0}) for kind in ("step", "device")])
+    assert Overview(tmp_path).table(FILLED, None).names == ["device", "step"]
+    text = b"".join(csv_of(WithoutEngines(Overview(tmp_path)).table(FILLED, None))).decode().splitlines()
+    assert text == ["kind,step,time,tokens,step", "step,1,1.0,0,1.0"]
 
 
 def test_names_may_have_commas_percent_signs_and_those_of_routes(tmp_path: Path) -> None:
