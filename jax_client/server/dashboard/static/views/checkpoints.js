@@ -8,6 +8,8 @@ import { listen, store } from "../core/store.js";
 import { copy, toast, undoable } from "../core/toast.js";
 
 const LIMIT = 500;
+// Until when deletions can be undone, by path: each is offered once, however often the view is opened.
+const offered = new Map();
 const DAY = 86_400;
 const LIFETIMES = [
   ["for ever", null],
@@ -296,8 +298,11 @@ class Checkpoints {
   }
 
   offerUndo(path, until, known = "") {
+    if (Math.abs((offered.get(path) ?? 0) - until) < 5) return;
+    offered.set(path, until);
     const name = known || path;
     undoable(`${name} is deleted`, until, async () => {
+      offered.delete(path);
       if (await this.tell("undelete", { path }, `${name} is back`)) this.hidden.delete(path);
       this.show();
     });
