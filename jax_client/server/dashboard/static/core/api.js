@@ -67,7 +67,7 @@ export async function everyPoint(run, name) {
   const answer = await fetch(address(ofRun(run, "/series.csv"), { names: name }), { credentials: "same-origin" });
   if (!answer.ok) throw new Refusal(answer.status, `The server answered ${answer.status}.`);
   const columns = { kind: "step", step: [], time: [], tokens: [], value: [] };
-  for (const line of (await answer.text()).split("\n")) {
+  for (const line of (await answer.text()).split(/\r?\n/)) {
     const cells = line.split(",");
     const [step, time, value] = [cells[1], cells[2], cells[4]].map((cell) => (cell ? Number(cell) : NaN));
     if (cells.length !== 5 || !Number.isFinite(value) || !(Number.isFinite(step) || Number.isFinite(time)))
