@@ -119,6 +119,22 @@ def test_a_run_that_is_begun_anew_is_drawn_anew(chromium: Browser, fake: FakeDas
         until(page, "document.querySelector('figcaption .value').textContent === '4.75'")
 
 
+def test_a_compared_run_that_is_begun_anew_is_drawn_anew(chromium: Browser, fake: FakeDashboard) -> None:
+    with opened(chromium, fake.url) as page:
+        page.clock.install()
+        page.goto(fake.url + "#/compare?runs=s1%3Atrain%3A0&runs=s5%3Atrain%3A0")
+        page.reload()
+        page.wait_for_selector("figure.chart canvas")
+        points = {"kind": "step", "step": [0], "time": [1.0], "tokens": [0], "value": [5.0]}
+        anew = {"series": {"loss:mean": points}, "names": ["loss:mean"], "events": [], "next": "b-1-0", "reset": True}
+        fake.series["s1:train:0"] |= anew
+        page.uncheck(".compare-legend li:nth-child(2) input")
+        page.clock.run_for(3_100)
+        values = "[...document.querySelectorAll('figcaption .value')].map((e) => e.textContent).filter(Boolean)"
+        until(page, f"String({values}) === '5'")
+        assert "since=812-9" in fake.asked[-1]
+
+
 def test_archived_runs_are_reached_when_all_are(chromium: Browser, fake: FakeDashboard) -> None:
     for row in fake.runs:
         row["archived"] = True

@@ -103,7 +103,8 @@ export class Chart {
       return [xs, ...columns];
     });
     const most = tables.reduce((sum, [xs]) => sum + xs.length, 0);
-    return { data: tables.length === 1 ? tables[0] : uPlot.join(tables), most, right };
+    const data = tables.length > 1 ? uPlot.join(tables) : (tables[0] ?? [[]]);
+    return { data, most, right };
   }
 
   #open() {
