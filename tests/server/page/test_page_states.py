@@ -84,3 +84,62 @@ def test_first_paint_and_a_million_points(
             print(f"\nfirst paint {painted:.0f} ms; a million points: {result}")
         # How fast is a matter of the machine; how much is drawn in a frame is not.
         assert result["drawn"] == 90 and 0 < result["most"] <= 2 * result["width"]
+
+
+def test_a_run_that_is_begun_anew_is_drawn_anew(chromium: Browser, fake: FakeDashboard) -> None:
+    run = "s1:train:0"
+    points = {
+        "kind": "step",
+        "step": [0, 1, 2],
+        "time": [1.0, 2.0, 3.0],
+        "tokens": [0, 1, 2],
+        "value": [5.0, 5.0, 5.25],
+    }
+    events = [
+        {"kind": "start", "step": 0, "time": 1.0, "details": {"base_model": "b", "origin": "tinker://a/weights/c"}}
+    ]
+    anew = {"run": run, "series": {"loss:mean": points}, "names": ["loss:mean"], "events": events, "live": True}
+    with opened(chromium, fake.url + "#/run/s1%3Atrain%3A0") as page:
+        page.wait_for_selector("figure.chart canvas")
+        until(page, "document.querySelectorAll('main > .charts:not(.rest *) figure').length > 3")
+        page.focus("figure.chart")
+        page.keyboard.press("+")
+        # The frame comes by a new connection, as after the server itself has begun anew.
+        fake.drop()
+        fake.wait_for_streams()
+        fake.send("points", {**anew, "next": "b-3-1", "reset": True})
+        until(page, "document.querySelectorAll('figure.chart').length === 1")
+        assert page.locator("figcaption .value").text_content() == "5.25"
+        page.click("summary:has-text('Events (2)')")  # the start, and an alert of the run's row
+        assert "started b, from tinker://a/weights/c" in (page.locator("ol.events").text_content() or "")
+        page.click("button:has-text('Copy link')")
+        page.wait_for_selector(".toast:has-text('copied')")
+        assert "range=" not in page.evaluate("navigator.clipboard.readText()")
+        fake.step(run, 3, 4.75)
+        until(page, "document.querySelector('figcaption .value').textContent === '4.75'")
+
+
+def test_a_compared_run_that_is_begun_anew_is_drawn_anew(chromium: Browser, fake: FakeDashboard) -> None:
+    with opened(chromium, fake.url) as page:
+        page.clock.install()
+        page.goto(fake.url + "#/compare?runs=s1%3Atrain%3A0&runs=s5%3Atrain%3A0")
+        page.reload()
+        page.wait_for_selector("figure.chart canvas")
+        points = {"kind": "step", "step": [0], "time": [1.0], "tokens": [0], "value": [5.0]}
+        anew = {"series": {"loss:mean": points}, "names": ["loss:mean"], "events": [], "next": "b-1-0", "reset": True}
+        fake.series["s1:train:0"] |= anew
+        page.uncheck(".compare-legend li:nth-child(2) input")
+        page.clock.run_for(3_100)
+        values = "[...document.querySelectorAll('figcaption .value')].map((e) => e.textContent).filter(Boolean)"
+        until(page, f"String({values}) === '5'")
+        assert "since=812-9" in fake.asked[-1]
+
+
+def test_archived_runs_are_reached_when_all_are(chromium: Browser, fake: FakeDashboard) -> None:
+    for row in fake.runs:
+        row["archived"] = True
+    with opened(chromium, fake.url) as page:
+        page.wait_for_selector("main:has-text('Every run is archived')")
+        assert "No runs yet" not in (page.locator("main").text_content() or "")
+        page.check("label:has-text('Archived') input")
+        until(page, "document.querySelectorAll('table.runs tbody tr').length === 6")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import ast
 import time
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qs
 
 import pytest
 
@@ -26,7 +27,7 @@ VIEWS = {
     "#/device": ".stack rect",
     "#/checkpoints": "table.checkpoints tbody tr:nth-child(4)",
     "#/playground": "form.play-form option:nth-child(2)",
-    "#/compare?runs=s1%3Atrain%3A0,s2%3Atrain%3A0": "figure.chart canvas",
+    "#/compare?runs=s1%3Atrain%3A0&runs=s2%3Atrain%3A0": "figure.chart canvas",
     "#/rollouts": "article.sample",
 }
 
@@ -153,6 +154,81 @@ def test_a_deleted_checkpoint_comes_back(chromium: Browser, fake: FakeDashboard)
         assert not fake.deleted
 
 
+def test_a_deletion_is_offered_back_once(chromium: Browser, fake: FakeDashboard) -> None:
+    fake.deleted["tinker://s1:train:0/sampler_weights/final"] = time.time() + 600
+    with opened(chromium, fake.url + "#/checkpoints") as page:
+        for _ in range(3):
+            page.wait_for_selector("table.checkpoints tbody tr")
+            page.wait_for_selector(".toast.undo")
+            page.click("nav a:has-text('Runs')")
+            page.wait_for_selector("table.runs tbody tr")
+            page.click("nav a:has-text('Checkpoints')")
+        page.wait_for_selector("table.checkpoints tbody tr")
+        assert page.locator(".toast.undo").count() == 1
+        # Had back, and deleted again: that is another one.
+        page.click(".toast.undo button:has-text('Undo')")
+        row = "tr[data-path='tinker://s1:train:0/sampler_weights/final']"
+        page.click(f"{row} button:has-text('Delete')")
+        page.wait_for_selector(".toast.undo")
+
+
+def test_names_are_sent_as_they_are(chromium: Browser, fake: FakeDashboard) -> None:
+    names = ["log:lr=0.1,seed=1", "log:drop 10%", "log:a%2Cb&c?d"]
+    for name in names:
+        fake.runs.append(made.run_row(name, name, "live", time.time()))
+        fake.series[name] = made.series(name, time.time(), 60)
+    with opened(chromium, fake.url + "#/compare") as page:
+        for name in names:
+            page.check(f"li:has-text('{name}') input")
+        page.click("button:has-text('Compare')")
+        page.wait_for_selector("figure.chart canvas")
+        shown = page.locator(".compare-legend a").all_text_contents()
+        assert sorted(shown) == sorted(names)
+        heads = page.locator("section table.plain thead th").all_text_contents()
+        assert heads[1:] == [f"{i} {name}" for i, name in enumerate(shown, 1)]
+        page.click("button:has-text('Copy link')")
+        page.wait_for_selector(".toast:has-text('copied')")
+        page.goto(page.evaluate("navigator.clipboard.readText()"))
+        page.reload()
+        page.wait_for_selector("figure.chart canvas")
+        name = "log:a%2Cb&c?d"
+        page.click(f".compare-legend a:has-text('{name}')")
+        page.wait_for_selector(f"h1[title='{name}']")
+
+
+def test_finer_points_are_asked_for_by_name(chromium: Browser, fake: FakeDashboard) -> None:
+    fake.series["s1:train:0"] = made.series("s1:train:0", time.time(), 1500)
+    with opened(chromium, fake.url + RUN) as page:
+        page.wait_for_selector("figure.chart canvas")
+        page.focus("figure.chart")
+        for _ in range(3):
+            page.keyboard.press("+")
+        until(page, "performance.getEntriesByType('resource').some(({ name }) => name.includes('names='))")
+        query = parse_qs(next(query for query in fake.asked if "names=" in query))
+        assert {"loss:mean", "grad_norm:mean"} <= set(query["names"])
+
+
+def test_events_say_how_a_run_ended_and_where_it_began(chromium: Browser, fake: FakeDashboard) -> None:
+    details = {
+        "end": {"how": "exception", "text": "ValueError: boom"},
+        "start": {"base_model": "m", "rank": 8, "origin": "tinker://a/weights/b"},
+        "host": {"role": "sampler", "number": 1, "host": "box", "state": "lost"},
+        "save": {"path": "tinker://a/weights/c", "seconds": 2.0},
+    }
+    words = "async (event) => (await import('/dashboard/static/charts/group.js')).words(event)"
+    with opened(chromium, fake.url) as page:
+        told = [
+            page.evaluate(words, {"kind": kind, "step": 3, "time": 1.0, "details": each}).split(": ", 1)[1]
+            for kind, each in details.items()
+        ]
+    assert told == [
+        "ended: exception, ValueError: boom",
+        "started m, rank 8, from tinker://a/weights/b",
+        "sampler 1 on box: lost",
+        "saved tinker://a/weights/c in 2 s",
+    ]
+
+
 def test_checkpoints_say_what_is_damaged_and_how_to_resume(chromium: Browser, fake: FakeDashboard) -> None:
     with opened(chromium, fake.url + "#/checkpoints") as page:
         damaged = page.locator("tr.damaged")
@@ -189,4 +265,4 @@ def test_copied_python_is_python(chromium: Browser, fake: FakeDashboard) -> None
         script = page.evaluate("navigator.clipboard.readText()")
         line = next(line for line in script.splitlines() if line.startswith("messages = "))
         compile(script, "playground", "exec")
-        assert json.loads(line.removeprefix("messages = "))[0]["content"] == text
+        assert ast.literal_eval(line.removeprefix("messages = "))[0]["content"] == text

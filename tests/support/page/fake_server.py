@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from urllib.parse import unquote
 
 import uvicorn
 from starlette.applications import Starlette
@@ -37,6 +36,8 @@ class FakeDashboard:
         self.checkpoints = [] if empty else made.checkpoints(now)
         self.device = {"engines": [], "points": {}, "compiles": [], "hosts": []} if empty else made.device(now)
         self.series = {str(row["run"]): made.series(str(row["run"]), now) for row in self.runs}
+        self.csv: dict[str, str] = {}
+        self.asked: list[str] = []
         self.deleted: dict[str, float] = {}
         self.posts: list[tuple[str, made.Json]] = []
         self.logged_out = False
@@ -61,6 +62,19 @@ class FakeDashboard:
         self._server.should_exit = True
         self.send("end", {})
         self._thread.join(10)
+
+    def drop(self) -> None:
+        """End every page's stream; the pages come back."""
+        streams, self._streams = self._streams, []
+        for queue in streams:
+            self._loop.call_soon_threadsafe(queue.put_nowait, ("end", {}))
+
+    def wait_for_streams(self) -> None:
+        """Wait until a page follows."""
+        end = time.monotonic() + 10
+        while not self._streams:
+            assert time.monotonic() < end, "no page has come within 10 s"
+            time.sleep(0.01)
 
     def send(self, event: str, data: made.Json) -> None:
         """Send an event to every page."""
@@ -90,13 +104,14 @@ class FakeDashboard:
             Route("/dashboard/tables", lambda _: PlainTextResponse("tables")),
             Mount("/dashboard/static", StaticFiles(directory=STATIC)),
             Route(f"{api}/state", self._json(self._state)),
-            Route(f"{api}/runs", self._json(lambda _: {"runs": self.runs, "total": len(self.runs), "changed": "1"})),
+            Route(f"{api}/runs", self._json(self._listed)),
             Route(f"{api}/device", self._json(lambda _: self.device)),
             Route(f"{api}/checkpoints", self._json(self._checkpoints)),
             Route(f"{api}/compare", self._json(self._compare)),
             Route(f"{api}/stream", self._stream),
             Route(f"{api}/runs/{{run}}", self._json(self._run)),
-            Route(f"{api}/runs/{{run}}/series", self._json(lambda r: self.series[unquote(r.path_params["run"])])),
+            Route(f"{api}/runs/{{run}}/series", self._json(self._series)),
+            Route(f"{api}/runs/{{run}}/series.csv", lambda r: PlainTextResponse(self.csv[r.path_params["run"]])),
             Route(f"{api}/runs/{{run}}/rollouts", self._json(lambda _: made.rollouts())),
             Route(f"{api}/{{action:path}}", self._action, methods=["POST"]),
         ]
@@ -131,8 +146,16 @@ class FakeDashboard:
             "playground": playground,
         }
 
+    def _listed(self, request: Request) -> made.Json:
+        shown = [row for row in self.runs if request.query_params["archived"] == "1" or not row["archived"]]
+        return {"runs": shown[: int(request.query_params["limit"])], "total": len(shown), "changed": "1"}
+
+    def _series(self, request: Request) -> made.Json:
+        self.asked.append(request.url.query)
+        return self.series[request.path_params["run"]]
+
     def _run(self, request: Request) -> made.Json:
-        row = next(row for row in self.runs if row["run"] == unquote(request.path_params["run"]))
+        row = next(row for row in self.runs if row["run"] == request.path_params["run"])
         return {
             "row": row,
             "config": {
@@ -144,7 +167,7 @@ class FakeDashboard:
         }
 
     def _compare(self, request: Request) -> made.Json:
-        ids = request.query_params["runs"].split(",")
+        ids = request.query_params.getlist("runs")
         return {
             "differences": [
                 {"field": "rank", "values": {run: 8 * (i + 1) for i, run in enumerate(ids)}},

@@ -13,12 +13,20 @@ const main = document.querySelector("main");
 let open = null;
 let opening = 0;
 
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // as someone typed it
+  }
+}
+
 /** Return [view, argument, query] of the address. */
 function where() {
   const [path, query = ""] = (location.hash.slice(2) || "runs").split("?");
   const [view, ...rest] = path.split("/");
   const known = view === "run" || VIEWS.some(([name]) => name === view);
-  return [known ? view : "runs", rest.map(decodeURIComponent).join("/"), new URLSearchParams(query)];
+  return [known ? view : "runs", rest.map(decoded).join("/"), new URLSearchParams(query)];
 }
 
 async function route() {

@@ -44,11 +44,11 @@ export class Chart {
   draw(anew = false) {
     if (!this.element.isConnected || !this.box.clientWidth) return;
     if (anew || !this.plot || this.plot.series.length !== this.#columns().length) this.#open();
-    const { data, most } = this.#data();
-    const [x0, x1] = this.group.range();
+    const { data, most, right } = this.#data();
+    const [x0] = this.group.range();
     this.plot.batch(() => {
       this.plot.setData(data, false);
-      this.plot.setScale("x", { min: x0, max: x1 });
+      this.plot.setScale("x", { min: x0, max: right });
     });
     drawn.frames++;
     drawn.most = Math.max(drawn.most, most);
@@ -87,6 +87,7 @@ export class Chart {
     const list = this.curves();
     const bins = Math.max(8, Math.floor(this.box.clientWidth / Math.max(1, list.length)));
     const { axis, weight, log } = this.group;
+    let right = x1;
     const tables = list.map(({ points }) => {
       const curve = points.curve(axis);
       const picked = curve.pick(x0, x1, bins);
@@ -94,11 +95,16 @@ export class Chart {
       const of = (ys) => picked.map((i) => (log && !(ys[i] > 0) ? null : ys[i]));
       const columns = [of(curve.y)];
       if (weight > 0) columns.push(of(points.mean(axis, weight)));
-      return [distinct(xs), ...columns];
+      distinct(xs);
+      // Those of the last x are drawn too, each a hair further to the right.
+      const after = picked.findIndex((i) => curve.x[i] > x1);
+      const shown = after < 0 ? xs.length : after;
+      if (shown) right = Math.max(right, xs[shown - 1]);
+      return [xs, ...columns];
     });
     const most = tables.reduce((sum, [xs]) => sum + xs.length, 0);
-    if (tables.length === 1) return { data: tables[0], most };
-    return { data: uPlot.join(tables), most };
+    const data = tables.length > 1 ? uPlot.join(tables) : (tables[0] ?? [[]]);
+    return { data, most, right };
   }
 
   #open() {
@@ -199,7 +205,6 @@ function times(plot, splits, axis, space, step) {
 // uPlot wants x to grow; points of one x stay in their order, a hair apart.
 function distinct(xs) {
   for (let i = 1; i < xs.length; i++) if (xs[i] <= xs[i - 1]) xs[i] = xs[i - 1] + Math.abs(xs[i - 1]) * 1e-12 + 1e-9;
-  return xs;
 }
 
 function padded(_, low, high) {

@@ -3,6 +3,7 @@
 import { Curve, smoothed } from "./pyramid.js";
 
 export const AXES = { step: "Step", time: "Time", tokens: "Tokens" };
+const COLUMNS = ["step", "time", "tokens", "value"];
 
 export class RunData {
   constructor(run) {
@@ -11,12 +12,19 @@ export class RunData {
     this.names = [];
     this.events = [];
     this.next = null;
+    this.resets = 0;
     this.places = new Map();
   }
 
-  /** Take what the server sent: of names it had, later points; true if a name is new. */
+  /** Take what the server sent: later points, or all anew after a reset; true if the names may be others. */
   take(sent) {
-    let fresh = false;
+    let fresh = Boolean(sent.reset);
+    if (sent.reset) {
+      this.resets++;
+      this.series.clear();
+      this.names = [];
+      this.events = [];
+    }
     this.places.clear();
     for (const [name, points] of Object.entries(sent.series ?? {})) {
       if (!this.series.has(name)) {
@@ -35,14 +43,18 @@ export class RunData {
     return fresh;
   }
 
-  /** Put more points in the place of a name's thinned ones. */
-  refine(sent) {
+  /** Return what `refine` needs to know of the moment in which more points are asked for. */
+  asking() {
+    return { resets: this.resets, lengths: new Map([...this.series].map(([name, { value }]) => [name, value.length])) };
+  }
+
+  /** Put more points in the place of a name's thinned ones; those that came since they were asked for stay. */
+  refine(sent, { resets = this.resets, lengths = new Map() } = {}) {
+    if (resets !== this.resets) return;
     for (const [name, points] of Object.entries(sent.series ?? {})) {
-      const kept = this.series.get(name);
       const fuller = new Points(points.kind);
       fuller.append(points);
-      if (kept && kept.lastTime > fuller.lastTime) fuller.append(kept.after(fuller.lastTime));
-      fuller.whole = true;
+      if (fuller.value.length) this.series.get(name)?.continue(fuller, lengths.get(name) ?? 0);
       this.series.set(name, fuller);
     }
   }
@@ -68,52 +80,109 @@ export class RunData {
 export class Points {
   constructor(kind) {
     this.kind = kind;
-    this.whole = false;
-    for (const column of ["step", "time", "tokens", "value"]) this[column] = [];
+    for (const column of COLUMNS) this[column] = [];
+    // Of thinned points: how many each stands for, and the mean of these. None means one each.
+    this.counts = this.averages = null;
+    this.held = [0, 0];
+    this.expected = null;
     this.curves = new Map();
     this.means = new Map();
   }
 
-  get lastTime() {
-    return this.time[this.time.length - 1] ?? -Infinity;
-  }
-
-  append({ step = [], time = [], tokens = [], value = [] }) {
-    for (let i = 0; i < value.length; i++) {
+  append(sent) {
+    const { step = [], time = [], tokens = [], value = [], count = null, mean = null } = sent;
+    if (count && !this.counts) this.#weigh();
+    const before = this.value.length;
+    for (let i = this.#known(sent); i < value.length; i++) {
       this.step.push(step[i] ?? NaN);
       this.time.push(time[i] ?? NaN);
       this.tokens.push(tokens[i] ?? NaN);
       this.value.push(value[i]);
+      if (this.counts) this.#stand(value[i], count?.[i], mean?.[i]);
     }
     for (const [axis, curve] of this.curves) {
-      for (let i = this[axis].length - value.length; i < this[axis].length; i++) {
+      for (let i = before; i < this[axis].length; i++) {
         const x = this[axis][i];
         if (curve.length && x < curve.last) {
           this.curves.delete(axis);
           this.means.delete(axis);
           break;
         }
-        if (Number.isFinite(x) && Number.isFinite(this.value[i])) curve.push(x, this.value[i]);
+        if (Number.isFinite(x) && Number.isFinite(this.value[i]))
+          curve.push(x, this.value[i], this.counts?.[i], this.averages?.[i]);
       }
     }
   }
 
-  after(time) {
-    const from = this.time.findIndex((each) => each > time);
-    const rest = (column) => (from < 0 ? [] : this[column].slice(from));
-    return { step: rest("step"), time: rest("time"), tokens: rest("tokens"), value: rest("value") };
+  /** Let all points that there are stand for themselves, from now on in columns. */
+  #weigh() {
+    this.counts = this.value.map((value) => (Number.isFinite(value) ? 1 : 0));
+    this.averages = [...this.value];
+    this.curves.clear();
+    this.means.clear();
+  }
+
+  /** Note what the newest point stands for: that of one without a finite value is left to the next. */
+  #stand(value, count = Number.isFinite(value) ? 1 : 0, mean = value) {
+    const finite = Number.isFinite(value);
+    const all = this.held[0] + count;
+    const sum = this.held[1] + (count ? count * mean : 0);
+    this.held = finite ? [0, 0] : [all, sum];
+    this.counts.push(finite ? all : 0);
+    this.averages.push(!finite || !all ? value : all === count ? mean : sum / all);
+  }
+
+  /** Append to fuller points what these have after their end, of those from index `asked` on. */
+  continue(fuller, asked) {
+    const end = pointOf(fuller, fuller.value.length - 1);
+    let from = lastLike(this, end) + 1;
+    if (!from) {
+      from = this.value.length;
+      while (from > 0 && later(pointOf(this, from - 1), end)) from--;
+      // None is after it: what is on its way here has it.
+      if (from === this.value.length) fuller.expected = end;
+    }
+    from = Math.max(from, asked);
+    if (from === this.value.length) return;
+    const rest = Object.fromEntries(COLUMNS.map((name) => [name, this[name].slice(from)]));
+    fuller.append({ ...rest, count: this.counts?.slice(from), mean: this.averages?.slice(from) });
+  }
+
+  /** Return how many points of an answer are here already, from one that was on its way when these were asked for. */
+  #known(sent) {
+    const { expected } = this;
+    if (!expected || !sent.value?.length) return 0;
+    const found = lastLike(sent, expected) + 1;
+    const end = pointOf(sent, sent.value.length - 1);
+    const earlier = !found && Number.isFinite(expected.time) && end.time < expected.time;
+    if (!earlier) this.expected = null;
+    return earlier ? sent.value.length : found;
   }
 
   /** Return the curve over an axis; that over the steps where the points do not say their tokens. */
   curve(axis) {
-    if (!this.curves.has(axis)) this.curves.set(axis, Curve.of(this[axis], this.value));
+    if (!this.curves.has(axis)) this.curves.set(axis, Curve.of(this[axis], this.value, this.counts, this.averages));
     return this.curves.get(axis);
   }
 
   /** Return the smoothed values at the curve's points. */
   mean(axis, weight) {
     const curve = this.curve(axis);
-    this.means.set(axis, smoothed(curve.y, curve.length, weight, this.means.get(axis)));
+    this.means.set(axis, smoothed(curve.y, curve.length, weight, this.means.get(axis), curve.stands));
     return this.means.get(axis).y;
   }
 }
+
+function pointOf(columns, i) {
+  return Object.fromEntries(COLUMNS.map((name) => [name, columns[name]?.[i] ?? NaN]));
+}
+
+/** Return the index of the last point that is this one, -1 for none; a point may lack its step or its time. */
+function lastLike(columns, { step, time, value }) {
+  const same = (name, i, x) => Object.is(columns[name]?.[i] ?? NaN, x);
+  let i = columns.value.length - 1;
+  while (i >= 0 && !(same("value", i, value) && same("step", i, step) && same("time", i, time))) i--;
+  return i;
+}
+
+const later = (a, b) => (Number.isFinite(a.time) && Number.isFinite(b.time) ? a.time > b.time : a.step > b.step);

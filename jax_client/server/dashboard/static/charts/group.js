@@ -12,6 +12,7 @@ export const GLYPHS = {
   export: "⇪",
   load: "↺",
   end: "■",
+  host: "⌂",
   alert: "▲",
 };
 const LABEL_PIXELS = 15;
@@ -32,6 +33,12 @@ export class Group {
   add(chart) {
     this.charts.push(chart);
     this.sizes.observe(chart.box);
+  }
+
+  remove(chart) {
+    this.charts = this.charts.filter((each) => each !== chart);
+    this.sizes.unobserve(chart.box);
+    chart.close();
   }
 
   close() {
@@ -221,12 +228,14 @@ export function words(event) {
     {
       compile: () =>
         `compiled ${d.program ?? "a program"} ${d.shapes ?? ""} in ${span(d.seconds)} (${d.cached ? "from the cache" : (d.cause ?? "first use")})`,
-      start: () => `started${d.resumed_from ? ` from ${d.resumed_from}` : ""}`,
-      save: () => `saved ${d.path ?? ""}`,
-      autosave: () => `saved by itself ${d.path ?? ""}`,
+      start: () =>
+        `started ${[d.base_model, d.rank && `rank ${d.rank}`, d.origin && `from ${d.origin}`].filter(Boolean).join(", ")}`,
+      save: () => `saved ${d.path ?? ""} in ${span(d.seconds)}`,
+      autosave: () => `saved by itself ${d.path ?? ""} in ${span(d.seconds)}`,
       load: () => `loaded ${d.path ?? ""}`,
       export: () => `exported ${d.path ?? ""}`,
-      end: () => `ended: ${d.reason ?? "closed"}`,
+      end: () => `ended: ${[d.how, d.text].filter(Boolean).join(", ")}`,
+      host: () => `${d.role} ${d.number} on ${d.host}: ${d.state}`,
       alert: () => event.text ?? "alert",
     }[event.kind]?.() ?? event.kind;
   return `${GLYPHS[event.kind] ?? "•"} ${event.step === null || event.step === undefined ? moment(event.time) : `step ${number(event.step)}`}: ${what.trim()}`;

@@ -10,12 +10,14 @@ export class Curve {
     this.length = 0;
     this.x = new Float64Array(capacity);
     this.y = new Float64Array(capacity);
+    this.stands = null;
     this.levels = [];
   }
 
-  /** Return a curve of arrays; they are sorted by x where they are not. */
-  static of(xs, ys) {
+  /** Return a curve of arrays; they are sorted by x where they are not. count, mean: what thinned points stand for. */
+  static of(xs, ys, count = null, mean = null) {
     const curve = new Curve(Math.max(64, xs.length));
+    if (count) curve.stands = { count: new Float64Array(curve.x.length), mean: new Float64Array(curve.x.length) };
     let order = null;
     for (let i = 1; i < xs.length; i++) {
       if (!(xs[i] >= xs[i - 1])) {
@@ -25,7 +27,7 @@ export class Curve {
     }
     for (let i = 0; i < xs.length; i++) {
       const at = order ? order[i] : i;
-      if (Number.isFinite(xs[at]) && Number.isFinite(ys[at])) curve.push(xs[at], ys[at]);
+      if (Number.isFinite(xs[at]) && Number.isFinite(ys[at])) curve.push(xs[at], ys[at], count?.[at], mean?.[at]);
     }
     return curve;
   }
@@ -38,12 +40,16 @@ export class Curve {
     return this.x[this.length - 1];
   }
 
-  /** Append a point whose x is not below the last one's. */
-  push(x, y) {
+  /** Append a point whose x is not below the last one's, and which stands for `count` of mean `mean`. */
+  push(x, y, count = 1, mean = y) {
     if (this.length === this.x.length) this.#grow();
     const i = this.length++;
     this.x[i] = x;
     this.y[i] = y;
+    if (this.stands) {
+      this.stands.count[i] = count;
+      this.stands.mean[i] = mean;
+    }
     for (let level = 0, shift = FIRST; ; level++, shift += WIDER) {
       const bucket = i >>> shift;
       const kept = (this.levels[level] ??= { low: new Uint32Array(16), high: new Uint32Array(16) });
@@ -69,15 +75,20 @@ export class Curve {
     };
     this.x = grown(this.x);
     this.y = grown(this.y);
+    if (this.stands) this.stands = { count: grown(this.stands.count), mean: grown(this.stands.mean) };
   }
 
   /** Return the index of the first point with an x of at least this. */
   find(x) {
+    return this.#first((each) => each >= x);
+  }
+
+  #first(holds) {
     let low = 0;
     let high = this.length;
     while (low < high) {
       const middle = (low + high) >>> 1;
-      if (this.x[middle] < x) low = middle + 1;
+      if (!holds(this.x[middle])) low = middle + 1;
       else high = middle;
     }
     return low;
@@ -89,7 +100,7 @@ export class Curve {
    */
   pick(x0, x1, bins) {
     const from = Math.max(0, this.find(x0) - 1);
-    const to = Math.min(this.length, this.find(x1) + 1 + (this.x[this.find(x1)] === x1 ? 1 : 0));
+    const to = Math.min(this.length, this.#first((each) => each > x1) + 1);
     const picked = [];
     const points = to - from;
     if (points <= 2 * bins) {
@@ -138,8 +149,12 @@ function longer(array, least) {
   return next;
 }
 
-/** Return the running mean of a curve's values: `weight` of the past, 0 for none; unbiased at the start. */
-export function smoothed(values, length, weight, kept = null) {
+/**
+ * Return the running mean of a curve's values: `weight` of the past, 0 for none; unbiased at the start.
+ * stands: {count, mean} of thinned points. One that stands for n points is n - 1 of the mean of the others, then itself:
+ * it is often the lowest or the highest of them, so that n steps towards the mean of all would lag behind it.
+ */
+export function smoothed(values, length, weight, kept = null, stands = null) {
   const state =
     kept && kept.weight === weight && kept.length <= length
       ? kept
@@ -149,10 +164,15 @@ export function smoothed(values, length, weight, kept = null) {
     next.set(state.y.subarray(0, state.length));
     state.y = next;
   }
+  const step = (past, towards) => {
+    state.mean = past * state.mean + (1 - past) * towards;
+    state.mass = past * state.mass + (1 - past);
+  };
   for (let i = state.length; i < length; i++) {
-    state.mean = weight * state.mean + (1 - weight) * values[i];
-    state.mass = weight * state.mass + (1 - weight);
-    state.y[i] = state.mean / state.mass;
+    const count = stands ? stands.count[i] : 1;
+    if (count > 1) step(weight ** (count - 1), (count * stands.mean[i] - values[i]) / (count - 1));
+    if (count > 0) step(weight, values[i]);
+    state.y[i] = state.mass > 0 ? state.mean / state.mass : values[i];
   }
   state.length = length;
   return state;

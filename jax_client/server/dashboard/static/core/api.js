@@ -12,9 +12,11 @@ export class Refusal extends Error {
 /** Return the path of a run's route. */
 export const ofRun = (run, rest = "") => `/runs/${encodeURIComponent(run)}${rest}`;
 
-/** Return an address below the API with a query; null and undefined values are left out. */
+/** Return an address below the API with a query; null and undefined values are left out, those of lists repeated. */
 export function address(path, query = {}) {
-  const known = Object.entries(query).filter(([, value]) => value !== null && value !== undefined && value !== "");
+  const known = Object.entries(query)
+    .flatMap(([name, value]) => [value].flat().map((each) => [name, each]))
+    .filter(([, value]) => value !== null && value !== undefined && value !== "");
   const text = new URLSearchParams(known).toString();
   return BASE + path + (text && `?${text}`);
 }
@@ -65,10 +67,11 @@ export async function everyPoint(run, name) {
   const answer = await fetch(address(ofRun(run, "/series.csv"), { names: name }), { credentials: "same-origin" });
   if (!answer.ok) throw new Refusal(answer.status, `The server answered ${answer.status}.`);
   const columns = { kind: "step", step: [], time: [], tokens: [], value: [] };
-  for (const line of (await answer.text()).split("\n")) {
+  for (const line of (await answer.text()).split(/\r?\n/)) {
     const cells = line.split(",");
     const [step, time, value] = [cells[1], cells[2], cells[4]].map((cell) => (cell ? Number(cell) : NaN));
-    if (cells.length !== 5 || !Number.isFinite(time) || !Number.isFinite(value)) continue; // the head, or a gap
+    if (cells.length !== 5 || !Number.isFinite(value) || !(Number.isFinite(step) || Number.isFinite(time)))
+      continue; // the head, or a gap
     columns.kind = cells[0];
     columns.step.push(step);
     columns.time.push(time);

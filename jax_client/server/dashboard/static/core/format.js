@@ -82,6 +82,9 @@ export const day = (time) => new Date(time * 1000).toLocaleDateString(undefined,
 
 export const percent = (value, digits = 0) => (known(value) ? `${(value * 100).toFixed(digits)} %` : DASH);
 
+/** Return the address of a view that compares runs. */
+export const compared = (ids) => `#/compare?${ids.map((id) => `runs=${encodeURIComponent(id)}`).join("&")}`;
+
 const METRICS = {
   "loss:mean": "Loss per token",
   "loss:sum": "Loss, sum",

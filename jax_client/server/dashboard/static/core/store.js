@@ -9,6 +9,7 @@ export const store = {
   state: null,
   runs: new Map(),
   total: 0,
+  archived: false, // whether there are runs that only the archive has
   device: null,
   connected: true,
   heard: Date.now() / 1000,
@@ -53,6 +54,7 @@ export async function refresh(archived = archivedToo) {
   store.state = state;
   store.runs = new Map(listed.runs.map((row) => [row.run, row]));
   store.total = listed.total;
+  store.archived = !listed.total && !archived && (await get("/runs", { limit: 1, archived: 1 })).total > 0;
   if (device) store.device = device;
   store.loaded = true;
   hear();
@@ -83,7 +85,7 @@ let failures = 0;
 
 /** Follow one run's points from a cursor, or none; the stream is opened anew. */
 export function watch(run = null, since = null) {
-  if (source && run === watched.run) return;
+  if (source && run === watched.run && since === watched.since) return;
   watched = { run, since };
   if (!resting) open();
 }

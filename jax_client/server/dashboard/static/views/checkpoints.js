@@ -8,6 +8,9 @@ import { listen, store } from "../core/store.js";
 import { copy, toast, undoable } from "../core/toast.js";
 
 const LIMIT = 500;
+// Until when deletions can be undone, by path: each is offered once, however often the view is opened.
+const offered = new Map();
+let opened = null;
 const DAY = 86_400;
 const LIFETIMES = [
   ["for ever", null],
@@ -18,6 +21,7 @@ const LIFETIMES = [
 
 export function open(root, argument, query) {
   const view = new Checkpoints(root, query.get("run"));
+  opened = view;
   view.load();
   const timer = setInterval(() => document.hidden || view.load(), 15_000);
   let soon = null;
@@ -29,6 +33,7 @@ export function open(root, argument, query) {
   return {
     title: () => "checkpoints",
     close: () => {
+      opened = null;
       clearInterval(timer);
       clearTimeout(soon);
       end();
@@ -277,10 +282,10 @@ class Checkpoints {
     const answer = await this.tell("verify", { path: row.path });
     if (answer)
       toast(
-        (answer.verified?.ok ?? answer.ok)
+        answer.verified.ok
           ? `${row.name}: every byte is as saved`
-          : `${row.name} is damaged: ${answer.verified?.error ?? answer.error}`,
-        { bad: !(answer.verified?.ok ?? answer.ok) },
+          : `${row.name} is damaged: ${answer.verified.error}`,
+        { bad: !answer.verified.ok },
       );
     this.key = "";
     this.show();
@@ -296,10 +301,15 @@ class Checkpoints {
   }
 
   offerUndo(path, until, known = "") {
+    if (Math.abs((offered.get(path) ?? 0) - until) < 5) return;
+    offered.set(path, until);
     const name = known || path;
     undoable(`${name} is deleted`, until, async () => {
-      if (await this.tell("undelete", { path }, `${name} is back`)) this.hidden.delete(path);
-      this.show();
+      offered.delete(path);
+      // The bar stays while other views are open: it is the view of then that shows the checkpoint again.
+      const view = opened ?? this;
+      if (await view.tell("undelete", { path }, `${name} is back`)) view.hidden.delete(path);
+      view.show();
     });
   }
 
@@ -316,13 +326,8 @@ class Checkpoints {
       try {
         const answer = await post("/checkpoints/export", { path: row.path, format });
         say(command, answer.command);
-        const url = answer.download ?? answer.link ?? answer.url;
-        put(
-          link,
-          typeof url === "string" && url.startsWith("/dashboard/")
-            ? h("a", { class: "button strong", href: url, download: "" }, "Download the adapter")
-            : null,
-        );
+        const url = answer.download;
+        put(link, url ? h("a", { class: "button strong", href: url, download: "" }, "Download the adapter") : null);
       } catch (error) {
         say(command, error.message);
       }

@@ -2,7 +2,7 @@
 
 import { add, button, h, put } from "../core/dom.js";
 import { get, ofRun } from "../core/api.js";
-import { number, title } from "../core/format.js";
+import { compared, number, title } from "../core/format.js";
 import { runs, store } from "../core/store.js";
 import { copy, toast } from "../core/toast.js";
 import { Chart, DASHES } from "../charts/chart.js";
@@ -17,7 +17,7 @@ const MOST = 6;
 const EACH_SECONDS = 3; // live runs are asked for what is new
 
 export function open(root, argument, query) {
-  const wanted = (query.get("runs") ?? "").split(",").filter(Boolean).map(decodeURIComponent).slice(0, MOST);
+  const wanted = query.getAll("runs").filter(Boolean).slice(0, MOST);
   const view = wanted.length ? new Compare(root, wanted, query) : choose(root);
   view.load?.();
   return {
@@ -39,7 +39,7 @@ function choose(root) {
   const go = button(
     "Compare",
     () => {
-      location.hash = `#/compare?runs=${chosen().map(encodeURIComponent).join(",")}`;
+      location.hash = compared(chosen());
     },
     { class: "strong", disabled: true },
   );
@@ -90,12 +90,7 @@ class Compare {
     this.charts = new Map();
     this.group = new Group({ place: () => NaN });
     this.toolbar = new Toolbar(this.group, query, [
-      button("Copy link", () =>
-        copy(
-          `${location.origin}/#/compare?runs=${wanted.map(encodeURIComponent).join(",")}&${this.toolbar.query()}`,
-          "Link",
-        ),
-      ),
+      button("Copy link", () => copy(`${location.origin}/${compared(wanted)}&${this.toolbar.query()}`, "Link")),
     ]);
     this.legend = h("ul", { class: "legend compare-legend" });
     this.grid = h("div", { class: "charts" });
@@ -130,7 +125,7 @@ class Compare {
     this.showLegend();
     this.arrangeCharts();
     try {
-      const { differences } = await get("/compare", { runs: this.datas.map((data) => data.run).join(",") });
+      const { differences } = await get("/compare", { runs: this.datas.map((data) => data.run) });
       if (!this.closed) this.showDifferences(differences);
     } catch (error) {
       put(this.differences, h("p", { class: "muted" }, error.message));
@@ -138,13 +133,17 @@ class Compare {
   }
 
   async follow() {
+    if (this.asking) return;
+    this.asking = true;
     const live = this.datas.filter((data) => store.runs.get(data.run)?.state === "live" && data.next);
     const answers = await Promise.allSettled(
       live.map((data) => get(ofRun(data.run, "/series"), { points: 2000, since: data.next })),
     );
+    this.asking = false;
     if (this.closed) return;
-    answers.forEach((answer, i) => answer.status === "fulfilled" && live[i].take(answer.value));
-    if (live.length) this.group.draw();
+    const fresh = answers.map((answer, i) => answer.status === "fulfilled" && live[i].take(answer.value));
+    if (fresh.some(Boolean)) this.arrangeCharts();
+    else if (live.length) this.group.draw();
   }
 
   close() {

@@ -79,6 +79,7 @@ class RunView {
       if (this.closed) return;
       this.row = about.row;
       this.data.take(sent);
+      this.loaded = true;
       this.showAbout(about.config ?? {});
       this.arrangeCharts();
       this.showHead();
@@ -104,13 +105,25 @@ class RunView {
       if (row) this.row = row;
       this.showHead();
       this.showWait();
-    } else if (kind === "points" && (!data.run || data.run === this.run)) {
+    } else if (kind === "points" && this.loaded && data.run === this.run) {
       const fresh = this.data.take(data);
+      if (data.reset) this.begin();
       if (fresh || !this.charts.size) this.arrangeCharts();
       else this.group.draw();
-      if (data.events?.length) this.showEvents();
+      if (data.reset || data.events?.length) this.showEvents();
       this.showWait();
     } else if (kind === "device") this.showWait();
+  }
+
+  /** Leave what was of points that are gone. */
+  begin() {
+    this.fine.clear();
+    this.group.zoom = null;
+    for (const [name, chart] of this.charts) {
+      if (this.data.series.has(name)) continue;
+      this.group.remove(chart);
+      this.charts.delete(name);
+    }
   }
 
   showHead() {
@@ -282,11 +295,12 @@ class RunView {
   async refine() {
     if (!this.group.zoom) return;
     const [low, high] = this.group.zoom;
+    const asked = this.data.asking();
     const thin = [...this.charts]
       .filter(([name, chart]) => {
         const points = this.data.series.get(name);
-        const asked = this.fine.get(name) ?? POINTS;
-        if (asked === Infinity || !chart.element.isConnected || points.value.length < asked * 0.5) return false;
+        const most = this.fine.get(name) ?? POINTS;
+        if (most === Infinity || !chart.element.isConnected || points.value.length < most * 0.5) return false;
         const curve = points.curve(this.group.axis);
         return curve.find(high) - curve.find(low) < POINTS / 3;
       })
@@ -296,8 +310,8 @@ class RunView {
     some.forEach((name) => this.fine.set(name, MORE));
     all.forEach((name) => this.fine.set(name, Infinity));
     try {
-      if (some.length) this.data.refine(await get(ofRun(this.run, "/series"), { names: some.join(","), points: MORE }));
-      for (const name of all) this.data.refine({ series: { [name]: await everyPoint(this.run, name) } });
+      if (some.length) this.data.refine(await get(ofRun(this.run, "/series"), { names: some, points: MORE }), asked);
+      for (const name of all) this.data.refine({ series: { [name]: await everyPoint(this.run, name) } }, asked);
       if (thin.length && !this.closed) this.group.draw();
     } catch (error) {
       toast(`The finer curve did not come: ${error.message}`, { bad: true });

@@ -2,7 +2,7 @@
 
 import { add, button, h, put, say } from "../core/dom.js";
 import { ofRun, post } from "../core/api.js";
-import { ago, bytes, count, moment, number, span, title } from "../core/format.js";
+import { ago, bytes, compared, count, moment, number, span, title } from "../core/format.js";
 import { move } from "../core/keys.js";
 import { refresh, replace, runs, store } from "../core/store.js";
 import { toast } from "../core/toast.js";
@@ -25,6 +25,7 @@ const COLUMNS = [
   ["Saved", "num wide"],
   ["Active", "num"],
 ];
+const ALL_ARCHIVED = "Every run is archived; the box above shows them.";
 const picked = new Set();
 let wanted = "";
 let archived = false;
@@ -115,7 +116,7 @@ export function open(root) {
   const compare = button(
     "Compare",
     () => {
-      location.hash = `#/compare?runs=${[...picked].map(encodeURIComponent).join(",")}`;
+      location.hash = compared([...picked]);
     },
     { class: "strong" },
   );
@@ -176,8 +177,10 @@ export function open(root) {
     const known = runs(archived);
     const shown = known.filter(matches);
     const bare = known.length === 0;
-    tools.hidden = holder.hidden = bare;
-    put(empty, bare ? noRuns(store.state) : null);
+    const some = store.archived || runs(true).length > 0;
+    holder.hidden = bare;
+    tools.hidden = bare && !some;
+    put(empty, !bare ? null : some ? h("p", { class: "muted" }, ALL_ARCHIVED) : noRuns(store.state));
     const order = shown.map((row) => {
       if (!rows.has(row.run)) rows.set(row.run, new Row(row, view));
       const kept = rows.get(row.run);

@@ -3,7 +3,10 @@
 /** Return a script that asks as the playground's request does. */
 export function pythonOf({ path, model, messages, prompt, num_samples, max_tokens, temperature, top_p, top_k, seed }) {
   const text = (value) =>
-    JSON.stringify(value).replace(/[\u007f-\uffff]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+    JSON.stringify(value).replace(/[\u007f-\u{10ffff}]/gu, (c) => {
+      const code = c.codePointAt(0).toString(16);
+      return code.length > 4 ? `\\U${code.padStart(8, "0")}` : `\\u${code.padStart(4, "0")}`;
+    });
   const where = path ? `model_path=${text(path)}` : `base_model=${text(model)}`;
   const settings = Object.entries({ max_tokens, temperature, top_p, top_k, seed })
     .filter(([, value]) => value !== undefined && value !== "")
