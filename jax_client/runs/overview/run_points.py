@@ -30,6 +30,11 @@ class RunPoints:
         self._lock = threading.Lock()
         self._begin()
 
+    @property
+    def values(self) -> int:
+        """How many numbers are in memory."""
+        return self._columns.values
+
     def _begin(self) -> None:
         stamp = file_stamp(self._path)
         self._inode = None if stamp is None else stamp[0]

@@ -37,6 +37,10 @@ class Source(Protocol):
         """Return metrics and events of a run, thinned out to `points` of each metric, after a cursor."""
         ...
 
+    def device(self, run_id: str, *, most: int) -> JsonObject:
+        """Return {"point", "compiles"}: the newest point of a run's devices, or None, and at most so many compiles."""
+        ...
+
     def checkpoints(self, run_id: str | None = None) -> Sequence[Shown]:
         """Return the checkpoints of a run, or of all."""
         ...
@@ -48,6 +52,11 @@ class Source(Protocol):
     def changed(self) -> str:
         """Return a text that differs when anything of it may differ; takes less than a millisecond."""
         ...
+
+
+def listed(row: Shown) -> JsonObject:
+    """Return a run as lists have it: without a user's own metadata, which may be longer than all the rest."""
+    return {name: value for name, value in row.to_json().items() if name != "user_metadata"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +85,10 @@ class WithoutEngines:
         series = {name: each for name, each in found["series"].items() if each["kind"] not in OF_ENGINES}
         events = [event for event in found["events"] if event["kind"] not in OF_ENGINES]
         return _Series({**found, "series": series, "names": self._names(run_id, found), "events": events})
+
+    def device(self, run_id: str, *, most: int) -> JsonObject:
+        """Return nothing of a run's devices."""
+        return {"point": None, "compiles": []}
 
     def _names(self, run_id: str, found: JsonObject) -> list[str]:
         whole = self._source.series(run_id, None, points=2).to_json()["series"]

@@ -50,6 +50,7 @@ class FakeSource:
         self.points: dict[str, list[tuple[int, float, float]]] = {}
         self.configs: dict[str, dict[str, Any]] = {}
         self.events: list[dict[str, Any]] = []
+        self.device_points: dict[str, dict[str, Any]] = {}
         self.version = 0
         self.reads = 0
         self.store = store
@@ -98,6 +99,11 @@ class FakeSource:
                 "live": True,
             }
         )
+
+    def device(self, run_id: str, *, most: int) -> dict[str, Any]:
+        self.run(run_id)
+        compiles = [{name: each[name] for name in ("step", "time", "details")} for each in self.events]
+        return {"point": self.device_points.get(run_id), "compiles": compiles[-most:]}
 
     def checkpoints(self, run_id: str | None = None) -> list[Json]:
         records = [] if self.store is None else self.store.list(run_id)
