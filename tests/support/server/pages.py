@@ -20,6 +20,7 @@ from jax_client.server.dashboard.board import Board
 from jax_client.server.dashboard.playground.routes import Playground
 from jax_client.server.dashboard.playground.samplers import Samplers
 from jax_client.server.dashboard.watching import Watcher
+from jax_client.server.public_url import PublicUrl
 from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.connections import http_server
 from jax_client.server.wire.guard import Guard
@@ -173,10 +174,10 @@ class Parts:
             logs=False,
         )
 
-    def guard(self, api_key: str | None = KEY) -> Guard:
+    def guard(self, api_key: str | None = KEY, public: PublicUrl | None = None) -> Guard:
         account = Account()
         app = Starlette(routes=self.board().routes())
-        return Guard(app, api_key=api_key, hosts=LOOPBACK, account=lambda: account, pages=True)
+        return Guard(app, api_key=api_key, hosts=LOOPBACK, account=lambda: account, pages=True, public=public)
 
 
 class Page:
