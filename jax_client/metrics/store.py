@@ -257,7 +257,7 @@ class MetricsStore:
         return self._reading(lambda database: [_event(row) for row in database.execute(query, (*kinds, *values))], [])
 
     def latest(self, run: str, *, point: str, event: str, most: int) -> JsonObject:
-        """Return a run's newest point of a kind and at most so many events of another; see `newest`."""
+        """Return a run's newest point of a kind and its newest events of another; see `newest`."""
         return self._reading(lambda database: newest(database, run, point, event, most), {"point": None, "events": []})
 
     def runs(self) -> list[JsonObject]:

@@ -92,7 +92,7 @@ def dashboard(
     first: list[str] = []
 
     def show(query: str) -> None:
-        text = f"{page_url(*address, public_url)}{query}"
+        text = f"{page_url(*address, public=public_url)}{query}"
         first.append(text)
         stages.say(f"dashboard: {text}")
 

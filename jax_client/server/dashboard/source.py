@@ -38,7 +38,7 @@ class Source(Protocol):
         ...
 
     def device(self, run_id: str, *, most: int) -> JsonObject:
-        """Return {"point", "compiles"}: the newest point of a run's devices, or None, and at most so many compiles."""
+        """Return {"point", "compiles"}: the newest point of a run's devices, or None, and its newest compiles."""
         ...
 
     def checkpoints(self, run_id: str | None = None) -> Sequence[Shown]:

@@ -214,7 +214,7 @@ class Watch:
             return list(self._pages)
 
     def look(self) -> None:
-        """Look for what is new, and put it into the pages' queues; logs what fails, and goes on with the rest."""
+        """Look for what is new, and put it into the pages' queues; logs what fails, and continues with the rest."""
         pages = [page for page in self.pages() if page.has_room()]
         if not pages:
             return
