@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from jax_client.engine.protocol import Engine
     from jax_client.server.keyed import KeyedServers
+    from jax_client.server.public_url import PublicUrl
     from jax_client.server.state.server import Server
     from jax_client.server.wire.guard import Guard
     from jax_client.server.wire.keys import Key
@@ -57,8 +58,9 @@ def serve(ctx: click.Context, **_: object) -> None:
         return
     sys.setswitchinterval(SWITCH_SECONDS)
     host = settings.host
-    if host not in LOOPBACK and settings.api_key is None and settings.api_key_file is None:
-        raise click.UsageError(f"--host {host} lets other machines in; give an --api-key too, or an --api-key-file.")
+    opening = f"--host {host}" if host not in LOOPBACK else f"--public-url {settings.public_url}"
+    if (host not in LOOPBACK or settings.public_url) and settings.api_key is None and settings.api_key_file is None:
+        raise click.UsageError(f"{opening} lets other machines in; give an --api-key too, or an --api-key-file.")
     keys = None if settings.api_key_file is None else read_key_file(settings.api_key_file)
     listening = listen(host, settings.port)
     address = listening.getsockname()[:2]
@@ -66,7 +68,7 @@ def serve(ctx: click.Context, **_: object) -> None:
     with private_files(), opened(settings, taken, remembers=keys is None) as host_server:
         own = () if host in LOOPBACK else (socket.gethostname(), socket.getfqdn())
         server, app = _guarded(host_server, keys, settings, {host, *settings.allow_hosts, *LOOPBACK, *own})
-        app.announce_page(lambda query: stages.say(f"dashboard: {page_url(*address)}{query}"))
+        app.announce_page(lambda query: stages.say(f"dashboard: {page_url(*address, public=settings.public_url)}{query}"))
         if proxies := through_proxy(os.environ, address[0]):
             stages.say(f"{' and '.join(proxies)} set: clients on this machine need {_exceptions(address[0])}")
         key = "the key you gave" if settings.api_key else f"one of {len(keys)} keys" if keys else "tml-any"
@@ -86,14 +88,17 @@ def _guarded(
     from jax_client.server.state.request_log import RequestLog
 
     if keys is None:
-        return server, build_app(server, api_key=settings.api_key, hosts=hosts, page=True, logs=settings.logs)
+        app = build_app(
+            server, api_key=settings.api_key, hosts=hosts, page=True, logs=settings.logs, public=settings.public_url
+        )
+        return server, app
     servers = KeyedServers(server, keys, lambda name: RequestLog(settings.home, name, len(keys)))
     shown = ", ".join(key.owner.name + (" (admin)" if key.owner.admin else "") for key in keys)
     stages.say(f"keys: {shown}")
     without = sum("owner" not in fields for _, fields in server.live.own.store.runs())
     if without and not any(key.owner.admin for key in keys):
         stages.say(f"{without} runs were made without keys; a key that is marked admin in the file would have them")
-    return servers, build_keyed_app(servers, hosts=hosts, page=True, logs=settings.logs)
+    return servers, build_keyed_app(servers, hosts=hosts, page=True, logs=settings.logs, public=settings.public_url)
 
 
 def _exceptions(host: str) -> str:
@@ -189,8 +194,10 @@ def url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def page_url(host: str, port: int) -> str:
+def page_url(host: str, port: int, public: PublicUrl | None = None) -> str:
     """Return the address of the page that shows runs; of a server on every address, under this machine's name."""
+    if public is not None:
+        return f"{public}/"
     return f"{url(socket.gethostname() if host in ANY_HOST else host, port)}/"
 
 

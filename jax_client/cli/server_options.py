@@ -15,7 +15,7 @@ import click
 
 from jax_client.cli.config_file import read_config_file
 from jax_client.cli.options import STATE_DIR_HELP, STATE_DIR_TYPE
-from jax_client.cli.setting_types import Folder, Key, Length, Mesh, Name, OrWord, Pair
+from jax_client.cli.setting_types import Folder, Key, Length, Mesh, Name, OrWord, Pair, PublicAddress
 from jax_client.config import DType, EngineConfig, Remat
 
 Command = TypeVar("Command", bound=Callable[..., object])
@@ -52,6 +52,12 @@ PUBLIC = (
     _option("host", default="127.0.0.1", show_default=True, help="Address to listen on."),
     _option("port", click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one."),
     _option("allow-host", Name(), multiple=True, metavar="NAME", help="A name under which clients call it."),
+    _option(
+        "public-url",
+        PublicAddress(),
+        metavar="URL",
+        help="https://NAME[:PORT] of a proxy with TLS before it, which browsers use.",
+    ),
     _option(
         "models-dir",
         Folder(),

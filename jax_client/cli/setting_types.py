@@ -13,6 +13,7 @@ import click
 
 from jax_client.errors import BadRequestError
 from jax_client.host.places import expand
+from jax_client.server.public_url import PublicUrl
 
 
 class Listed(click.ParamType):
@@ -61,6 +62,19 @@ class Pair(Listed):
         if not name or not other:
             self.fail(f"{value!r} is no {self.name}; give NAME=OTHER.", param, ctx)
         return name, other
+
+
+class PublicAddress(click.ParamType):
+    """The address of a proxy before a server."""
+
+    name = "url"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> PublicUrl:
+        """Parse the text, or fail as wrong usage."""
+        try:
+            return value if isinstance(value, PublicUrl) else PublicUrl.parse(str(value))
+        except BadRequestError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Mesh(click.ParamType):

@@ -22,6 +22,7 @@ from jax_client.cli.setting_types import OrWord
 from jax_client.config import EngineConfig, default_state_dir
 from jax_client.errors import JaxClientError
 from jax_client.host.places import expand
+from jax_client.server.public_url import PublicUrl
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +33,7 @@ class ServerSettings:
         models: loaded at the start.
         aliases: names of models that stand for others.
         host, port, allow_hosts, api_key, api_key_file: who may talk to it; a private server has none of its own.
+        public_url: of a proxy before it, which browsers use.
         models_dirs: below which clients may name models by their paths; None for a private server, whose program could
             read the files itself.
         logs: below which loops log; the page shows it.
@@ -46,6 +48,7 @@ class ServerSettings:
     allow_hosts: tuple[str, ...] = ()
     api_key: str | None = field(default=None, repr=False)
     api_key_file: Path | None = None
+    public_url: PublicUrl | None = None
     models_dirs: tuple[Path, ...] | None = None
     logs: tuple[Path, ...] = ()
     warmup: tuple[int, ...]
@@ -74,7 +77,7 @@ def read_settings(ctx: click.Context) -> ServerSettings:
     except JaxClientError as error:
         raise click.UsageError(str(error), ctx) from None
     home = expand(chosen["state_dir"], "--state-dir").absolute()
-    public = {name: params[name] for name in ("host", "port", "api_key") if name in params}
+    public = {name: params[name] for name in ("host", "port", "api_key", "public_url") if name in params}
     return ServerSettings(
         models=tuple(dict.fromkeys(params["model"])),
         aliases=_pairs(ctx, "alias"),

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from jax_client.metrics.newest import newest
 from jax_client.metrics.summary import Summary
 from jax_client.sqlite_file import SqliteFile, reclaim, transaction, used_bytes
 from jax_client.values import JsonObject
@@ -251,6 +252,10 @@ class MetricsStore:
         where, values = ("", ()) if run is None else (" AND run = ?", (run,))
         query = f"SELECT run, kind, step, time, details, id FROM events WHERE kind IN ({marks}){where} ORDER BY id"
         return self._reading(lambda database: [_event(row) for row in database.execute(query, (*kinds, *values))], [])
+
+    def latest(self, run: str, *, point: str, event: str, most: int) -> JsonObject:
+        """Return a run's newest point of a kind and its newest events of another; see `newest`."""
+        return self._reading(lambda database: newest(database, run, point, event, most), {"point": None, "events": []})
 
     def runs(self) -> list[JsonObject]:
         """Return the runs that have points: run, points (rows), step and time of the newest; the newest run first."""

@@ -14,6 +14,7 @@ from jax_client.server.dashboard.watching import Watcher
 from jax_client.server.keyed import KeyedServers
 from jax_client.server.ops import metrics
 from jax_client.server.ops.health import Watchdog
+from jax_client.server.public_url import PublicUrl
 from jax_client.server.routes.downloads import Downloads
 from jax_client.server.routes.handler import Handler, route, with_errors
 from jax_client.server.routes.listings import listing_routes
@@ -34,6 +35,7 @@ def build_app(
     hosts: Iterable[str] = (),
     page: bool = False,
     logs: Sequence[Path] = (),
+    public: PublicUrl | None = None,
 ) -> Guard:
     """Return the ASGI application of a server.
 
@@ -43,14 +45,20 @@ def build_app(
         hosts: the names under which the server may be called.
         page: whether it has the page that shows runs.
         logs: directories below which loops log, for the page.
+        public: the address of a proxy before it.
     """
     shown = _page_of(server, Watcher(), logs) if page else []
     app = application([*routes(server), *shown])
-    return Guard(app, api_key=api_key, hosts=hosts, account=lambda: server.account, pages=page)
+    return Guard(app, api_key=api_key, hosts=hosts, account=lambda: server.account, pages=page, public=public)
 
 
 def build_keyed_app(
-    servers: KeyedServers, *, hosts: Iterable[str] = (), page: bool = False, logs: Sequence[Path] = ()
+    servers: KeyedServers,
+    *,
+    hosts: Iterable[str] = (),
+    page: bool = False,
+    logs: Sequence[Path] = (),
+    public: PublicUrl | None = None,
 ) -> Guard:
     """Return the ASGI application of the servers of several keys.
 
@@ -59,6 +67,7 @@ def build_keyed_app(
         hosts: the names under which they may be called.
         page: whether each key has a page that shows its runs.
         logs: directories below which loops log, for the pages of admins.
+        public: the address of a proxy before them.
     """
     watcher = Watcher()
     links, accounts = Downloads(servers.host.listings), servers.accounts
@@ -77,6 +86,7 @@ def build_keyed_app(
         account=lambda: servers.whole,
         by_key=lambda key: entries.get(keys.digest(key)),
         pages=page,
+        public=public,
     )
 
 

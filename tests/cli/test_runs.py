@@ -117,12 +117,38 @@ def test_a_terminal_sees_curves_and_the_device(home):
         assert part in text
 
 
-@pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0, 2.0], [float(i % 5) for i in range(7)], [0.0] * 999 + [5.0]])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        [1.0],
+        [2.0, 2.0, 2.0],
+        [float(i % 5) for i in range(7)],
+        [0.0] * 999 + [5.0],
+        [1e308, -1e308, 0.0],
+        [5e-324, 0.0],
+    ],
+)
 def test_a_chart_has_its_size_and_its_extremes(values: list[float]) -> None:
     lines = charts.chart(values, width=40, height=5)
     assert len(lines) == 5 and all(len(line) <= 40 for line in lines)
     if values:
         assert lines[0].split()[0] == f"{max(values):.4g}" and lines[-1].split()[0] == f"{min(values):.4g}"
+
+
+def test_a_curve_of_the_largest_numbers_is_drawn_as_one_of_small_ones() -> None:
+    values = [1.0, -1.0, 0.25, -0.5] * 30
+    large = [1e308 * value for value in values]
+    assert charts._draw(large, -1e308, 1e308, 20, 5) == charts._draw(values, -1.0, 1.0, 20, 5)
+
+
+@pytest.mark.parametrize(("speed", "said"), [(0.8, "0.8"), (1.0, "1"), (9.96, "10"), (1234.5, "1234")])
+def test_a_speed_is_no_share_of_one(home, speed, said):
+    metrics = {"tokens_per_second:mean": speed, "padding_waste:mean": 0.25, "loss:sum": 1.0, "tokens:sum": 1.0}
+    MetricsStore(home / FILE_NAME).add([Point(run=RUN, kind="step", step=1, time=time.time(), metrics=metrics)])
+    overview = Overview(home)
+    text = "\n".join(str(part) for part in picture(overview, overview.run(RUN), 60).renderables)
+    assert f"tokens_per_second  {said}\n" in text and "padding_waste  25 %" in text
 
 
 def test_one_spike_in_many_points_is_drawn() -> None:

@@ -62,6 +62,22 @@ def test_folders_are_there(cli, tmp_path, monkeypatch):
         assert "'nowhere' is no directory; make it, or name one that is there." in cli(*command, "nowhere").error(2)
 
 
+def test_the_public_address_is_a_setting(cli, tmp_path, monkeypatch):
+    file = tmp_path / "c.toml"
+    file.write_text('public-url = "https://a.org/"')
+    said = lambda *more: cli("serve", "--show-config", *more).settings["public_url"]  # noqa: E731
+    assert said() == ("-", "default")
+    assert said("--config", file) == ("https://a.org", f"file {file}")
+    monkeypatch.setenv("JAX_CLIENT_PUBLIC_URL", "https://b.org:443")
+    assert said("--config", file) == ("https://b.org", "environment JAX_CLIENT_PUBLIC_URL")
+    assert said("--public-url", "http://c.org:81") == ("http://c.org:81", "flag")
+    assert "--public-url https://b.org lets other machines in; give an --api-key" in cli("serve").error(2)
+    for command in ("serve", "dashboard"):
+        assert "'https://a/b' is no public address" in cli(command, "--public-url", "https://a/b").error(2)
+    file.write_text('public_url = "https://user@a.org"')
+    assert "is no public address" in cli("serve", "--config", file).error(2)
+
+
 def test_every_setting_of_the_engine_can_be_said():
     options = {option.name: option for option in SHARED}
     for each in fields(EngineConfig):

@@ -15,8 +15,9 @@ import click
 from jax_client.cli import stages
 from jax_client.cli.options import reads_state
 from jax_client.cli.serve import listen, page_url, private_files, uvicorn_server
-from jax_client.cli.setting_types import Folder, Key, Name
+from jax_client.cli.setting_types import Folder, Key, Name, PublicAddress
 from jax_client.server import LOOPBACK
+from jax_client.server.public_url import PublicUrl
 
 PORT = 8001
 # Between two looks who has the accelerator.
@@ -27,6 +28,14 @@ _LOOK_SECONDS = 10.0
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), help=f"Else {PORT}, or a free one if that is taken.")
 @click.option("--allow-host", type=Name(), multiple=True, metavar="NAME", help="A name under which browsers call it.")
+@click.option(
+    "--public-url",
+    type=PublicAddress(),
+    metavar="URL",
+    envvar="JAX_CLIENT_PUBLIC_URL",
+    show_envvar=True,
+    help="https://NAME[:PORT] of a proxy with TLS before it, which browsers use.",
+)
 @click.option(
     "--api-key",
     type=Key(),
@@ -50,6 +59,7 @@ def dashboard(
     host: str,
     port: int | None,
     allow_host: tuple[str, ...],
+    public_url: PublicUrl | None,
     api_key: str | None,
     logs: tuple[Path, ...],
     model: tuple[str, ...],
@@ -74,6 +84,7 @@ def dashboard(
         logs=[each.absolute() for each in logs],
         models=model,
         refusal=Accelerator().refusal,
+        public=public_url,
     )
     http = uvicorn_server(app)
     listening.listen()
@@ -81,7 +92,7 @@ def dashboard(
     first: list[str] = []
 
     def show(query: str) -> None:
-        text = f"{page_url(*address)}{query}"
+        text = f"{page_url(*address, public=public_url)}{query}"
         first.append(text)
         stages.say(f"dashboard: {text}")
 

@@ -45,7 +45,9 @@ def _draw(values: Sequence[float], low: float, high: float, columns: int, height
 
 
 def _row(value: float, low: float, high: float, rows: int) -> int:
-    share = 0.5 if high == low else (value - low) / (high - low)
+    # Halves, because the whole difference of two finite numbers may be none.
+    span = high / 2 - low / 2
+    share = (value / 2 - low / 2) / span if span else 0.5
     return min(rows - 1, max(0, round((1 - share) * (rows - 1))))
 
 
@@ -56,7 +58,7 @@ def _spread(values: Sequence[float], count: int) -> list[float]:
         start = x * len(values) // count
         part = values[start : max(start + 1, (x + 1) * len(values) // count)]
         before = chosen[-1] if chosen else part[0]
-        chosen.append(max(part, key=lambda value: abs(value - before)))
+        chosen.append(max(part, key=lambda value: abs(value / 2 - before / 2)))
     return chosen
 
 

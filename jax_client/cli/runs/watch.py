@@ -27,7 +27,9 @@ HEIGHT = 8
 # A run that is at its end is not watched any longer.
 ENDED = ("done", "crashed")
 MEMORY = "memory_bytes/"
-_DEVICE = ("sampler/occupancy:mean", "tokens_per_second:mean", "padding_waste:mean")
+_SPEED = "tokens_per_second:mean"
+# The others are shares of one.
+_DEVICE = ("sampler/occupancy:mean", _SPEED, "padding_waste:mean")
 
 
 @click.command("watch")
@@ -86,7 +88,7 @@ def _line(row: RunRow) -> str:
         words.append(f"reward {figure(row.reward)}")
     words.append(f"tokens {count(row.tokens)}")
     if row.tokens_per_second is not None:
-        words.append(f"{row.tokens_per_second:.0f} tokens/s")
+        words.append(f"{_speed(row.tokens_per_second)} tokens/s")
     words += [f"! {output.shown(alert.text)}" for alert in row.alerts]
     if row.reason is not None:
         words.append(f"({output.shown(row.reason)})")
@@ -143,8 +145,8 @@ def _device(series: Mapping[str, Mapping[str, list[float]]], width: int) -> list
     for name in _DEVICE:
         if name in series:
             value = series[name]["value"][-1]
-            share = f"{100 * value:.0f} %  {bar(value, 20)}" if value <= 1 else f"{value:.0f}"
-            lines.append(f"{name.partition(':')[0]}  {share}")
+            shown = _speed(value) if name == _SPEED else f"{100 * value:.0f} %  {bar(value, 20)}"
+            lines.append(f"{name.partition(':')[0]}  {shown}")
     kinds = {name.removeprefix(MEMORY): series[name]["value"][-1] for name in series if name.startswith(MEMORY)}
     used = {kind: size for kind, size in kinds.items() if kind not in ("available", "activations_per_token") and size}
     if used:
@@ -152,6 +154,10 @@ def _device(series: Mapping[str, Mapping[str, list[float]]], width: int) -> list
         free = f"; {output.human_size(kinds['available'])} free" if "available" in kinds else ""
         lines.append(f"memory  {parts}{free}"[:width])
     return lines
+
+
+def _speed(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _age(row: RunRow) -> str:

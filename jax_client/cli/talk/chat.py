@@ -137,7 +137,7 @@ def _command(conversation: Conversation, line: str) -> bool:
 def _answer(conversation: Conversation, line: str) -> None:
     from jax_client.errors import JaxClientError
 
-    before = len(conversation.said)
+    before = list(conversation.said)
     conversation.said.append({"role": "user", "content": line})
     dropped = conversation.forget_what_does_not_fit()
     if dropped:
@@ -152,7 +152,8 @@ def _answer(conversation: Conversation, line: str) -> None:
             raise
         click.echo(" (stopped)", nl=False, err=True)
     except JaxClientError as error:
-        del conversation.said[before:]
+        # As if it had not been asked; what was dropped for it is there, too.
+        conversation.said[:] = before
         click.echo(f"error: {error}", err=True)
         if not terminal:
             raise

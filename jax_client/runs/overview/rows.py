@@ -24,7 +24,7 @@ from jax_client.metrics.store import FILE_NAME, MetricsStore
 from jax_client.metrics.summary import Summary
 from jax_client.runs.overview.alerts import alerts_of
 from jax_client.runs.overview.checkpoints import SAVES, checkpoint_rows
-from jax_client.runs.overview.columns import Table
+from jax_client.runs.overview.columns import MAX_VALUES, Table
 from jax_client.runs.overview.described import children as children_of
 from jax_client.runs.overview.described import model_of, origin, rank_of, run_name, run_of, spark_of
 from jax_client.runs.overview.logdirs.rows import Logs
@@ -39,8 +39,9 @@ from jax_client.runs.overview.verified import Verified
 from jax_client.sqlite_file import LOG
 from jax_client.values import JsonObject, Owner, is_run_id
 
-# Runs whose points stay in memory.
-MOST_POINTS = 8
+# Runs whose points stay in memory: those that pages show and compare; and the numbers of all of them, of which one run
+# has at most MAX_VALUES.
+MOST_POINTS, MOST_VALUES = 64, 8 * MAX_VALUES
 # How often the token of `changed` differs for the time alone: a process may die without a trace in any file.
 OPEN_SECONDS, CLOSED_SECONDS = 5.0, 60.0
 # Runs whose directories `changed` looks at, the newest.
@@ -181,6 +182,11 @@ class Overview:
             self.run(run_id)  # raises, unless checkpoints are all that is left of it
         return lock
 
+    def device(self, run_id: str, *, most: int) -> JsonObject:
+        """Return {"point", "compiles"}: the newest point of a run's devices, None without one, and `most` compiles."""
+        found = self._metrics.latest(run_id, point="device", event="compile", most=most)
+        return {"point": found["point"], "compiles": found["events"]}
+
     def checkpoints(self, run_id: str | None = None) -> list[CheckpointRow]:
         """Return the checkpoints of a run, or of all, the newest first. Raises NotFoundError for an unknown run."""
         if run_id is not None and self._logs.has(run_id):
@@ -233,8 +239,9 @@ class Overview:
         with self._lock:
             found = self._points.pop(run_id, None) or RunPoints(run_id, self._metrics, self.state_dir / FILE_NAME)
             self._points[run_id] = found
-            while len(self._points) > MOST_POINTS:
-                self._points.popitem(last=False)
+            values = sum(each.values for each in self._points.values())
+            while len(self._points) > MOST_POINTS or (values > MOST_VALUES and len(self._points) > 1):
+                values -= self._points.popitem(last=False)[1].values
         return found
 
     def _lock_record(self, run_id: str) -> LockRecord | None:

@@ -85,6 +85,11 @@ class RunPoints:
         self._lock = threading.Lock()
         self._known = _Known(None)
 
+    @property
+    def values(self) -> int:
+        """How many numbers are in memory."""
+        return self._known.columns.values
+
     def _update(self) -> bool:
         """Read what is new; return whether the file can be read. Where not, what is known stays."""
         stamp = file_stamp(self._path)

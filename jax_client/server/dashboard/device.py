@@ -11,7 +11,6 @@ from jax_client.values import JsonObject
 
 # Runs whose points are shown, of those that are open; compiles that are shown.
 MOST_RUNS, MOST_COMPILES = 8, 200
-KIND = "device"
 
 
 class Devices:
@@ -45,17 +44,12 @@ class Devices:
 
     def _add(self, run: str, points: dict[str, JsonObject], compiles: list[JsonObject]) -> None:
         try:
-            series = self._source.series(run, None, points=2).to_json()
+            found = self._source.device(run, most=MOST_COMPILES)
         except NotFoundError:
             return
-        newest = [(name, each) for name, each in series["series"].items() if each["kind"] == KIND and each["value"]]
-        if newest:
-            values = {name: each["value"][-1] for name, each in newest}
-            points[run] = {"time": max(each["time"][-1] or 0.0 for _, each in newest), "metrics": values}
-        for event in series["events"]:
-            if event["kind"] == "compile":
-                details = event["details"]
-                compiles.append({"run": run, "step": event["step"], "time": event["time"], "details": details})
+        if found["point"] is not None:
+            points[run] = found["point"]
+        compiles += [{"run": run, **each} for each in found["compiles"]]
 
 
 def _shortened(engine: JsonObject) -> JsonObject:

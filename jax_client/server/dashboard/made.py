@@ -20,6 +20,7 @@ from jax_client.server.dashboard.playground.routes import Playground
 from jax_client.server.dashboard.playground.samplers import Samplers
 from jax_client.server.dashboard.source import WithoutEngines
 from jax_client.server.dashboard.watching import Watcher
+from jax_client.server.public_url import PublicUrl
 from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.guard import Guard
 from jax_client.values import JsonObject
@@ -75,6 +76,7 @@ def page_alone(
     logs: Sequence[Path] = (),
     models: Sequence[str] = (),
     refusal: Callable[[], str | None] = lambda: None,
+    public: PublicUrl | None = None,
 ) -> Guard:
     """Return the ASGI application of a page over a state directory, which other processes may have open.
 
@@ -85,6 +87,7 @@ def page_alone(
         logs: directories of logs.
         models: base models that may be loaded, beside those of the runs.
         refusal: `refusal() -> why no model can be loaded in this process`, None where one can.
+        public: the address of a proxy before the page.
     """
     store = CheckpointStore(home, default_mirror())
     overview = Overview(home, logs=logs, store=store)
@@ -117,7 +120,7 @@ def page_alone(
     )
     account = Account()
     app = Starlette(routes=board.routes())
-    return Guard(app, api_key=api_key, hosts=hosts, account=lambda: account, pages=True)
+    return Guard(app, api_key=api_key, hosts=hosts, account=lambda: account, pages=True, public=public)
 
 
 def _models_of(overview: Overview) -> list[str]:

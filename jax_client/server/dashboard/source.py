@@ -42,6 +42,10 @@ class Source(Protocol):
         """Return every point of a run, but those of some kinds."""
         ...
 
+    def device(self, run_id: str, *, most: int) -> JsonObject:
+        """Return {"point", "compiles"}: the newest point of a run's devices, or None, and its newest compiles."""
+        ...
+
     def checkpoints(self, run_id: str | None = None) -> Sequence[Shown]:
         """Return the checkpoints of a run, or of all."""
         ...
@@ -53,6 +57,11 @@ class Source(Protocol):
     def changed(self) -> str:
         """Return a text that differs when anything of it may differ; takes less than a millisecond."""
         ...
+
+
+def listed(row: Shown) -> JsonObject:
+    """Return a run as lists have it: without a user's own metadata, which may be longer than all the rest."""
+    return {name: value for name, value in row.to_json().items() if name != "user_metadata"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,10 @@ class WithoutEngines:
     def table(self, run_id: str, names: Collection[str] | None, *, without: Collection[str] = ()) -> Table:
         """Return every point of a run, but those of its engine."""
         return self._source.table(run_id, names, without=(*without, *OF_ENGINES))
+
+    def device(self, run_id: str, *, most: int) -> JsonObject:
+        """Return nothing of a run's devices."""
+        return {"point": None, "compiles": []}
 
     def _names(self, run_id: str, found: JsonObject) -> list[str]:
         whole = self._source.series(run_id, None, points=2).to_json()["series"]

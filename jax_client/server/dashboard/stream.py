@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from jax_client.server.dashboard.answers import api_route
 from jax_client.server.dashboard.watching import Page, Watch, Watcher, checked_run
-from jax_client.server.queries import cursor
+from jax_client.server.queries import cursor, number
 from jax_client.server.wire.connections import ENDLESS
 from jax_client.server.wire.logins import HEADERS
 
@@ -31,7 +31,7 @@ class _Stream(StreamingResponse):
         watcher.join(watch, page)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send frames until the browser leaves, or is too slow."""
+        """Send frames until the browser leaves."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -40,18 +40,17 @@ class _Stream(StreamingResponse):
 
 async def _frames(page: Page) -> AsyncIterator[bytes]:
     yield _BEGIN
-    while (frame := await page.next(SILENCE_SECONDS)) is not None:
-        yield frame or _ALIVE
+    while True:
+        yield await page.next(SILENCE_SECONDS) or _ALIVE
 
 
 def stream_route(watcher: Watcher, watch: Watch) -> Route:
     """Return the route of the stream."""
 
     async def handler(request: Request) -> Response:
-        query = request.query_params
-        page = watch.page(
-            checked_run(query.get("run")), cursor(query.get("since")), request.headers.get("last-event-id")
-        )
+        query, last_id = request.query_params, request.headers.get("last-event-id")
+        archived = number(request, "archived", 0, 0, 1) == 1
+        page = watch.page(checked_run(query.get("run")), cursor(query.get("since")), last_id, archived=archived)
         request.scope[ENDLESS] = True
         return _Stream(watcher, watch, page)
 

@@ -14,15 +14,16 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from jax_client import process
 from jax_client.errors import BadRequestError, JaxClientError, shown
 from jax_client.process import Step
 from jax_client.server.dashboard.answers import encoded
 from jax_client.server.dashboard.device import Devices
-from jax_client.server.dashboard.source import Source
+from jax_client.server.dashboard.source import Source, listed
 from jax_client.server.wire.accounts import BusyError
 from jax_client.threads import start_thread
 from jax_client.values import JsonObject
@@ -35,9 +36,15 @@ _SHARE, LEAST_SECONDS, MOST_SECONDS = 50.0, 0.4, 10.0
 DEVICE_SECONDS = 3.0
 POINTS = 2_000
 MOST_PAGES = 64
-# What waits for one page; one that does not read as fast is sent away, and comes back with where it was.
-MOST_FRAMES, MOST_BYTES = 64, 8 * 2**20
-_ID = re.compile(r"([0-9a-f]{8})\.([0-9]{1,12})\.([0-9]{1,18}-[0-9]{1,18})?")
+# While so much waits for a page that does not read as fast, it is given nothing; later all that is new since.
+MOST_BYTES = 8 * 2**20
+# Of the rows, and the numbers of series, in one frame; a single row or series may have more.
+PART_BYTES, PART_VALUES = 2**18, 40_000
+# Runs that are gone, of which a page that was away is told.
+MOST_GONE = 1_000
+# A place in the middle of an answer, in the ids of its frames: no series has this one, so all is sent anew.
+NOWHERE = "0-0-0"
+_ID = re.compile(r"([0-9a-f]{8})\.([0-9]{1,12})\.([0-9a-z-]{1,60})?")
 
 
 class Page:
@@ -46,74 +53,111 @@ class Page:
     Args:
         run: that it shows, None for none.
         since: how far it knows that run's series.
-        seen: the version of the list of runs that it has.
+        seen: the change of the list of runs up to which it has them.
+        archived: whether it is given archived runs that do not change.
     """
 
-    def __init__(self, run: str | None, since: str | None, seen: int) -> None:
+    def __init__(self, run: str | None, since: str | None, seen: int, *, archived: bool = False) -> None:
         self.run, self.since, self.seen = run, since, seen
+        # Up to this change archived runs are left out; None until that is known.
+        self.quiet = 0 if archived or seen else None
+        # What the source said when the points were last read for it.
+        self.looked: str | None = None
         self.devices = 0
         self._loop = asyncio.get_running_loop()
         self._frames: deque[bytes] = deque()
-        self._bytes = 0
+        self._given = self._taken = 0
         self._filled = asyncio.Event()
-        self.dropped = False
 
-    def put(self, frames: Sequence[bytes]) -> None:
-        """Give frames to the page, from any thread."""
-        if frames:
-            # A loop that has ended, and its pages with it, takes nothing.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._put, frames)
+    def has_room(self) -> bool:
+        """Return whether the page may be given more; for the thread that gives."""
+        return self._given - self._taken < MOST_BYTES
 
-    def _put(self, frames: Sequence[bytes]) -> None:
-        self._frames.extend(frames)
-        self._bytes += sum(map(len, frames))
-        if len(self._frames) > MOST_FRAMES or self._bytes > MOST_BYTES:
-            self.dropped = True
-            self._frames.clear()
+    def put(self, frame: bytes) -> None:
+        """Give a frame to the page, from one thread."""
+        self._given += len(frame)
+        # A loop that has ended, and its pages with it, takes nothing.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._put, frame)
+
+    def _put(self, frame: bytes) -> None:
+        self._frames.append(frame)
         self._filled.set()
 
-    async def next(self, seconds: float) -> bytes | None:
-        """Return what is to be sent next; b"" where nothing came for so long, None where the page is sent away."""
-        if not self._frames and not self.dropped:
+    async def next(self, seconds: float) -> bytes:
+        """Return what is to be sent next; b"" where nothing came for so long."""
+        if not self._frames:
             self._filled.clear()
             try:
                 async with asyncio.timeout(seconds):
                     await self._filled.wait()
             except TimeoutError:
                 return b""
-        if self.dropped:
-            return None
         frame = self._frames.popleft()
-        self._bytes -= len(frame)
+        self._taken += len(frame)
         return frame
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A row as it became by a change, and as it is sent; no row where the run went."""
+
+    number: int
+    row: JsonObject | None
+    text: bytes
 
 
 @dataclass(slots=True)
 class _Rows:
-    """The list of runs as it was last read, each with the version in which it changed."""
+    """The list of runs as it was last read, and the newest change of each; the changes are numbered."""
 
     version: int = 0
-    rows: dict[str, tuple[JsonObject, int]] = field(default_factory=dict)
-    gone: dict[str, int] = field(default_factory=dict)
+    rows: list[JsonObject] = field(default_factory=list)
+    # In the order of their numbers.
+    changes: dict[str, _Change] = field(default_factory=dict)
 
     def update(self, found: Iterable[JsonObject]) -> None:
         new = {str(row["run"]): row for row in found}
-        version = self.version + 1
-        before = self.rows
-        self.rows = {
-            run: before[run] if run in before and before[run][0] == row else (row, version) for run, row in new.items()
-        }
-        self.gone.update(dict.fromkeys(before.keys() - new.keys(), version))
-        for run in new:
-            self.gone.pop(run, None)
-        self.version = version
+        # All of it before any of it is kept.
+        texts = {run: encoded(row) for run, row in new.items() if not self._is(run, row)}
+        for run in [run for run, change in self.changes.items() if change.row is not None and run not in new]:
+            self._change(run, None, encoded(run))
+        for run, text in texts.items():
+            self._change(run, new[run], text)
+        self.rows = list(new.values())
+        gone = [run for run, change in self.changes.items() if change.row is None]
+        for run in gone[:-MOST_GONE]:
+            del self.changes[run]
 
-    def after(self, seen: int) -> JsonObject | None:
-        """Return what changed after a version, None for nothing."""
-        changed = [row for row, version in self.rows.values() if version > seen]
-        gone = [run for run, version in self.gone.items() if version > seen > 0]
-        return {"runs": changed, "gone": gone} if changed or gone else None
+    def _is(self, run: str, row: JsonObject) -> bool:
+        return run in self.changes and self.changes[run].row == row
+
+    def _change(self, run: str, row: JsonObject | None, text: bytes) -> None:
+        self.version += 1
+        self.changes.pop(run, None)
+        self.changes[run] = _Change(self.version, row, text)
+
+    def after(self, seen: int, quiet: int) -> list[tuple[bytes, int]]:
+        """Return what changed after a change, in pieces, each with the number of its last change.
+
+        Args:
+            seen: the number of that change, 0 for the whole list.
+            quiet: up to this number archived runs are left out.
+        """
+        news = list(takewhile(lambda change: change.number > seen, reversed(self.changes.values())))
+        parts: list[tuple[bytes, int]] = []
+        rows: list[bytes] = []
+        gone: list[bytes] = []
+        size = 0
+        for change in reversed(news):
+            kind = gone if change.row is None else rows
+            if seen > 0 if change.row is None else change.number > quiet or not change.row.get("archived"):
+                kind.append(change.text)
+                size += len(change.text)
+            if size and (size >= PART_BYTES or change is news[0]):
+                parts.append((b'{"runs":[%s],"gone":[%s]}' % (b",".join(rows), b",".join(gone)), change.number))
+                rows, gone, size = [], [], 0
+        return parts
 
 
 class Watch:
@@ -131,26 +175,26 @@ class Watch:
         self._pages: set[Page] = set()
         self._lock = threading.Lock()
         self._rows = _Rows()
-        self._changed: str | None = None
         self._rows_of: str | None = None
         self._rows_at = self._rows_next = 0.0
         self._device: bytes = b""
         self._device_at, self._device_version = 0.0, 0
         self._complained = False
 
-    def page(self, run: str | None, since: str | None, last_id: str | None) -> Page:
+    def page(self, run: str | None, since: str | None, last_id: str | None, *, archived: bool = False) -> Page:
         """Return a new page, which `Watcher.join` begins to serve.
 
         Args:
             run: that it shows.
             since: how far it knows the run's series.
             last_id: of the newest event that it has had, of an earlier connection.
+            archived: whether its first list of runs has archived ones.
         """
         seen = 0
         if last_id and (found := _ID.fullmatch(last_id)):
             since = found[3] or since
             seen = int(found[2]) if found[1] == self._instance else 0
-        return Page(run, since, seen)
+        return Page(run, since, seen, archived=archived)
 
     def add(self, page: Page) -> None:
         """Serve a page. Raises BusyError."""
@@ -167,77 +211,116 @@ class Watch:
     def pages(self) -> list[Page]:
         """Return the open pages."""
         with self._lock:
-            return [page for page in self._pages if not page.dropped]
+            return list(self._pages)
 
     def look(self) -> None:
-        """Look for what is new, and put it into the pages' queues; logs what fails."""
-        pages = self.pages()
+        """Look for what is new, and put it into the pages' queues; logs what fails, and continues with the rest."""
+        pages = [page for page in self.pages() if page.has_room()]
         if not pages:
             return
-        try:
+        with self._logged():
             changed = self._source.changed()
-            news: dict[Page, list[bytes]] = {page: [] for page in pages}
-            self._look_at_points(news, changed)
-            self._look_at_rows(news, changed)
-            self._look_at_devices(news)
-            self._changed = changed
-            for page, frames in news.items():
-                page.put(frames)
+            self._look_at_points(pages, changed)
+            with self._logged():
+                self._read_rows(changed)
+        with self._logged():
+            self._give_rows(pages)
+        with self._logged():
+            self._read_devices()
+        self._give_devices(pages)
+
+    @contextlib.contextmanager
+    def _logged(self) -> Iterator[None]:
+        try:
+            yield
         except Exception:
             if not self._complained:
                 self._complained = True
                 logger.exception("the page's stream could not be read; it is tried again")
 
-    def _look_at_points(self, news: dict[Page, list[bytes]], changed: str) -> None:
+    def _look_at_points(self, pages: Sequence[Page], changed: str) -> None:
         groups: dict[tuple[str, str | None], list[Page]] = {}
-        for page in news:
-            if page.run is not None and (changed != self._changed or page.devices == 0):
+        for page in pages:
+            if page.run is not None and page.looked != changed:
                 groups.setdefault((page.run, page.since), []).append(page)
-        for (run, since), pages in groups.items():
-            try:
-                series = self._source.series(run, None, points=POINTS, since=since).to_json()
-            except JaxClientError:  # no such run yet, or no longer
-                continue
-            if series["next"] == since:
-                continue
-            body = encoded(series)
-            for page in pages:
-                page.since = series["next"]
-                news[page].append(self._frame("points", body, page))
+        for (run, since), group in groups.items():
+            with self._logged():
+                self._give_points(group, run, since)
+                for page in group:
+                    page.looked = changed
 
-    def _look_at_rows(self, news: dict[Page, list[bytes]], changed: str) -> None:
+    def _give_points(self, pages: Sequence[Page], run: str, since: str | None) -> None:
+        try:
+            series = self._source.series(run, None, points=POINTS, since=since).to_json()
+        except JaxClientError:  # no such run yet, or no longer
+            return
+        if series["next"] == since:
+            return
+        *first, last = map(encoded, _parts(series))
+        for page in pages:
+            page.since = NOWHERE
+            for body in first:
+                page.put(self._frame("points", body, page))
+            page.since = series["next"]
+            page.put(self._frame("points", last, page))
+
+    def _read_rows(self, changed: str) -> None:
         start = time.monotonic()
         due = changed != self._rows_of or start - self._rows_at > MOST_SECONDS
         if due and start >= self._rows_next:
-            self._rows.update(row.to_json() for row in self._source.runs())
+            self._rows.update(map(listed, self._source.runs()))
             self._rows_of, self._rows_at = changed, time.monotonic()
             self._rows_next = self._rows_at + max(LEAST_SECONDS, _SHARE * (self._rows_at - start))
-        bodies: dict[int, bytes | None] = {}
-        for page, frames in news.items():
+
+    def _give_rows(self, pages: Sequence[Page]) -> None:
+        found: dict[tuple[int, int], list[tuple[bytes, int]]] = {}
+        for page in pages:
             if page.seen == self._rows.version:
                 continue
-            if page.seen not in bodies:
-                found = self._rows.after(page.seen)
-                bodies[page.seen] = None if found is None else encoded(found)
-            body, page.seen = bodies[page.seen], self._rows.version
-            if body is not None:
-                frames.append(self._frame("runs", body, page))
+            if page.quiet is None:
+                page.quiet = self._rows.version
+            place = page.seen, page.quiet
+            if place not in found:
+                found[place] = self._rows.after(*place)
+            for body, number in found[place]:
+                if not page.has_room():
+                    break
+                page.seen = number
+                page.put(self._frame("runs", body, page))
+            else:
+                page.seen = self._rows.version
 
-    def _look_at_devices(self, news: dict[Page, list[bytes]]) -> None:
-        now = time.monotonic()
-        if now - self._device_at > DEVICE_SECONDS or not self._device_version:
-            body = encoded(self._devices.shown([row for row, _ in self._rows.rows.values()]))
+    def _read_devices(self) -> None:
+        if time.monotonic() - self._device_at > DEVICE_SECONDS or not self._device_version:
+            body = encoded(self._devices.shown(self._rows.rows))
             self._device_at = time.monotonic()
             if body != self._device:
                 self._device, self._device_version = body, self._device_version + 1
-        for page, frames in news.items():
-            if page.devices != self._device_version:
+
+    def _give_devices(self, pages: Sequence[Page]) -> None:
+        for page in pages:
+            if page.devices != self._device_version and page.has_room():
                 page.devices = self._device_version
-                frames.append(self._frame("device", self._device, page))
+                page.put(self._frame("device", self._device, page))
 
     def _frame(self, event: str, body: bytes, page: Page) -> bytes:
         mark = f"{self._instance}.{page.seen}.{page.since or ''}"
         return b"id: %s\nevent: %s\ndata: %s\n\n" % (mark.encode(), event.encode(), body)
+
+
+def _parts(answer: JsonObject) -> Iterator[JsonObject]:
+    """Yield a run's points in pieces, which a page takes one by one; the last one says where they end."""
+    kept = {key: value for key, value in answer.items() if key not in ("series", "next")}
+    part: dict[str, JsonObject] = {}
+    values = 0
+    for name, each in answer["series"].items():
+        if values >= PART_VALUES:
+            yield kept | {"series": part}
+            # What is of the whole answer was in the first piece.
+            kept, part, values = {key: kept[key] for key in ("run", "live") if key in kept}, {}, 0
+        part[name] = each
+        values += len(each["value"])
+    yield kept | {"series": part, "next": answer["next"]}
 
 
 class Watcher:

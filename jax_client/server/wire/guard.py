@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jax_client.errors import shown
+from jax_client.server.public_url import PORTS, PublicUrl
 from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.admission import Load
 from jax_client.server.wire.logins import BELOW, HOME, Logins
@@ -28,7 +29,6 @@ SIGNED = "/api/v1/downloads/"
 ONCE = (b"host", b"origin", b"sec-fetch-site", KEY_HEADER)
 # A name, an IPv4 address, or an IPv6 address in brackets; then a port.
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::([0-9]{1,5}))?")
-_PORTS = {"http": 80, "https": 443}
 # What a browser says of a request: of a page of this very server, or of the user, who typed the address.
 _OWN_SITES = (b"same-origin", b"none")
 
@@ -54,6 +54,7 @@ class Guard:
         account: `account() -> Account` of the clients that the key lets in.
         by_key: with several keys, `by_key(key) -> Entry` of a request that carries it, None for a wrong one.
         pages: whether the application has a page, so that browsers may log in.
+        public: the address under which browsers reach a proxy before the server, None without one.
 
     Attributes:
         logins: of browsers; None without a page.
@@ -68,15 +69,18 @@ class Guard:
         account: Callable[[], Account],
         by_key: Callable[[bytes], Entry | None] | None = None,
         pages: bool = False,
+        public: PublicUrl | None = None,
     ) -> None:
         self._app = app
         self._api_key = None if api_key is None else api_key.encode()
-        self._hosts = frozenset(host.lower() for host in hosts)
+        self._hosts = frozenset(host.lower() for host in (*hosts, *([public.host] if public else ())))
+        self._public = public
         self._account = account
         self._by_key = by_key
         self.logins: Logins[Entry] | None = None
         if pages:
-            self.logins = Logins(lambda key: self._behind(key, signed=False))
+            secure = public is not None and public.secure
+            self.logins = Logins(lambda key: self._behind(key, signed=False), secure=secure)
 
     def announce_page(self, show: Callable[[str], object]) -> None:
         """Call `show(query)` with what makes the page's address one that logs in, and again when that was used.
@@ -116,7 +120,7 @@ class Guard:
         named = scope.get("server", ("", 0))[1] is not None
         return (
             self._host_refusal(headers, named=named)
-            or _page_refusal(headers, scope)
+            or _page_refusal(headers, scope, self._public)
             or self._entry(headers, scope)
             or (401, "the X-API-Key header is missing or wrong; set TINKER_API_KEY.")
         )
@@ -152,8 +156,11 @@ class Guard:
         return Entry(self._app, self._account())
 
 
-def _page_refusal(headers: _Headers, scope: Scope) -> _Refusal | None:
-    """Refuse requests of pages that this server did not serve: its origin is its scheme, its name and its port."""
+def _page_refusal(headers: _Headers, scope: Scope, public: PublicUrl | None) -> _Refusal | None:
+    """Refuse requests of pages that this server did not serve: its origin is its scheme, its name and its port.
+
+    That of its public address is its own, too, whatever name the proxy calls it by.
+    """
     site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
     if site is not None and site not in _OWN_SITES:
         return (
@@ -163,9 +170,14 @@ def _page_refusal(headers: _Headers, scope: Scope) -> _Refusal | None:
     if origin is None:
         return None
     scheme, separator, host = origin.partition(b"://")
-    own = scope.get("scheme", "http")
-    port = _PORTS.get(own, 80)
-    known = _place(headers.get(b"host", b""), port)
+    own, named = scope.get("scheme", "http"), headers.get(b"host", b"")
+    if public is not None:
+        place, port = (public.host, public.port), PORTS[public.scheme]
+        if separator and scheme == public.scheme.encode() and _place(host, port) == place:
+            return None
+        own = public.scheme if _place(named, port) == place else own
+    port = PORTS.get(own, 80)
+    known = _place(named, port)
     if not separator or scheme != own.encode() or known is None or _place(host, port) != known:
         return 403, f"requests from web pages of other sites are refused (origin is {_text(origin)}); use the SDK."
     return None

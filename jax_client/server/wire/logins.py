@@ -11,8 +11,7 @@ import html
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from http.cookies import CookieError, SimpleCookie
+from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 from urllib.parse import parse_qs
 
@@ -68,10 +67,11 @@ class Logins(Generic[E]):
 
     Args:
         enter: `enter(key) -> what the key opens`, None for a wrong key.
+        secure: whether browsers may send the cookie by TLS only.
     """
 
-    def __init__(self, enter: Callable[[bytes], E | None]) -> None:
-        self._enter = enter
+    def __init__(self, enter: Callable[[bytes], E | None], *, secure: bool = False) -> None:
+        self._enter, self._secure = enter, secure
         self._tokens: OrderedDict[bytes, E] = OrderedDict()
         self._cookies: OrderedDict[bytes, tuple[E, float]] = OrderedDict()
         self._show: Callable[[str], object] | None = None
@@ -99,9 +99,11 @@ class Logins(Generic[E]):
         sent = headers.get(b"cookie")
         if sent is None:
             return None
-        value = _cookies(sent).get(_cookie_name(headers))
-        found = None if value is None else self._cookies.get(_digest(value))
-        return None if found is None or found[1] < time.monotonic() else found[0]
+        for value in _values(sent, _cookie_name(headers).encode()):
+            found = self._cookies.get(_digest(value))
+            if found is not None and found[1] >= time.monotonic():
+                return found[0]
+        return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Log a browser in, or answer with status 401 and how to log in."""
@@ -144,7 +146,9 @@ class Logins(Generic[E]):
             self._cookies.popitem(last=False)
         answer = Response(status_code=303, headers={**HEADERS, "Location": HOME})
         name = _cookie_name(dict(request.scope["headers"]))
-        answer.set_cookie(name, value, max_age=COOKIE_SECONDS, path="/", httponly=True, samesite="strict")
+        answer.set_cookie(
+            name, value, max_age=COOKIE_SECONDS, path="/", secure=self._secure, httponly=True, samesite="strict"
+        )
         return answer
 
 
@@ -162,8 +166,9 @@ def _cookie_name(headers: Mapping[bytes, bytes]) -> str:
     return f"{COOKIE}_{port.decode()}" if port.isdigit() else COOKIE
 
 
-def _cookies(sent: bytes) -> dict[str, str]:
-    try:
-        return {name: found.value for name, found in SimpleCookie(sent.decode("latin-1")).items()}
-    except CookieError:
-        return {}
+def _values(sent: bytes, name: bytes) -> Iterator[str]:
+    """Yield what a request says under a name; other programs of the host set cookies, in any form."""
+    for part in sent.split(b";"):
+        found, separator, value = part.partition(b"=")
+        if separator and found.strip() == name:
+            yield value.strip().decode("latin-1")

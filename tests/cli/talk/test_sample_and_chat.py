@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from jax_client import types
 from jax_client.checkpoint.disk import run_lock
 from jax_client.cli.talk import chat
 from jax_client.cli.talk.voice import on_terminal
+from jax_client.errors import RequestFailedError
 from jax_client.server.state.server import Server
 from support.server.serving import KEY, Running, write_model
 
@@ -213,3 +215,28 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
         child.kill()
         child.wait()
         os.close(main)
+
+
+@pytest.mark.parametrize("said", [0, 2, 6])
+def test_a_question_that_failed_is_not_in_the_history(said: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Busy:
+        name, max_context = "m", 100
+
+        def encode_chat(self, messages: list[Any]) -> list[int]:
+            return [0] * (20 * len(messages))
+
+        def ask(self, *_: object) -> Any:
+            raise RequestFailedError("the server is busy", category="server")
+
+    before = [{"role": ("user", "assistant")[number % 2], "content": str(number)} for number in range(said)]
+    conversation = chat.Conversation(
+        voice=Busy(),  # type: ignore[arg-type]
+        system=None,
+        max_tokens=10,
+        temperature=1.0,
+        seed=None,
+        said=list(before),
+    )
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True, write=len, flush=list))
+    chat._answer(conversation, "the question")
+    assert conversation.said == before

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jax_client.errors import NotFoundError
-from jax_client.runs.overview.logdirs import files
+from jax_client.runs.overview.logdirs import files, rows
 from jax_client.runs.overview.logdirs.files import MAX_LINE, LogFile, find_logs
 from jax_client.runs.overview.rows import Overview
 
@@ -120,6 +120,16 @@ def test_a_step_that_no_column_holds_costs_itself_alone(tmp_path: Path, step: st
     found = overview.series("log:a", None).series
     assert found["loss"]["value"] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] and found["loss"]["step"] == [0, 1, 1, 3, 4, 5]
     assert found["nonfinite/values"]["step"] == [1] and overview.runs()[0].step == 5
+
+
+def test_many_watched_directories_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(9):
+        write(tmp_path / f"run{number}", [{"step": 1, "loss": 1.0}])
+    overview, read = seen(tmp_path), []
+    monkeypatch.setattr(rows, "LogFile", lambda log: read.append(log) or LogFile(log))
+    for _ in range(3):
+        assert all(overview.series(f"log:run{number}", None).series for number in range(9))
+    assert len(read) == 9
 
 
 def test_lines_that_are_broken_cost_themselves_alone(tmp_path: Path) -> None:

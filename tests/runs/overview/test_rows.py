@@ -15,7 +15,7 @@ from jax_client.checkpoint.store import CheckpointStore
 from jax_client.cli import main
 from jax_client.errors import BadRequestError, NotFoundError, RequestFailedError
 from jax_client.metrics.store import FILE_NAME, Event, MetricsStore, Point
-from jax_client.runs.overview import small_file
+from jax_client.runs.overview import rows, small_file
 from jax_client.runs.overview.notes import Note, Notes
 from jax_client.runs.overview.rows import Overview
 from jax_client.runs.overview.verified import Verified, verify
@@ -276,3 +276,32 @@ def test_a_disk_without_locks_hides_no_run(home: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("fcntl.flock", refused)
     assert {row.run: row.state for row in Overview(home).runs()} == {RUN: "unknown", OTHER: "unknown"}
+
+
+def test_the_devices_of_open_runs_cost_no_history(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(home, RUN, range(1, 30))
+    store = MetricsStore(home / FILE_NAME)
+    for step in range(30):
+        point = Point(run=RUN, kind="device", step=step, time=2000.0 + step, metrics={"memory_bytes/kv": float(step)})
+        store.add([point], [Event(run=RUN, kind="compile", step=step, time=3000.0 + step, details={"program": "f"})])
+    overview = Overview(home)
+    monkeypatch.setattr(MetricsStore, "read", lambda *_, **__: pytest.fail("the history was read"))
+    found = overview.device(RUN, most=2)
+    assert found["point"] == {"time": 2029.0, "metrics": {"memory_bytes/kv": 29.0}}
+    assert [(each["step"], each["details"]["program"]) for each in found["compiles"]] == [(28, "f"), (29, "f")]
+    assert overview.device(OTHER, most=2) == {"point": None, "compiles": []}
+    assert Overview(home / "none").device(RUN, most=2) == {"point": None, "compiles": []}
+
+
+def test_the_points_of_watched_runs_are_read_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(home)
+    runs = [f"0b1c2d3e-watched{number}:train:0" for number in range(20)]
+    for run in runs:
+        store.put_run(run, {"base_model": "m", "created": 1.0})
+        record(home, run, range(1, 4))
+    overview = Overview(home)
+    first = [overview._run_points(run) for run in runs for _ in range(2) if overview.series(run, None)]
+    assert [overview._run_points(run) for run in runs] == first[::2]
+    monkeypatch.setattr(rows, "MOST_VALUES", 3 * first[0].values)
+    overview._run_points(runs[-1])
+    assert list(overview._points.values()) == first[-5::2], "what is in memory is bounded by its numbers"

@@ -126,6 +126,12 @@ def test_other_machines_need_a_key(capsys: pytest.CaptureFixture[str], tmp_path:
     assert page_url("::1", 5) == "http://[::1]:5/"
 
 
+def test_the_printed_address_is_the_public_one(tmp_path: Path) -> None:
+    arguments = ("--state-dir", tmp_path, "--port", "0", "--public-url", "https://Train.example.org:8443")
+    with started(*arguments) as (_, address):
+        assert re.fullmatch(r"https://train\.example\.org:8443/\?token=[\w-]{43}", address)
+
+
 def test_a_taken_port_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     with command._listening("127.0.0.1", 0) as taken:
         monkeypatch.setattr(command, "PORT", taken.getsockname()[1])

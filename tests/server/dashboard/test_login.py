@@ -8,6 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from jax_client.errors import BadRequestError
+from jax_client.server.public_url import PublicUrl
 from jax_client.server.wire import logins
 from jax_client.server.wire.guard import KEY_HEADER
 from support.server.pages import KEY, Page, Parts
@@ -45,6 +47,7 @@ def test_a_key_logs_in_and_the_cookie_opens_the_page_only(page: Page) -> None:
         assert (right.status_code, right.headers["Location"]) == (303, "/")
         cookie = right.headers["Set-Cookie"]
         assert {"HttpOnly", "SameSite=strict", "Path=/"} <= set(cookie.split("; ")) and KEY not in cookie
+        assert "Secure" not in cookie, "plain HTTP would never send it back"
         for path in ("/", "/dashboard/tables", "/dashboard/api/runs", "/dashboard/static/index.html"):
             assert client.get(path).status_code == 200, path
         assert client.get("/api/v1/sessions").status_code == 401, "the SDK's routes want the key"
@@ -112,6 +115,73 @@ def test_cookies_end_and_are_bounded(monkeypatch: Any) -> None:
     for _ in range(5):
         made.new_token("entry")
     assert len(made._tokens) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        b'theme={"a": 1, "b": 2}',
+        b"x=a b",
+        b"na[me]=1",
+        b"u=\xe9t\xe9",
+        b'k="unterminated',
+        b"a,b=1",
+        b"flag",
+        b"=",
+        b"",
+    ],
+)
+def test_cookies_of_other_programs_of_the_host_are_passed_over(other: bytes) -> None:
+    made: logins.Logins[str] = logins.Logins(lambda key: "entry")
+    headers = {b"host": b"localhost:9"}
+    request: Any = type("Request", (), {"scope": {"headers": list(headers.items())}})()
+    own = made._logged_in(request, "entry").headers["Set-Cookie"].split(";")[0].encode()
+    stale = own.partition(b"=")[0] + b"=of-an-earlier-server"
+    for sent in (own, other + b"; " + own, own + b";" + other, stale + b"; " + own, own + b"; " + stale):
+        assert made.of_cookie({**headers, b"cookie": sent}) == "entry", sent
+    for sent in (other, b"x" + own, b"x=" + own, other + b"; " + stale):
+        assert made.of_cookie({**headers, b"cookie": sent}) is None, sent
+
+
+@pytest.mark.parametrize("public", ["https://Train.example.org", "https://train.example.org:8443/"])
+def test_a_browser_logs_in_and_posts_through_a_proxy_with_tls(parts: Parts, public: str) -> None:
+    url = PublicUrl.parse(public)
+    page = Page(parts.guard(public=url))
+    name = str(url).partition("://")[2]
+    try:
+        # The proxy passes the name on, or it writes its own in its place.
+        for host in (name, "train.example.org", f"127.0.0.1:{page.port}"):
+            with page.client(key=None) as client:
+                client.headers.update({"Host": host, "Sec-Fetch-Site": "same-origin", "Origin": str(url)})
+                answer = client.post("/dashboard/login", data={"key": KEY})
+                assert (answer.status_code, answer.headers["Location"]) == (303, "/"), host
+                assert "Secure" in answer.headers["Set-Cookie"].split("; ")
+                client.headers["Cookie"] = answer.headers["Set-Cookie"].split(";")[0]
+                path = "/dashboard/api/checkpoints/delete"
+                assert client.post(path, json={}).status_code == 400, "it is read"
+                for origin in (f"http://{name}", f"https://{name}0", "https://train.example.org:1", "https://evil.com"):
+                    assert client.post(path, json={}, headers={"Origin": origin}).status_code == 403, origin
+                headers = {"Origin": f"https://127.0.0.1:{page.port}", "X-Forwarded-Proto": "https"}
+                assert client.post(path, json={}, headers=headers).status_code == 403, "anyone can send that"
+        with page.client() as client:
+            near = {"Origin": page.url, "Sec-Fetch-Site": "same-origin"}
+            assert client.post("/dashboard/api/checkpoints/delete", json={}, headers=near).status_code == 400
+    finally:
+        page.stop()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("train.example.org", "ftp://a", "https://", "https://a/b", "https://a?b", "https://a#b", "https://u@a"),
+        *("https://a:b@c", "https://a:0", "https://a:99999", "https://a b", "https://é.org", "https://a\n", ""),
+    ],
+)
+def test_a_public_address_has_a_scheme_a_name_and_a_port(text: str) -> None:
+    with pytest.raises(BadRequestError, match="give https://NAME"):
+        PublicUrl.parse(text)
+    said = {each: str(PublicUrl.parse(each)) for each in ("https://A.b:443/", "http://[::1]:80", "http://a:443")}
+    assert list(said.values()) == ["https://a.b", "http://[::1]", "http://a:443"]
 
 
 @pytest.mark.parametrize(

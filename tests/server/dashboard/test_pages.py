@@ -147,5 +147,8 @@ def test_the_device_of_open_runs(parts: Parts, client: httpx.Client) -> None:
     parts.source.events = [{"kind": "compile", "step": 1, "time": 3.0, "details": {"program": HOSTILE}}]
     found = client.get("/dashboard/api/device").json()
     assert found["engines"] == found["hosts"] == [] and found["points"] == {}
+    newest = {"time": 5.0, "metrics": {"memory_bytes/weights": 7.0}}
+    parts.source.device_points = {"open": newest, "done": newest}
+    assert client.get("/dashboard/api/device").json()["points"] == {"open": newest}
     assert [(each["run"], each["details"]["program"]) for each in found["compiles"]] == [("open", HOSTILE)]
     assert json.dumps(found)

@@ -17,7 +17,7 @@ from jax_client.checkpoint.store import CheckpointStore
 from jax_client.errors import BadRequestError, RequestFailedError
 from jax_client.runs.lifecycle.base_models import BaseModels, Loader
 from jax_client.runs.lifecycle.session import Session, live_sessions
-from jax_client.server.dashboard.playground.asked import sample_asked
+from jax_client.server.dashboard.playground.asked import sample_asked, score_asked
 from jax_client.server.dashboard.playground.samplers import Samplers
 from jax_client.values import AdapterState, CheckpointKey, Kind
 from jax_client.weights.read.identity import fingerprint
@@ -246,6 +246,17 @@ def test_a_process_without_devices_says_so(trained: SimpleNamespace, tmp_path: P
             assert answer.status_code == 400 and words in answer.json()["detail"]
     finally:
         page.stop()
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("nan"), True, "1", [1], {}])
+def test_numbers_are_numbers(value: Any) -> None:
+    where = {"model": "m", "prompt": "a"}
+    for name in ("temperature", "top_p", "top_k", "seed", "num_samples", "max_tokens", "alternatives"):
+        with pytest.raises(BadRequestError, match=name):
+            sample_asked({**where, name: value})
+    for name in ("ids", "prompt_ids"):
+        with pytest.raises(BadRequestError, match=name):
+            score_asked({"model": "m", "prompt_ids": [1], "ids": [1], name: [value]})
 
 
 def test_a_seed_is_drawn_and_told() -> None:

@@ -150,25 +150,144 @@ def test_pages_are_bounded(parts: Parts, client: httpx.Client, page: Page, monke
     stream.close()
 
 
-def test_a_page_that_does_not_read_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "MOST_FRAMES", 3)
+class Looked:
+    """A page that a test reads, and the look that fills it, one after the other."""
 
-    async def run() -> list[bytes | None]:
-        watch = Watch(FakeSource(), Devices(FakeSource(), None))  # type: ignore[arg-type]
-        slow, quick = watch.page(None, None, None), watch.page(None, None, None)
-        watch.add(slow)
-        watch.add(quick)
-        got: list[bytes | None] = []
-        for number in range(5):
-            for each in (slow, quick):
-                each.put([b"%d" % number])
-            await asyncio.sleep(0.01)
-            got.append(await quick.next(5))
-        assert await slow.next(5) is None and watch.pages() == [quick]
-        assert await quick.next(0.01) == b"", "nothing came"
-        return got
+    def __init__(self, source: FakeSource, run: str | None = None, engines: Any = None, **more: Any) -> None:
+        self.watch = Watch(source, Devices(source, engines))
+        self.page = self.watch.page(run, more.pop("since", None), more.pop("last_id", None), **more)
+        self.watch.add(self.page)
+        self.ids: list[str] = []
 
-    assert asyncio.run(run()) == [b"0", b"1", b"2", b"3", b"4"]
+    async def __call__(self) -> list[tuple[str, Any]]:
+        """Return the kinds and the data of the frames of one look."""
+        self.watch._rows_next = 0.0
+        await asyncio.to_thread(self.watch.look)
+        await asyncio.sleep(0)  # the page's queue is filled on this loop
+        found = []
+        while self.page._frames:
+            lines = (await self.page.next(1)).decode().split("\n")
+            self.ids.append(lines[0].removeprefix("id: "))
+            found.append((lines[1].removeprefix("event: "), json.loads(lines[2].removeprefix("data: "))))
+        return found
+
+
+def test_a_page_that_does_not_read_waits_for_no_more_than_it_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "MOST_BYTES", 100)
+
+    async def run() -> None:
+        source = FakeSource()
+        look = Looked(source, "a")
+        source.set("a", note="n" * 500)
+        source.add_point("a", 1, 1.0)
+        for step in range(2, 9):
+            await asyncio.to_thread(look.watch.look)
+            source.add_point("a", step, 1.0)
+        await asyncio.sleep(0)
+        assert len(look.page._frames) == 1 and look.watch.pages() == [look.page], "one more than it had room for"
+        assert [kind for kind, _ in await look()] == ["points"]
+        (kind, points), *_ = await look()
+        assert kind == "points" and points["series"]["loss:mean"]["step"] == list(range(2, 9)), "all that it missed"
+
+    asyncio.run(run())
+
+
+def test_a_list_of_any_size_arrives_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "MOST_BYTES", 30_000)
+    monkeypatch.setattr(watching, "PART_BYTES", 4_000)
+
+    async def run() -> None:
+        source = FakeSource()
+        for number in range(300):
+            source.set(f"r{number}", user_metadata={"config": "x" * 60_000}, archived=number % 3 == 0)
+        source.set("large", note="n" * 50_000)
+        look = Looked(source)
+        looks = [[data for kind, data in await look() if kind == "runs"] for _ in range(4)]
+        frames = [data for found in looks for data in found]
+        rows = [row["run"] for data in frames for row in data["runs"]]
+        assert len(frames) > 5 and sum(map(bool, looks)) > 1 and not any(data["gone"] for data in frames)
+        assert rows == [run for run, row in source.rows.items() if not row["archived"]], "each once, the newest first"
+        assert not any("user_metadata" in row for data in frames for row in data["runs"])
+        # A page that lost its connection in the middle goes on there.
+        again = look.watch.page(None, None, look.ids[4])
+        assert again.seen == int(look.ids[4].split(".")[1]) > 0
+        assert not [data for kind, data in await look() if kind == "runs"], "it has all"
+        source.rows["r1"]["archived"] = True
+        source.version += 1
+        ((_, data),) = await look()
+        assert [row["run"] for row in data["runs"]] == ["r1"] and data["runs"][0]["archived"], "that it went is told"
+        asked = Looked(source, archived=True)
+        found = [row for _ in range(5) for kind, data in await asked() if kind == "runs" for row in data["runs"]]
+        assert len(found) == 301
+
+    asyncio.run(run())
+
+
+def test_a_series_of_any_size_arrives_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "PART_VALUES", 3)
+
+    async def run() -> None:
+        source = FakeSource()
+        source.set("a")
+        source.events = [{"kind": "start", "step": 0, "time": 1.0, "details": {}}]
+        for step in range(4):
+            source.add_point("a", step, 1.0)
+        look = Looked(source, "a")
+        parts = [data for kind, data in await look() if kind == "points"]
+        assert [list(part["series"]) for part in parts] == [[name] for name in parts[0]["names"]] and len(parts) == 2
+        assert [len(part.get("events", ())) for part in parts] == [1, 0] and all(part["run"] == "a" for part in parts)
+        assert [part.get("next") for part in parts] == [None, "4-0"]
+        # From between the two no place in the series is known.
+        assert [each.split(".", 2)[2] for each in look.ids[:2]] == [watching.NOWHERE, "4-0"]
+        assert look.watch.page("a", None, look.ids[0]).since == watching.NOWHERE
+        source.add_point("a", 4, 1.0)
+        assert [data["series"]["loss:mean"]["step"] for _, data in await look()] == [[4]]
+
+    asyncio.run(run())
+
+
+def test_what_fails_takes_nothing_else_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        source = FakeSource()
+        engines: list[Any] = []
+        look = Looked(source, "a", lambda: [1 / each for each in engines])  # type: ignore[misc]
+        source.set("a", state="live")
+        source.add_point("a", 1, 1.0)
+        assert [kind for kind, _ in await look()] == ["points", "runs", "device"]
+        source.add_point("a", 2, 2.0)
+        good, source.runs = source.runs, lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+        look.watch._device_at, engines[:] = -100.0, [0]
+        ((kind, points),) = await look()
+        assert kind == "points" and points["series"]["loss:mean"]["value"] == [2.0]
+        source.runs, engines[:] = good, []  # type: ignore[method-assign]
+        source.add_point("a", 3, 3.0)
+        good, source.series = source.series, lambda *_, **__: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+        source.rows["a"]["step"] = 3
+        assert [(kind, data["runs"][0]["step"]) for kind, data in await look()] == [("runs", 3)]
+        source.series = good  # type: ignore[method-assign]
+        ((kind, points),) = await look()
+        assert kind == "points" and points["series"]["loss:mean"]["value"] == [3.0], "though nothing else has changed"
+
+    asyncio.run(run())
+    assert len(caplog.records) == 1, "said once"
+
+
+def test_runs_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "MOST_GONE", 3)
+
+    async def run() -> None:
+        source = FakeSource()
+        look = Looked(source)
+        source.set("stays")
+        for number in range(10):
+            source.rows = {"stays": source.rows["stays"]}
+            source.set(f"r{number}")
+            await look()
+        assert len(look.watch._rows.changes) == 5
+        ((_, data),) = [each for each in await Looked(source)() if each[0] == "runs"]
+        assert [row["run"] for row in data["runs"]] == ["stays", "r9"]
+
+    asyncio.run(run())
 
 
 def test_a_source_that_fails_does_not_end_the_stream(parts: Parts, client: httpx.Client, caplog: Any) -> None:

@@ -21,6 +21,7 @@ from jax_client.server.dashboard.board import Board
 from jax_client.server.dashboard.playground.routes import Playground
 from jax_client.server.dashboard.playground.samplers import Samplers
 from jax_client.server.dashboard.watching import Watcher
+from jax_client.server.public_url import PublicUrl
 from jax_client.server.wire.accounts import Account
 from jax_client.server.wire.connections import http_server
 from jax_client.server.wire.guard import Guard
@@ -51,6 +52,7 @@ class FakeSource:
         self.points: dict[str, list[tuple[int, float, float]]] = {}
         self.configs: dict[str, dict[str, Any]] = {}
         self.events: list[dict[str, Any]] = []
+        self.device_points: dict[str, dict[str, Any]] = {}
         self.version = 0
         self.reads = 0
         self.store = store
@@ -107,6 +109,11 @@ class FakeSource:
             for step, at, value in self.points.get(run_id, [])
         ]
         return Table(names=list(found), rows=iter(rows))
+
+    def device(self, run_id: str, *, most: int) -> dict[str, Any]:
+        self.run(run_id)
+        compiles = [{name: each[name] for name in ("step", "time", "details")} for each in self.events]
+        return {"point": self.device_points.get(run_id), "compiles": compiles[-most:]}
 
     def checkpoints(self, run_id: str | None = None) -> list[Json]:
         records = [] if self.store is None else self.store.list(run_id)
@@ -176,10 +183,10 @@ class Parts:
             logs=False,
         )
 
-    def guard(self, api_key: str | None = KEY) -> Guard:
+    def guard(self, api_key: str | None = KEY, public: PublicUrl | None = None) -> Guard:
         account = Account()
         app = Starlette(routes=self.board().routes())
-        return Guard(app, api_key=api_key, hosts=LOOPBACK, account=lambda: account, pages=True)
+        return Guard(app, api_key=api_key, hosts=LOOPBACK, account=lambda: account, pages=True, public=public)
 
 
 class Page:

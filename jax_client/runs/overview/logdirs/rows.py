@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jax_client.metrics.store import Cursor
 from jax_client.runs.overview.alerts import alerts_of
-from jax_client.runs.overview.columns import Table
+from jax_client.runs.overview.columns import MAX_VALUES, Table
 from jax_client.runs.overview.described import run_of, spark_of
 from jax_client.runs.overview.logdirs.files import (
     CHECKPOINTS,
@@ -34,7 +34,8 @@ from jax_client.values import JsonObject
 PREFIX = "log:"
 # A directory tree is looked through no more often.
 LOOK_SECONDS = 5.0
-MOST_FILES = 4
+# Directories whose points stay in memory, and the numbers of all of them; whose rollouts do.
+MOST_FILES, MOST_VALUES, MOST_ROLLOUTS = 64, 4 * MAX_VALUES, 4
 
 
 class Logs:
@@ -162,8 +163,9 @@ class Logs:
                 return None
             file = self._files.pop(log.path, None) or LogFile(log)
             self._files[log.path] = file
-            while len(self._files) > MOST_FILES:
-                self._files.popitem(last=False)
+            values = sum(each.columns.values for each in self._files.values())
+            while len(self._files) > MOST_FILES or (values > MOST_VALUES and len(self._files) > 1):
+                values -= self._files.popitem(last=False)[1].columns.values
         return file
 
     def rollouts(self, run_id: str, *, offset: int, limit: int) -> JsonObject | None:
@@ -174,7 +176,7 @@ class Logs:
                 return None
             found = self._rollouts.pop(log.path, None) or Rollouts(log)
             self._rollouts[log.path] = found
-            while len(self._rollouts) > MOST_FILES:
+            while len(self._rollouts) > MOST_ROLLOUTS:
                 self._rollouts.popitem(last=False)
         with found.lock:
             return found.page(offset, limit)

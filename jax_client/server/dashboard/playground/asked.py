@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from dataclasses import dataclass
 
 from jax_client.errors import BadRequestError, shown
@@ -110,6 +111,7 @@ def _number(fields: JsonObject, name: str, default: float) -> float:
     value = fields.get(name)
     if value is None:
         return default
-    if type(value) not in (int, float):
+    # An integer of JSON may be larger than any float.
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         raise BadRequestError(f"{name} is {shown(value)}; give a number.")
     return float(value)

@@ -27,13 +27,45 @@ def token_texts(decode: Decode, ids: Sequence[int]) -> list[str]:
     start = read = 0
     for end in range(1, len(ids) + 1):
         before, after = decode(list(ids[start:read])), decode(list(ids[start:end]))
-        whole = after.startswith(before) and not after.endswith(BROKEN)
-        if whole or end == len(ids) or end - read >= _CONTEXT:
-            texts.append(after[len(before) :])
+        whole = end == len(ids) or (after.startswith(before) and not after.endswith(BROKEN))
+        texts.append(after[len(before) :] if whole else "")
+        if whole:
             start, read = read, end
-        else:
-            texts.append("")
-    return texts
+        elif end - read >= _CONTEXT:
+            # The first of so many tokens belongs to no character that is still to come; the others may.
+            first = decode(list(ids[start : read + 1]))
+            if after.startswith(first):
+                texts[read] = first[len(before) :]
+                start, read = read, read + 1
+            else:
+                texts[-1] = after[len(before) :]
+                start, read = read, end
+    return _joined(texts, decode(list(ids)))
+
+
+def _joined(texts: list[str], whole: str) -> list[str]:
+    """Return the texts with what differs from the whole replaced: some decoders judge a run of bytes by its end."""
+    found = "".join(texts)
+    if found == whole:
+        return texts
+    head = _shared(found, whole)
+    tail = _shared(found[head:][::-1], whole[head:][::-1])
+    end, middle = len(found) - tail, whole[head : len(whole) - tail]
+    right: list[str] = []
+    place = 0
+    for text in texts:
+        new = text[: max(0, head - place)]
+        if place + len(text) >= end:
+            new, middle = new + middle, ""
+        right.append(new + text[max(0, end - place) :])
+        place += len(text)
+    return right
+
+
+def _shared(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class Alternatives:
