@@ -48,11 +48,13 @@ HEADERS: Mapping[str, str] = {
 }
 # Of a page with a form: without a referrer a browser says that the origin of a form is "null", which the guard refuses.
 FORM_HEADERS: Mapping[str, str] = {**HEADERS, "Referrer-Policy": "same-origin"}
+# Without an action a form goes to its page's address, with the fragment, which names a view: the browser keeps it over
+# the redirect, and no script is needed.
 _FORM = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>jax_client: log in</title></head>
 <body><main><h1>jax_client</h1><p>{text}</p>
-<form method="post" action="/dashboard/login">
+<form method="post"{action}>
 <p><label>Key <input type="password" name="key" autocomplete="current-password" required autofocus></label>
 <button>Log in</button></p></form>
 <p>The terminal in which the server was started shows an address that logs in once.</p>
@@ -92,7 +94,8 @@ class Logins(Generic[E]):
     def answers(self, scope: Scope) -> bool:
         """Return whether a request logs in, whatever else it carries."""
         path = scope["path"]
-        return path == LOGIN or (path == HOME and b"token=" in scope.get("query_string", b""))
+        by_form = path == LOGIN or (path == HOME and scope["method"] == "POST")
+        return by_form or (path == HOME and b"token=" in scope.get("query_string", b""))
 
     def of_cookie(self, headers: Mapping[bytes, bytes]) -> E | None:
         """Return what a request's cookie opens, None without one."""
@@ -108,7 +111,7 @@ class Logins(Generic[E]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Log a browser in, or answer with status 401 and how to log in."""
         request = Request(scope, receive, send)
-        if scope["path"] == LOGIN:
+        if scope["path"] == LOGIN or (scope["path"] == HOME and request.method == "POST"):
             answer = await self._by_form(request)
         elif self.answers(scope):
             answer = self._by_token(request)
@@ -116,7 +119,7 @@ class Logins(Generic[E]):
             detail = "log in at / with the key of this server, or send it as X-API-Key."
             answer = JSONResponse({"detail": detail}, 401, headers=HEADERS)
         else:
-            answer = _form("This page is behind a key.")
+            answer = _form("This page is behind a key.", home=scope["path"] == HOME)
         await answer(scope, receive, send)
 
     async def _by_form(self, request: Request) -> Response:
@@ -152,8 +155,9 @@ class Logins(Generic[E]):
         return answer
 
 
-def _form(text: str) -> Response:
-    return HTMLResponse(_FORM.format(text=html.escape(text)), 401, headers=FORM_HEADERS)
+def _form(text: str, *, home: bool = True) -> Response:
+    action = "" if home else f' action="{LOGIN}"'
+    return HTMLResponse(_FORM.format(text=html.escape(text), action=action), 401, headers=FORM_HEADERS)
 
 
 def _digest(text: str) -> bytes:

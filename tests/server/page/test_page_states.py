@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from support.page import made
 from support.page.browser import opened, until
 from support.page.fake_server import FakeDashboard
+from support.server.pages import KEY, Page, Parts
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -143,3 +145,18 @@ def test_archived_runs_are_reached_when_all_are(chromium: Browser, fake: FakeDas
         assert "No runs yet" not in (page.locator("main").text_content() or "")
         page.check("label:has-text('Archived') input")
         until(page, "document.querySelectorAll('table.runs tbody tr').length === 6")
+
+
+def test_a_login_by_the_form_opens_the_view_of_the_address(chromium: Browser, tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    parts.source.set("log:drop 10%", name="dropped")
+    served = Page(parts.guard())
+    try:
+        with opened(chromium, f"{served.url}/#/run/log%3Adrop%2010%25?x=time") as page:
+            for key in ("tml-wrong", KEY):
+                page.fill("input[name=key]", key)
+                page.click("button")
+            page.wait_for_selector("h1[title='log:drop 10%']")
+            assert page.url == f"{served.url}/#/run/log%3Adrop%2010%25?x=time"
+    finally:
+        served.stop()
