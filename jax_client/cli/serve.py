@@ -68,7 +68,8 @@ def serve(ctx: click.Context, **_: object) -> None:
     with private_files(), opened(settings, taken, remembers=keys is None) as host_server:
         own = () if host in LOOPBACK else (socket.gethostname(), socket.getfqdn())
         server, app = _guarded(host_server, keys, settings, {host, *settings.allow_hosts, *LOOPBACK, *own})
-        app.announce_page(lambda query: stages.say(f"dashboard: {page_url(*address, public=settings.public_url)}{query}"))
+        page = page_url(*address, public=settings.public_url)
+        app.announce_page(lambda query: stages.say(f"dashboard: {page}{query}"))
         if proxies := through_proxy(os.environ, address[0]):
             stages.say(f"{' and '.join(proxies)} set: clients on this machine need {_exceptions(address[0])}")
         key = "the key you gave" if settings.api_key else f"one of {len(keys)} keys" if keys else "tml-any"
