@@ -5,6 +5,7 @@ It reads what is there and writes nothing. A list of runs costs one summary of e
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -288,7 +289,7 @@ class Overview:
             step=summary.step if summary else last and last.step,
             loss=figures.loss,
             reward=figures.reward,
-            tokens=int(figures.tokens) if figures.steps else None,
+            tokens=int(figures.tokens) if figures.steps and math.isfinite(figures.tokens) else None,
             tokens_per_second=figures.speed,
             wall_seconds=None if until is None or created is None else max(0.0, until - created),
             disk_bytes=sum(record.size_bytes for record in records),

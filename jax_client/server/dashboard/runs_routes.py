@@ -18,7 +18,7 @@ from jax_client.server.dashboard.answers import (
     json_answer,
     object_of,
 )
-from jax_client.server.dashboard.source import Source
+from jax_client.server.dashboard.source import Source, listed
 from jax_client.server.queries import cursor, number
 from jax_client.server.wire.logins import HEADERS
 from jax_client.server.wire.pools import run_work
@@ -54,7 +54,7 @@ def runs_routes(source: Source, write_note: WriteNote) -> list[Route]:
 
 def _list_runs(source: Source) -> Handler:
     def rows(archived: bool) -> list[JsonObject]:
-        found = [row.to_json() for row in source.runs()]
+        found = [listed(row) for row in source.runs()]
         return found if archived else [row for row in found if not row.get("archived")]
 
     async def handler(request: Request) -> Response:

@@ -111,7 +111,7 @@ def test_a_run_that_is_begun_anew_is_drawn_anew(chromium: Browser, fake: FakeDas
         fake.wait_for_streams()
         fake.send("points", {**anew, "next": "b-3-1", "reset": True})
         until(page, "document.querySelectorAll('figure.chart').length === 1")
-        assert page.locator("figcaption .value").text_content() == "5.25"
+        until(page, "document.querySelector('figcaption .value').textContent === '5.25'")
         page.click("summary:has-text('Events (2)')")  # the start, and an alert of the run's row
         assert "started b, from tinker://a/weights/c" in (page.locator("ol.events").text_content() or "")
         page.click("button:has-text('Copy link')")
