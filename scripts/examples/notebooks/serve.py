@@ -13,6 +13,10 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from pathlib import Path
+
+from jax_client.weights.read.source import resolve
+from jax_client.weights.read.tokenizer import load_tokenizer
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 STEPS = int(os.environ.get("STEPS", "5"))
@@ -25,7 +29,7 @@ STEPS = int(os.environ.get("STEPS", "5"))
 
 # %%
 state = tempfile.mkdtemp()
-command = [sys.executable, "-c", "from jax_client.cli import main; main()"]
+command = [sys.executable, "-c", "import sys; from jax_client.cli import main; sys.exit(main())"]
 server = subprocess.Popen(
     [*command, "serve", "--model", MODEL, "--port", "0", "--state-dir", state],
     stderr=subprocess.PIPE, text=True,
@@ -41,8 +45,14 @@ address, key = found.groups()
 #
 # It imports `tinker` and nothing of this package. A recipe of the cookbook runs the same way, for example `python -m
 # tinker_cookbook.recipes.chat_sl.train model_name=HuggingFaceTB/SmolLM2-135M-Instruct`.
+#
+# The SDK asks the Hugging Face Hub for the model's tokenizer. Where that cannot be reached, a folder of the model's
+# name in the program's directory does, as below.
 
 # %%
+directory = Path(tempfile.mkdtemp())
+load_tokenizer(resolve(MODEL)).save_pretrained(directory / MODEL)
+
 PROGRAM = """
 import sys
 import tinker
@@ -66,7 +76,7 @@ print(repr(tokenizer.decode(answer.sequences[0].tokens)))
 environment = os.environ | {"TINKER_BASE_URL": address, "TINKER_API_KEY": key, "NO_PROXY": "127.0.0.1"}
 environment["TINKER_TELEMETRY"] = "0"
 program = [sys.executable, "-c", PROGRAM, MODEL, str(STEPS)]
-done = subprocess.run(program, env=environment, capture_output=True, text=True)
+done = subprocess.run(program, env=environment, capture_output=True, text=True, cwd=directory)
 print(done.stdout or done.stderr)
 
 # %% [markdown]
