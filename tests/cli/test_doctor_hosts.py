@@ -37,6 +37,7 @@ def test_the_other_hosts_are_named_with_what_starts_a_program(monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "t1v-0,t1v-1")
     monkeypatch.setenv("TPU_WORKER_ID", "1")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(hosts.metadata, "version", lambda name: "2.55.0")  # also where there is no ray
     places, ray = hosts.hosts(1.0)
     assert places.status == "OK" and "host 1 of 2" in places.found and "t1v-0, t1v-1" in places.found
     assert "jax_client launch -- PROGRAM" in places.advice

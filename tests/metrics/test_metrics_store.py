@@ -6,6 +6,7 @@ import math
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def test_a_long_run_is_thinned_to_one_density(tmp_path: Path, monkeypatch: pytes
     kept, count = MetricsStore(tmp_path / FILE_NAME), 5_000
     for start in range(0, count, 50):
         kept.add([point(step=i, kind=kind) for i in range(start, start + 50) for kind in ("step", "device")], [event()])
-        (rows,) = sqlite3.connect(tmp_path / FILE_NAME).execute("SELECT MAX(rows) FROM series").fetchone()
+        with closing(sqlite3.connect(tmp_path / FILE_NAME)) as database:
+            (rows,) = database.execute("SELECT MAX(rows) FROM series").fetchone()
         assert rows <= 200
     steps = [p.step for p in kept.read("r").points if p.kind == "step"]
     assert steps[0] == 0 and steps[-20:] == list(range(count - 20, count)) and len(steps) > 50

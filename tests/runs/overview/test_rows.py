@@ -6,6 +6,7 @@ import json
 import sqlite3
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def test_a_list_of_runs_reads_a_summary_of_each_and_no_point(tmp_path: Path, mon
 
 def test_a_file_of_an_earlier_version_is_summarised_from_its_points(home: Path) -> None:
     record(home, RUN, range(1, 21))
-    with sqlite3.connect(home / FILE_NAME) as database:
+    with closing(sqlite3.connect(home / FILE_NAME, isolation_level=None)) as database:
         database.execute("DROP TABLE summaries")
         database.execute("DROP INDEX events_of_kind")
         database.execute("PRAGMA user_version = 1")
