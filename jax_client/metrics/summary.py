@@ -7,7 +7,7 @@ many points they have. A log directory's rows make one in the same way.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TypeVar
 
@@ -199,6 +199,14 @@ def first_of(metrics: Mapping[str, float], names: tuple[str, ...]) -> float | No
         if (value := metrics.get(name)) is not None and math.isfinite(value):
             return value
     return None
+
+
+def newest_sign(times: Iterable[float | None], now: float) -> float | None:
+    """Return the newest of some unix seconds, None where there is none.
+
+    What lies ahead of `now` is left out: it is of a clock that was wrong, and says nothing of the time since then.
+    """
+    return max((time for time in times if time is not None and time <= now + AHEAD_SECONDS), default=None)
 
 
 def _keep(values: list[T], value: T) -> None:

@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections.abc import Sequence
 
-from jax_client.metrics.summary import AHEAD_SECONDS, Summary
+from jax_client.metrics.summary import Summary, newest_sign
 from jax_client.runs.overview.records import Alert
 
 LOSS_TIMES_MEDIAN = 3.0
@@ -85,11 +85,10 @@ def _silent(summary: Summary, now: float) -> Sequence[Alert]:
         return ()
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     limit = max(SILENT_SECONDS, SILENT_STEPS * statistics.median(gaps) if gaps else 0.0)
-    # A run that is loaded again was not open meanwhile. What lies ahead is of a clock that was wrong.
-    signs = [time for time in (*times, summary.started) if time is not None and time <= now + AHEAD_SECONDS]
-    if not signs or now - max(signs) <= limit:
+    # A run that is loaded again was not open meanwhile.
+    since = newest_sign((*times, summary.started), now)
+    if since is None or now - since <= limit:
         return ()
-    since = max(signs)
     text = f"No step for {(now - since) / 60:.0f} minutes, though the run is open."
     return (Alert(kind="silent", text=text, step=summary.step, time=since),)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from jax_client.checkpoint.disk.clock import unix_seconds
 from jax_client.checkpoint.disk.run_lock import LockRecord
-from jax_client.metrics.summary import AHEAD_SECONDS, Summary
+from jax_client.metrics.summary import Summary, newest_sign
 from jax_client.runs.overview.records import State
 
 LIVE_SECONDS = 60.0
@@ -66,13 +66,14 @@ def condition(lock: LockRecord | None, summary: Summary | None, now: float) -> C
 
 
 def _open(summary: Summary | None, lock: LockRecord, now: float) -> Condition:
+    def is_recent(*times: float | None) -> bool:
+        newest = newest_sign(times, now)
+        return newest is not None and now - newest <= LIVE_SECONDS
+
+    if summary is not None and summary.compiling and is_recent(summary.active):
+        return Condition(state="live", reason=f"compiles {summary.compiling}")
     active = None if summary is None else summary.active
-    # What lies ahead is of a clock that was wrong: it says nothing of the time since then.
-    signs = [time for time in (lock.since, active) if time is not None and time <= now + AHEAD_SECONDS]
-    if not signs or now - max(signs) > LIVE_SECONDS:
-        return Condition(state="idle")
-    compiles = summary is not None and summary.compiling and active in signs and now - active <= LIVE_SECONDS
-    return Condition(state="live", reason=f"compiles {summary.compiling}" if summary and compiles else None)
+    return Condition(state="live" if is_recent(lock.since, active) else "idle")
 
 
 def _ended(how: str, text: str, when: float | None) -> Condition:
