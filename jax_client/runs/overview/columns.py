@@ -11,10 +11,11 @@ import heapq
 import math
 from array import array
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from jax_client.metrics.store import MAX_STEP
 from jax_client.metrics.summary import mean_loss
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 MAX_NAMES = 512
 # Numbers of one run in memory; of more, every second row goes, as in the file.
 MAX_VALUES = 16_000_000
+K = TypeVar("K")
+V = TypeVar("V", bound="HasValues")
 # Rows of a table that are made at once.
 _BLOCK = 1_000
 
@@ -220,6 +223,22 @@ class Columns:
             column.at = array("I", ((column.at[i] - start) // 2 for i in kept))
             column.values = array("d", (column.values[i] for i in kept))
             self.values += len(kept)
+
+
+class HasValues(Protocol):
+    """What has columns in memory."""
+
+    @property
+    def values(self) -> int:
+        """How many numbers they hold."""
+        ...
+
+
+def forget_oldest(kept: OrderedDict[K, V], most: int, most_values: int) -> None:
+    """Remove the oldest until there are at most `most`, with at most `most_values` numbers; the newest stays."""
+    values = sum(each.values for each in kept.values())
+    while len(kept) > most or (values > most_values and len(kept) > 1):
+        values -= kept.popitem(last=False)[1].values
 
 
 def _after(ids: array[int], at: array[int], since: int) -> int:

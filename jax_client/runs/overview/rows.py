@@ -25,7 +25,7 @@ from jax_client.metrics.store import FILE_NAME, MetricsStore
 from jax_client.metrics.summary import Summary
 from jax_client.runs.overview.alerts import alerts_of
 from jax_client.runs.overview.checkpoints import SAVES, checkpoint_rows
-from jax_client.runs.overview.columns import MAX_VALUES, Table
+from jax_client.runs.overview.columns import MAX_VALUES, Table, forget_oldest
 from jax_client.runs.overview.described import children as children_of
 from jax_client.runs.overview.described import model_of, origin, rank_of, run_name, run_of, spark_of
 from jax_client.runs.overview.logdirs.rows import Logs
@@ -240,9 +240,7 @@ class Overview:
         with self._lock:
             found = self._points.pop(run_id, None) or RunPoints(run_id, self._metrics, self.state_dir / FILE_NAME)
             self._points[run_id] = found
-            values = sum(each.values for each in self._points.values())
-            while len(self._points) > MOST_POINTS or (values > MOST_VALUES and len(self._points) > 1):
-                values -= self._points.popitem(last=False)[1].values
+            forget_oldest(self._points, MOST_POINTS, MOST_VALUES)
         return found
 
     def _lock_record(self, run_id: str) -> LockRecord | None:

@@ -184,6 +184,11 @@ class LogFile:
         self.broken = 0
         self._begin(None)
 
+    @property
+    def values(self) -> int:
+        """How many numbers are in memory."""
+        return self.columns.values
+
     def _begin(self, inode: int | None) -> None:
         self.columns, self.broken = Columns(), 0
         self._inode = inode

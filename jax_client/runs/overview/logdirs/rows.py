@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jax_client.metrics.store import Cursor
 from jax_client.runs.overview.alerts import alerts_of
-from jax_client.runs.overview.columns import MAX_VALUES, Table
+from jax_client.runs.overview.columns import MAX_VALUES, Table, forget_oldest
 from jax_client.runs.overview.described import run_of, spark_of
 from jax_client.runs.overview.logdirs.files import (
     CHECKPOINTS,
@@ -163,9 +163,7 @@ class Logs:
                 return None
             file = self._files.pop(log.path, None) or LogFile(log)
             self._files[log.path] = file
-            values = sum(each.columns.values for each in self._files.values())
-            while len(self._files) > MOST_FILES or (values > MOST_VALUES and len(self._files) > 1):
-                values -= self._files.popitem(last=False)[1].columns.values
+            forget_oldest(self._files, MOST_FILES, MOST_VALUES)
         return file
 
     def rollouts(self, run_id: str, *, offset: int, limit: int) -> JsonObject | None:
